@@ -1,0 +1,69 @@
+"""DIFFA's semantic adapter: convolutions that shorten the encoder's last state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffa import checkpoint as ckpt
+from diffa.errors import SpecError
+from diffa.types import Embeds, Features, FeatureSpec
+
+
+class Conv(nn.Module):
+    """Two convolutions, the second of stride ``stride``, and two linear layers (DIFFA).
+
+    50 frames per second become 12.5 embeddings at the default stride. ``checkpoint`` is a DIFFA
+    folder or Hub id (keys ``semantic_connector.*``); ``relu`` is the one before the last norm.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSpec,
+        width: int,
+        *,
+        stride: int = 4,
+        relu: bool = True,
+        checkpoint: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if stride < 1:
+            raise SpecError(f"stride must be at least 1, got {stride}")
+        self.stride, self.relu = stride, relu
+        inner = source.width
+        self.conv = nn.Sequential(
+            nn.Conv1d(inner, inner, 3, padding=1),
+            nn.GELU(),
+            nn.Conv1d(inner, stride * inner, 3, stride=stride, padding=1),
+        )
+        self.linear_connector = nn.Sequential(
+            nn.Linear(stride * inner, inner), nn.ReLU(), nn.Linear(inner, width)
+        )
+        self.layernorm = nn.LayerNorm(width)
+        if checkpoint is not None and not ckpt.dry():
+            folder = ckpt.find(checkpoint, revision)
+            ckpt.fill(self, ckpt.read_weights(folder, "semantic_connector."), source=folder)
+
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """Return how many embeddings come from ``lengths`` (B,) frames: whole strides."""
+        return lengths // self.stride
+
+    def forward(self, features: Features) -> Embeds:
+        """Embed the last state; no frame at or past a row's length has a say."""
+        lengths = self.out_lengths(features.lengths)
+        most = int(lengths.max())
+        frames = features.states[-1][:, : most * self.stride].to(self.layernorm.weight.dtype)
+        if most == 0:  # less than one stride of audio in every row
+            return Embeds(frames.new_zeros(len(frames), 0, self.layernorm.weight.numel()), lengths)
+        inside = torch.arange(frames.shape[1], device=frames.device) < (
+            lengths[:, None] * self.stride
+        )
+        first, activation, second = self.conv
+        hidden = torch.where(inside[:, None], rearrange(frames, "b t d -> b d t"), 0)
+        hidden = torch.where(inside[:, None], activation(first(hidden)), 0)
+        values = self.linear_connector(rearrange(second(hidden), "b d n -> b n d"))
+        values = self.layernorm(F.relu(values) if self.relu else values)
+        return Embeds(torch.where(inside[:, :: self.stride, None], values, 0), lengths)

@@ -1,0 +1,45 @@
+"""DIFFA's learned prefix of stage 1."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from diffa import checkpoint as ckpt
+from diffa.errors import SpecError
+from diffa.types import Embeds, Features
+
+
+class Prompt(nn.Module):
+    """``count`` learned embeddings, the same for every recording (DIFFA).
+
+    ``checkpoint`` is a DIFFA folder or Hub id (key ``trainable_prompts.weight``).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        count: int = 20,
+        checkpoint: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if count < 1:
+            raise SpecError(f"count must be at least 1, got {count}")
+        self.prompts = nn.Embedding(count, width)
+        if checkpoint is not None and not ckpt.dry():
+            folder = ckpt.find(checkpoint, revision)
+            state = ckpt.read_weights(folder, "trainable_prompts.")
+            ckpt.fill(self.prompts, state, source=folder)
+
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """Return ``count`` for every row, whatever its frames (B,)."""
+        return torch.full_like(lengths, self.prompts.num_embeddings)
+
+    def forward(self, features: Features) -> Embeds:
+        """Return the prefix once for every row; of the features only their number is read."""
+        rows = len(features.lengths)
+        values = repeat(self.prompts.weight, "n w -> b n w", b=rows)
+        return Embeds(values, self.out_lengths(features.lengths))

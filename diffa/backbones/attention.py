@@ -1,0 +1,141 @@
+"""The one place that attends: SDPA everywhere, xformers over packed rows on CUDA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffa.errors import SpecError
+
+if TYPE_CHECKING:
+    from diffa.memory import Context
+
+Kernel = Literal["auto", "sdpa", "xformers"]
+
+
+class Packing(NamedTuple):
+    """Rows of different lengths laid end to end: which elements, and the bias between them.
+
+    Attributes:
+        queries: flat indices of the real queries among B * K, in order.
+        keys: flat indices of the valid keys among B * S, in order.
+        bias: an xformers bias that keeps each row to itself.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bias: Any
+
+
+class Plan(NamedTuple):
+    """How one forward attends, the same in every layer.
+
+    Attributes:
+        mask: what each query may see, (B, 1, K or 1, S) bool; None for everything.
+        causal: the mask is the plain causal one and need not be written out.
+        packing: set when rows are packed for xformers.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    packing: Packing | None
+
+
+def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
+    """Prepare a forward with queries at ``positions`` (B, K).
+
+    Raises:
+        SpecError: xformers is asked for where it cannot run.
+    """
+    alone = context.slots is None and context.branch is None and context.sees is None
+    if chosen(kernel, positions.device) == "xformers" and context.branch is None:
+        simple = context.sees is None and (alone or not causal)
+        if simple:
+            return Plan(None, causal=causal, packing=pack(context, positions, causal=causal))
+    if causal and alone and context.valid is None:
+        return Plan(None, causal=True, packing=None)
+    mask = context.mask(positions, causal=causal)
+    return Plan(None if mask is None else mask[:, None], causal=False, packing=None)
+
+
+def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
+    """Return the kernel to use on a device; ``auto`` takes xformers where it can run.
+
+    Raises:
+        SpecError: ``xformers`` is asked for on a device that it has no kernels for.
+    """
+    if kernel == "sdpa" or (kernel == "auto" and device.type != "cuda"):
+        return "sdpa"
+    if device.type != "cuda":
+        raise SpecError(f"attention 'xformers' needs a CUDA device, not {device}; use 'auto'")
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception as error:
+        if kernel == "xformers":
+            hint = "pip install 'diffa[xformers]'"
+            raise SpecError(f"attention 'xformers' does not load ({error}): {hint}") from error
+        return "sdpa"
+    return "xformers"
+
+
+def pack(context: Context, positions: Tensor, *, causal: bool) -> Packing:
+    """Lay the real slots of all rows end to end under a block-diagonal bias.
+
+    Works without a GPU: tests materialise the bias and compare it with ``Context.mask``.
+    """
+    from xformers.ops.fmha import attn_bias
+
+    count, wide = positions.shape
+    size = wide if context.positions is None else context.positions.shape[1]
+    valid = context.valid
+    if valid is None:
+        valid = torch.ones(count, size, dtype=torch.bool, device=positions.device)
+    real = valid if context.slots is None else torch.ones_like(positions, dtype=torch.bool)
+    q_lengths, k_lengths = real.sum(dim=1).tolist(), valid.sum(dim=1).tolist()
+    if causal:
+        bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(q_lengths, k_lengths)
+    else:
+        bias = attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, k_lengths)
+    queries = real.flatten().nonzero()[:, 0]
+    return Packing(queries, valid.flatten().nonzero()[:, 0], bias)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, how: Plan) -> Tensor:
+    """Attend with queries (B, K, H, D) over keys and values (B, S, G, D), H a multiple of G.
+
+    Returns:
+        (B, K, H * D)
+    """
+    if how.packing is not None:
+        return _packed(queries, keys, values, how.packing)
+    heads, groups = queries.shape[2], keys.shape[2]
+    mixed = scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=how.mask,
+        is_causal=how.causal,
+        enable_gqa=heads != groups,
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    repeat = queries.shape[2] // keys.shape[2]
+    if repeat > 1:
+        keys, values = keys.repeat_interleave(repeat, 2), values.repeat_interleave(repeat, 2)
+    mixed = memory_efficient_attention(
+        queries.flatten(0, 1)[packing.queries][None],
+        keys.flatten(0, 1)[packing.keys][None],
+        values.flatten(0, 1)[packing.keys][None],
+        attn_bias=packing.bias,
+    )
+    # Places that hold no real query stay zero; nothing reads them.
+    out = queries.new_zeros(queries.flatten(0, 1).shape)
+    out[packing.queries] = mixed[0].to(out.dtype)
+    return out.view(queries.shape).flatten(2)

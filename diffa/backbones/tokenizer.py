@@ -1,0 +1,34 @@
+"""Read the tokenizer that lies beside a backbone's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffa import checkpoint
+from diffa.errors import CheckpointError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def read_tokenizer(name: str | None, folder: Path | None) -> Any:
+    """Return the tokenizer of ``name`` (a folder or Hub id), else of ``folder``, else None.
+
+    Under the meta device (a dry run) there is none. No remote code is run.
+
+    Raises:
+        CheckpointError: files are there but no tokenizer can be read from them.
+    """
+    if checkpoint.dry():
+        return None
+    place = folder if name is None else checkpoint.find(name, weights=False)
+    if place is None or not any((place / file).is_file() for file in _FILES):
+        if name is not None:
+            raise CheckpointError(f"{place} holds no tokenizer: expected one of {_FILES}")
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except Exception as error:  # the readers raise many types for damaged files
+        raise CheckpointError(f"{place}: the tokenizer cannot be read: {error}") from error

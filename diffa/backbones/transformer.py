@@ -1,0 +1,170 @@
+"""The Transformer that LLaDA and Llama share: RMSNorm, RoPE, grouped queries, SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffa.backbones.attention import Kernel, Plan, attend, plan
+
+if TYPE_CHECKING:
+    from diffa.memory import Context
+
+
+class Shape(NamedTuple):
+    """The size of a Transformer, and the numbers that its weights were trained with.
+
+    Attributes:
+        width: of the residual stream.
+        layers: blocks.
+        heads: query heads; ``groups`` key and value heads.
+        hidden: width of the feed-forward.
+        vocab: rows of the embedding and of the head.
+        context: longest sequence the model was made for.
+        theta: RoPE base; ``scaling`` Llama 3's frequency scaling, or None.
+        eps: of RMSNorm.
+        bias: whether queries, keys and values have a bias.
+        tied: whether the head is the embedding.
+        head_width: of one head; width / heads where None.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    groups: int
+    hidden: int
+    vocab: int
+    context: int
+    theta: float
+    eps: float
+    scaling: Mapping[str, Any] | None = None
+    bias: bool = False
+    tied: bool = False
+    head_width: int | None = None
+
+    @property
+    def head(self) -> int:
+        """Width of one head."""
+        return self.head_width or self.width // self.heads
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and a gated feed-forward, each behind a norm and a residual."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width, head = shape.width, shape.head
+        self.split = (-1, head)
+        self.attn_norm = RMSNorm(width, shape.eps)
+        self.q_proj = nn.Linear(width, shape.heads * head, bias=shape.bias)
+        self.k_proj = nn.Linear(width, shape.groups * head, bias=shape.bias)
+        self.v_proj = nn.Linear(width, shape.groups * head, bias=shape.bias)
+        self.attn_out = nn.Linear(shape.heads * head, width, bias=False)
+        self.ff_norm = RMSNorm(width, shape.eps)
+        self.ff_proj = nn.Linear(width, shape.hidden, bias=False)
+        self.up_proj = nn.Linear(width, shape.hidden, bias=False)
+        self.ff_out = nn.Linear(shape.hidden, width, bias=False)
+
+    def forward(self, x: Tensor, turn: Tensor, context: Context, layer: int, how: Plan) -> Tensor:
+        """Map x (B, K, W) with RoPE turns (2, B, K, 1, D); ``layer`` is its place in the memory."""
+        h = self.attn_norm(x)
+        queries = rotate(self.q_proj(h).unflatten(-1, self.split), turn)
+        keys = rotate(self.k_proj(h).unflatten(-1, self.split), turn)
+        values = self.v_proj(h).unflatten(-1, self.split)
+        keys, values = context.remember(layer, keys, values)
+        x = x + self.attn_out(attend(queries, keys, values, how))
+        h = self.ff_norm(x)
+        out: Tensor = x + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
+        return out
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and head; the head is applied apart from the body."""
+
+    def __init__(self, shape: Shape, *, causal: bool, kernel: Kernel, checkpointing: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.causal = causal
+        self.kernel: Kernel = kernel
+        self.checkpointing = checkpointing
+        self.wte = nn.Embedding(shape.vocab, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.ln_f = RMSNorm(shape.width, shape.eps)
+        self.ff_out = nn.Linear(shape.width, shape.vocab, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding where the weights are tied (again after loading)."""
+        if self.shape.tied:
+            self.ff_out.weight = self.wte.weight
+
+    def initialise(self, seed: int) -> None:
+        """Draw weights anew: normal .02, residual outputs scaled down by depth (GPT-2's rule)."""
+        generator = torch.Generator().manual_seed(seed)
+        deep = 0.02 / math.sqrt(2 * self.shape.layers)
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                nn.init.zeros_(weight) if name.endswith("bias") else nn.init.ones_(weight)
+            else:
+                residual = name.startswith("blocks.") and "_out." in name
+                nn.init.normal_(weight, std=deep if residual else 0.02, generator=generator)
+
+    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W)."""
+        how = plan(context, positions, causal=self.causal, kernel=self.kernel)
+        turn = turns(positions, self.shape).to(embeds.device)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        x = embeds
+        for layer, block in enumerate(self.blocks):
+            if again:
+                x = checkpoint(block, x, turn, context, layer, how, use_reentrant=False)
+            else:
+                x = block(x, turn, context, layer, how)
+        return self.ln_f(x)
+
+
+def turns(positions: Tensor, shape: Shape) -> Tensor:
+    """Cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D)."""
+    even = torch.arange(0, shape.head, 2, device=positions.device, dtype=torch.float32)
+    frequencies = shape.theta ** (-even / shape.head)
+    if shape.scaling is not None:
+        frequencies = scaled(frequencies, shape.scaling)
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def scaled(frequencies: Tensor, rule: Mapping[str, Any]) -> Tensor:
+    """Llama 3's RoPE scaling: long wavelengths slowed, short ones kept, a ramp between."""
+    slow, high = float(rule["low_freq_factor"]), float(rule["high_freq_factor"])
+    wavelengths = 2 * math.pi / frequencies
+    ratio = float(rule["original_max_position_embeddings"]) / wavelengths
+    ramp = ((ratio - slow) / (high - slow)).clamp(0, 1)
+    return frequencies * (ramp + (1 - ramp) / float(rule["factor"]))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate queries or keys (B, K, H, D) by RoPE, halves paired, in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * turn[0] + torch.cat([-right, left], dim=-1) * turn[1]).to(x.dtype)

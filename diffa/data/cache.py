@@ -1,0 +1,202 @@
+"""A frozen encoder's features on disk: each recording meets the encoder once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffa.types import Features, FeatureSpec
+
+_KINDS = {"float16": torch.float16, "float32": torch.float32}
+_RECOUNT = 256  # files written before the folder's size is taken anew: others write too
+
+
+class FeatureCache:
+    """Keeps the states that adapters read, one file per recording.
+
+    The key is the waveform's content, the encoder's weights and which states are kept, so
+    nothing stale is ever found. Several processes may share a folder; files appear whole.
+
+    Args:
+        folder: where to keep them.
+        encoder: a name for the encoder and its weights: see ``identity``.
+        layers: indices of the states to keep, counted from 0.
+        dtype: on disk; float16 halves the room and rounds to three digits.
+        gigabytes: the folder's bound; when it is reached nothing more is written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        encoder: str,
+        layers: Iterable[int],
+        *,
+        dtype: Literal["float16", "float32"] = "float16",
+        gigabytes: float = 50.0,
+    ) -> None:
+        self.folder = Path(folder).expanduser()
+        self.layers = tuple(sorted(set(layers)))
+        self.dtype, self.limit = _KINDS[dtype], int(gigabytes * 2**30)
+        self.prefix = f"{encoder}/{dtype}/{','.join(map(str, self.layers))}"
+        self.hits = self.misses = self.refused = 0
+        self._held = self._size()
+        self._fresh = 0
+
+    def key(self, wave: Tensor) -> str:
+        """Name a recording (S,) under this encoder."""
+        digest = hashlib.blake2b(self.prefix.encode(), digest_size=20)
+        digest.update(wave.contiguous().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def features(
+        self,
+        encoder: Callable[[Tensor, Tensor], Features],
+        audio: Tensor,
+        lengths: Tensor,
+    ) -> Features:
+        """Return features of audio (B, S): kept ones, and the encoder's for the rest."""
+        waves = [row[:n] for row, n in zip(audio, lengths.tolist(), strict=True)]
+        keys = [self.key(wave) for wave in waves]
+        found = [self.read(key) for key in keys]
+        missing = [i for i, kept in enumerate(found) if kept is None]
+        self.hits += len(found) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            chosen = torch.tensor(missing, device=audio.device)
+            most = int(lengths[chosen].max())
+            made = encoder(audio[chosen, :most], lengths[chosen])
+            for i, one in zip(missing, _split(made, self.layers), strict=True):
+                self.write(keys[i], one)
+                # rounded the same whether computed now or read back
+                found[i] = {k: v.to(self.dtype) if k != "counts" else v for k, v in one.items()}
+        rows = [one for one in found if one is not None]
+        return _joined(rows, self.layers, audio.device)
+
+    def read(self, key: str) -> dict[str, Tensor] | None:
+        """Return one recording's states, or None; a damaged file counts as absent."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(self._path(key)))
+        except (FileNotFoundError, SafetensorError, OSError):
+            return None
+
+    def write(self, key: str, states: dict[str, Tensor]) -> None:
+        """Keep one recording's states unless the bound is reached or the disk refuses."""
+        from safetensors.torch import save
+
+        kept = {
+            name: value.to(self.dtype if name != "counts" else value.dtype).cpu().contiguous()
+            for name, value in states.items()
+        }
+        data = save(kept)
+        if self._fresh >= _RECOUNT:
+            self._held, self._fresh = self._size(), 0
+        if self._held + len(data) > self.limit or not _place(self._path(key), data):
+            self.refused += 1
+            return
+        self._held += len(data)
+        self._fresh += 1
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _size(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+
+def identity(name: str, encoder: nn.Module) -> str:
+    """Fingerprint an encoder: what it is called in the spec, and every weight's bytes."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16)
+    for key, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def layers_read(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, ...]:
+    """Find which states adapters look at by watching them read a tenth of a second of zeros."""
+    watched = _Watched(source.layers + 1)
+    frames = max(8, int(source.rate))
+    device = next((p.device for a in adapters for p in a.parameters()), torch.device("cpu"))
+    watched.state = torch.zeros(1, frames, source.width, device=device)
+    count = torch.tensor([frames], device=device)
+    for adapter in adapters:
+        training = adapter.training
+        with torch.no_grad():
+            adapter.eval()(Features(watched, count, count))
+        adapter.train(training)
+    return tuple(sorted(watched.seen))
+
+
+class _Watched(tuple[Tensor, ...]):
+    """A tuple of states that notes which of them are read."""
+
+    state: Tensor
+    seen: set[int]
+
+    def __new__(cls, size: int) -> _Watched:
+        made = super().__new__(cls, [torch.empty(0)] * size)
+        made.seen = set()
+        return made
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]
+        chosen = places if isinstance(places, range) else [places]
+        self.seen.update(chosen)
+        return self.state if isinstance(places, int) else tuple(self.state for _ in chosen)
+
+    def __iter__(self) -> Any:
+        return iter([self[i] for i in range(len(self))])
+
+
+def _split(features: Features, layers: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """Return each row's kept states, cut to the encoder's extent, and its two counts."""
+    rows = []
+    for b, (length, extent) in enumerate(
+        zip(features.lengths.tolist(), features.extents.tolist(), strict=True)
+    ):
+        row = {str(i): features.states[i][b, :extent].detach() for i in layers}
+        rows.append(row | {"counts": torch.tensor([length, extent])})
+    return rows
+
+
+def _joined(
+    rows: list[dict[str, Tensor]], layers: tuple[int, ...], device: torch.device
+) -> Features:
+    """Pad rows into features; states that were not kept are empty."""
+    counts = torch.stack([row["counts"] for row in rows]).to(device)
+    most = int(counts[:, 1].max())
+    top = max(layers) if layers else -1
+    states = [torch.empty(0, device=device)] * (top + 1)
+    for i in layers:
+        padded = [F.pad(row[str(i)].float(), (0, 0, 0, most - len(row[str(i)]))) for row in rows]
+        states[i] = torch.stack(padded).to(device)
+    return Features(tuple(states), counts[:, 0], counts[:, 1])
+
+
+def _place(path: Path, data: bytes) -> bool:
+    """Write a file so that it appears whole or not at all; False where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            return False
+    except OSError:
+        return False
+    return True

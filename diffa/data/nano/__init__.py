@@ -1,0 +1,1 @@
+"""The nano corpus: composed utterances, instructions about them, and a small tokenizer."""

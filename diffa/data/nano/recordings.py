@@ -1,0 +1,73 @@
+"""Real spoken digits: the Free Spoken Digit Dataset, read once at 16 kHz."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffa.data.nano.shaping import RATE, resample, trim
+
+Wave = NDArray[np.float32]
+Split = Literal["train", "test"]
+TEST_INDICES = range(5)  # the corpus' official split: 0-4 test, 5-49 training
+ACCENTS = {
+    "george": "greek",
+    "jackson": "american",
+    "lucas": "german",
+    "nicolas": "french",
+    "theo": "american",
+    "yweweler": "german",
+}
+
+
+class Voice(NamedTuple):
+    """One speaker: a person of the recordings, or a setting of the synthesiser."""
+
+    name: str
+    gender: Literal["man", "woman"]
+    accent: str
+    real: bool
+
+
+def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of recordings: `path`, else $DIFFA_FSDD, else ../shared/data/fsdd."""
+    places = [path] if path else [os.environ.get("DIFFA_FSDD"), "../shared/data/fsdd"]
+    for place in filter(None, places):
+        for folder in (Path(place), Path(place) / "recordings"):
+            if next(folder.glob("*_*_*.wav"), None):
+                return folder
+    raise ValueError(
+        f"no digits named {{digit}}_{{speaker}}_{{index}}.wav in {places[0] or places[-1]!s}: clone "
+        "github.com/Jakobovski/free-spoken-digit-dataset and name its folder with --fsdd or DIFFA_FSDD"
+    )
+
+
+class Recordings:
+    """Spoken digits of real people, by speaker and digit, resampled when first used."""
+
+    def __init__(self, folder: Path, split: Split, leave_out: tuple[str, ...] = ()) -> None:
+        self.files: dict[tuple[str, int], list[Path]] = {}
+        for path in sorted(folder.glob("*_*_*.wav")):
+            digit, speaker, index = path.stem.split("_")
+            if speaker not in leave_out and (int(index) in TEST_INDICES) == (split == "test"):
+                self.files.setdefault((speaker, int(digit)), []).append(path)
+        names = sorted({speaker for speaker, _ in self.files})
+        self.voices = [Voice(name, "man", ACCENTS.get(name, "american"), True) for name in names]
+        if not names:
+            raise ValueError(f"{folder} holds no {split} recordings besides those left out: {leave_out}")
+
+    def take(self, voice: Voice, digit: int, draw: float) -> Wave:
+        """One recording of `digit`; `draw` in [0, 1) chooses which."""
+        files = self.files[voice.name, digit]
+        return _read(files[int(draw * len(files))])
+
+
+@lru_cache(maxsize=4096)
+def _read(path: Path) -> Wave:
+    import soundfile
+
+    wave, rate = soundfile.read(path, dtype="float32")
+    return trim(resample(wave, rate, RATE))

@@ -1,0 +1,106 @@
+"""The one call that drives a backbone over a canvas: recompute slots, return rows' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffa.canvas import Canvas
+from diffa.memory import Context, Memory
+from diffa.types import Backbone
+
+
+class Denoiser:
+    """The ``denoise`` call of one canvas: runs the backbone, keeps the memory, counts forwards."""
+
+    def __init__(self, backbone: Backbone, canvas: Canvas) -> None:
+        self.memory = Memory()
+        self.forwards = 0
+        self._backbone = backbone
+        self._canvas = canvas
+
+    def __call__(
+        self,
+        recompute: Tensor | None,
+        rows: Tensor,
+        *,
+        sees: Tensor | None = None,
+        write: bool = True,
+    ) -> Tensor:
+        """Run the backbone over ``recompute`` (B, K; None: all) and return logits of ``rows``.
+
+        Indices may be padded with -1. A row whose indices are all -1 (its ``rows`` where
+        ``recompute`` is None) is left alone, and its logits are zero. ``rows`` (B, R) must be
+        among the recomputed slots.
+        """
+        canvas = self._canvas
+        self.memory.reserve(len(canvas.tokens), canvas.size)
+        if canvas.twins:
+            rows = rows.repeat(2, 1)
+            recompute = None if recompute is None else recompute.repeat(2, 1)
+            sees = None if sees is None else sees.repeat(2, 1, 1)
+        self.forwards += 1
+        busy = ((rows if recompute is None else recompute) >= 0).any(dim=1)
+        if bool(busy.all()):
+            return self._logits(self._hidden(recompute, None, sees, write=write), rows, recompute)
+        part = busy.nonzero()[:, 0]
+        slots = None if recompute is None else recompute[part]
+        hidden = self._hidden(slots, part, None if sees is None else sees[part], write=write)
+        found = self._logits(hidden, rows[part], slots)
+        logits = found.new_zeros(len(rows), *found.shape[1:])
+        logits[part] = found
+        return logits
+
+    def _hidden(
+        self, slots: Tensor | None, rows: Tensor | None, sees: Tensor | None, *, write: bool
+    ) -> Tensor:
+        """Hidden states of ``slots``; each row's padding repeats its first slot, harmlessly."""
+        canvas = self._canvas
+        pick: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else (lambda x: x[rows])
+        content, positions = pick(canvas.content), pick(canvas.positions)
+        context = Context(
+            valid=pick(canvas.valid) if canvas.ragged else None,
+            positions=positions,
+            branch=None if canvas.branch_of is None else pick(canvas.branch_of),
+            sees=sees,
+            memory=self.memory if write or slots is not None else None,
+            rows=rows,
+            write=write,
+        )
+        if slots is None:
+            return self._backbone(content, positions, context)
+        if sees is not None:
+            first = sees.gather(1, _first(slots)[:, :, None].expand(-1, 1, sees.shape[2]))
+            context = context._replace(sees=torch.where((slots < 0)[:, :, None], first, sees))
+        slots = first_for_padding(slots)
+        embeds = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
+        return self._backbone(embeds, positions.gather(1, slots), context._replace(slots=slots))
+
+    def _logits(self, hidden: Tensor, rows: Tensor, slots: Tensor | None) -> Tensor:
+        """Logits (B, R, V) of ``rows``: nothing else ever meets the vocabulary."""
+        at = rows
+        if slots is not None:
+            place = rows.new_zeros(len(rows), self._canvas.size)
+            steps = torch.arange(slots.shape[1], device=rows.device).expand_as(slots)
+            place.scatter_(1, first_for_padding(slots), steps)
+            at = torch.where(rows < 0, -1, place.gather(1, rows.clamp(min=0)))
+        asked = hidden.gather(1, at.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
+        if len(rows) == 1 or asked.is_cuda:
+            return self._backbone.head(asked)
+        there = rows >= 0
+        found = self._backbone.head(asked[there])
+        logits = found.new_zeros(*rows.shape, found.shape[-1])
+        logits[there] = found
+        return logits
+
+
+def first_for_padding(slots: Tensor) -> Tensor:
+    """Replace -1 by the row's first real slot, which is then computed and written twice alike."""
+    return torch.where(slots < 0, slots.gather(1, _first(slots)), slots)
+
+
+def _first(slots: Tensor) -> Tensor:
+    """Where each row's first real slot stands in ``slots``, (B, 1)."""
+    return (slots >= 0).int().argmax(dim=1, keepdim=True)

@@ -1,0 +1,184 @@
+"""Find out what works on this machine: every library is tried in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+_SECONDS = 120  # a cold disk reads torch slowly
+
+# What each library is here for, in a few lines of Python that exercise just that.
+_TORCH = "import torch; assert (torch.ones(2) @ torch.ones(2)).item() == 2"
+_TORCHAUDIO = (
+    "import torch, torchaudio; torchaudio.functional.resample(torch.ones(1, 160), 16000, 8000)"
+)
+_TRANSFORMERS = (  # a broken torchaudio shows here too: its audio utilities import it
+    "import numpy; from transformers import WhisperFeatureExtractor; "
+    "WhisperFeatureExtractor()(numpy.zeros(1600), sampling_rate=16000)"
+)
+_SOUNDFILE = (
+    "import io, numpy, soundfile; file = io.BytesIO(); "
+    "soundfile.write(file, numpy.zeros(8), 16000, format='WAV'); file.seek(0); "
+    "assert len(soundfile.read(file)[0]) == 8"
+)
+_XFORMERS = """
+import torch, xformers.ops as ops
+ops.fmha.BlockDiagonalMask.from_seqlens([2, 3])
+if torch.cuda.is_available():
+    x = torch.ones(1, 5, 2, 32, device="cuda", dtype=torch.bfloat16)
+    ops.memory_efficient_attention(x, x, x)
+else:
+    print("note: its kernels need a GPU; SDPA is used without one")
+"""
+_GPU = """
+import torch
+assert torch.cuda.is_available(), "absent"
+x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+assert (x @ x)[0, 0].item() == 64
+p = torch.cuda.get_device_properties(0)
+count = torch.cuda.device_count()
+print(f"note: {count} x {p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+"""
+
+
+class Finding(NamedTuple):
+    """The state of one thing: works, broken with the reason, or absent with what to install."""
+
+    name: str
+    version: str
+    state: str
+    note: str
+    required: bool
+
+    @property
+    def ill(self) -> bool:
+        """Whether diffa cannot do its work because of this."""
+        return self.required and self.state != "works"
+
+    def row(self) -> dict[str, Any]:
+        """The finding as one row of a table."""
+        need = "required" if self.required else "optional"
+        return {
+            "name": self.name,
+            "version": self.version,
+            "need": need,
+            "state": self.state,
+            "note": self.note,
+        }
+
+
+class _Library(NamedTuple):
+    name: str
+    trial: str
+    extra: str  # of diffa; empty where the library is required
+
+
+_LIBRARIES = (
+    _Library("torch", _TORCH, ""),
+    _Library("torchaudio", _TORCHAUDIO, ""),
+    _Library("transformers", _TRANSFORMERS, ""),
+    _Library("soundfile", _SOUNDFILE, ""),
+    _Library("safetensors", "import safetensors.torch", ""),
+    _Library("huggingface_hub", "import huggingface_hub", ""),
+    _Library("einops", "import einops", ""),
+    _Library("xformers", _XFORMERS, "xformers"),
+    _Library("timm", "import timm", "timm"),
+    _Library("accelerate", "import accelerate", "train"),
+    _Library("peft", "import peft", "train"),
+    _Library("av", "import av", "audio"),
+)
+
+
+def examine(names: Sequence[str] | None = None) -> list[Finding]:
+    """Try every library, espeak-ng and the GPU, or only those named; some seconds' work."""
+    trials = {library.name: _library(library) for library in _LIBRARIES}
+    trials = {"python": _python, **trials, "espeak-ng": _espeak, "GPU": _gpu}
+    chosen = [trial for name, trial in trials.items() if names is None or name in names]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda trial: trial(), chosen))
+
+
+def _python() -> Finding:
+    fine = sys.version_info >= (3, 11)
+    state = "works" if fine else "broken: diffa needs Python 3.11 or later"
+    return Finding("python", platform.python_version(), state, sys.executable, True)
+
+
+def _library(library: _Library) -> Any:
+    def examine_one() -> Finding:
+        name, required = library.name, not library.extra
+        if importlib.util.find_spec(name) is None:
+            wanted = f"diffa[{library.extra}]" if library.extra else name
+            return Finding(name, "", "absent", f"pip install '{wanted}'", required)
+        state, note = attempt(library.trial)
+        return Finding(name, _version(name), state, note, required)
+
+    return examine_one
+
+
+def _gpu() -> Finding:
+    state, note = attempt(_GPU)
+    if state.endswith("AssertionError: absent"):
+        return Finding(
+            "GPU", "", "absent", "everything runs on the CPU, large models slowly", False
+        )
+    return Finding("GPU", "", state, note, False)
+
+
+def _espeak() -> Finding:
+    program = shutil.which("espeak-ng")
+    if program is None:
+        hint = "apt-get install espeak-ng (only for making speech to train on)"
+        return Finding("espeak-ng", "", "absent", hint, False)
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("espeak-ng", "", f"broken: {error}", program, False)
+    if done.returncode:
+        return Finding("espeak-ng", "", f"broken: {_last(done.stderr)}", program, False)
+    version = done.stdout.partition("text-to-speech:")[2].split()
+    return Finding("espeak-ng", version[0] if version else "", "works", program, False)
+
+
+def attempt(trial: str) -> tuple[str, str]:
+    """Run a few lines of Python in a process of their own: its state, and a note it printed."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", trial],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return f"broken: no answer within {_SECONDS} s", ""
+    notes = [line[6:] for line in done.stdout.splitlines() if line.startswith("note: ")]
+    if done.returncode == 0:
+        return "works", " ".join(notes)
+    if done.returncode < 0:
+        return f"broken: the process was killed by signal {-done.returncode}", ""
+    return f"broken: {_last(done.stderr)}", ""
+
+
+def _last(text: str) -> str:
+    """The last line of a traceback: its error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (errors or lines or ["no reason given"])[-1]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,136 @@
+"""Read YAML and JSON as what they say, and write YAML: no duplicate keys, no surprising types."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffa.errors import SpecError
+
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-4 is a number, while `no`, `1:30` and 2026-01-31 are text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, refusing a key that is given twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key.value, str):
+                mark = key.start_mark
+                raise SpecError(f"line {mark.line + 1}: {key.value!r} is given twice")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+for _name, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)))  # PyYAML's own reads 010 as octal
+
+
+_Loader.add_constructor(_TAG + "int", _number)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value a YAML text stands for; SpecError with the line where it is malformed."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise SpecError(f"not YAML: {where}{getattr(error, 'problem', None) or error}") from error
+    except (ValueError, RecursionError, TypeError) as error:
+        raise SpecError(f"not YAML that can be read: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return the value a JSON text stands for; SpecError with the line where it is malformed."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"not JSON: line {error.lineno}: {error.msg}") from error
+    except RecursionError as error:
+        raise SpecError("not JSON that can be read: it is nested too deeply") from error
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """Read a YAML or JSON file that holds a mapping; SpecError names the file and the fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"there is no file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read as text: {error}") from error
+    try:
+        value = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        held = "nothing" if value is None else f"a {type(value).__name__}"
+        raise SpecError(f"{path} holds {held}, not a mapping such as `encoder: whisper`")
+    return value
+
+
+def write_yaml(value: Any) -> str:
+    """Return YAML in the order given, short lists and plain options on one line."""
+    return yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+        default_flow_style=None,
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that both YAML 1.1 and 1.2 readers find the same value."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Repeat equal values instead of writing anchors."""
+        return True
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)  # 1e-05 lacks the dot that YAML 1.1 asks for
+    text = text.replace("e", ".0e") if "e" in text and "." not in text else text
+    return dumper.represent_scalar(_TAG + "float", text)
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    own = any(
+        pattern.match(value)
+        for patterns in _Loader.yaml_implicit_resolvers.values()
+        for _, pattern in patterns
+    )
+    return dumper.represent_scalar(_TAG + "str", value, style="'" if own else None)
+
+
+_Dumper.add_representer(float, _float)
+_Dumper.add_representer(str, _text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise SpecError(f"{key!r} is given twice")
+        found[key] = value
+    return found

@@ -1,0 +1,95 @@
+"""A small encoder of Whisper's shape with random weights, for tests and for training anew."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffa import checkpoint
+from diffa.encoders.mel import Mel
+from diffa.encoders.windows import listen
+from diffa.errors import SpecError
+from diffa.types import Features, FeatureSpec
+
+
+class Tiny(nn.Module):
+    """Whisper's encoder at any size, drawn from ``seed``; ``seconds`` is its window's length."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        mels: int = 80,
+        seconds: float = 30.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        from transformers import WhisperConfig
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        _check(width, layers, heads, mels)
+        self.mel = Mel(mels)
+        self.sample_rate = self.mel.rate
+        self.out = FeatureSpec(width, layers, self.mel.rate / self.mel.hop / 2, heads)
+        config = WhisperConfig(
+            d_model=width,
+            encoder_layers=layers,
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=4 * width,
+            num_mel_bins=mels,
+            max_source_positions=_frames(seconds, self.out.rate),
+        )
+        with torch.device("meta"):
+            self.encoder = WhisperEncoder(config)
+        if not checkpoint.dry():
+            self.encoder.to_empty(device=torch.get_default_device())
+            _draw(self.encoder, seed)
+
+    def forward(self, audio: Tensor, lengths: Tensor) -> Features:
+        """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
+        return listen(self.encoder, self.mel, audio, lengths)
+
+
+def _check(width: int, layers: int, heads: int, mels: int) -> None:
+    for name, value in (("layers", layers), ("heads", heads), ("mels", mels)):
+        if value < 1:
+            raise SpecError(f"{name} must be at least 1, got {value}")
+    if width < 4 or width % 2 or width % heads:
+        raise SpecError(
+            f"width must be even, at least 4 and a multiple of heads ({heads}), got {width}"
+        )
+
+
+def _frames(seconds: float, rate: float) -> int:
+    """Return the frames of a window of ``seconds``."""
+    frames = round(seconds * rate) if math.isfinite(seconds) else 0
+    if frames < 1:
+        raise SpecError(f"seconds must be at least {1 / rate}, one frame, got {seconds}")
+    return frames
+
+
+@torch.no_grad()
+def _draw(encoder: nn.Module, seed: int) -> None:
+    """Draw weights of variance 1 / fan-in from a generator of their own; positions are Whisper's
+    sinusoids, norms and biases neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in encoder.named_parameters():
+        if name == "embed_positions.weight":
+            value.copy_(_sinusoids(*value.shape))
+        elif value.dim() > 1:
+            spread = value[0].numel() ** -0.5
+            value.copy_(torch.randn(value.shape, generator=generator, device="cpu") * spread)
+        else:
+            value.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def _sinusoids(frames: int, width: int) -> Tensor:
+    """Return positions (frames, width): sines, then cosines, of periods 2 pi to 20,000 pi."""
+    half = width // 2
+    periods = 10000.0 ** (torch.arange(half, device="cpu") / max(half - 1, 1))
+    angles = torch.arange(frames, device="cpu")[:, None] / periods
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,363 @@
+"""Model: an encoder, adapters, a backbone, a sampler and an objective that work as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffa.audio import pad, prepare
+from diffa.errors import AudioError, SpecError
+from diffa.canvas import Canvas, interleave
+from diffa.denoise import Denoiser
+from diffa.memory import Context
+from diffa.prompt import Chat
+from diffa.spec import Spec
+from diffa.types import Embeds, Features, Noised, Step
+
+Waves = Tensor | Sequence[Tensor | None] | None
+
+
+class Generation(NamedTuple):
+    """Answers of a batch: a LongTensor of ``max_tokens`` per row, and calls of the backbone."""
+
+    tokens: list[Tensor]
+    forwards: int
+
+
+class Answer(NamedTuple):
+    """Text and tokens of an answer (lists of both for a batch), and calls of the backbone."""
+
+    text: Any
+    tokens: Any
+    forwards: int
+
+
+class Model(nn.Module):
+    """An encoder, adapters, a backbone, a sampler and an objective that work as one.
+
+    Attributes:
+        spec: the resolved spec that the model was built from.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        adapters: Mapping[str, nn.Module],
+        backbone: nn.Module,
+        sampler: Any,
+        objective: Any,
+        spec: Spec,
+    ) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.adapters = nn.ModuleDict(adapters)
+        self.backbone: Any = backbone
+        self.sampler, self.objective, self.spec = sampler, objective, spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone's weights are."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone's weights."""
+        return next(self.backbone.parameters()).dtype
+
+    def listen(self, audio: Tensor, lengths: Tensor | None = None) -> Embeds:
+        """Turn audio (S,) or (B, S) at ``encoder.sample_rate`` into embeddings, in spec order.
+
+        Args:
+            audio: float waveforms; rows shorter than S say so in ``lengths`` (B,), in samples.
+            lengths: true samples per row; S where None.
+
+        Raises:
+            AudioError: audio that is empty, not finite or not a float waveform.
+        """
+        audio = audio[None] if audio.dim() == 1 else audio
+        if audio.dim() != 2:
+            raise AudioError(f"audio has shape {tuple(audio.shape)}, expected (S,) or (B, S)")
+        if lengths is None:
+            lengths = torch.full((len(audio),), audio.shape[1])
+        for row, length in zip(audio, lengths.tolist(), strict=True):
+            prepare(row[:length], self.encoder.sample_rate)
+        lengths = lengths.to(self.device)
+        return self.adapt(self.encoder(audio.to(self.device), lengths))
+
+    def adapt(self, features: Features) -> Embeds:
+        """Concatenate every adapter's embeddings of the features, in the spec's order."""
+        parts = [adapter(features) for adapter in self.adapters.values()]
+        return join(parts)
+
+    def logits(self, embeds: Tensor) -> Tensor:
+        """Logits (B, S, V) of one full pass over embeddings (B, S, W), positions from 0."""
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        logits: Tensor = self.backbone.head(self.backbone(embeds, positions, Context()))
+        return logits
+
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        audio: Waves = None,
+        *,
+        audio_at: int | Sequence[int] | None = None,
+        max_tokens: int = 128,
+        seeds: int | Sequence[int] | None = None,
+    ) -> Generation:
+        """Answer prompts of token ids (L,), one or a list, with the spec's sampler.
+
+        Args:
+            prompt: token ids (L,), or a list of such.
+            audio: a waveform (S,), a list with one waveform or None per prompt, or None.
+            audio_at: index in the prompt before which the audio goes, one or one per row; 0 where
+                None.
+            max_tokens: length of every answer.
+            seeds: one seed or one per row for samplers that draw; 0 where None.
+
+        Raises:
+            AudioError: unusable audio, or too much of it for the backbone's context.
+            SpecError: arguments that do not fit together.
+        """
+        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds)
+        with torch.no_grad():
+            for _ in self.sampler(canvas, denoise):
+                pass
+        return Generation([row.clone() for row in canvas.answer.cpu()], denoise.forwards)
+
+    def stream(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        audio: Waves = None,
+        *,
+        audio_at: int | Sequence[int] | None = None,
+        max_tokens: int = 128,
+        seeds: int | Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
+        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds)
+        steps = self.sampler(canvas, denoise)
+        while True:
+            with torch.no_grad():  # not held while the caller works between two steps
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def answer(
+        self,
+        audio: Any,
+        question: str | Sequence[str],
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Answer:
+        """Answer a question about a recording, or a list of questions about a list of them.
+
+        Args:
+            audio: path, or waveform at ``encoder.sample_rate``; a list of these for a batch; None
+                for a question without a recording.
+            question: one question, or one per recording.
+            system: instead of the spec's system turn.
+            max_tokens: length of the answers; 128 where None.
+
+        Raises:
+            AudioError: unusable audio, or too much of it for the backbone's context.
+            SpecError: the backbone has no tokenizer, or the lists differ in length.
+        """
+        single = isinstance(question, str)
+        questions = [question] if isinstance(question, str) else list(question)
+        heard = [audio] if single else list(audio)
+        if len(heard) != len(questions):
+            raise SpecError(f"{len(heard)} recordings but {len(questions)} questions")
+        waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in heard]
+        chat = self.chat
+        prompts = [
+            chat.encode(q, system=system, audio=wave is not None)
+            for q, wave in zip(questions, waves, strict=True)
+        ]
+        made = self.generate(
+            [prompt.tokens for prompt in prompts],
+            waves,
+            audio_at=[prompt.audio_at or 0 for prompt in prompts],
+            max_tokens=128 if max_tokens is None else max_tokens,
+        )
+        texts = [chat.decode(tokens) for tokens in made.tokens]
+        if single:
+            return Answer(texts[0], made.tokens[0], made.forwards)
+        return Answer(texts, made.tokens, made.forwards)
+
+    @property
+    def chat(self) -> Chat:
+        """The chat prompts of this model's spec; raises SpecError without a tokenizer."""
+        if self.backbone.tokenizer is None:
+            raise SpecError(
+                "the backbone has no tokenizer: give it one (backbone.tokenizer: FOLDER), "
+                "or use model.generate with token ids"
+            )
+        return Chat(self.backbone.tokenizer, **self.spec.data["prompt"])
+
+    def loss(
+        self,
+        tokens: Tensor,
+        answer: Tensor,
+        seeds: Tensor,
+        *,
+        lengths: Tensor,
+        audio_at: Tensor | None = None,
+        audio: tuple[Tensor, Tensor] | None = None,
+        features: Features | None = None,
+    ) -> Loss:
+        """Corrupt answers, run the model with gradients, and measure the objective.
+
+        Args:
+            tokens: prompts and answers (B, L), padded at the end.
+            answer: which tokens belong to the answer, (B, L) bool.
+            seeds: one per row, for the corruption, (B,).
+            lengths: true tokens per row, (B,).
+            audio_at: index before which each row's audio goes, (B,).
+            audio: waveforms (B, S) with lengths (B,) in samples; or
+            features: what the frozen encoder made of them; neither for text alone.
+        """
+        noised = self.objective.corrupt(tokens, answer, seeds)
+        heard = None
+        if audio is not None or features is not None:
+            heard = self.adapt(self.encoder(*audio) if features is None else features)
+        rows = lengths.tolist()
+        places = [0] * len(rows) if audio_at is None else audio_at.tolist()
+        embeds, text = interleave(
+            [row[:length] for row, length in zip(noised.tokens, rows, strict=True)],
+            _split(heard, len(rows)),
+            places,
+            self.backbone.embed,
+        )
+        positions = torch.arange(text.shape[1], device=text.device)
+        valid = positions < embeds.lengths[:, None]
+        context = Context(valid=None if bool(valid.all()) else valid)
+        hidden = self.backbone(embeds.values, positions.expand(text.shape), context)
+        # Token i of a row with n audio embeddings before it stands at i, or at i + n behind them.
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        if heard is not None and audio_at is not None:
+            index = index + heard.lengths[:, None] * (index >= audio_at[:, None])
+        index = index.clamp(max=text.shape[1] - 1)
+        hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+        total, weight = self.objective.loss(hidden, self.backbone.head, tokens, noised)
+        return Loss(total, weight, hidden, noised)
+
+    def _open(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        audio: Waves,
+        audio_at: int | Sequence[int] | None,
+        max_tokens: int,
+        seeds: int | Sequence[int] | None,
+    ) -> tuple[Canvas, Denoiser]:
+        """Check arguments, listen, and lay out the canvas with the call that drives it."""
+        if max_tokens < 1:
+            raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
+        prompts = [prompt] if isinstance(prompt, Tensor) else list(prompt)
+        rows = len(prompts)
+        waves: list[Tensor | None] = [None] * rows
+        if audio is not None:
+            waves = [audio] if isinstance(audio, Tensor) else list(audio)
+        places = spread("audio_at", 0 if audio_at is None else audio_at, rows)
+        drawn = spread("seeds", 0 if seeds is None else seeds, rows)
+        if len(waves) != rows:
+            raise SpecError(f"{rows} prompts but {len(waves)} recordings")
+        prompts = [self._checked(p, at) for p, at in zip(prompts, places, strict=True)]
+        with torch.no_grad():
+            heard = self._hear(waves)
+            self._fits(prompts, heard, waves, max_tokens)
+            embeds, text = interleave(prompts, heard, places, self.backbone.embed)
+            vocab = self.backbone.vocab
+            begin = vocab.pad if vocab.mask is None else vocab.mask
+            canvas = Canvas(
+                embeds,
+                text,
+                text.new_full((rows, max_tokens), begin),
+                embed=self.backbone.embed,
+                vocab=vocab,
+                seeds=torch.tensor(drawn, device=text.device),
+            )
+        return canvas, Denoiser(self.backbone, canvas)
+
+    def _checked(self, prompt: Tensor, audio_at: int) -> Tensor:
+        if prompt.dim() != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool:
+            shape = tuple(prompt.shape)
+            raise SpecError(f"a prompt is token ids (L,), got {prompt.dtype} of shape {shape}")
+        size = self.backbone.vocab.size
+        if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < size):
+            raise SpecError(f"a prompt has token ids outside the vocabulary of {size}")
+        if not 0 <= audio_at <= len(prompt):
+            raise SpecError(f"audio_at is {audio_at}, but the prompt has {len(prompt)} tokens")
+        return prompt.to(self.device, torch.long)
+
+    def _hear(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Embeddings (N, W) of each row's audio; None for a row without."""
+        spoken = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
+        if not spoken:
+            return [None] * len(waves)
+        heard = iter(_split(self.listen(*pad(spoken)), len(spoken)))
+        return [None if wave is None else next(heard) for wave in waves]
+
+    def _fits(
+        self,
+        prompts: Sequence[Tensor],
+        heard: Sequence[Tensor | None],
+        waves: Sequence[Tensor | None],
+        max_tokens: int,
+    ) -> None:
+        """Refuse rows that are longer than the backbone's context."""
+        most = getattr(self.backbone, "context", None)
+        for row, (prompt, sound, wave) in enumerate(zip(prompts, heard, waves, strict=True)):
+            audio = 0 if sound is None else len(sound)
+            total = len(prompt) + audio + max_tokens
+            if most is None or total <= most:
+                continue
+            seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
+            kind = SpecError if wave is None else AudioError
+            raise kind(
+                f"row {row}: {len(prompt)} prompt tokens, {audio} audio embeddings "
+                f"({seconds:.1f} s) and {max_tokens} answer tokens are {total}, but the backbone "
+                f"reads {most}: cut the recording into shorter pieces or lower max_tokens"
+            )
+
+
+class Loss(NamedTuple):
+    """An objective's sum and the weight to divide it by, with what it was measured on."""
+
+    sum: Tensor
+    weight: Tensor
+    hidden: Tensor
+    noised: Noised
+
+
+def spread(name: str, value: int | Sequence[int], rows: int) -> list[int]:
+    """Return one value per row from one value or a list of them."""
+    if isinstance(value, int):
+        return [value] * rows
+    values = [int(v) for v in value]
+    if len(values) != rows:
+        raise SpecError(f"{name} has {len(values)} values for {rows} prompts")
+    return values
+
+
+def _split(embeds: Embeds | None, rows: int) -> list[Tensor | None]:
+    """Each row's own embeddings (N, W), without padding."""
+    if embeds is None:
+        return [None] * rows
+    pairs = zip(embeds.values, embeds.lengths.tolist(), strict=True)
+    return [values[:length] for values, length in pairs]
+
+
+def join(parts: Sequence[Embeds]) -> Embeds:
+    """Concatenate embeddings row by row: part after part, without the padding between."""
+    lengths = torch.stack([part.lengths for part in parts]).sum(dim=0)
+    rows = [
+        torch.cat([part.values[row, : int(part.lengths[row])] for part in parts])
+        for row in range(len(lengths))
+    ]
+    return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)

@@ -1,0 +1,1 @@
+"""Objectives: how answers are corrupted for training and what restoring them costs."""
