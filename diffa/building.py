@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
 
 from diffa.errors import CheckpointError, SpecError
 from diffa.model import Model
@@ -37,8 +36,16 @@ def build(
         PluginError: a part cannot be imported or is not what it should be.
         CheckpointError: weights are missing or do not fit, or memory will not hold them.
     """
-    spec = Spec.read(spec).resolve()
-    place = torch.device(device)
+    return assemble(Spec.read(spec).resolve(), torch.device(device), dtype)
+
+
+def assemble(
+    spec: Spec,
+    place: torch.device,
+    dtype: torch.dtype | str | None,
+    stored: Container[str] = (),
+) -> Model:
+    """Build a resolved spec; adapters at ``stored`` paths wait for ``load`` to fill them."""
     precise = _dtype(dtype, place)
     chosen = spec.choices()
     if place.type != "meta" and chosen["backbone"].options.get("checkpoint"):
@@ -46,14 +53,14 @@ def build(
     with torch.device("meta" if place.type == "meta" else "cpu"):
         encoder = make(chosen["encoder"])
         backbone = make(chosen["backbone"])
-        adapters = {
-            path.partition(".")[2]: make(part, source=encoder.out, width=backbone.width)
-            for path, part in chosen.items()
-            if part.kind == "adapter"
-        }
-    rules = {
-        kind: make(chosen[kind], vocab=backbone.vocab) for kind in ("sampler", "objective")
-    }
+        adapters = {}
+        for path, part in chosen.items():
+            if part.kind != "adapter":
+                continue
+            if path in stored and "checkpoint" in part.options:
+                part.options["checkpoint"] = None
+            adapters[path.partition(".")[2]] = make(part, source=encoder.out, width=backbone.width)
+    rules = {kind: make(chosen[kind], vocab=backbone.vocab) for kind in ("sampler", "objective")}
     for kind, rule in rules.items():
         _check_decoding(kind, chosen, rule.decoding, backbone.decoding)
     model = Model(encoder=encoder, adapters=adapters, backbone=backbone, spec=spec, **rules)
@@ -127,7 +134,9 @@ def _moved(model: Model, part: Chosen, **wires: Any) -> Any:
 
 def _check_decoding(kind: str, chosen: Mapping[str, Chosen], own: str, rule: str) -> None:
     if own != rule:
-        names = [str(getattr(chosen[k].name, "__name__", chosen[k].name)) for k in (kind, "backbone")]
+        names = [
+            str(getattr(chosen[k].name, "__name__", chosen[k].name)) for k in (kind, "backbone")
+        ]
         raise SpecError(mismatch(kind, names[0], own, names[1], rule))
 
 
@@ -163,5 +172,3 @@ def _free(place: torch.device) -> int | None:
         return None
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return kilobytes.get("MemAvailable", 0) * 1024 or None
-
-

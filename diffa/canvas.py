@@ -112,7 +112,10 @@ class Canvas:
         if hide in ("audio", "both"):
             valid &= ~spoken
             self.ragged = self.ragged or bool(spoken.any())
-        self.content, self.valid = torch.cat([self.content, content]), torch.cat([self.valid, valid])
+        self.content, self.valid = (
+            torch.cat([self.content, content]),
+            torch.cat([self.valid, valid]),
+        )
         self.tokens, self.positions = self.tokens.repeat(2, 1), self.positions.repeat(2, 1)
         if self.branch_of is not None:
             self.branch_of = self.branch_of.repeat(2, 1)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-_SECONDS = 120  # a cold disk reads torch slowly
+_SECONDS = 180  # a cold disk reads torch slowly
+_LATE = 1000  # an exit code no process has
 
 # What each library is here for, in a few lines of Python that exercise just that.
 _TORCH = "import torch; assert (torch.ones(2) @ torch.ones(2)).item() == 2"
@@ -40,12 +42,29 @@ else:
 """
 _GPU = """
 import torch
-assert torch.cuda.is_available(), "absent"
+if not torch.cuda.is_available():
+    print("note: absent")
+    raise SystemExit
 x = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
 assert (x @ x)[0, 0].item() == 64
 p = torch.cuda.get_device_properties(0)
 count = torch.cuda.device_count()
 print(f"note: {count} x {p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
+"""
+
+
+_TOGETHER = """
+import contextlib, io, json, sys
+for name, trial in json.loads(sys.argv[1]):
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(trial, {})
+    except SystemExit:
+        pass
+    except BaseException:
+        continue
+    print(json.dumps([name, printed.getvalue()]), flush=True)
 """
 
 
@@ -99,11 +118,19 @@ _LIBRARIES = (
 
 def examine(names: Sequence[str] | None = None) -> list[Finding]:
     """Try every library, espeak-ng and the GPU, or only those named; some seconds' work."""
-    trials = {library.name: _library(library) for library in _LIBRARIES}
-    trials = {"python": _python, **trials, "espeak-ng": _espeak, "GPU": _gpu}
-    chosen = [trial for name, trial in trials.items() if names is None or name in names]
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda trial: trial(), chosen))
+    chosen = [lib for lib in _LIBRARIES if names is None or lib.name in names]
+    present = {lib.name: lib.trial for lib in chosen if importlib.util.find_spec(lib.name)}
+    if names is None or "GPU" in names:
+        present["GPU"] = _GPU
+    verdicts = attempt(present)
+    findings = [_library(library, verdicts.get(library.name)) for library in chosen]
+    if names is None or "python" in names:
+        findings.insert(0, _python())
+    if names is None or "espeak-ng" in names:
+        findings.append(_espeak())
+    if "GPU" in verdicts:
+        findings.append(_gpu(*verdicts["GPU"]))
+    return findings
 
 
 def _python() -> Finding:
@@ -112,21 +139,16 @@ def _python() -> Finding:
     return Finding("python", platform.python_version(), state, sys.executable, True)
 
 
-def _library(library: _Library) -> Any:
-    def examine_one() -> Finding:
-        name, required = library.name, not library.extra
-        if importlib.util.find_spec(name) is None:
-            wanted = f"diffa[{library.extra}]" if library.extra else name
-            return Finding(name, "", "absent", f"pip install '{wanted}'", required)
-        state, note = attempt(library.trial)
-        return Finding(name, _version(name), state, note, required)
-
-    return examine_one
+def _library(library: _Library, verdict: tuple[str, str] | None) -> Finding:
+    required = not library.extra
+    if verdict is None:
+        wanted = f"diffa[{library.extra}]" if library.extra else library.name
+        return Finding(library.name, "", "absent", f"pip install '{wanted}'", required)
+    return Finding(library.name, _version(library.name), *verdict, required)
 
 
-def _gpu() -> Finding:
-    state, note = attempt(_GPU)
-    if state.endswith("AssertionError: absent"):
+def _gpu(state: str, note: str) -> Finding:
+    if note == "absent":
         return Finding(
             "GPU", "", "absent", "everything runs on the CPU, large models slowly", False
         )
@@ -148,26 +170,47 @@ def _espeak() -> Finding:
     return Finding("espeak-ng", version[0] if version else "", "works", program, False)
 
 
-def attempt(trial: str) -> tuple[str, str]:
-    """Run a few lines of Python in a process of their own: its state, and a note it printed."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", trial],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return f"broken: no answer within {_SECONDS} s", ""
-    notes = [line[6:] for line in done.stdout.splitlines() if line.startswith("note: ")]
+def attempt(trials: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Run pieces of Python: each one's state, and a note it printed.
+
+    One process tries them all, since most import torch; what fails there, or comes after a
+    crash, is judged in a process of its own.
+    """
+    together = _run(_TOGETHER, json.dumps(list(trials.items())))
+    lines = [line for line in together.stdout.splitlines() if line.startswith('["')]
+    fine: dict[str, str] = dict(json.loads(line) for line in lines)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        rest = [name for name in trials if name not in fine]
+        alone = dict(zip(rest, pool.map(lambda name: _alone(trials[name]), rest), strict=True))
+    return {name: alone.get(name) or ("works", _note(fine[name])) for name in trials}
+
+
+def _alone(trial: str) -> tuple[str, str]:
+    done = _run(trial)
     if done.returncode == 0:
-        return "works", " ".join(notes)
+        return "works", _note(done.stdout)
+    if done.returncode == _LATE:
+        return f"broken: no answer within {_SECONDS} s", ""
     if done.returncode < 0:
         return f"broken: the process was killed by signal {-done.returncode}", ""
     return f"broken: {_last(done.stderr)}", ""
+
+
+def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", code, *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, env=environment
+        )
+    except subprocess.TimeoutExpired as late:
+        seen = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        return subprocess.CompletedProcess(command, _LATE, seen, "")
+
+
+def _note(printed: str) -> str:
+    return " ".join(line[6:] for line in printed.splitlines() if line.startswith("note: "))
 
 
 def _last(text: str) -> str:

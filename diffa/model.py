@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from diffa.audio import pad, prepare
-from diffa.errors import AudioError, SpecError
 from diffa.canvas import Canvas, interleave
 from diffa.denoise import Denoiser
+from diffa.errors import AudioError, SpecError
 from diffa.memory import Context
 from diffa.prompt import Chat
 from diffa.spec import Spec
@@ -289,7 +289,7 @@ class Model(nn.Module):
             shape = tuple(prompt.shape)
             raise SpecError(f"a prompt is token ids (L,), got {prompt.dtype} of shape {shape}")
         size = self.backbone.vocab.size
-        if len(prompt) and not (0 <= int(prompt.min()) and int(prompt.max()) < size):
+        if len(prompt) and bool(((prompt < 0) | (prompt >= size)).any()):
             raise SpecError(f"a prompt has token ids outside the vocabulary of {size}")
         if not 0 <= audio_at <= len(prompt):
             raise SpecError(f"audio_at is {audio_at}, but the prompt has {len(prompt)} tokens")

@@ -89,7 +89,9 @@ class Chat:
         return [{"role": "system", "content": words}, user] if words else [user]
 
     def _render(self, turns: list[dict[str, str]], *, open_: bool) -> str:
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_)
+        text = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=open_
+        )
         return str(text)
 
     def _ids(self, text: str) -> list[int]:

@@ -113,16 +113,22 @@ class Encoder(Protocol):
     sample_rate: int
     out: FeatureSpec
 
-    def __call__(self, audio: Tensor, lengths: Tensor) -> Features: ...
+    def __call__(self, audio: Tensor, lengths: Tensor) -> Features:
+        """Return the hidden states of every layer."""
+        ...
 
 
 @runtime_checkable
 class Adapter(Protocol):
     """``Features`` -> ``Embeds``; ``out_lengths`` maps frame counts (B,) to embedding counts."""
 
-    def __call__(self, features: Features) -> Embeds: ...
+    def __call__(self, features: Features) -> Embeds:
+        """Return the embeddings of each row's true audio."""
+        ...
 
-    def out_lengths(self, lengths: Tensor) -> Tensor: ...
+    def out_lengths(self, lengths: Tensor) -> Tensor:
+        """Return how many embeddings (B,) rows of ``lengths`` (B,) frames become."""
+        ...
 
 
 @runtime_checkable
@@ -134,11 +140,17 @@ class Backbone(Protocol):
     decoding: Decoding
     tokenizer: Any
 
-    def embed(self, tokens: Tensor) -> Tensor: ...
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> embeddings (..., W)."""
+        ...
 
-    def head(self, hidden: Tensor) -> Tensor: ...
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., W) -> logits (..., V)."""
+        ...
 
-    def __call__(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor: ...
+    def __call__(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """Return normalised hidden states, before the head."""
+        ...
 
 
 @runtime_checkable
@@ -147,7 +159,9 @@ class Sampler(Protocol):
 
     decoding: Decoding
 
-    def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]: ...
+    def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
+        """Write the answers, yielding after each call of ``denoise``."""
+        ...
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,15 +121,13 @@ def test_only_what_is_read_is_downloaded(cache, monkeypatch):
     names = ["config.json", "tokenizer.json", "code.py", "model.safetensors", "pytorch_model.bin"]
     names += ["model.fp32-00001-of-00002.safetensors", "data/train.json", "stage1/config.json"]
     asked = {}
-
-    class Info:
-        siblings = [type("File", (), {"rfilename": name}) for name in names]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def download(repository, **options):
         asked.update(options)
         return str(cache)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: Info())
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint.find("a/b", "v1")
     assert asked["allow_patterns"] == ["config.json", "tokenizer.json", "model.safetensors"]
@@ -185,7 +184,7 @@ def test_only_the_shards_that_are_needed_are_opened(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     shard(tmp_path, "safetensors", save_file)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="00002-of-00002.safetensors', which is not in"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors', which is not in"):
         checkpoint.read_weights(tmp_path)
 
 
@@ -268,12 +267,18 @@ def test_every_fault_is_told_at_once_and_nothing_is_changed(layer):
     before = layer.weight.clone()
     with pytest.raises(CheckpointError) as caught:
         checkpoint.fill(layer, {"weight": torch.ones(3, 3), "more": torch.ones(1)}, source="here")
-    for part in ("here", "Linear", "missing: bias", "unexpected: more", "weight (3, 3) where (2, 3)"):
+    for part in (
+        "here",
+        "Linear",
+        "missing: bias",
+        "unexpected: more",
+        "weight (3, 3) where (2, 3)",
+    ):
         assert part in str(caught.value)
     assert layer.weight.equal(before)
 
 
 def test_long_lists_are_shortened(layer):
     state = {f"key{i}": torch.ones(1) for i in range(50)}
-    with pytest.raises(CheckpointError, match="key0, key1.* and 44 more"):
+    with pytest.raises(CheckpointError, match=r"key0, key1.* and 44 more"):
         checkpoint.fill(layer, state, source="here")

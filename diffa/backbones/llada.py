@@ -125,7 +125,8 @@ def read(config: Mapping[str, Any], *, source: str | Path) -> tuple[Shape, Vocab
             width=width,
             layers=config["n_layers"],
             heads=heads,
-            groups=config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else heads),
+            groups=config.get("n_kv_heads")
+            or (1 if config.get("multi_query_attention") else heads),
             hidden=config.get("mlp_hidden_size") or config.get("mlp_ratio", 4) * width,
             vocab=config.get("embedding_size") or config["vocab_size"],
             context=config.get("max_sequence_length", 4096),
@@ -149,5 +150,3 @@ def check(shape: Shape, source: str | Path) -> Shape:
             "do not divide: the width must split into even heads, the heads into key heads"
         )
     return shape
-
-

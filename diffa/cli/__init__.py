@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -68,12 +69,12 @@ def doctor(as_json: specs.JSON = False) -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; faults become one message on stderr, exit code 2 for usage, else 1."""
-    debug = "--debug" in sys.argv
-    sys.argv = [word for word in sys.argv if word != "--debug"]
+    words = sys.argv[1:] if words is None else words
+    debug = "--debug" in words
     try:
-        app()
+        app([word for word in words if word != "--debug"], prog_name="diffa")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -28,7 +28,8 @@ class FeatureCache:
     Args:
         folder: where to keep them.
         encoder: a name for the encoder and its weights: see ``identity``.
-        layers: indices of the states to keep, counted from 0.
+        layers: indices of the states to keep, counted from 0 (see ``layers_read``).
+        total: states that the encoder emits.
         dtype: on disk; float16 halves the room and rounds to three digits.
         gigabytes: the folder's bound; when it is reached nothing more is written.
     """
@@ -38,12 +39,13 @@ class FeatureCache:
         folder: str | os.PathLike[str],
         encoder: str,
         layers: Iterable[int],
+        total: int,
         *,
         dtype: Literal["float16", "float32"] = "float16",
         gigabytes: float = 50.0,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        self.layers = tuple(sorted(set(layers)))
+        self.layers, self.total = tuple(sorted(set(layers))), total
         self.dtype, self.limit = _KINDS[dtype], int(gigabytes * 2**30)
         self.prefix = f"{encoder}/{dtype}/{','.join(map(str, self.layers))}"
         self.hits = self.misses = self.refused = 0
@@ -78,7 +80,7 @@ class FeatureCache:
                 # rounded the same whether computed now or read back
                 found[i] = {k: v.to(self.dtype) if k != "counts" else v for k, v in one.items()}
         rows = [one for one in found if one is not None]
-        return _joined(rows, self.layers, audio.device)
+        return _joined(rows, self.layers, self.total, audio.device)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """Return one recording's states, or None; a damaged file counts as absent."""
@@ -125,7 +127,7 @@ def identity(name: str, encoder: nn.Module) -> str:
 
 
 def layers_read(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, ...]:
-    """Find which states adapters look at by watching them read a tenth of a second of zeros."""
+    """Find which states adapters look at by watching them read a second of zeros."""
     watched = _Watched(source.layers + 1)
     frames = max(8, int(source.rate))
     device = next((p.device for a in adapters for p in a.parameters()), torch.device("cpu"))
@@ -172,13 +174,12 @@ def _split(features: Features, layers: tuple[int, ...]) -> list[dict[str, Tensor
 
 
 def _joined(
-    rows: list[dict[str, Tensor]], layers: tuple[int, ...], device: torch.device
+    rows: list[dict[str, Tensor]], layers: tuple[int, ...], total: int, device: torch.device
 ) -> Features:
     """Pad rows into features; states that were not kept are empty."""
     counts = torch.stack([row["counts"] for row in rows]).to(device)
     most = int(counts[:, 1].max())
-    top = max(layers) if layers else -1
-    states = [torch.empty(0, device=device)] * (top + 1)
+    states = [torch.empty(0, device=device)] * total
     for i in layers:
         padded = [F.pad(row[str(i)].float(), (0, 0, 0, most - len(row[str(i)]))) for row in rows]
         states[i] = torch.stack(padded).to(device)

@@ -38,6 +38,22 @@ class Batch(NamedTuple):
     skipped: tuple[str, ...]
 
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        return self._replace(
+            tokens=self.tokens.to(device),
+            answer=self.answer.to(device),
+            seeds=self.seeds.to(device),
+            audio_at=moved(self.audio_at),
+            audio=moved(self.audio),
+            lengths=moved(self.lengths),
+        )
+
+
 class Collate:
     """Pads rows: answers with EOS to the longest row, audio with zeros."""
 

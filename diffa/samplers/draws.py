@@ -15,7 +15,8 @@ def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tenso
     A counter-based generator (splitmix64): the same for a row alone and in any batch, on any
     device. ``seeds`` and ``step`` are (B,); ``stream`` keeps different uses apart.
     """
-    key = _mix(_mix(_mix(seeds.long() + stream * _GOLDEN) + step.long() * _GOLDEN))
+    streams = torch.full_like(step, stream, dtype=torch.long) * _GOLDEN  # wraps, as intended
+    key = _mix(_mix(seeds.long() + streams) + step.long() * _GOLDEN)
     bits = _mix(key[:, None] + slots.long() * _GOLDEN)
     return (_shift(bits, 11).double() + 0.5) * 2.0**-53
 
@@ -41,4 +42,6 @@ def categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
     """
     shares = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(dim=-1)
     target = (draws * shares[..., -1]).unsqueeze(-1)
-    return torch.searchsorted(shares, target, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
+    return (
+        torch.searchsorted(shares, target, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
+    )

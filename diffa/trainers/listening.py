@@ -1,7 +1,7 @@
-"""Pre-training of a Whisper-shaped encoder on composed speech: targets, heads, loss, and a local start."""
+"""Pre-training of a Whisper-shaped encoder on composed speech: targets, heads, loss, start."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ IGNORE = -100
 
 
 class Heard(NamedTuple):
-    """Targets of a batch: classes per frame (B, T) and per clip (B,), IGNORE where nothing is asked."""
+    """Targets: classes per frame (B, T) and per clip (B,), IGNORE where nothing is asked."""
 
     frames: dict[str, Tensor]
     clips: dict[str, Tensor]
@@ -27,7 +27,13 @@ class Heard(NamedTuple):
 
 # Classes of every head. Frames: 0 is "none"; a digit has two classes, its first and second half.
 FRAME_CLASSES = {"digits": 21, "gender": 3, "accent": 8, "sound": len(HEARD) + 1}
-CLIP_CLASSES = {"speed": 3, "loudness": 3, "melody": len(DIRECTIONS), "notes": len(NOTES), "voices": 3}
+CLIP_CLASSES = {
+    "speed": 3,
+    "loudness": 3,
+    "melody": len(DIRECTIONS),
+    "notes": len(NOTES),
+    "voices": 3,
+}
 
 
 def targets(labels: list[Labels], frames: int, speakers: list[str]) -> Heard:
@@ -50,7 +56,9 @@ def _frame_classes(labels: Labels, frames: int, speakers: list[str]) -> dict[str
         rows["digits"][middle:last] = 2 * labels.digits[i] + 2
         rows["gender"][first:last] = GENDERS.index(labels.genders[i]) + 1
         rows["accent"][first:last] = ACCENTS.index(accent) + 1 if accent else IGNORE
-        rows["speaker"][first:last] = speakers.index(labels.speakers[i]) + 1 if labels.speakers[i] in speakers else IGNORE
+        rows["speaker"][first:last] = (
+            speakers.index(labels.speakers[i]) + 1 if labels.speakers[i] in speakers else IGNORE
+        )
     if labels.sound in HEARD:
         rows["sound"][: round(labels.duration * FRAME_RATE)] = HEARD.index(labels.sound) + 1
     return rows
@@ -78,8 +86,12 @@ class ListeningHeads(nn.Module):
         super().__init__()
         classes = {**FRAME_CLASSES, "speaker": speakers + 1}
         self.norm = nn.LayerNorm(width)
-        self.frames = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
-        self.clips = nn.ModuleDict({name: nn.Linear(width, count) for name, count in CLIP_CLASSES.items()})
+        self.frames = nn.ModuleDict(
+            {name: nn.Linear(width, count) for name, count in classes.items()}
+        )
+        self.clips = nn.ModuleDict(
+            {name: nn.Linear(width, count) for name, count in CLIP_CLASSES.items()}
+        )
         self.ctc = nn.Linear(width, 11)  # 0 is the blank
 
     def forward(self, states: tuple[Tensor, ...], lengths: Tensor) -> dict[str, Tensor]:
@@ -87,16 +99,22 @@ class ListeningHeads(nn.Module):
         last, middle = states[-1], self.norm(states[-2])
         valid = torch.arange(last.shape[1])[None] < lengths[:, None]
         pooled = (middle * valid[..., None]).sum(1) / lengths[:, None]
-        logits = {name: head(last if name == "digits" else middle) for name, head in self.frames.items()}
+        logits = {
+            name: head(last if name == "digits" else middle) for name, head in self.frames.items()
+        }
         logits |= {name: head(pooled) for name, head in self.clips.items()}
         return logits | {"ctc": self.ctc(last)}
 
 
-def listening_loss(logits: dict[str, Tensor], heard: Heard, lengths: Tensor, ctc: float = 0.2) -> dict[str, Tensor]:
+def listening_loss(
+    logits: dict[str, Tensor], heard: Heard, lengths: Tensor, ctc: float = 0.2
+) -> dict[str, Tensor]:
     """Cross-entropy of every head, weighted, and CTC on the digits: parts to be added up."""
     losses = {}
     for name, wanted in heard.frames.items():
-        beyond = torch.arange(wanted.shape[1])[None] >= (lengths + 10)[:, None]  # a little padding is taught
+        beyond = (
+            torch.arange(wanted.shape[1])[None] >= (lengths + 10)[:, None]
+        )  # a little padding is taught
         wanted = wanted.masked_fill(beyond, IGNORE)
         weight = 1.0 if name == "digits" else 0.2
         losses[name] = weight * F.cross_entropy(logits[name].flatten(0, 1), wanted.flatten())
@@ -113,16 +131,23 @@ def _ctc(logits: Tensor, words: list[tuple[int, ...]], lengths: Tensor) -> Tenso
     counts = torch.tensor([len(row) for row in words])
     flat = torch.tensor([digit + 1 for row in words for digit in row])
     frames = logits.log_softmax(-1).transpose(0, 1)
-    total = F.ctc_loss(frames, flat, lengths.clamp(max=logits.shape[1]), counts, reduction="sum", zero_infinity=True)
+    total = F.ctc_loss(
+        frames,
+        flat,
+        lengths.clamp(max=logits.shape[1]),
+        counts,
+        reduction="sum",
+        zero_infinity=True,
+    )
     return total / max(int(counts.sum()), 1)
 
 
 @torch.no_grad()
-def start_local(encoder: nn.Module, sharpness: float = 2.0) -> None:
+def start_local(encoder: Any, sharpness: float = 2.0) -> None:
     """Start a WhisperEncoder so that every head but the last looks at a fixed small offset in time.
 
-    With sinusoidal positions p, q = R(offset) p and k = p give sum_f cos((i + offset - j) w_f), a bump at
-    j = i + offset. Small encoders otherwise spend most of their training on finding where to look.
+    With sinusoidal positions p, q = R(offset) p and k = p give sum_f cos((i + offset - j) w_f),
+    a bump at j = i + offset. Small encoders otherwise spend long on finding where to look.
     """
     width, heads = encoder.config.d_model, encoder.config.encoder_attention_heads
     size, half = width // heads, width // 2
@@ -130,19 +155,33 @@ def start_local(encoder: nn.Module, sharpness: float = 2.0) -> None:
     for conv in (encoder.conv1, encoder.conv2):
         nn.init.normal_(conv.weight, std=1.5 / math.sqrt(conv.in_channels * 3))
     for depth, layer in enumerate(encoder.layers):
-        attention = layer.self_attn
-        shrink = 1 / math.sqrt(2 * len(encoder.layers))
-        for linear, scale in ((layer.fc1, 1.0), (layer.fc2, shrink), (attention.v_proj, 1.0),
-                              (attention.out_proj, shrink), (attention.q_proj, 0.3), (attention.k_proj, 0.3)):  # fmt: skip
-            nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+        _start_weights(layer, 1 / math.sqrt(2 * len(encoder.layers)))
         steps = torch.linspace(-1, 1, heads - 1) * (3 + 2 * depth)
-        picked = torch.arange(size // 2) * 2  # every other of the fastest rates
         for head, step in enumerate(steps.tolist()):
-            row = head * size + torch.arange(size // 2)
-            turn = rates[picked] * step
-            for weight, sine, cosine in ((attention.q_proj.weight, turn.sin(), turn.cos()),
-                                         (attention.k_proj.weight, 0 * turn, 0 * turn + 1)):  # fmt: skip
-                weight[row, picked] += sharpness**0.5 * cosine
-                weight[row, picked + half] += sharpness**0.5 * sine
-                weight[row + size // 2, picked] -= sharpness**0.5 * sine
-                weight[row + size // 2, picked + half] += sharpness**0.5 * cosine
+            turn = rates[:size:2] * step  # every other of the fastest rates
+            _look(layer.self_attn.q_proj.weight, head * size, half, turn, sharpness**0.5)
+            _look(layer.self_attn.k_proj.weight, head * size, half, 0 * turn, sharpness**0.5)
+
+
+def _start_weights(layer: Any, shrink: float) -> None:
+    """Independent weights of unit gain; what writes to the residual stream starts smaller."""
+    attention = layer.self_attn
+    for linear, scale in (
+        (layer.fc1, 1.0),
+        (layer.fc2, shrink),
+        (attention.v_proj, 1.0),
+        (attention.out_proj, shrink),
+        (attention.q_proj, 0.3),
+        (attention.k_proj, 0.3),
+    ):
+        nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+
+
+def _look(weight: Tensor, row: int, half: int, turn: Tensor, scale: float) -> None:
+    """Add to a head's projection the rotation of positions by `turn` (one angle per rate)."""
+    sines, picked = row + torch.arange(len(turn)), torch.arange(len(turn)) * 2
+    cosines = sines + len(turn)
+    weight[sines, picked] += scale * turn.cos()
+    weight[sines, picked + half] += scale * turn.sin()
+    weight[cosines, picked] -= scale * turn.sin()
+    weight[cosines, picked + half] += scale * turn.cos()

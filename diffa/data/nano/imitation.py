@@ -23,8 +23,10 @@ class Imitation(NamedTuple):
 def voices() -> list[Voice]:
     """Every kind of voice there is, by name only: no recordings are needed."""
     made = [
-        Voice(f"{accent} {gender}", gender, accent, False) for accent in LANGUAGES for gender in VARIANTS
-    ]  # fmt: skip
+        Voice(f"{accent} {gender}", gender, accent, False)
+        for accent in LANGUAGES
+        for gender in VARIANTS
+    ]
     return [Voice(name, "man", accent, True) for name, accent in ACCENTS.items()] + made
 
 
@@ -33,7 +35,7 @@ class Imitations:
 
     Words are repeated over several slots with blanks between them, as an adapter that emits 12.5
     embeddings per second would place them. `pace` in [0, 1] lengthens the blanks: 0 writes every
-    word once with single blanks, 1 imitates speech. `acoustic` is the number of the Q-Former's slots.
+    word once with single blanks, 1 imitates speech. `acoustic` is the Q-Former's number of slots.
     """
 
     def __init__(self, seed: int, acoustic: int = 16, pace: float = 1.0, most: int = 8) -> None:
@@ -56,7 +58,9 @@ class Imitations:
             length = 1 + int(draw.integers(0, 6) * self.pace)
             heard = 1 + int(draw.integers(0, length))
             before = int(draw.integers(0, length - heard + 1))
-            slots += [BLANK] * before + [WORDS[digit]] * heard + [BLANK] * (length - heard - before + 1)
+            slots += (
+                [BLANK] * before + [WORDS[digit]] * heard + [BLANK] * (length - heard - before + 1)
+            )
             slots += [BLANK] * (self._pause(draw) - 1)
         if not labels.digits:
             slots += [BLANK] * int(draw.integers(10, 40))

@@ -10,7 +10,18 @@ from diffa.data.nano.sounds import DIRECTIONS, SOUNDS
 from diffa.data.nano.voices import LANGUAGES, WORDS
 
 Draw = np.random.Generator
-TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TEENS = (
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+)
 LETTERS = "ABCD"
 MOST_SUMMED = 3  # sums are asked of two or three digits
 
@@ -30,8 +41,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # How often a kind is asked where several can be.
 WEIGHTS = {
-    "transcribe": 3.0, "caption": 3.0, "count": 1.0, "place": 1.5, "sum": 1.5, "largest": 1.0, "same": 1.0,
-    "accent": 1.5, "gender": 1.0, "speed": 1.2, "loudness": 1.0, "sound": 1.0, "melody": 2.0, "notes": 2.0,
+    "transcribe": 3.0, "caption": 3.0, "count": 1.0, "place": 1.5, "sum": 1.5, "largest": 1.0,
+    "same": 1.0, "accent": 1.5, "gender": 1.0, "speed": 1.2, "loudness": 1.0, "sound": 1.0,
+    "melody": 2.0, "notes": 2.0,
 }  # fmt: skip
 
 
@@ -49,7 +61,9 @@ def spell(number: int) -> str:
     """A number below 100 in words."""
     if number < 20:
         return (*WORDS, *TEENS)[number]
-    tens = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")[number // 10 - 2]
+    tens = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")[
+        number // 10 - 2
+    ]
     return f"{tens} {WORDS[number % 10]}" if number % 10 else tens
 
 
@@ -63,7 +77,13 @@ def answer_to(kind: str, labels: Labels, place: int = 0) -> str | None:
     digits = labels.digits
     if kind in ("melody", "notes"):
         melody = labels.melody
-        return None if melody is None else melody.direction if kind == "melody" else WORDS[melody.notes]
+        return (
+            None
+            if melody is None
+            else melody.direction
+            if kind == "melody"
+            else WORDS[melody.notes]
+        )
     match kind:
         case "transcribe":
             return transcript(labels)
@@ -90,7 +110,11 @@ def _voice_answer(kind: str, labels: Labels) -> str | None:
         case "accent":
             return labels.accents[0] if len(set(labels.accents)) == 1 else None
         case "gender":
-            return ("both" if len(set(labels.genders)) > 1 else labels.genders[0]) if speech else "nobody"
+            return (
+                ("both" if len(set(labels.genders)) > 1 else labels.genders[0])
+                if speech
+                else "nobody"
+            )
         case "speed":
             return labels.speed if speech else "none"
         case "loudness":
@@ -108,30 +132,40 @@ def caption(labels: Labels) -> str | None:
         return {"noise": "Only noise.", "clicks": "Only clicks.", "silence": "Only silence."}.get(
             str(labels.sound), f"Only a {labels.sound}."
         )
-    if None in labels.accents or not labels.loudness or (labels.speed is None and len(labels.digits) > 1):
+    if (
+        None in labels.accents
+        or not labels.loudness
+        or (labels.speed is None and len(labels.digits) > 1)
+    ):
         return None
     people = list(dict.fromkeys(zip(labels.speakers, labels.accents, labels.genders, strict=True)))
     who = " and ".join(f"a {accent} {gender}" for _, accent, gender in people)
     manner = f"{labels.loudness}, {labels.speed}" if labels.speed else f"{labels.loudness}"
-    behind = {None: "", "noise": " over noise", "clicks": " over clicks"}.get(labels.sound, f" over a {labels.sound}")
+    behind = {None: "", "noise": " over noise", "clicks": " over clicks"}.get(
+        labels.sound, f" over a {labels.sound}"
+    )
     verb = "says" if len(people) == 1 else "say"
     return f"{manner.capitalize()} speech: {who} {verb} {transcript(labels)}{behind}."
 
 
 def seed_line(labels: Labels) -> str:
-    """The bracketed transcript and attributes from which answers are written (DIFFA, section 3.2)."""
+    """The bracketed transcript and attributes from which answers are written (DIFFA, 3.2)."""
     lines = []
     for start, stop, digit, accent, gender in zip(
         *zip(*labels.spans, strict=True), labels.digits, labels.accents, labels.genders, strict=True
     ) if labels.digits else ():  # fmt: skip
-        lines.append(f"[{start:.2f}-{stop:.2f}] ({gender}, {accent or 'unclear'} accent) {WORDS[digit]}")
+        lines.append(
+            f"[{start:.2f}-{stop:.2f}] ({gender}, {accent or 'unclear'} accent) {WORDS[digit]}"
+        )
     facts = [f"speed: {labels.speed}", f"volume: {labels.loudness}", f"sound: {labels.sound}"]
     if labels.melody:
         facts.append(f"melody: {labels.melody.direction}, {labels.melody.notes} notes")
     return " ".join(lines) + f" ({'; '.join(fact for fact in facts if not fact.endswith('None'))})"
 
 
-def ask(kind: str, labels: Labels, draw: Draw, choice: bool = False, held_out: bool = False) -> Instruction | None:
+def ask(
+    kind: str, labels: Labels, draw: Draw, choice: bool = False, held_out: bool = False
+) -> Instruction | None:
     """One instruction of a kind, in random words; None where the utterance does not allow it."""
     place = int(draw.integers(max(len(labels.digits), 1)))
     answer = answer_to(kind, labels, place)
@@ -156,8 +190,10 @@ def options(kind: str, answer: str, draw: Draw) -> tuple[str, ...]:
     return tuple(str(four[i]) for i in draw.permutation(4))
 
 
-def instruct(labels: Labels, draw: Draw, kinds: tuple[str, ...] = tuple(WEIGHTS), held_out: bool = False) -> Instruction:
-    """A random instruction that the utterance allows; 40 % of those with choices are multiple choice."""
+def instruct(
+    labels: Labels, draw: Draw, kinds: tuple[str, ...] = tuple(WEIGHTS), held_out: bool = False
+) -> Instruction:
+    """A random instruction that the utterance allows, in 2 of 5 cases with choices."""
     open_to = [kind for kind in kinds if answer_to(kind, labels)]
     weights = np.array([WEIGHTS[kind] for kind in open_to])
     kind = open_to[int(draw.choice(len(open_to), p=weights / weights.sum()))]

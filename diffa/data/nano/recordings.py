@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffa.data.nano.shaping import RATE, resample, trim
+from diffa.errors import AudioError
 
 Wave = NDArray[np.float32]
 Split = Literal["train", "test"]
@@ -39,9 +40,10 @@ def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
         for folder in (Path(place), Path(place) / "recordings"):
             if next(folder.glob("*_*_*.wav"), None):
                 return folder
-    raise ValueError(
-        f"no digits named {{digit}}_{{speaker}}_{{index}}.wav in {places[0] or places[-1]!s}: clone "
-        "github.com/Jakobovski/free-spoken-digit-dataset and name its folder with --fsdd or DIFFA_FSDD"
+    raise AudioError(
+        f"no digits named {{digit}}_{{speaker}}_{{index}}.wav in {places[0] or places[-1]!s}: "
+        "clone github.com/Jakobovski/free-spoken-digit-dataset and name its folder with --fsdd "
+        "or DIFFA_FSDD"
     )
 
 
@@ -57,7 +59,9 @@ class Recordings:
         names = sorted({speaker for speaker, _ in self.files})
         self.voices = [Voice(name, "man", ACCENTS.get(name, "american"), True) for name in names]
         if not names:
-            raise ValueError(f"{folder} holds no {split} recordings besides those left out: {leave_out}")
+            raise AudioError(
+                f"{folder} holds no {split} recordings besides those left out: {leave_out}"
+            )
 
     def take(self, voice: Voice, digit: int, draw: float) -> Wave:
         """One recording of `digit`; `draw` in [0, 1) chooses which."""

@@ -1,4 +1,4 @@
-"""What an utterance holds: drawn from (seed, index) alone, and the labels that are audible in it."""
+"""What an utterance holds, drawn from (seed, index) alone, and which labels are audible."""
 
 from typing import Literal, NamedTuple
 
@@ -12,9 +12,17 @@ Draw = np.random.Generator
 Speed = Literal["slow", "medium", "fast"]
 Loudness = Literal["quiet", "normal", "loud"]
 # Digits per second from one onset to the next; between the bands speed has no name.
-SPEEDS: dict[Speed, tuple[float, float]] = {"slow": (0.8, 1.4), "medium": (1.6, 2.2), "fast": (2.5, 4.5)}
+SPEEDS: dict[Speed, tuple[float, float]] = {
+    "slow": (0.8, 1.4),
+    "medium": (1.6, 2.2),
+    "fast": (2.5, 4.5),
+}
 # Root mean square of what sounds, in dB below full scale; the classes lie 6 dB or more apart.
-LEVELS: dict[Loudness, tuple[float, float]] = {"quiet": (-44, -36), "normal": (-30, -24), "loud": (-18, -13)}
+LEVELS: dict[Loudness, tuple[float, float]] = {
+    "quiet": (-44, -36),
+    "normal": (-30, -24),
+    "loud": (-18, -13),
+}
 BEHIND = ("tone", "chirp", "noise", "clicks", "melody")
 
 
@@ -73,7 +81,7 @@ def draw_scene(draw: Draw, voices: list[Voice], most: int = 8) -> Scene:
 
 
 def _cast(draw: Draw, voices: list[Voice], count: int, duet: bool) -> tuple[Voice, ...]:
-    """One speaker, or two who speak one after the other (at most 7 digits, to keep captions short)."""
+    """One speaker, or two by turns (for at most 7 digits, to keep captions short)."""
     first, second = _voice(draw, voices), _voice(draw, voices)
     if not duet or count < 2 or count > 7 or draw.random() < 0.7 or not _distinct(first, second):
         return (first,) * count
@@ -96,7 +104,10 @@ def _distinct(one: Voice, other: Voice) -> bool:
 
 def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple[str | None, ...]:
     """The accent of each digit's speaker, where that speaker's digits give it away."""
-    said = {voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice) for voice in set(voices)}
+    said = {
+        voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice)
+        for voice in set(voices)
+    }
     heard = {v: v.accent if v.real or accent_audible(v.accent, said[v]) else None for v in said}
     return tuple(heard[voice] for voice in voices)
 
@@ -118,7 +129,14 @@ def text_labels(scene: Scene) -> Labels:
     melody = None if scene.digits else scene.melody
     spans = tuple((float(i), i + 0.5) for i in range(len(scene.digits)))
     return Labels(
-        scene.digits, spans, names, genders, accents, speed, scene.loudness, scene.sound, melody, 0.0
+        scene.digits,
+        spans,
+        names,
+        genders,
+        accents,
+        speed,
+        scene.loudness,
+        scene.sound,
+        melody,
+        0.0,
     )
-
-

@@ -6,7 +6,16 @@ from typing import NamedTuple
 import numpy as np
 
 from diffa.data.nano.recordings import Recordings, Split, Voice, Wave, fsdd_folder
-from diffa.data.nano.scenes import LEVELS, SPEEDS, Draw, Labels, Scene, audible_accents, draw_scene, speed_of
+from diffa.data.nano.scenes import (
+    LEVELS,
+    SPEEDS,
+    Draw,
+    Labels,
+    Scene,
+    audible_accents,
+    draw_scene,
+    speed_of,
+)
 from diffa.data.nano.shaping import RATE, at_level, decibels, fade, stretch
 from diffa.data.nano.sounds import SOUNDS, play
 from diffa.data.nano.voices import Synthesis
@@ -92,7 +101,9 @@ class Utterances:
         pieces[-1] = np.zeros(tail, dtype=np.float32)
         return pieces, tuple(spans)
 
-    def _digit(self, voice: Voice, digit: int, period: float | None, uneven: bool, draw: Draw) -> Wave:
+    def _digit(
+        self, voice: Voice, digit: int, period: float | None, uneven: bool, draw: Draw
+    ) -> Wave:
         """One digit at its tempo and level."""
         source = self.recordings if voice.real else self.synthesis
         wave = source.take(voice, digit, draw.random())
@@ -106,20 +117,28 @@ class Utterances:
 
 def _aims(scene: Scene) -> tuple[float, float]:
     """Rates to aim at, inside the band; eight slow digits must fit the window."""
-    aims = {"slow": (1.0 if len(scene.digits) < 6 else 1.2, 1.33), "medium": (1.7, 2.1), "fast": (2.6, 3.3)}
+    aims = {
+        "slow": (1.0 if len(scene.digits) < 6 else 1.2, 1.33),
+        "medium": (1.7, 2.1),
+        "fast": (2.6, 3.3),
+    }
     low, high = aims[str(scene.speed)]
     assert scene.speed and SPEEDS[scene.speed][0] <= low <= high <= SPEEDS[scene.speed][1]
     return low, high
 
 
 def _loudness(wave: Wave, spans: tuple[tuple[float, float], ...]) -> float:
-    return decibels(np.concatenate([wave[int(start * RATE) : int(stop * RATE)] for start, stop in spans]))
+    return decibels(
+        np.concatenate([wave[int(start * RATE) : int(stop * RATE)] for start, stop in spans])
+    )
 
 
 def _behind(scene: Scene, length: int, draw: Draw) -> Wave:
     """A sound under the whole utterance, 10 to 18 dB below its speech."""
     if scene.melody:
-        once = np.concatenate([play(scene.melody, draw), np.zeros(int(0.3 * RATE), dtype=np.float32)])
+        once = np.concatenate(
+            [play(scene.melody, draw), np.zeros(int(0.3 * RATE), dtype=np.float32)]
+        )
         wave = np.tile(once, length // len(once) + 1)[:length]
     else:
         wave = SOUNDS[str(scene.sound)](length / RATE + 0.01, draw)[:length]
@@ -128,10 +147,18 @@ def _behind(scene: Scene, length: int, draw: Draw) -> Wave:
 
 def _sound(scene: Scene, draw: Draw) -> Utterance:
     """A sound or a melody alone, between two short silences."""
-    wave = play(scene.melody, draw) if scene.melody else SOUNDS[str(scene.sound)](draw.uniform(1.0, 3.0), draw)
+    wave = (
+        play(scene.melody, draw)
+        if scene.melody
+        else SOUNDS[str(scene.sound)](draw.uniform(1.0, 3.0), draw)
+    )
     if scene.loudness:
         wave = at_level(fade(wave), draw.uniform(*LEVELS[scene.loudness]))
-    before, after = (np.zeros(int(draw.uniform(0.05, 0.4) * RATE), dtype=np.float32) for _ in range(2))
+    before, after = (
+        np.zeros(int(draw.uniform(0.05, 0.4) * RATE), dtype=np.float32) for _ in range(2)
+    )
     wave = np.concatenate([before, wave, after])
-    labels = Labels((), (), (), (), (), None, scene.loudness, scene.sound, scene.melody, len(wave) / RATE)
+    labels = Labels(
+        (), (), (), (), (), None, scene.loudness, scene.sound, scene.melody, len(wave) / RATE
+    )
     return Utterance(wave, labels)

@@ -72,7 +72,9 @@ def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wav
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         voice, pitch = name.split("@")
-        fresh = path.with_suffix(f".{os.getpid()}.part")  # renamed when whole: several workers may render
+        fresh = path.with_suffix(
+            f".{os.getpid()}.part"
+        )  # renamed when whole: several workers may render
         order = [program, "-v", voice, "-p", pitch, "-s", str(rate), "-w", str(fresh), WORDS[digit]]
         subprocess.run(order, check=True, capture_output=True)
         fresh.replace(path)

@@ -1,0 +1,291 @@
+"""Measure decoding against the published loop: the ladder of caches, rules and batches.
+
+All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
+memory is measured in a process of its own for each row, weights excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import published
+import torch
+from torch import Tensor
+
+import diffa
+from diffa.canvas import Canvas, interleave
+from diffa.denoise import Denoiser
+from diffa.spec import Spec
+
+RESULTS = Path(__file__).parent / "results"
+AUDIO, PROMPT, AT, LENGTH, BLOCK = 439, 64, 16, 32, 32
+SIZES = {
+    "issue": {"d_model": 1024, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 3072},
+    "small": {"d_model": 256, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 768},
+    "8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288},
+}
+QUICK = ("exact", "prefix", "dual")
+
+
+class Rung(NamedTuple):
+    """One row of the ladder: the sampler's options and how many rows it decodes at once."""
+
+    sampler: dict[str, Any]
+    rows: int = 1
+
+
+def ladder(steps: int) -> dict[str, Rung]:
+    """Everything that is measured beside the baseline."""
+    dual: dict[str, Any] = {"cache": "dual"}
+    options: dict[str, tuple[dict[str, Any], int]] = {
+        "exact": ({"steps": steps, "stop": False}, 1),
+        "stop": ({"steps": steps}, 1),
+        "prefix": ({"steps": steps, "stop": False, "cache": "prefix"}, 1),
+        "dual": ({"steps": steps, "stop": False, **dual}, 1),
+        "vicinity": ({"steps": steps, **dual, "vicinity": 8}, 1),
+        "suffix": ({"steps": steps, "cache": "prefix", "suffix": 32}, 1),
+        "threshold": ({"threshold": 0.9, **dual}, 1),
+        "factor": ({"factor": 1.0, **dual}, 1),
+        "entropy": ({"entropy": 0.1, **dual}, 1),
+        "leap": ({"threshold": 0.9, "leap": 0.75, **dual}, 1),
+        "spread": ({"threshold": 0.9, "spread": 0.4, **dual}, 1),
+        "stable": ({"threshold": 0.6, "stable": 0.015, **dual}, 1),
+        "credit": ({"threshold": 0.9, "credit": 0.7, **dual}, 1),
+        "dual-batch4": ({"steps": steps, **dual}, 4),
+    }
+    return {
+        name: Rung({"name": "blockwise", "block": BLOCK, **chosen}, rows)
+        for name, (chosen, rows) in options.items()
+    }
+
+
+def spec(size: str) -> dict[str, Any]:
+    """A random LLaDA of the stated shape; the audio embeddings are drawn, not heard."""
+    config = {
+        **SIZES[size],
+        "vocab_size": 126464,
+        "embedding_size": 126464,
+        "max_sequence_length": 4096,
+        "rope_theta": 500000.0,
+        "mask_token_id": 126336,
+        "eos_token_id": 126081,
+        "pad_token_id": 126081,
+    }
+    encoder = {"name": "tiny", "width": 16, "layers": 1, "heads": 1}
+    adapters = {"semantic": {"name": "linear", "hidden": 16}}
+    backbone = {"name": "llada", "config": config}
+    return {"format": 1, "encoder": encoder, "adapters": adapters, "backbone": backbone}
+
+
+def question(model: Any, seed: int = 0) -> published.Question:
+    """A random prompt with random audio embeddings of the size that tokens have."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, 126000, (PROMPT,), generator=generator)
+    audio = 0.02 * torch.randn(AUDIO, model.backbone.width, generator=generator)
+    return published.Question(prompt, audio, AT)
+
+
+def open_canvas(model: Any, asked: list[published.Question]) -> tuple[Canvas, Denoiser]:
+    """Lay questions out as ``model.generate`` does, audio already embedded."""
+    embed, vocab = model.backbone.embed, model.backbone.vocab
+    embeds, text = interleave(
+        [q.prompt for q in asked], [q.audio for q in asked], [q.at for q in asked], embed
+    )
+    answer = torch.full((len(asked), LENGTH), vocab.mask)
+    seeds = torch.zeros(len(asked), dtype=torch.long)
+    canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds)
+    return canvas, Denoiser(model.backbone, canvas)
+
+
+class Run:
+    """One decoder at work: a step at a time, timed."""
+
+    def __init__(self, steps: Iterator[Any], forwards: Callable[[], int]) -> None:
+        self._steps, self.forwards = steps, forwards
+        self.times: list[float] = []
+        self.answers: list[Tensor] = []
+
+    def step(self) -> bool:
+        """Take one step; false when there is none left."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            made = next(self._steps, None)
+        if made is None:
+            return False
+        self.times.append(time.perf_counter() - begin)
+        self.answers.append(made if isinstance(made, Tensor) else made.tokens)
+        return True
+
+
+def start(model: Any, rung: Rung) -> Run:
+    """Open a decoder of our own."""
+    sampler = diffa.swap(model, sampler=rung.sampler).sampler
+    with torch.no_grad():
+        canvas, denoise = open_canvas(model, [question(model, row) for row in range(rung.rows)])
+        return Run(sampler(canvas, denoise), lambda: denoise.forwards)
+
+
+def race(runs: dict[str, Run]) -> None:
+    """Advance every run by one step in turn until all are done."""
+    alive = dict(runs)
+    while alive:
+        alive = {name: run for name, run in alive.items() if run.step()}
+
+
+def sampled(model: Any, exact: Run, steps: int, count: int) -> tuple[float, bool]:
+    """Seconds of the whole baseline from ``count`` of its equal steps, and whether each of them
+    does from exact's canvas what exact did."""
+    asked, plan = question(model), published.schedule(LENGTH, steps, BLOCK)
+    begin = torch.full((1, LENGTH), model.backbone.vocab.mask)
+    states = [begin, *exact.answers]
+    seconds, same = 0.0, True
+    for at in torch.linspace(0, steps - 1, count).long().tolist():
+        started = time.perf_counter()
+        made = published.step(model, asked, states[at], *plan[at])
+        seconds += time.perf_counter() - started
+        same &= torch.equal(made, states[at + 1])
+    return seconds * steps / count, same
+
+
+def to_first_eos(answer: Tensor, eos: int) -> list[int]:
+    """The tokens of answer (A,) up to its first EOS."""
+    tokens: list[int] = answer.tolist()
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+
+
+def measure(size: str, steps: int, names: list[str], checked: int | None) -> list[dict[str, Any]]:
+    """Race the baseline (or ``checked`` of its steps) against the named rungs."""
+    model = diffa.build(spec(size))
+    rungs = ladder(steps)
+    runs = {name: start(model, rungs[name]) for name in names}
+    plain: Run | None = None
+    if checked is None:
+        loop = published.decode(model, question(model), length=LENGTH, steps=steps, block=BLOCK)
+        plain = Run(loop, lambda: steps)
+        race({"baseline": plain, **runs})
+        seconds, wanted, same = sum(plain.times), plain.answers[-1], True
+    else:
+        race(runs)
+        wanted = runs["exact"].answers[-1]
+        seconds, same = sampled(model, runs["exact"], steps, checked)
+    eos = model.backbone.vocab.eos
+    reference = to_first_eos(wanted[0], eos)
+    rows = [row("baseline", steps, seconds, steps, seconds, True, len(reference))]
+    for name, run in runs.items():
+        made = to_first_eos(run.answers[-1][0], eos)
+        agrees = made == reference and same
+        count = len(made) * rungs[name].rows
+        rows.append(
+            row(name, steps, sum(run.times), run.forwards(), seconds, agrees, count)
+            | {"rows": rungs[name].rows, "prefill": run.times[0]}
+        )
+    return rows
+
+
+def row(
+    name: str, steps: int, seconds: float, forwards: int, base: float, same: bool, tokens: int
+) -> dict[str, Any]:
+    """One line of the report; ``speedup`` is over the baseline's seconds per answer."""
+    answers = max(1, round(tokens / LENGTH)) if tokens > LENGTH else 1
+    return {
+        "name": name,
+        "seconds": round(seconds, 4),
+        "forwards": forwards,
+        "tokens_per_forward": round(tokens / forwards, 3),
+        "speedup": round(base * answers / seconds, 2),
+        "identical": same,
+        "tokens_per_second": round(tokens / seconds, 3),
+    }
+
+
+def peak(size: str, steps: int, name: str) -> int:
+    """Peak memory of two forwards above what the process holds with its weights, in bytes."""
+    with torch.device("meta"):
+        model = diffa.build(spec(size), device="meta")
+    model = model.to_empty(device="cpu").eval()
+    for weight in model.parameters():
+        weight.data.fill_(0.01)
+    with torch.no_grad():
+        if name == "baseline":
+            loop = published.decode(model, question(model), length=LENGTH, steps=steps, block=BLOCK)
+            run = Run(loop, lambda: steps)
+        else:
+            run = start(model, ladder(steps)[name])
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = resident("VmRSS")
+        run.step()
+        run.step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """A field of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peaks(size: str, steps: int, names: list[str]) -> dict[str, int | None]:
+    """Peak memory of each row, measured in a process of its own; None off Linux."""
+    if sys.platform != "linux":
+        return dict.fromkeys(names)
+    found: dict[str, int | None] = {}
+    for name in names:
+        line = [sys.executable, __file__, "--size", size, "--steps", str(steps), "--peak", name]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ)
+        found[name] = int(done.stdout.split()[-1])
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The report as people read it."""
+    head = ("name", "seconds", "forwards", "tokens_per_forward", "speedup", "identical")
+    lines = [" ".join(f"{name:>18}" for name in (*head, "peak MiB"))]
+    for line in rows:
+        memory = line["peak_bytes"]
+        cells = [*(line[name] for name in head), "-" if memory is None else memory >> 20]
+        lines.append(" ".join(f"{cell!s:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="few rungs, sampled baseline")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--size", choices=SIZES, default="issue")
+    parser.add_argument("--steps", type=int, default=LENGTH)
+    parser.add_argument("--checked", type=int, default=4, help="baseline steps timed by --quick")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    if chosen.peak:
+        print(peak(chosen.size, chosen.steps, chosen.peak))
+        return
+    names = list(QUICK if chosen.quick else ladder(chosen.steps))
+    rows = measure(chosen.size, chosen.steps, names, chosen.checked if chosen.quick else None)
+    memory = peaks(chosen.size, chosen.steps, ["baseline", *names])
+    for line in rows:
+        line["peak_bytes"] = memory[line["name"]]
+    digest = Spec.read(spec(chosen.size)).digest()
+    shape = {"size": chosen.size, "audio": AUDIO, "prompt": PROMPT, "answer": LENGTH}
+    report = {"spec": digest, **shape, "threads": chosen.threads, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"decode-{chosen.size}-{digest}.json"
+    for path in (chosen.json, None if chosen.quick else target):
+        if path is not None:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

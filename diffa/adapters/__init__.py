@@ -1,0 +1,1 @@
+"""Adapters from encoder states to backbone embeddings, one per file."""

@@ -1,0 +1,139 @@
+"""Sources of samples by name: manifests, and corpora that are made on the fly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from diffa.data.sample import DataError, Sample, Source
+from diffa.errors import suggest
+
+Make = Callable[..., Source]
+
+
+class Nano:
+    """The nano corpus as samples: sample ``i`` follows from (seed, i), whatever the process.
+
+    ``growth`` is a curriculum: pairs (progress, most digits), the last whose progress is reached
+    holds; ``most`` where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Literal["train", "test"] = "train",
+        seed: int = 1,
+        count: int = 50_000,
+        kinds: Sequence[str] | None = None,
+        per: int = 1,
+        held_out: bool = False,
+        fsdd: str | None = None,
+        leave_out: Sequence[str] = (),
+        synthetic: bool = True,
+        most: int = 8,
+        growth: Sequence[Sequence[float]] = (),
+    ) -> None:
+        from diffa.data.nano.corpus import Examples
+        from diffa.data.nano.questions import WEIGHTS
+        from diffa.data.nano.utterances import Utterances
+
+        chosen = tuple(kinds) if kinds else tuple(WEIGHTS)
+        utterances = Utterances(split, seed, fsdd, tuple(leave_out), synthetic, most)
+        self.speakers = [voice.name for voice in utterances.voices]
+        self._examples = Examples(utterances, count, kinds=chosen, per=per, held_out=held_out)
+        self._growth = [(float(start), int(top)) for start, top in growth]
+        self._grown: dict[int, Examples] = {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._sample(self._examples, index)
+
+    def at(self, index: int, progress: float) -> Sample:
+        """Return sample ``index`` with as many digits as the curriculum allows by now."""
+        reached = [top for start, top in self._growth if progress >= start]
+        return self._sample(self._limited(reached[-1]) if reached else self._examples, index)
+
+    def _limited(self, most: int) -> Any:
+        if most not in self._grown:
+            examples = copy.copy(self._examples)
+            examples.utterances = copy.copy(examples.utterances)
+            examples.utterances.most = most
+            self._grown[most] = examples
+        return self._grown[most]
+
+    def _sample(self, examples: Any, index: int) -> Sample:
+        from diffa.data.nano.shaping import RATE
+
+        made = examples[index]
+        return Sample(
+            target=made.answer,
+            question=made.question,
+            audio=torch.from_numpy(made.wave),
+            rate=RATE,
+            key=made.audio_id,
+            labels=made.labels,
+        )
+
+
+class NanoText:
+    """The nano corpus as text alone: words and blanks at the pace of audio stand for it."""
+
+    def __init__(
+        self,
+        *,
+        seed: int = 1,
+        count: int = 200_000,
+        acoustic: int = 16,
+        most: int = 8,
+        growth: Sequence[Sequence[float]] = (),
+    ) -> None:
+        from diffa.data.nano.imitation import Imitations
+
+        self._parent, self._settings = Imitations, (seed, acoustic)
+        self.count, self.most = count, most
+        self._growth = [(float(start), float(pace), int(top)) for start, pace, top in growth]
+        self._made: dict[tuple[float, int], Any] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._sample(index, 1.0, self.most)
+
+    def at(self, index: int, progress: float) -> Sample:
+        """Return sample ``index`` at the pace and with the digits that the curriculum allows."""
+        reached = [(pace, top) for start, pace, top in self._growth if progress >= start]
+        return self._sample(index, *(reached[-1] if reached else (1.0, self.most)))
+
+    def _sample(self, index: int, pace: float, most: int) -> Sample:
+        if (pace, most) not in self._made:
+            self._made[pace, most] = self._parent(*self._settings, pace, most)
+        row = self._made[pace, most][index]
+        return Sample(
+            target=row.instruction.answer,
+            question=row.instruction.question,
+            script=" ".join([*row.acoustic, *row.semantic]),
+            key=f"nano-text-{index}",
+            labels=row.labels,
+        )
+
+
+SOURCES: dict[str, Make] = {"nano": Nano, "nano-text": NanoText}
+
+
+def open_source(
+    name: str, options: Mapping[str, Any], more: Mapping[str, Make] | None = None
+) -> Source:
+    """Make a source by name; raises DataError for an unknown name or option."""
+    known = {**SOURCES, **(more or {})}
+    if name not in known:
+        raise DataError(f"there is no source {name!r}{suggest(name, known)}")
+    try:
+        return known[name](**options)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"source {name!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""Audio encoders, one per file."""

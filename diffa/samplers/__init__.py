@@ -1,0 +1,1 @@
+"""Decoders that write an answer into a canvas, one per file."""

@@ -1,0 +1,178 @@
+"""Save a model and load it again: spec.json beside model.safetensors, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import diffa
+from diffa.building import assemble
+from diffa.checkpoint import read_json
+from diffa.errors import CheckpointError
+from diffa.model import Model
+from diffa.spec import Spec
+
+SPEC, WEIGHTS = "spec.json", "model.safetensors"
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Write the resolved spec and the weights that no checkpoint pins.
+
+    A part is left to its checkpoint when it has one and does not learn. The folder appears whole
+    or not at all; one that holds a saved model is replaced, any other is refused.
+
+    Raises:
+        CheckpointError: the folder holds something else, or cannot be written.
+        SpecError: a class stands for a name in the spec.
+    """
+    folder = Path(folder)
+    spec = pin(model.spec)
+    tensors, tied = _unshared(stored(model))
+    notes = {"format": "pt", "diffa": diffa.__version__, "spec": spec.to_json()}
+    with replacing(folder) as fresh:
+        (fresh / SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
+        save_file(tensors, fresh / WEIGHTS, {**notes, "tied": json.dumps(tied)})
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+) -> Model:
+    """Build the model that ``save`` wrote, with exactly the weights it wrote.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or do not match the installed parts.
+        SpecError: the spec does not fit the installed parts.
+    """
+    folder = Path(folder)
+    spec = Spec(read_json(folder, SPEC)).resolve()
+    tensors, version = _read(folder / WEIGHTS)
+    found = {path for path in spec.choices() if any(k.startswith(f"{path}.") for k in tensors)}
+    model = assemble(spec, torch.device(device), dtype, found)
+    wanted = stored(model)
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder} does not match the installed parts. missing: {missing[:6]} unexpected: "
+            f"{extra[:6]} it was built with diffa {version}, this is {diffa.__version__}"
+        )
+    with torch.no_grad():
+        for key, target in wanted.items():
+            if target.shape != tensors[key].shape:
+                sizes = f"{tuple(tensors[key].shape)} where {tuple(target.shape)} is needed"
+                raise CheckpointError(f"{folder}: {key} has shape {sizes}")
+            if not target.is_meta:
+                target.copy_(tensors[key])
+    return model
+
+
+def stored(model: Model) -> dict[str, Tensor]:
+    """Weights that ``save`` writes, by name: of parts that learn or have no checkpoint."""
+    train = model.spec.data["train"]
+    state: dict[str, Tensor] = {}
+    for path, part in model.spec.choices().items():
+        if part.kind not in ("encoder", "adapter", "backbone"):
+            continue
+        learns = path in train or path.partition(".")[0] in train
+        if learns or not part.options.get("checkpoint"):
+            inner = model.get_submodule(path).state_dict(keep_vars=False)
+            state.update({f"{path}.{key}": value for key, value in inner.items()})
+    return state
+
+
+def pin(spec: Spec) -> Spec:
+    """Write relative checkpoint folders out in full, so that the spec works from anywhere."""
+    changes = {}
+    for path, part in spec.choices().items():
+        for option in ("checkpoint", "tokenizer"):
+            name = part.options.get(option)
+            if isinstance(name, str) and Path(name).is_dir():
+                changes[f"{path}.{option}"] = str(Path(name).resolve())
+    return spec.change(changes) if changes else spec
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``folder`` at the end, or vanishes.
+
+    Raises:
+        CheckpointError: ``folder`` holds something that is no saved model, or cannot be written.
+    """
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / SPEC).is_file():
+        raise CheckpointError(f"{folder} exists and is no saved model: choose another place")
+    fresh: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield fresh
+        _swap(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}; nothing was changed"
+        ) from error
+    finally:
+        if fresh is not None and fresh.exists():
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Put ``fresh`` where ``folder`` is; the old content goes only once the new is in place."""
+    for file in fresh.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    fresh.chmod(0o755)
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    old.rmdir()
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Leave out tensors that share storage with an earlier one, and say which those are."""
+    first: dict[tuple[int, Any], str] = {}
+    kept, tied = {}, {}
+    for key, value in state.items():
+        place = (value.data_ptr(), value.shape)
+        if value.numel() and place in first:
+            tied[key] = first[place]
+        else:
+            first[place] = key
+            kept[key] = value.detach().cpu().contiguous()
+    return kept, tied
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a saved model, tied ones repeated, and the version that wrote them."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}: is it a saved model?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tied = json.loads(notes.get("tied", "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    tensors.update({key: tensors[source] for key, source in tied.items()})
+    return tensors, notes.get("diffa", "?")

@@ -1,0 +1,230 @@
+"""A toy denoiser: a backbone's place in decoding, with a distribution that is known exactly.
+
+A sampler never sees a model, so this is all it needs to be tested. The toy reads what a backbone
+reads (content, positions, validity, branches), remembers what a memory remembers (a slot it was
+never told to recompute is an error), and answers by a law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffa.canvas import GIVEN, Canvas
+from diffa.types import Embeds, Vocab
+
+MASKED = Vocab(size=8, eos=5, pad=6, mask=7)
+CAUSAL = Vocab(size=8, eos=5, pad=6, mask=None)
+WORDS = 5  # tokens 0 to 4 are words
+
+Law = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(known (N, A): tokens of the answer or -1, place (N,), prompt (N,): a number that stands for
+all of the prompt) -> logits (N, V) of the token at that place."""
+
+_UNSEEN = -2  # a slot that was never computed
+
+
+def toy_canvas(
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    *,
+    seeds: Sequence[int] | None = None,
+    draft: Tensor | None = None,
+    vocab: Vocab = MASKED,
+) -> Canvas:
+    """A canvas whose embeddings are one-hot tokens; ``GIVEN`` in a prompt is an audio slot.
+
+    ``draft`` (B, length) is what the answers begin with instead of masks.
+    """
+    count = len(prompts)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    text = torch.full((count, int(lengths.max())), GIVEN)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = torch.tensor(prompt)
+    begin = vocab.pad if vocab.mask is None else vocab.mask
+    return Canvas(
+        Embeds(_one_hot(text), lengths),
+        text,
+        torch.full((count, length), begin) if draft is None else draft.clone(),
+        embed=_one_hot,
+        vocab=vocab,
+        seeds=torch.arange(count) if seeds is None else torch.tensor(seeds),
+    )
+
+
+class ToyDenoise:
+    """The ``denoise`` call over a toy canvas; counts ``forwards`` and checks how it is called."""
+
+    def __init__(self, canvas: Canvas, law: Law, *, most: int = 10_000) -> None:
+        self.canvas, self.law, self.most = canvas, law, most
+        self.forwards = 0
+        self._seen = torch.full((0, 0), _UNSEEN)
+
+    def __call__(
+        self,
+        recompute: Tensor | None,
+        rows: Tensor,
+        *,
+        sees: Tensor | None = None,
+        write: bool = True,
+    ) -> Tensor:
+        """Remember ``recompute`` (B, K; None: all) and return logits (B, R, V) of ``rows``."""
+        self.forwards += 1
+        if self.forwards > self.most:
+            raise AssertionError(f"the sampler has not ended after {self.most} forwards")
+        if self.canvas.twins:
+            rows = rows.repeat(2, 1)
+            recompute = None if recompute is None else recompute.repeat(2, 1)
+            sees = None if sees is None else sees.repeat(2, 1, 1)
+        slots = self._slots(recompute, rows)
+        self._check(slots, rows)
+        now = self._remembered(slots, write=write)
+        logits = torch.zeros(*rows.shape, self.canvas.vocab.size)
+        row, column = (rows >= 0).nonzero(as_tuple=True)
+        slot = rows[row, column]
+        visible = self._visible(row, slot)
+        if sees is not None:
+            order = slot if recompute is None else _first(recompute[row] == slot[:, None])
+            visible = visible & sees[row, order]
+        if bool((visible & (now[row] == _UNSEEN)).any()):
+            raise AssertionError("a slot is attended to that was never recomputed")
+        known, prompt = self._known(row, now[row], visible)
+        ahead = int(self.canvas.vocab.mask is None)  # a causal row tells the next token
+        place = self._places()[row, slot] + ahead
+        if bool(((place < 0) | (place >= self.canvas.length + ahead)).any()):
+            raise AssertionError("logits were asked for that predict no answer token")
+        logits[row, column] = self.law(known, place.clamp(max=self.canvas.length - 1), prompt)
+        logits[rows < 0, 0] = 50.0  # padding promises nothing; who reads it shall be found out
+        return logits
+
+    def _slots(self, recompute: Tensor | None, rows: Tensor) -> Tensor:
+        """Which slots (B, S) are recomputed."""
+        shape = (len(rows), self.canvas.size)
+        if recompute is None:
+            return (rows >= 0).any(dim=1, keepdim=True).expand(shape)
+        chosen = torch.zeros(len(rows), shape[1] + 1, dtype=torch.bool)
+        chosen.scatter_(1, torch.where(recompute < 0, shape[1], recompute), True)
+        return chosen[:, :-1]
+
+    def _check(self, slots: Tensor, rows: Tensor) -> None:
+        if len(rows) != len(self.canvas.tokens):
+            raise AssertionError(f"{len(rows)} rows of a canvas of {len(self.canvas.tokens)}")
+        if int(rows.max()) >= self.canvas.size:
+            raise AssertionError("logits were asked for outside of the canvas")
+        if not bool((slots.gather(1, rows.clamp(min=0)) | (rows < 0)).all()):
+            raise AssertionError("logits were asked for of a slot that is not recomputed")
+
+    def _remembered(self, slots: Tensor, *, write: bool) -> Tensor:
+        """What the memory holds now (B, S), ``_UNSEEN`` where nothing was ever computed."""
+        grown = torch.full(slots.shape, _UNSEEN)
+        grown[: self._seen.shape[0], : self._seen.shape[1]] = self._seen
+        sure, token = self.canvas.content.max(dim=-1)
+        now = torch.where(slots, torch.where(sure > 0.9, token, GIVEN), grown)
+        self._seen = now if write else grown
+        return now
+
+    def _visible(self, row: Tensor, slot: Tensor) -> Tensor:
+        """Which slots (N, S) each asked slot may attend to."""
+        canvas = self.canvas
+        visible = canvas.valid[row]
+        if canvas.branch_of is not None:
+            own = canvas.branch_of[row, slot][:, None]
+            visible = visible & ((canvas.branch_of[row] == 0) | (canvas.branch_of[row] == own))
+        if canvas.vocab.mask is None:
+            visible = visible & (canvas.positions[row] <= canvas.positions[row, slot][:, None])
+        return visible
+
+    def _places(self) -> Tensor:
+        """The place in the answer of every slot, (B, S); below 0 in the prompt."""
+        canvas = self.canvas
+        places = canvas.positions - canvas.positions[:, canvas.start : canvas.start + 1]
+        prompt = torch.arange(canvas.size) < canvas.start
+        return torch.where(prompt, -1, places)  # the prompt's last slot tells a causal answer's first
+
+    def _known(self, row: Tensor, now: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """The decided tokens (N, A) that can be seen, -1 elsewhere, and the prompt's number."""
+        canvas = self.canvas
+        places = self._places()[row]
+        counts = visible & (places >= 0) & (now >= 0) & (now != canvas.vocab.mask)
+        known = torch.full((len(row), canvas.length), -1)
+        tokens, at = torch.where(counts, now, -1), places.clamp(0, canvas.length - 1)
+        known = known.scatter_reduce(1, at, tokens, "amax")
+        heard = _hash(now * 1009 + canvas.positions[row] + 17)
+        return known, torch.where(visible & (places < 0), heard, 0).sum(dim=1)
+
+
+class Sure:
+    """Knows every token: ``answer`` says which; it depends on the prompt and the place."""
+
+    def answer(self, place: Tensor, prompt: Tensor) -> Tensor:
+        """Return the token (N,) at ``place`` after a prompt."""
+        return _hash(prompt + _hash(place + 5)) % WORDS
+
+    def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
+        """Logits that leave no doubt."""
+        return 30.0 * F.one_hot(self.answer(place, prompt), MASKED.size).float()
+
+
+class Chaos:
+    """Arbitrary logits between 0 and ``scale`` from all that is visible: nothing can be mixed up
+    unnoticed. It likes the mask and the end as much as any word."""
+
+    def __init__(self, scale: float = 6.0, end: bool = True) -> None:
+        self.scale, self.end = scale, end
+
+    def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
+        """Logits by hashing."""
+        told = _hash(prompt + _hash(place))
+        for column in range(known.shape[1]):
+            told = _hash(told + known[:, column] * 31 + column)
+        bits = _hash(told[:, None] + torch.arange(MASKED.size)) % 4096
+        logits = bits / 4096 * self.scale
+        logits[:, MASKED.pad] = -30.0
+        if not self.end:
+            logits[:, MASKED.eos] = -30.0
+        return logits
+
+
+class Joint:
+    """A joint distribution (3, 3, 3) over the words 0, 1 and 2 at three places, in logits of the
+    exact conditional of a place given what is decided."""
+
+    def __init__(self, table: Tensor | None = None) -> None:
+        if table is None:
+            table = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(5)) ** 3
+        self.table = (table / table.sum()).double()
+
+    def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
+        """Log-probabilities of the three words; nothing else is possible."""
+        mass = self.table.expand(len(known), 3, 3, 3)
+        for column in range(3):
+            decided = known[:, column]
+            only = F.one_hot(decided.clamp(0, 2), 3).double()
+            only = torch.where((decided < 0)[:, None], 1.0, only)
+            shape = [len(known), 1, 1, 1]
+            shape[column + 1] = 3
+            mass = mass * only.view(shape)
+        over = torch.stack([mass.sum((2, 3)), mass.sum((1, 3)), mass.sum((1, 2))], dim=1)
+        asked = over[torch.arange(len(known)), place].clamp(min=1e-30).log()
+        return F.pad(asked.float(), (0, MASKED.size - 3), value=-200.0)
+
+
+def _one_hot(tokens: Tensor) -> Tensor:
+    """One-hot embeddings (..., V); an audio slot is spread evenly over all tokens."""
+    content = F.one_hot(tokens.clamp(min=0), MASKED.size).float()
+    return torch.where((tokens < 0)[..., None], 1 / MASKED.size, content)
+
+
+def _first(where: Tensor) -> Tensor:
+    """The index (N,) of each row's first true value."""
+    return where.int().argmax(dim=1)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Scramble integers below 2**31 or so into 0 .. 2**31 - 1, the same on every machine."""
+    x = x * 6364136223846793005 + 1442695040888963407
+    x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * 2862933555777941757
+    return (x >> 33) & 0x7FFFFFFF

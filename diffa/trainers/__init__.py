@@ -1,0 +1,24 @@
+"""Training: recipes of stages over one spec, run on transformers' Trainer and accelerate."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffa.trainers.recipe import Recipe
+    from diffa.trainers.running import Report, run
+
+__all__ = ["Recipe", "Report", "run"]
+
+_HOMES = {
+    "Recipe": "diffa.trainers.recipe",
+    "Report": "diffa.trainers.running",
+    "run": "diffa.trainers.running",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'diffa.trainers' has no attribute {name!r}")

@@ -1,0 +1,121 @@
+"""Evaluation during training: held-out loss, and answers written and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffa.data.collate import Collate
+from diffa.data.rows import Stream
+from diffa.data.sample import Sample
+from diffa.trainers.loop import Tally
+from diffa.trainers.sections import Evaluation
+
+Evaluator = Callable[[Any], Mapping[str, float]]
+_FALLING = ("loss", "error")
+
+
+class Held:
+    """Measures a learner on rows it does not learn from.
+
+    Args:
+        learner: gives losses.
+        model: writes answers.
+        stream: held-out rows in a fixed order, each with a fixed corruption.
+        chosen: how many rows, and what to do with them.
+        evaluators: functions of the model that return more numbers.
+    """
+
+    def __init__(
+        self,
+        learner: Any,
+        model: Any,
+        stream: Stream | None,
+        collate: Collate,
+        chosen: Evaluation,
+        evaluators: Mapping[str, Evaluator],
+        device: torch.device,
+    ) -> None:
+        self.learner, self.model, self.stream = learner, model, stream
+        self.collate, self.chosen, self.device = collate, chosen, device
+        self.evaluators = {name: evaluators[name] for name in chosen.by}
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Return every number of this evaluation."""
+        found: dict[str, float] = {}
+        if self.stream is not None:
+            found |= self._losses(self.stream)
+            if self.chosen.generate:
+                found |= self._answers(self.stream)
+        for evaluator in self.evaluators.values():
+            found |= {key: float(value) for key, value in evaluator(self.model).items()}
+        return found
+
+    def _losses(self, stream: Stream) -> dict[str, float]:
+        tally = Tally()
+        for start in range(0, len(stream), self.chosen.batch):
+            rows = range(start, min(start + self.chosen.batch, len(stream)))
+            tally.add(self.learner(self.collate([stream[i] for i in rows]).to(self.device)))
+        return tally.take()
+
+    def _answers(self, stream: Stream) -> dict[str, float]:
+        written, wanted = [], []
+        for start in range(0, len(stream), self.chosen.batch):
+            rows = range(start, min(start + self.chosen.batch, len(stream)))
+            samples = [self._sample(stream, i) for i in rows]
+            asked = [s for s in samples if s.script is None]
+            if not asked:
+                continue
+            waves = [None if s.audio is None else self._wave(s) for s in asked]
+            questions = [s.question for s in asked]
+            answer = self.model.answer(waves, questions, max_tokens=self.chosen.max_tokens)
+            written += list(answer.text)
+            wanted += [s.target for s in asked]
+        return compare(written, wanted) if wanted else {}
+
+    def _sample(self, stream: Stream, position: int) -> Sample:
+        place = stream.mixture.place(position)
+        sample: Sample = stream.mixture.sources[place.source][place.row]
+        return sample
+
+    def _wave(self, sample: Sample) -> torch.Tensor:
+        from diffa.data.rows import Hearing
+
+        wave = Hearing(self.model.encoder.sample_rate)(sample, 0)
+        assert wave is not None
+        return wave.to(self.device)
+
+
+def compare(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """Return the share of exact answers and word errors per wanted word, case and marks aside."""
+    pairs = [(plain(a), plain(b)) for a, b in zip(written, wanted, strict=True)]
+    errors = sum(distance(a, b) for a, b in pairs)
+    words = sum(len(b) for _, b in pairs)
+    exact = sum(a == b for a, b in pairs)
+    return {"exact": exact / len(pairs), "error": errors / max(words, 1)}
+
+
+def plain(text: str) -> list[str]:
+    """Return a text's words without case and punctuation."""
+    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
+    return kept.split()
+
+
+def distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the fewest insertions, deletions and substitutions from a to b (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+def better(name: str, new: float, old: float | None) -> bool:
+    """Whether a number has improved: losses and errors fall, everything else rises."""
+    if old is None:
+        return True
+    falls = any(word in name for word in _FALLING)
+    return new < old if falls else new > old

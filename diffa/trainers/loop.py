@@ -1,0 +1,196 @@
+"""One stage on transformers' Trainer: exact normalisation, whole checkpoints, own counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from diffa.data.collate import Batch, Collate
+from diffa.data.rows import Stream
+from diffa.trainers import optimizers
+from diffa.trainers.folder import (
+    WEIGHTS,
+    TrainingError,
+    draft_of,
+    load_weights,
+    prune,
+    replacing,
+    save_weights,
+)
+from diffa.trainers.learner import Parts
+from diffa.trainers.parts import learned
+from diffa.trainers.sections import Optimizer, Schedule
+
+Evaluate = Callable[[int], dict[str, float]]
+
+
+class Loop(Trainer):  # type: ignore[misc]
+    """Runs a learner over a stream of rows.
+
+    The loss of a step is the sum over all its rows, on every device and in every accumulated
+    batch, divided by the sum of their weights: how rows are dealt out changes nothing.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        stream: Stream,
+        collate: Collate,
+        arguments: TrainingArguments,
+        *,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        keep: int = 2,
+        evaluate: Evaluate | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.chosen, self.way, self.keep, self.held = optimizer, schedule, keep, evaluate
+        self.tally = Tally()
+        self.skipped: list[str] = []
+        self._weight: torch.Tensor | None = None
+        super().__init__(
+            model=learner,
+            args=arguments,
+            train_dataset=stream,
+            eval_dataset=[] if evaluate else None,
+            data_collator=lambda rows: {"batch": collate(rows)},
+            callbacks=callbacks,
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the recipe's optimiser."""
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer = optimizers.optimizer(model or self.model, self.chosen)
+        made: torch.optim.Optimizer = self.optimizer
+        return made
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the recipe's schedule."""
+        if getattr(self, "lr_scheduler", None) is None:
+            chosen = optimizer or self.optimizer
+            self.lr_scheduler = optimizers.schedule(chosen, self.way, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Add one batch's gradients; the step's last batch divides them by the whole weight."""
+        model.train()
+        batch: Batch = inputs["batch"]
+        self.skipped.extend(batch.skipped)
+        with self.compute_loss_context_manager():
+            parts: Parts = model(batch=batch)
+        self.accelerator.backward(parts.sum)
+        self.tally.add(parts)
+        weight = parts.weight.detach()
+        self._weight = weight if self._weight is None else self._weight + weight
+        if self.accelerator.sync_gradients:
+            self._divide(self._weight)
+            self._weight = None
+        mean: torch.Tensor = parts.sum.detach() / parts.weight.detach().clamp(min=1e-8)
+        return mean.float() / int(self.args.gradient_accumulation_steps)
+
+    def _divide(self, weight: torch.Tensor) -> None:
+        """Turn summed gradients into those of the mean; DDP has averaged them over devices."""
+        total = self.accelerator.reduce(weight, reduction="sum").clamp(min=1e-8)
+        factor = self.accelerator.num_processes / float(total)
+        grads = [p.grad for p in optimizers.learning(self.model) if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the exact mean loss and accuracy since the last report."""
+        if "loss" in logs:
+            logs = {**logs, **self.tally.take(self.accelerator)}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Run the stage's evaluation without moving any random state."""
+        if self.held is None:
+            return {}
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            self.model.eval()
+            found = self.held(self.state.global_step)
+        self.model.train()
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        control: Any = self.control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The stream is in order already."""
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a whole checkpoint or none, then drop the oldest."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        state = self._gathered()
+        if not self.args.should_save:
+            self.accelerator.wait_for_everyone()  # until the draft is there
+            self._save_rng_state(str(draft_of(place)))
+            self.accelerator.wait_for_everyone()
+            return
+        with replacing(place) as draft:
+            self.accelerator.wait_for_everyone()
+            save_weights(state, draft / WEIGHTS)
+            self._save_optimizer_and_scheduler(str(draft))
+            self._save_rng_state(str(draft))
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(draft / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+        prune(place.parent, self.keep)
+
+    def _gathered(self) -> dict[str, torch.Tensor]:
+        """Return what learns, whole, on every process."""
+        if not self.is_fsdp_enabled:
+            return learned(self.model)
+        names = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        whole = self.accelerator.get_state_dict(self.model_wrapped)
+        return {key: value for key, value in whole.items() if key in names}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read a checkpoint's weights into what learns."""
+        state = load_weights(Path(resume_from_checkpoint) / WEIGHTS)
+        restore(self.model, state, resume_from_checkpoint)
+
+
+def restore(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load exactly what learns; raises TrainingError where names or shapes differ."""
+    wanted = learned(module)
+    shapes = {key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape}
+    wrong = sorted((wanted.keys() ^ state.keys()) | shapes)
+    if wrong:
+        raise TrainingError(
+            f"{source} holds other weights than this stage trains: {', '.join(wrong[:5])}"
+        )
+    module.load_state_dict(state, strict=False)
+
+
+class Tally:
+    """Sums of what batches measured, on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+
+    def add(self, parts: Parts) -> None:
+        """Add a batch."""
+        now = torch.stack([part.detach().float() for part in parts])
+        self.sums = now if self.sums is None else self.sums + now
+
+    def take(self, accelerator: Any = None) -> dict[str, float]:
+        """Return mean loss and accuracy over all devices, and begin anew."""
+        if self.sums is None:
+            return {}
+        sums = self.sums if accelerator is None else accelerator.reduce(self.sums, "sum")
+        total, weight, correct, asked = sums.tolist()
+        self.sums = None
+        found = {"loss": total / max(weight, 1e-8)}
+        return found | ({"accuracy": correct / asked} if asked else {})

@@ -1,0 +1,283 @@
+"""Run a recipe: stage after stage, each resumable at any checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from diffa.building import build
+from diffa.data.sample import OnError
+from diffa.data.sources import Make
+from diffa.model import Model
+from diffa.spec import Spec
+from diffa.store import save
+from diffa.trainers.evaluate import Evaluator, better
+from diffa.trainers.folder import (
+    WEIGHTS,
+    TrainingError,
+    latest,
+    load_weights,
+    read_json,
+    replacing,
+    save_weights,
+    step_of,
+    write_json,
+)
+from diffa.trainers.loop import Loop, restore
+from diffa.trainers.parts import count, learned, staged
+from diffa.trainers.recipe import Recipe
+from diffa.trainers.sections import Evaluation, Stage
+from diffa.trainers.stages import Setting, loop, mixture, steps_of
+
+
+class StageReport(NamedTuple):
+    """How a stage went, or would go: steps, rows per epoch, what learns, and its numbers."""
+
+    name: str
+    folder: Path
+    steps: int
+    rows: int
+    learning: int
+    metrics: dict[str, float]
+    skipped: int
+
+
+class Report(NamedTuple):
+    """How a run went: its stages, and the trained model (None after a dry run)."""
+
+    stages: list[StageReport]
+    model: Model | None
+    folder: Path
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    resume: bool | str | os.PathLike[str] = False,
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
+    on_error: OnError = "stop",
+    device: str | torch.device | None = None,
+    sources: Mapping[str, Make] | None = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    console: Console | None = None,
+) -> Report:
+    """Train what a recipe says and write stages, checkpoints and the model below ``out``.
+
+    Args:
+        recipe: a mapping, a file, or a recipe that diffa ships.
+        out: the run's folder; the trained model is saved as its ``model``.
+        resume: go on where a run in ``out`` stopped, or at the checkpoint that is named.
+        dry_run: check everything and report what would happen; weights are neither loaded nor
+            learned.
+        overrides: changes such as ``stages.0.steps=100``.
+        on_error: leave unusable rows out, counted and listed (``skip``), or ``stop``.
+        device: where to train; a GPU if there is one.
+        sources: generators of samples by name, besides diffa's own.
+        evaluators: functions of the model that recipes may name in ``evaluate.by``.
+        console: where to show progress.
+
+    Raises:
+        SpecError: the recipe has faults.
+        DataError: training data is unusable.
+        TrainingError: the run cannot start, go on or be saved.
+    """
+    checked = Recipe.read(recipe).change(overrides)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    setting = Setting(
+        recipe=checked,
+        out=Path(out).expanduser(),
+        device=place,
+        console=console or Console(stderr=True),
+        on_error=on_error,
+        sources=sources or {},
+        evaluators=evaluators or {},
+    )
+    if dry_run:
+        model = prepare(setting, torch.device("meta"))
+        return Report(_plan(setting, model), None, setting.out)
+    _claim(setting, bool(resume))
+    model = prepare(setting, place)
+    chosen = Path(resume) if isinstance(resume, str | os.PathLike) else None
+    reports = [
+        _stage(setting, model, number, resume=bool(resume), chosen=chosen)
+        for number in range(len(checked.stages))
+    ]
+    final = finished(setting, model)
+    if int(os.environ.get("RANK", "0")) == 0:
+        save(final, setting.out / "model")
+    return Report(reports, final, setting.out)
+
+
+def prepare(setting: Setting, device: torch.device) -> Model:
+    """Build the recipe's model, its adapters drawn from the recipe's seed."""
+    spec = setting.recipe.spec
+    assert spec is not None  # the recipe was checked
+    if setting.recipe.head.checkpointing:
+        spec = spec.set("backbone.checkpointing", True)
+    trained = {name for stage in setting.recipe.stages for name in stage.train}
+    torch.manual_seed(setting.recipe.head.seed)
+    # a backbone that learns needs all the digits that its small steps move
+    return build(spec, device=device, dtype=torch.float32 if "backbone" in trained else None)
+
+
+def finished(setting: Setting, model: Model) -> Model:
+    """Return the model as the last stage sees it; everything that ever learned will be saved."""
+    stages = setting.recipe.stages
+    seen = staged(model, stages[-1])
+    adapters = set(seen.spec.data["adapters"])
+    trained = dict.fromkeys(name for stage in stages for name in stage.train)
+    kept = [n for n in trained if n.partition(".")[0] != "adapters" or n == "adapters"]
+    kept += [n for n in trained if n not in kept and n.removeprefix("adapters.") in adapters]
+    seen.spec = Spec.read(seen.spec.data | {"train": kept}).resolve()
+    return seen.eval()
+
+
+def stage_folder(setting: Setting, number: int) -> Path:
+    """Return where a stage's checkpoints, log and weights are."""
+    return setting.out / f"{number + 1}-{setting.recipe.stages[number].name}"
+
+
+def _plan(setting: Setting, model: Model) -> list[StageReport]:
+    """Say what every stage would do."""
+    reports = []
+    for number, stage in enumerate(setting.recipe.stages):
+        mixed = mixture(stage, setting, number)
+        per_step = stage.batch * stage.accumulate * setting.processes
+        seen = staged(model, stage)
+        reports.append(
+            StageReport(
+                stage.name,
+                stage_folder(setting, number),
+                steps_of(stage, mixed.size, per_step),
+                mixed.size,
+                count(seen, learning=True),
+                {},
+                sum(len(getattr(source, "faults", ())) for source in mixed.sources),
+            )
+        )
+    return reports
+
+
+def _claim(setting: Setting, resume: bool) -> None:
+    """Take the folder for this recipe; refuse one that holds another run."""
+    path = setting.out / "recipe.json"
+    held = read_json(path)
+    if held is not None and not resume:
+        raise TrainingError(
+            f"{setting.out} holds a run already: go on with --resume, or choose another --out"
+        )
+    if held is not None:
+        changed = setting.recipe.same_as(held)
+        if changed:
+            raise TrainingError(
+                f"{setting.out} was begun with another recipe; it differs in {', '.join(changed)}"
+            )
+    write_json(setting.recipe.data, path)
+
+
+def _stage(
+    setting: Setting, model: Model, number: int, *, resume: bool, chosen: Path | None
+) -> StageReport:
+    """Run a stage, or take over what it left behind."""
+    stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
+    seen = staged(model, stage)
+    done = read_json(folder / "stage.json") if resume else None
+    behind = chosen is not None and chosen.resolve().parent == folder.resolve()
+    if done is not None and not behind:
+        restore(_carrier(seen), load_weights(folder / WEIGHTS), str(folder))
+        setting.console.print(f"{stage.name}: done before, {done['steps']} steps")
+        return StageReport(folder=folder, **done)
+    start = chosen if behind else (latest(folder) if resume else None)
+    trained, report = _train(setting, seen, number, start)
+    _keep(trained, report, folder, stage)
+    return report
+
+
+def _train(
+    setting: Setting, seen: Model, number: int, start: Path | None
+) -> tuple[Model, StageReport]:
+    stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
+    running, held, evaluation = loop(seen, stage, number, folder, setting)
+    if held is not None and evaluation is not None:
+        running.held = _Best(held, seen, folder, evaluation, fresh=start is None)
+    if start is not None:
+        setting.console.print(f"{stage.name}: going on from step {step_of(start)}")
+    running.train(resume_from_checkpoint=str(start) if start else None)
+    metrics = {k: v for row in running.state.log_history for k, v in row.items() if _telling(k)}
+    skipped = _report_skipped(running, setting, folder)
+    mixed = running.train_dataset.mixture
+    learning = count(running.model, learning=True)
+    return seen, StageReport(
+        stage.name, folder, running.state.max_steps, mixed.size, learning, metrics, skipped
+    )
+
+
+def _telling(key: str) -> bool:
+    return key in ("loss", "accuracy") or (key.startswith("eval_") and "runtime" not in key)
+
+
+def _report_skipped(running: Loop, setting: Setting, folder: Path) -> int:
+    """Count rows that were left out, and list them in ``skipped.json``."""
+    mixed = running.train_dataset.mixture
+    faulty = [
+        f"{source.path}: {fault}"
+        for source in mixed.sources
+        if hasattr(source, "faults")
+        for fault in source.faults
+    ]
+    reasons = sorted({*running.skipped, *faulty})
+    if reasons:
+        write_json(reasons, folder / "skipped.json")
+        setting.console.print(
+            f"{len(reasons)} rows were left out, listed in {folder / 'skipped.json'}"
+        )
+    return len(reasons)
+
+
+def _keep(trained: Model, report: StageReport, folder: Path, stage: Stage) -> None:
+    """Write a stage's outcome: its weights, then the note that it is done."""
+    if stage.take == "best":
+        best = folder / "best" / WEIGHTS
+        restore(_carrier(trained), load_weights(best), str(best))
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_weights(learned(_carrier(trained)), folder / WEIGHTS)
+        note = report._asdict()
+        del note["folder"]
+        write_json(note, folder / "stage.json")
+
+
+def _carrier(seen: Model) -> Model:
+    return seen
+
+
+class _Best:
+    """An evaluation that also keeps the weights of its best moment."""
+
+    def __init__(
+        self, held: Any, model: Model, folder: Path, chosen: Evaluation, *, fresh: bool
+    ) -> None:
+        self.held, self.model, self.place, self.name = held, model, folder / "best", chosen.best
+        note = None if fresh else read_json(self.place / "metrics.json")
+        self.value: float | None = note["best"] if note else None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate; a missing number that was to be the best's measure is an error."""
+        found: dict[str, float] = self.held(step)
+        if self.name not in found:
+            raise TrainingError(
+                f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
+            )
+        value = found[self.name]
+        if better(self.name, value, self.value):
+            self.value = value
+            with replacing(self.place) as draft:
+                save_weights(learned(self.model), draft / WEIGHTS)
+                write_json({"best": value, "step": step, **found}, draft / "metrics.json")
+        return found

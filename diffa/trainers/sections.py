@@ -1,0 +1,158 @@
+"""The sections of a recipe: their options, types and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from diffa.errors import suggest
+from diffa.schema import Report, fit
+
+Part = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where samples come from: a manifest (``path``) or a generator (``source``, ``options``).
+
+    ``weight``: how often its rows pass in one epoch. The rest is said in ``data.manifest``.
+    """
+
+    path: str | None = None
+    source: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    target: str = "target"
+    question: str | None = None
+    folder: str | None = None
+    probe: bool = True
+    unique: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """``adamw``, or ``muon`` for matrices (at ``matrix_lr``) with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    matrix_lr: float = 0.02
+    momentum: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over a stage: ``warmup`` steps (below 1: a share of them), then down."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.0
+    floor: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss, and answers written and compared, every so many steps.
+
+    ``best`` names the number whose best weights are kept: ``loss`` and ``error`` (word errors
+    per word) fall, ``accuracy``, ``exact`` and any other rise. ``by`` names evaluators that were
+    passed to ``run``.
+    """
+
+    data: list[Mapping[str, Any]] = field(default_factory=list)
+    every: int = 500
+    rows: int = 64
+    batch: int = 8
+    generate: bool = True
+    max_tokens: int = 64
+    by: list[str] = field(default_factory=list)
+    best: str = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Where a frozen encoder's features are kept, and how much room they may take."""
+
+    folder: str = "features"
+    dtype: Literal["float16", "float32"] = "float16"
+    gigabytes: float = 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage: what learns, from what, and for how long.
+
+    ``kind``: ``answers`` trains the whole model by its objective, ``listening`` the encoder by
+    labels. ``batch`` rows pass at once on each device, ``accumulate`` times per step. ``take``
+    says whose weights go on to the next stage.
+    """
+
+    name: str = ""
+    kind: Literal["answers", "listening"] = "answers"
+    data: list[Mapping[str, Any]] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)
+    adapters: list[str] | None = None
+    objective: Part | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 8
+    accumulate: int = 1
+    epochs: float | None = None
+    steps: int | None = None
+    answer_length: int | None = None
+    longest: int = 2048
+    grouped: bool = True
+    clip: float = 1.0
+    augment: Mapping[str, Any] | None = None
+    cache: Mapping[str, Any] | None = None
+    evaluate: Mapping[str, Any] | None = None
+    take: Literal["last", "best"] = "last"
+    save: int = 500
+    log: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What holds for every stage of a recipe."""
+
+    spec: Part = ""
+    stages: list[Mapping[str, Any]] = field(default_factory=list)
+    seed: int = 0
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    checkpointing: bool = False
+    workers: int = 0
+    loggers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
+    keep: int = 2
+
+
+Section = TypeVar("Section")
+
+
+def read(cls: type[Section], data: Any, path: str, report: Report) -> Section:
+    """Return a section from a mapping, reporting every option that is unknown or does not fit."""
+    if not isinstance(data, Mapping):
+        report(path, f"expected a mapping, got {data!r}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    faults: list[str] = []
+
+    def note(where: str, text: str) -> None:
+        faults.append(where)
+        report(where, text)
+
+    values = {}
+    for key, value in data.items():
+        where = f"{path}.{key}".lstrip(".")
+        if key not in names:
+            note(where, f"unknown option{suggest(str(key), names)}")
+            continue
+        fitted = fit(value, hints[key], where, note)
+        if not any(fault.startswith(where) for fault in faults):
+            values[key] = fitted
+    return cls(**values)

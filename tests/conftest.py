@@ -1,0 +1,51 @@
+"""Fixtures that many tests share: the golden folders, and models built from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import diffa
+
+GOLDEN = Path(__file__).parent / "golden"
+FOLDERS = ("diffa1-tiny", "diffa2-tiny")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(int(os.environ.get("DIFFA_TEST_THREADS", "1")))
+
+
+def golden_spec(name: str, **parts: Any) -> dict[str, Any]:
+    """The spec of a golden folder in the published layouts."""
+    folder = GOLDEN / name
+    backbone: dict[str, Any] = {"name": "llada", "checkpoint": str(folder / "llada")}
+    if name == "diffa2-tiny":
+        backbone["lora"] = {"checkpoint": str(folder / "diffa"), "merge": True}
+    return {
+        "encoder": {"name": "whisper", "checkpoint": str(folder / "whisper")},
+        "adapters": {
+            "acoustic": {"name": "qformer", "checkpoint": str(folder / "diffa")},
+            "semantic": {"name": "conv", "checkpoint": str(folder / "diffa")},
+        },
+        "backbone": backbone,
+        **parts,
+    }
+
+
+@pytest.fixture(scope="session", params=FOLDERS)
+def golden(request: pytest.FixtureRequest) -> tuple[str, diffa.Model, dict[str, torch.Tensor]]:
+    """A golden folder's name, its model, and what the original code computes."""
+    name = request.param
+    model = diffa.build(golden_spec(name))
+    return name, model, load_file(GOLDEN / name / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden1() -> tuple[diffa.Model, dict[str, torch.Tensor]]:
+    """The DIFFA-1 golden model and its numbers."""
+    name = "diffa1-tiny"
+    return diffa.build(golden_spec(name)), load_file(GOLDEN / name / "expected.safetensors")

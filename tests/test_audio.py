@@ -1,0 +1,188 @@
+"""Reading, mixing down, resampling, checking and padding recordings."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from diffa import audio
+from diffa.errors import AudioError
+
+
+def tone(seconds=0.5, rate=16_000, pitch=440.0):
+    return torch.sin(2 * torch.pi * pitch * torch.arange(int(seconds * rate)) / rate) * 0.5
+
+
+def write(path, wave, rate=16_000, **options):
+    soundfile.write(path, np.asarray(wave), rate, **options)
+    return path
+
+
+# read
+
+
+@pytest.mark.parametrize("suffix, tolerance", [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.1)])
+def test_every_common_format_is_read(tmp_path, suffix, tolerance):
+    wave, rate = audio.read(write(tmp_path / f"a.{suffix}", tone()))
+    assert rate == 16_000 and wave.dtype == torch.float32 and wave.shape == (8000,)
+    assert (wave - tone()).abs().max() < tolerance
+
+
+def test_mp3_is_read(tmp_path):
+    wave, rate = audio.read(write(tmp_path / "a.mp3", tone(2.0)))
+    assert rate == 16_000 and abs(len(wave) - 32_000) < 4000
+    assert 0.2 < wave.square().mean().sqrt() < 0.5
+
+
+def test_channels_are_averaged(tmp_path):
+    stereo = torch.stack([tone(), -tone() / 2], dim=1)
+    wave, _ = audio.read(write(tmp_path / "a.wav", stereo))
+    assert torch.allclose(wave, tone() / 4, atol=1e-4)
+
+
+def test_what_cannot_be_read_says_why(tmp_path):
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("this is no recording, however long it goes on")
+    write(tmp_path / "none.wav", np.zeros(0))
+    cases = [
+        (tmp_path / "absent.wav", "there is no file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "empty.wav", "is an empty file"),
+        (tmp_path / "none.wav", "holds no samples"),
+    ]
+    for path, told in cases:
+        with pytest.raises(AudioError, match=told) as caught:
+            audio.read(path)
+        assert str(path) in str(caught.value)
+
+
+def test_what_is_not_audio_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if PyAV were not installed
+    (tmp_path / "a.wav").write_text("this is no recording")
+    with pytest.raises(AudioError, match=r"pip install 'diffa\[audio\]'"):
+        audio.read(tmp_path / "a.wav")
+
+
+class FakeFrame:
+    """A frame of PyAV: planar formats give (channels, S), packed ones (1, channels * S)."""
+
+    def __init__(self, samples, planar):
+        self.format = types.SimpleNamespace(is_planar=planar)
+        self.layout = types.SimpleNamespace(channels=[0, 1])
+        self.samples = samples
+
+    def to_ndarray(self):
+        return self.samples
+
+
+@pytest.mark.parametrize(
+    "samples, planar",
+    [
+        (np.array([[0.5, -0.5], [0.0, 0.0]], dtype=np.float32), True),
+        (np.array([[0.5, 0.0, -0.5, 0.0]], dtype=np.float32), False),
+        (np.array([[16384, 0, -16384, 0]], dtype=np.int16), False),
+        (np.array([[192, 128, 64, 128]], dtype=np.uint8), False),
+    ],
+)
+def test_pyav_frames_become_floats_whatever_their_format(samples, planar):
+    frame = audio._planar(FakeFrame(samples, planar))
+    assert frame.equal(torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
+
+
+# resample
+
+
+def test_resampling_keeps_the_tone():
+    wave = audio.resample(tone(1.0, 44_100), 44_100, 16_000)
+    inner = slice(1000, 15_000)
+    assert wave.shape == (16_000,)
+    assert torch.allclose(wave[inner], tone(1.0)[inner], atol=1e-2)
+
+
+def test_resampling_to_the_same_rate_is_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    wave = tone()
+    assert audio.resample(wave, 16_000, 16_000) is wave
+
+
+@pytest.mark.parametrize("rates", [(0, 16_000), (16_000, -1)])
+def test_impossible_rates_are_refused(rates):
+    with pytest.raises(AudioError, match="at least 1"):
+        audio.resample(tone(), *rates)
+
+
+def test_a_broken_torchaudio_is_told_apart(monkeypatch):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", Broken("torchaudio.functional"))
+    with pytest.raises(AudioError, match=r"torchaudio does not import.*libcudart.*16000 Hz"):
+        audio.resample(tone(), 44_100, 16_000)
+
+
+# prepare
+
+
+def test_a_path_is_read_at_the_rate_asked_for(tmp_path):
+    path = write(tmp_path / "a.wav", tone(0.5, 8000), 8000)
+    for given in (path, str(path)):
+        wave = audio.prepare(given, 16_000)
+        assert wave.shape == (8000,) and wave.dtype == torch.float32
+
+
+def test_a_waveform_is_taken_as_it_is():
+    wave = tone()
+    assert audio.prepare(wave, 16_000).equal(wave)
+    assert audio.prepare(wave.double(), 16_000).dtype == torch.float32
+    backwards = wave.numpy()[::-1]
+    assert audio.prepare(backwards, 16_000).equal(wave.flip(0))
+
+
+@pytest.mark.parametrize(
+    "wave, told",
+    [
+        (torch.zeros(0), "is empty"),
+        (torch.zeros(2, 100), r"shape \(2, 100\).*mean"),
+        (torch.tensor(0.5), r"shape \(\)"),
+        (torch.tensor([0.0, float("nan")]), "1 samples that are NaN or infinite, the first at 1"),
+        (torch.tensor([float("inf"), 0.0]), "the first at 0"),
+        (torch.zeros(10, dtype=torch.int16), r"int16.*audio.float\(\) / 32768"),
+        (np.zeros(10, dtype=np.int32), r"int32.*/ 2147483648"),
+        (torch.zeros(10, dtype=torch.bool), "is bool, but floats"),
+        (np.zeros(10, dtype=complex), "floats between -1 and 1"),
+        (np.array(["a"]), "cannot be read as numbers"),
+        ([0.1, 0.2], "must be a path or a waveform.*not list"),
+        (None, "not NoneType"),
+    ],
+)
+def test_what_is_no_waveform_says_what_to_do(wave, told):
+    with pytest.raises(AudioError, match=told):
+        audio.prepare(wave, 16_000)
+
+
+def test_a_file_that_is_not_finite_is_refused(tmp_path):
+    wave = tone()
+    wave[100] = float("nan")
+    path = write(tmp_path / "a.wav", wave, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"a\.wav holds 1 samples .* first at 100"):
+        audio.prepare(path, 16_000)
+
+
+# pad
+
+
+def test_padding_keeps_every_waveform_and_its_length():
+    waves = [tone(0.1), tone(0.3), tone(0.2)]
+    batch, lengths = audio.pad(waves)
+    assert lengths.tolist() == [1600, 4800, 3200] and batch.shape == (3, 4800)
+    for row, wave in zip(batch, waves, strict=True):
+        assert row[: len(wave)].equal(wave) and row[len(wave) :].eq(0).all()
+
+
+def test_nothing_cannot_be_padded():
+    with pytest.raises(AudioError, match="no waveforms"):
+        audio.pad([])
