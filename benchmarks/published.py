@@ -57,9 +57,7 @@ def schedule(length: int, steps: int, block: int) -> list[tuple[int, int]]:
     return [(b * block + block, count) for b in range(blocks) for count in plan]
 
 
-def decode(
-    model: Any, asked: Question, *, length: int, steps: int, block: int
-) -> Iterator[Tensor]:
+def decode(model: Any, asked: Question, *, length: int, steps: int, block: int) -> Iterator[Tensor]:
     """Answer a question, yielding the answer (1, A) after every step."""
     answer = torch.full((1, length), model.backbone.vocab.mask)
     for end, count in schedule(length, steps, block):

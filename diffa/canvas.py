@@ -73,26 +73,44 @@ class Canvas:
 
     def undecided(self) -> Tensor:
         """Return which answer tokens are still masks, (B, A) bool."""
-        return self.answer == self.vocab.mask
+        return torch.eq(self.answer, -2 if self.vocab.mask is None else self.vocab.mask)
 
     def write(self, slots: Tensor, tokens: Tensor, confidence: Tensor | None = None) -> None:
         """Put ``tokens`` (B, K) into ``slots`` (B, K) where the slot is not -1, twins included."""
-        row, column = (slots >= 0).nonzero(as_tuple=True)
-        slot, token = slots[row, column], tokens[row, column]
-        embedded = self._embed(token).to(self.content.dtype)
-        for offset in (0, self.count) if self.twins else (0,):
-            self.tokens[row + offset, slot] = token
-            self.content[row + offset, slot] = embedded
+        if not slots.numel():
+            return
+        at = first_for_padding(slots)
+        use = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+        use = torch.where(slots < 0, first_real(slots), use)
+        some = (slots >= 0).any(dim=1, keepdim=True)  # other rows write back what they hold
+        at = torch.where(some, at, 0)
+        self._put(at, some, tokens.gather(1, use))
         if confidence is not None:
-            inside = slot < self.start + self.length
-            at = row[inside], slot[inside] - self.start
-            self.confidence[at] = confidence[row, column][inside].to(self.confidence.dtype)
+            inside = (at >= self.start) & (at < self.start + self.length) & some
+            at = (at - self.start).clamp(0, self.length - 1)
+            new = confidence.gather(1, use).to(self.confidence.dtype)
+            new = torch.where(inside, new, self.confidence.gather(1, at))
+            self.confidence.scatter_(1, at, new)
+
+    def _put(self, at: Tensor, some: Tensor, tokens: Tensor) -> None:
+        """Write tokens (B, K) and their embeddings at slots ``at`` of the rows in ``some``."""
+        if self.twins:
+            at, some, tokens = at.repeat(2, 1), some.repeat(2, 1), tokens.repeat(2, 1)
+        self.tokens.scatter_(1, at, torch.where(some, tokens, self.tokens.gather(1, at)))
+        wide = at[:, :, None].expand(-1, -1, self.content.shape[2])
+        new = self._embed(torch.where(some, tokens, 0)).to(self.content.dtype)
+        new = torch.where(some[:, :, None], new, self.content.gather(1, wide))
+        self.content.scatter_(1, wide, new)
 
     def fill(self, where: Tensor, token: int) -> None:
-        """Put one token into the answer slots ``where`` (B, A) is true, as certain."""
-        slots = torch.arange(self.start, self.start + self.length, device=where.device)
-        slots = torch.where(where, slots, -1)
-        self.write(slots, torch.full_like(slots, token), torch.ones_like(self.confidence))
+        """Put one token into the answer slots ``where`` (B, A) is true: a mask, or a sure one."""
+        answer = slice(self.start, self.start + self.length)
+        self.confidence.masked_fill_(where, 0.0 if token == self.vocab.mask else 1.0)
+        where = where.repeat(2, 1) if self.twins else where
+        embedded = self._embed(torch.tensor([token], device=where.device))
+        self.tokens[:, answer].masked_fill_(where, token)
+        content = self.content[:, answer]
+        content.copy_(torch.where(where[:, :, None], embedded.to(content.dtype), content))
 
     def branch(self, hide: Hide) -> None:
         """Add guidance's unconditional twin of every row, with its own prompt and memory.
@@ -124,7 +142,7 @@ class Canvas:
     def scratch(self, count: int, *, branch: int) -> Tensor:
         """Add ``count`` slots for drafts in a branch of their own and return their indices.
 
-        They are absent until ``place`` gives them content; slots of branch 0 never see them.
+        They are absent until ``place`` fills them; slots of branch 0 never see them.
         """
         rows, first = len(self.tokens), self.size
         extra = self.tokens.new_full((rows, count), self.vocab.pad)
@@ -139,13 +157,12 @@ class Canvas:
         self.ragged = True
         return torch.arange(first, first + count, device=extra.device)
 
-    def place(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
-        """Give ``slots`` (B, K) tokens and positions, and make them valid."""
-        row, column = (slots >= 0).nonzero(as_tuple=True)
-        self.write(slots, tokens)
-        for offset in (0, self.count) if self.twins else (0,):
-            self.positions[row + offset, slots[row, column]] = positions[row, column]
-            self.valid[row + offset, slots[row, column]] = True
+    def place(self, slots: Tensor, there: Tensor, tokens: Tensor, positions: Tensor) -> None:
+        """Fill scratch ``slots`` (K,) of every row, (B, K) each; those not ``there`` are absent."""
+        self.write(slots.expand(self.count, -1), tokens)
+        copies = 2 if self.twins else 1
+        self.positions[:, slots] = positions.repeat(copies, 1)
+        self.valid[:, slots] = there.repeat(copies, 1)
 
 
 def interleave(
@@ -172,3 +189,13 @@ def interleave(
     lengths = torch.tensor([len(row) for row in ids], device=ids[0].device)
     padded = torch.nn.utils.rnn.pad_sequence
     return Embeds(padded(values, True), lengths), padded(ids, True, padding_value=GIVEN)
+
+
+def first_for_padding(slots: Tensor) -> Tensor:
+    """Replace -1 in slots (B, K) by the row's first real one, to be treated twice alike."""
+    return torch.where(slots < 0, slots.gather(1, first_real(slots)), slots)
+
+
+def first_real(slots: Tensor) -> Tensor:
+    """Where each row's first slot that is not -1 stands in ``slots`` (B, K), (B, 1)."""
+    return (slots >= 0).int().argmax(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffa.canvas import Canvas
+from diffa.canvas import Canvas, first_for_padding, first_real
 from diffa.memory import Context, Memory
 from diffa.types import Backbone
 
@@ -72,7 +72,7 @@ class Denoiser:
         if slots is None:
             return self._backbone(content, positions, context)
         if sees is not None:
-            first = sees.gather(1, _first(slots)[:, :, None].expand(-1, 1, sees.shape[2]))
+            first = sees.gather(1, first_real(slots)[:, :, None].expand(-1, 1, sees.shape[2]))
             context = context._replace(sees=torch.where((slots < 0)[:, :, None], first, sees))
         slots = first_for_padding(slots)
         embeds = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
@@ -87,20 +87,10 @@ class Denoiser:
             place.scatter_(1, first_for_padding(slots), steps)
             at = torch.where(rows < 0, -1, place.gather(1, rows.clamp(min=0)))
         asked = hidden.gather(1, at.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
-        if len(rows) == 1 or asked.is_cuda:
-            return self._backbone.head(asked)
         there = rows >= 0
+        if asked.is_cuda or bool(there.all()):
+            return self._backbone.head(asked)
         found = self._backbone.head(asked[there])
         logits = found.new_zeros(*rows.shape, found.shape[-1])
         logits[there] = found
         return logits
-
-
-def first_for_padding(slots: Tensor) -> Tensor:
-    """Replace -1 by the row's first real slot, which is then computed and written twice alike."""
-    return torch.where(slots < 0, slots.gather(1, _first(slots)), slots)
-
-
-def _first(slots: Tensor) -> Tensor:
-    """Where each row's first real slot stands in ``slots``, (B, 1)."""
-    return (slots >= 0).int().argmax(dim=1, keepdim=True)

@@ -115,6 +115,8 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    if not value.isprintable():  # PyYAML loses U+0085 and its like in other styles
+        return dumper.represent_scalar(_TAG + "str", value, style='"')
     own = any(
         pattern.match(value)
         for patterns in _Loader.yaml_implicit_resolvers.values()

@@ -58,7 +58,7 @@ class Memory:
     """Every layer's keys and values for every slot of a canvas, (B, S, H, D) per layer."""
 
     def __init__(self) -> None:
-        self.probe: int | None = None  # the layer whose keys ``drift`` watches
+        self.probe: int | None = None  # the layer whose keys ``drift`` watches, -1 for the last
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._moved: Tensor | None = None
@@ -129,7 +129,9 @@ class Memory:
         return rows[:, None], slots
 
     def _watch(self, layer: int, keys: Tensor, slots: Tensor | None, rows: Tensor | None) -> None:
-        if layer != self.probe or layer >= len(self._keys):
+        if self.probe is None or layer >= len(self._keys):
+            return
+        if layer != self.probe % len(self._keys):
             return
         where = self._where(slots, rows, keys)
         old = self._keys[layer]

@@ -14,6 +14,7 @@ from diffa.denoise import Denoiser
 from diffa.errors import AudioError, SpecError
 from diffa.memory import Context
 from diffa.prompt import Chat
+from diffa.scoring import Score, score
 from diffa.spec import Spec
 from diffa.types import Embeds, Features, Noised, Step
 
@@ -61,12 +62,14 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone's weights are."""
-        return next(self.backbone.parameters()).device
+        place: torch.device = next(self.backbone.parameters()).device
+        return place
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the backbone's weights."""
-        return next(self.backbone.parameters()).dtype
+        precise: torch.dtype = next(self.backbone.parameters()).dtype
+        return precise
 
     def listen(self, audio: Tensor, lengths: Tensor | None = None) -> Embeds:
         """Turn audio (S,) or (B, S) at ``encoder.sample_rate`` into embeddings, in spec order.
@@ -107,6 +110,7 @@ class Model(nn.Module):
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
+        draft: Waves = None,
     ) -> Generation:
         """Answer prompts of token ids (L,), one or a list, with the spec's sampler.
 
@@ -117,12 +121,15 @@ class Model(nn.Module):
                 None.
             max_tokens: length of every answer.
             seeds: one seed or one per row for samplers that draw; 0 where None.
+            draft: token ids (up to ``max_tokens``) that the answer begins with, or a list with one
+                such or None per prompt. Mask ids, and what lies behind, are to be decided; whether
+                the others may be changed is up to the sampler (``revise``).
 
         Raises:
             AudioError: unusable audio, or too much of it for the backbone's context.
             SpecError: arguments that do not fit together.
         """
-        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds)
+        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
         with torch.no_grad():
             for _ in self.sampler(canvas, denoise):
                 pass
@@ -136,9 +143,10 @@ class Model(nn.Module):
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
+        draft: Waves = None,
     ) -> Iterator[Step]:
         """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
-        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds)
+        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
         steps = self.sampler(canvas, denoise)
         while True:
             with torch.no_grad():  # not held while the caller works between two steps
@@ -190,6 +198,48 @@ class Model(nn.Module):
             return Answer(texts[0], made.tokens[0], made.forwards)
         return Answer(texts, made.tokens, made.forwards)
 
+    def score(
+        self,
+        audio: Any,
+        question: str,
+        choices: Sequence[str],
+        *,
+        system: str | None = None,
+        samples: int = 128,
+        seed: int = 0,
+        batch: int = 16,
+    ) -> Score:
+        """Measure how likely each of some answers is, without decoding: ``Score.best`` answers a
+        multiple-choice question.
+
+        Args:
+            audio: path, waveform at ``encoder.sample_rate``, or None.
+            question: about the recording.
+            choices: answers to compare.
+            system: instead of the spec's system turn.
+            samples: draws per answer of more than one token, the same for all of them.
+            seed: of the draws.
+            batch: rows per forward.
+
+        Raises:
+            AudioError: unusable audio.
+            SpecError: the backbone has no tokenizer, or there is nothing to score.
+        """
+        wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
+        prompt = self.chat.encode(question, system=system, audio=wave is not None)
+        ids = [self.backbone.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
+        with torch.no_grad():
+            return score(
+                self.backbone,
+                prompt.tokens.to(self.device),
+                self._hear([wave])[0],
+                prompt.audio_at or 0,
+                [torch.tensor(choice, dtype=torch.long) for choice in ids],
+                samples=samples,
+                seed=seed,
+                batch=batch,
+            )
+
     @property
     def chat(self) -> Chat:
         """The chat prompts of this model's spec; raises SpecError without a tokenizer."""
@@ -218,20 +268,19 @@ class Model(nn.Module):
             answer: which tokens belong to the answer, (B, L) bool.
             seeds: one per row, for the corruption, (B,).
             lengths: true tokens per row, (B,).
-            audio_at: index before which each row's audio goes, (B,).
+            audio_at: index before which each row's audio goes, (B,); 0 where None.
             audio: waveforms (B, S) with lengths (B,) in samples; or
             features: what the frozen encoder made of them; neither for text alone.
         """
         noised = self.objective.corrupt(tokens, answer, seeds)
-        heard = None
-        if audio is not None or features is not None:
-            heard = self.adapt(self.encoder(*audio) if features is None else features)
-        rows = lengths.tolist()
-        places = [0] * len(rows) if audio_at is None else audio_at.tolist()
+        if features is None and audio is not None:
+            features = self.encoder(*audio)
+        heard = None if features is None else self.adapt(features)
+        rows, at = lengths.tolist(), torch.zeros_like(lengths) if audio_at is None else audio_at
         embeds, text = interleave(
             [row[:length] for row, length in zip(noised.tokens, rows, strict=True)],
             _split(heard, len(rows)),
-            places,
+            at.tolist(),
             self.backbone.embed,
         )
         positions = torch.arange(text.shape[1], device=text.device)
@@ -240,8 +289,8 @@ class Model(nn.Module):
         hidden = self.backbone(embeds.values, positions.expand(text.shape), context)
         # Token i of a row with n audio embeddings before it stands at i, or at i + n behind them.
         index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        if heard is not None and audio_at is not None:
-            index = index + heard.lengths[:, None] * (index >= audio_at[:, None])
+        if heard is not None:
+            index = index + heard.lengths[:, None] * (index >= at[:, None])
         index = index.clamp(max=text.shape[1] - 1)
         hidden = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
         total, weight = self.objective.loss(hidden, self.backbone.head, tokens, noised)
@@ -254,6 +303,7 @@ class Model(nn.Module):
         audio_at: int | Sequence[int] | None,
         max_tokens: int,
         seeds: int | Sequence[int] | None,
+        draft: Waves,
     ) -> tuple[Canvas, Denoiser]:
         """Check arguments, listen, and lay out the canvas with the call that drives it."""
         if max_tokens < 1:
@@ -273,16 +323,35 @@ class Model(nn.Module):
             self._fits(prompts, heard, waves, max_tokens)
             embeds, text = interleave(prompts, heard, places, self.backbone.embed)
             vocab = self.backbone.vocab
-            begin = vocab.pad if vocab.mask is None else vocab.mask
             canvas = Canvas(
                 embeds,
                 text,
-                text.new_full((rows, max_tokens), begin),
+                self._begin(draft, rows, max_tokens),
                 embed=self.backbone.embed,
                 vocab=vocab,
                 seeds=torch.tensor(drawn, device=text.device),
             )
         return canvas, Denoiser(self.backbone, canvas)
+
+    def _begin(self, draft: Waves, rows: int, length: int) -> Tensor:
+        """What the answers begin with, (B, A): the rows' drafts, then masks."""
+        vocab = self.backbone.vocab
+        begin = vocab.pad if vocab.mask is None else vocab.mask
+        answer = torch.full((rows, length), begin, device=self.device)
+        if draft is None:
+            return answer
+        if vocab.mask is None:
+            raise SpecError("a draft needs a masked backbone: a causal one writes every token")
+        drafts = [draft] if isinstance(draft, Tensor) else list(draft)
+        if len(drafts) != rows:
+            raise SpecError(f"{rows} prompts but {len(drafts)} drafts")
+        for row, tokens in enumerate(drafts):
+            if tokens is None:
+                continue
+            if len(tokens) > length:
+                raise SpecError(f"a draft of {len(tokens)} tokens is longer than {length}")
+            answer[row, : len(tokens)] = self._checked(tokens, 0)
+        return answer
 
     def _checked(self, prompt: Tensor, audio_at: int) -> Tensor:
         if prompt.dim() != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool:

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 import typing
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -35,8 +36,17 @@ class Schema(NamedTuple):
     options: dict[str, Option]
 
 
+_read: weakref.WeakKeyDictionary[type, Schema] = weakref.WeakKeyDictionary()
+
+
 def schema(cls: type) -> Schema:
     """Return the wires and options of a part; PluginError where its constructor is no schema."""
+    if cls not in _read:
+        _read[cls] = _schema(cls)
+    return _read[cls]
+
+
+def _schema(cls: type) -> Schema:
     wires, options = [], {}
     for parameter in _parameters(cls):
         name = parameter.name

@@ -27,7 +27,6 @@ CONFIGS = {
     "hubert-large": dict(model_type="hubert", **SPEECH, **LAYERED),
     "wavlm": dict(model_type="wavlm", **SPEECH),
     "wavlm-large": dict(model_type="wavlm", **SPEECH, **LAYERED),
-    "unispeech-sat-large": dict(model_type="unispeech-sat", **SPEECH, **LAYERED),
     "data2vec": dict(model_type="data2vec-audio", **SPEECH),
     "wav2vec2-bert": dict(model_type="wav2vec2-bert", **BODY),
     "ast": dict(
@@ -47,8 +46,7 @@ CONFIGS = {
         num_attention_heads=[1, 1, 2, 4],
         hidden_size=64,
         enable_fusion=True,
-        fusion_type=None,
-        patch_embed_input_channels=4,
+        fusion_type="aff_2d",
     ),
     "parakeet": dict(model_type="parakeet_encoder", **BODY, subsampling_conv_channels=8),
     "qwen2-audio": dict(model_type="qwen2_audio_encoder", **TOWER),

@@ -22,10 +22,12 @@ def layer() -> nn.Linear:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty Hub cache, and no network."""
+    """An empty Hub cache and no network, the offline switch being off."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", _no_network)
     return tmp_path / "cache"
 

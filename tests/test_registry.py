@@ -59,7 +59,7 @@ def test_listing_and_finding_import_nothing(site):
 def test_an_unknown_name_brings_a_suggestion():
     with pytest.raises(SpecError, match=r"no adapter 'cnov', did you mean 'conv'\?"):
         registry.find("adapter", "cnov")
-    with pytest.raises(SpecError, match="known: blockwise, greedy"):
+    with pytest.raises(SpecError, match=r"known: .*blockwise.*greedy"):
         registry.find("sampler", "zzz")
     with pytest.raises(SpecError, match="did you mean 'adapter'"):
         registry.available("adaptor")

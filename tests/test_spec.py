@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakes import MANY, POOL, install, site_packages
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffa import registry
@@ -55,7 +55,7 @@ def test_all_faults_are_reported_at_once():
         "adapters.a.strid: unknown option, did you mean 'stride'?",
         "adapters.a.stride: expected int, got '4'",
         "adapters.b: there is no adapter 'cnov', did you mean 'conv'?",
-        "adapters.c: needs a name; known: conv, linear, prompt, qformer",
+        f"adapters.c: needs a name; known: {', '.join(registry.available('adapter'))}",
         "sampler.steps: expected int or null, got '8'",
         "sampler.cache: expected one of 'none', 'prefix', 'dual', got 'duel', did you mean 'dual'?",
         "train.0: unknown part 'adapter', did you mean 'adapters' or 'adapters.c' or 'adapters.b'?",
@@ -70,14 +70,14 @@ def test_all_faults_are_reported_at_once():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"encoder": None}, "encoder: is missing; known: tiny, whisper"),
-        ({"adapters": {}}, "adapters: at least one is needed; known: conv, linear,"),
+        ({"encoder": None}, "encoder: is missing; known: "),
+        ({"adapters": {}}, "adapters: at least one is needed; known: "),
         ({"adapters": ["conv"]}, "adapters: expected a mapping of names to adapters"),
         ({"adapters": {"a b": "conv"}}, "adapters.a b: a name is made of letters"),
         ({"adapters": {"keys": "conv"}}, "adapters.keys: the name is taken by torch's"),
         ({"adapters": {"a": None}}, "adapters.a: needs a name"),
         ({"backbone": 8}, "backbone: expected a name or a mapping with a name, got 8"),
-        ({"backbone": {"name": 8}}, "backbone: expected a name, got 8; known: llada, llama"),
+        ({"backbone": {"name": 8}}, "backbone: expected a name, got 8; known: "),
         ({"adapters": {"a": {"name": "conv", "width": 8}}}, "adapters.a.width: is wired by build"),
         ({"sampler": "fsat", "settings": {"fast": "blockwise"}}, "sampler: no setting or sampler"),
         ({"settings": {"greedy": "blockwise"}}, "settings.greedy: is the name of a sampler"),
@@ -223,7 +223,10 @@ json_values = st.recursive(
 
 
 @given(json_values)
-@settings(max_examples=300, deadline=None)
+@example("\x85")  # a line break to PyYAML, which it folds away
+@example("1e-4")
+@example("no")
+@settings(max_examples=100, deadline=None)
 def test_yaml_returns_every_json_value_unchanged(value):
     text = write_yaml({"v": value})
     assert json.dumps(parse_yaml(text)["v"]) == json.dumps(value)
@@ -289,7 +292,7 @@ def test_set_reaches_every_place(path, value, where):
     [
         ("sampler.blok", "sampler.blok: unknown option, did you mean 'block'"),
         ("sampler.blok.deep", "sampler.blok: unknown option"),
-        ("sampler.block.deep", "sampler.block: expected int, got {'deep': 1}"),
+        ("sampler.block.deep", "'block' holds 32, not a mapping"),
         ("samplr.block", "there is no 'samplr' in a spec, did you mean 'sampler'"),
         ("adapters.semantc.stride", "adapters has no 'semantc', did you mean 'semantic'"),
         ("adapters.third", "adapters has no 'third'"),
@@ -388,7 +391,7 @@ def test_a_broken_plugin_is_named_beside_other_faults(site):
     registry.refresh()
     assert Spec.read(SMALL)  # a spec that does not name it is not disturbed
     with pytest.raises(
-        PluginError, match="adapters.a: adapter 'broken' from acme .*nowhere_at_all"
+        PluginError, match=r"adapters.a: adapter 'broken' from acme .*nowhere_at_all"
     ):
         Spec.read({**SMALL, "adapters": {"a": "broken"}})
     lines = faults(adapters={"a": "broken", "b": {"name": "conv", "strid": 1}})

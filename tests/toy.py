@@ -10,7 +10,8 @@ import numpy as np
 import soundfile
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "high", "low", "?", ".", ":"]
-TALK = "system user assistant This is the audio What do you hear How many Transcribe You are".split()
+TALK = ["system", "user", "assistant", "This", "is", "the", "audio", "What", "do", "you", "hear"]
+TALK += ["How", "many", "Transcribe", "You", "are"]
 SPECIAL = ["<|endoftext|>", "<|mask|>", "<|startoftext|>", "<|start|>", "<|end|>", "<|eot|>"]
 TEMPLATE = (
     "{{ '<|startoftext|>' }}{% for m in messages %}"

@@ -55,7 +55,7 @@ def pairs(found: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, T
         if half not in ("lora_A", "lora_B"):
             raise CheckpointError(f"{source}: {_PREFIX}{key} is not part of a LoRA pair")
         halves.setdefault(name, {})[half] = value
-    for name, half in halves.items():
-        if len(half) != 2 or half["lora_A"].shape[0] != half["lora_B"].shape[1]:
+    for name, pair in halves.items():
+        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             raise CheckpointError(f"{source}: the LoRA pair of {name!r} is not whole")
-    return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}

@@ -140,7 +140,8 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, turn, context, layer, how, use_reentrant=False)
             else:
                 x = block(x, turn, context, layer, how)
-        return self.ln_f(x)
+        hidden: Tensor = self.ln_f(x)
+        return hidden
 
 
 def turns(positions: Tensor, shape: Shape) -> Tensor:

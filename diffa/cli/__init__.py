@@ -78,14 +78,12 @@ def main(words: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except DiffaError as error:
-        if debug:
-            raise
-        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        say(f"diffa: {error}{notes}")
-        sys.exit(2 if isinstance(error, SpecError) else 1)
     except Exception as error:
         if debug:
             raise
-        say(f"diffa: {type(error).__name__}: {error}\nadd --debug to see where this came from")
-        sys.exit(1)
+        known = isinstance(error, DiffaError)
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        kind = "" if known else f"{type(error).__name__}: "
+        hint = "" if known else "\nadd --debug to see where this came from"
+        say(f"diffa: {kind}{error}{notes}{hint}")
+        sys.exit(2 if isinstance(error, SpecError) else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,68 +19,89 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: prompts and answers, (B, L).
-        answer: which tokens belong to the answers, (B, L) bool; EOS up to L included.
+        answer: which tokens belong to the answers, (B, L) bool.
+        sizes: true tokens per row, (B,); what is behind them is seen by nothing.
         seeds: one per row, (B,).
-        audio_at: index before which each row's audio goes, (B,); None without audio.
+        audio_at: index before which each row's audio or script goes, (B,); None without.
         audio: waveforms, (B, S), or None.
         lengths: true samples of each, (B,), or None.
+        script: tokens that stand for the audio, (B, N), or None.
+        scripts: true tokens of each script, (B,), or None.
+        spoken: what adapters should say: tokens per row, by adapter key.
         labels: the samples' own.
+        progress: of the stage, from 0 to 1.
         skipped: rows that were left out while this batch was made, and why.
     """
 
     tokens: Tensor
     answer: Tensor
+    sizes: Tensor
     seeds: Tensor
     audio_at: Tensor | None
     audio: Tensor | None
     lengths: Tensor | None
+    script: Tensor | None
+    scripts: Tensor | None
+    spoken: tuple[Mapping[str, Tensor], ...]
     labels: tuple[Any, ...]
+    progress: float
     skipped: tuple[str, ...]
 
-
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-
-        def moved(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device)
-
-        return self._replace(
-            tokens=self.tokens.to(device),
-            answer=self.answer.to(device),
-            seeds=self.seeds.to(device),
-            audio_at=moved(self.audio_at),
-            audio=moved(self.audio),
-            lengths=moved(self.lengths),
-        )
+        """Return the batch on a device; what adapters should say stays where it is."""
+        moved: Any = {
+            name: value.to(device)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
 
 
 class Collate:
-    """Pads rows: answers with EOS to the longest row, audio with zeros."""
+    """Pads rows: text with EOS to the longest row, audio with zeros.
 
-    def __init__(self, vocab: Vocab) -> None:
-        self.vocab = vocab
+    ``learned`` pads belong to the answers, as in DIFFA; where every answer has room of its own
+    already they do not, and nothing sees them.
+    """
+
+    def __init__(self, vocab: Vocab, *, learned: bool = True) -> None:
+        self.vocab, self.learned = vocab, learned
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return rows as a batch; raises DataError where some have audio and others none."""
-        heard = [row.wave is not None for row in rows]
-        if any(heard) and not all(heard):
+        kinds = {(row.wave is not None, row.script is not None) for row in rows}
+        if len(kinds) > 1:
             raise DataError("rows with and without audio share a batch; use a stage for each")
-        size = max(len(row.tokens) for row in rows)
-        tokens = torch.full((len(rows), size), self.vocab.eos, dtype=torch.long)
-        answer = torch.ones(len(rows), size, dtype=torch.bool)
+        tokens, sizes = _padded([row.tokens for row in rows], self.vocab.eos)
+        answer = torch.full_like(tokens, self.learned, dtype=torch.bool)
         for i, row in enumerate(rows):
-            tokens[i, : len(row.tokens)] = row.tokens
             answer[i, : len(row.answer)] = row.answer
         waves = [row.wave for row in rows if row.wave is not None]
         audio, lengths = pad(waves) if waves else (None, None)
+        words = [row.script for row in rows if row.script is not None]
+        script, scripts = _padded(words, self.vocab.eos) if words else (None, None)
         places = [row.audio_at for row in rows if row.audio_at is not None]
         return Batch(
-            tokens,
-            answer,
-            torch.tensor([row.seed for row in rows]),
-            torch.tensor(places) if places else None,
-            audio,
-            lengths,
-            tuple(row.labels for row in rows),
-            tuple(reason for row in rows for reason in row.skipped),
+            tokens=tokens,
+            answer=answer,
+            sizes=torch.full_like(sizes, tokens.shape[1]) if self.learned else sizes,
+            seeds=torch.tensor([row.seed for row in rows]),
+            audio_at=torch.tensor(places) if places else None,
+            audio=audio,
+            lengths=lengths,
+            script=script,
+            scripts=scripts,
+            spoken=tuple(row.spoken or {} for row in rows),
+            labels=tuple(row.labels for row in rows),
+            progress=max(row.progress for row in rows),
+            skipped=tuple(reason for row in rows for reason in row.skipped),
         )
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
+    """Return tokens of different lengths as a batch (B, L), and lengths (B,)."""
+    sizes = torch.tensor([len(row) for row in rows])
+    padded = torch.full((len(rows), int(sizes.max())), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, sizes

@@ -82,6 +82,7 @@ class Manifest:
             target=row[self.target].strip(),
             question=self.question or row.get("input") or "",
             audio=self._audio(row),
+            spoken={"*": row["transcription"]} if row.get("transcription") else None,
             key=f"{self.path.name} row {self._rows[index]}",
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,19 +27,25 @@ class Row(NamedTuple):
     Attributes:
         tokens: prompt and answer, (L,); empty where a stage reads no text.
         answer: which of them belong to the answer, (L,) bool.
-        audio_at: index before which the audio goes; None without audio.
-        wave: the audio, (S,), or None.
         seed: of the row's corruption.
+        audio_at: index before which the audio or the script goes; None without either.
+        wave: the audio, (S,), or None.
+        script: tokens that stand for the audio, (N,), or None.
+        spoken: tokens that adapters should say, by adapter key.
         labels: the sample's own.
+        progress: of the stage, from 0 to 1.
         skipped: rows given up before this one, and why.
     """
 
     tokens: Tensor
     answer: Tensor
-    audio_at: int | None
-    wave: Tensor | None
     seed: int
+    audio_at: int | None = None
+    wave: Tensor | None = None
+    script: Tensor | None = None
+    spoken: Mapping[str, Tensor] | None = None
     labels: Any = None
+    progress: float = 0.0
     skipped: tuple[str, ...] = ()
 
 
@@ -72,7 +78,7 @@ class Listening:
         if wave is None:
             raise DataError(f"{sample.key or 'a sample'} has no audio to listen to")
         empty = torch.empty(0, dtype=torch.long)
-        return Row(empty, empty.bool(), None, wave, seed, sample.labels)
+        return Row(empty, empty.bool(), seed, wave=wave, labels=sample.labels)
 
 
 class Answering:
@@ -82,7 +88,10 @@ class Answering:
         chat: writes questions and answers in the backbone's template.
         vocab: of the backbone; answers are padded with its EOS, which is learned too (DIFFA).
         hearing: reads the audio; None where the stage learns from text alone.
-        answer_length: every answer's length, header and pads included; as long as it is if None.
+        answer_lengths: room for an answer, pads included and its header not: the first that it
+            fits; as long as it is where empty.
+        roomy: share of the rows that get any other room that fits.
+        header: share of the rows whose assistant header belongs to the answer (DIFFA: all).
         longest: tokens of a whole row at most (2048: DIFFA's limit).
     """
 
@@ -92,11 +101,13 @@ class Answering:
         vocab: Vocab,
         hearing: Hearing | None,
         *,
-        answer_length: int | None = None,
+        answer_lengths: Sequence[int] = (),
+        roomy: float = 0.0,
+        header: float = 1.0,
         longest: int = 2048,
     ) -> None:
-        self.chat, self.vocab, self.hearing = chat, vocab, hearing
-        self.answer_length, self.longest = answer_length, longest
+        self.chat, self.vocab, self.hearing, self.longest = chat, vocab, hearing, longest
+        self.rooms, self.roomy, self.header = sorted(answer_lengths), roomy, header
 
     def __call__(self, sample: Sample, seed: int) -> Row:
         """Return a sample's row; raises DataError for an answer that is empty or too long."""
@@ -104,33 +115,41 @@ class Answering:
         if not sample.target:
             raise DataError(f"{name} has an empty answer")
         wave = self.hearing(sample, seed) if self.hearing else None
-        heard = wave is not None or sample.script is not None
-        encoded = self.chat.encode_example(sample.question, sample.target, audio=heard)
-        tokens, answer, at = encoded
-        if sample.script is not None and at is not None:
-            tokens, answer = self._spoken(tokens, answer, at, sample.script)
-        tokens, answer = self._padded(tokens, answer, name)
+        script = None if sample.script is None else self._ids(sample.script)
+        heard = wave is not None or script is not None
+        tokens, answer, at = self.chat.encode_example(sample.question, sample.target, audio=heard)
+        begin = len(self._prompt(sample.question, heard))
+        draw = torch.Generator().manual_seed(seed ^ 0x0A)
+        tokens, answer = self._padded(tokens, answer, begin, name, draw)
+        if float(torch.rand((), generator=draw)) >= self.header:
+            answer = answer & (torch.arange(len(answer)) >= begin)
         if len(tokens) > self.longest:
             raise DataError(f"{name} has {len(tokens)} tokens, more than {self.longest}")
-        return Row(tokens, answer, None if wave is None else at, wave, seed, sample.labels)
+        spoken = {key: self._ids(text) for key, text in (sample.spoken or {}).items()}
+        place = at if heard else None
+        return Row(tokens, answer, seed, place, wave, script, spoken, sample.labels)
 
-    def _spoken(
-        self, tokens: Tensor, answer: Tensor, at: int, script: str
+    def _ids(self, text: str) -> Tensor:
+        ids = self.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _prompt(self, question: str, heard: bool) -> Tensor:
+        """The tokens before what an answer writes, its header included."""
+        return self.chat.encode(question, audio=heard).tokens
+
+    def _padded(
+        self, tokens: Tensor, answer: Tensor, begin: int, name: str, draw: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Put the script's tokens where the audio would go."""
-        ids = self.chat.tokenizer(script, add_special_tokens=False)["input_ids"]
-        middle = torch.tensor(ids, dtype=tokens.dtype)
-        tokens = torch.cat([tokens[:at], middle, tokens[at:]])
-        quiet = torch.zeros(len(middle), dtype=torch.bool)
-        return tokens, torch.cat([answer[:at], quiet, answer[at:]])
-
-    def _padded(self, tokens: Tensor, answer: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        size = int(answer.sum())
-        if self.answer_length is None:
+        if not self.rooms:
             return tokens, answer
-        more = self.answer_length - size
-        if more < 0:
-            raise DataError(f"{name}: an answer of {size} tokens exceeds {self.answer_length}")
+        size = len(tokens) - begin
+        fitting = [room for room in self.rooms if room >= size]
+        if not fitting:
+            raise DataError(f"{name}: an answer of {size} tokens exceeds {self.rooms[-1]}")
+        chosen = 0
+        if float(torch.rand((), generator=draw)) < self.roomy:
+            chosen = int(torch.randint(len(fitting), (), generator=draw))
+        more = fitting[chosen] - size
         return F.pad(tokens, (0, more), value=self.vocab.eos), F.pad(answer, (0, more), value=True)
 
 
@@ -163,7 +182,8 @@ class Stream(Dataset[Row]):
             index = (place.row + offset) % len(source)
             sample = self._fetch(source, index, position)
             try:
-                return self.make(sample, place.seed)._replace(skipped=tuple(skipped))
+                row = self.make(sample, place.seed)
+                return row._replace(skipped=tuple(skipped), progress=position / self.length)
             except DiffaError as error:
                 where = sample.key or f"sample {index}"
                 reason = str(error) if where in str(error) else f"{where}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ class Sample(NamedTuple):
         audio: a file, or a waveform (S,) with its ``rate``; None for text alone.
         rate: samples per second of a waveform.
         script: text that stands where the audio would (language models learn from it).
+        spoken: what adapters should say by CTC, by adapter key; ``*`` for any other.
         key: names the row in messages.
         labels: whatever else a stage learns from (an encoder's heads).
     """
@@ -35,6 +37,7 @@ class Sample(NamedTuple):
     audio: Path | Tensor | None = None
     rate: int | None = None
     script: str | None = None
+    spoken: Mapping[str, str] | None = None
     key: str = ""
     labels: Any = None
 

@@ -53,6 +53,11 @@ class Nano:
     def __getitem__(self, index: int) -> Sample:
         return self._sample(self._examples, index)
 
+    def seconds(self, index: int) -> float:
+        """Guess a sample's duration from its plan; enough to group samples by length."""
+        plan = self._examples.utterances.scene(self._examples.clip(index))
+        return 0.6 * len(plan.digits) if plan.digits else 2.0
+
     def at(self, index: int, progress: float) -> Sample:
         """Return sample ``index`` with as many digits as the curriculum allows by now."""
         reached = [top for start, top in self._growth if progress >= start]
@@ -75,13 +80,26 @@ class Nano:
             question=made.question,
             audio=torch.from_numpy(made.wave),
             rate=RATE,
+            spoken=self._spoken(made.labels),
             key=made.audio_id,
             labels=made.labels,
         )
 
+    @staticmethod
+    def _spoken(labels: Any) -> dict[str, str]:
+        """What each adapter could say: the words, and how they sound."""
+        from diffa.data.nano.imitation import facts
+        from diffa.data.nano.voices import WORDS
+
+        words = " ".join(WORDS[digit] for digit in labels.digits)
+        return {"semantic": words, "acoustic": " ".join(facts(labels))}
+
 
 class NanoText:
-    """The nano corpus as text alone: words and blanks at the pace of audio stand for it."""
+    """The nano corpus as text alone: words and blanks at the pace of audio stand for it.
+
+    ``growth`` is a curriculum: triples (progress, pace, most digits); see ``Imitations``.
+    """
 
     def __init__(
         self,
@@ -90,11 +108,14 @@ class NanoText:
         count: int = 200_000,
         acoustic: int = 16,
         most: int = 8,
+        kinds: Sequence[str] | None = None,
         growth: Sequence[Sequence[float]] = (),
     ) -> None:
         from diffa.data.nano.imitation import Imitations
+        from diffa.data.nano.questions import WEIGHTS
 
-        self._parent, self._settings = Imitations, (seed, acoustic)
+        self._imitate, self._seed = Imitations, seed
+        self._fixed: dict[str, Any] = {"acoustic": acoustic, "kinds": tuple(kinds or WEIGHTS)}
         self.count, self.most = count, most
         self._growth = [(float(start), float(pace), int(top)) for start, pace, top in growth]
         self._made: dict[tuple[float, int], Any] = {}
@@ -112,7 +133,7 @@ class NanoText:
 
     def _sample(self, index: int, pace: float, most: int) -> Sample:
         if (pace, most) not in self._made:
-            self._made[pace, most] = self._parent(*self._settings, pace, most)
+            self._made[pace, most] = self._imitate(self._seed, pace=pace, most=most, **self._fixed)
         row = self._made[pace, most][index]
         return Sample(
             target=row.instruction.answer,

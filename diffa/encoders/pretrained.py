@@ -45,12 +45,14 @@ class Family(NamedTuple):
         listener: how it is fed.
         path: keys to the encoder's own configuration inside a whole model's.
         prefix: of the encoder's weights inside a whole model's.
+        unused: modules that no state depends on; they are left out.
     """
 
     model: str
     listener: Any
     path: tuple[str, ...] = ()
     prefix: str = ""
+    unused: tuple[str, ...] = ()
 
 
 _AST = "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer:ASTModel"
@@ -61,17 +63,18 @@ _FLAMINGO = "audioflamingo3.modeling_audioflamingo3:AudioFlamingo3Encoder"
 _OMNI = "qwen2_5_omni.modeling_qwen2_5_omni:Qwen2_5OmniAudioEncoder"
 _TOWER = (("audio_config",), "audio_tower.")
 _THINKER = (("thinker_config", "audio_config"), "thinker.audio_tower.")
+_HEAD = ("proj", "audio_bos_eos_token")  # the way to the language model's width
+_FUSION = ("audio_encoder.patch_embed.fusion_model", "audio_encoder.patch_embed.mel_conv2d")
 
 FAMILIES: dict[str, Family] = {
     "wav2vec2": Family("wav2vec2.modeling_wav2vec2:Wav2Vec2Model", Waves),
     "hubert": Family("hubert.modeling_hubert:HubertModel", Waves),
     "wavlm": Family("wavlm.modeling_wavlm:WavLMModel", Waves),
-    "unispeech-sat": Family("unispeech_sat.modeling_unispeech_sat:UniSpeechSatModel", Waves),
     "data2vec-audio": Family("data2vec.modeling_data2vec_audio:Data2VecAudioModel", Waves),
     "wav2vec2-bert": Family("wav2vec2_bert.modeling_wav2vec2_bert:Wav2Vec2BertModel", Bert),
     "audio-spectrogram-transformer": Family(_AST, Ast),
-    "clap": Family(_CLAP, Clap, ("audio_config",), "audio_model."),
-    "clap_audio_model": Family(_CLAP, Clap),
+    "clap": Family(_CLAP, Clap, ("audio_config",), "audio_model.", _FUSION),
+    "clap_audio_model": Family(_CLAP, Clap, unused=_FUSION),
     "parakeet_ctc": Family(_PARAKEET, Parakeet, ("encoder_config",), "encoder."),
     "parakeet_tdt": Family(_PARAKEET, Parakeet, ("encoder_config",), "encoder."),
     "parakeet_encoder": Family(_PARAKEET, Parakeet),
@@ -79,9 +82,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_audio_encoder": Family(_QWEN, Tower),
     "audioflamingo3": Family(_FLAMINGO, Tower, *_TOWER),
     "audioflamingo3_encoder": Family(_FLAMINGO, Tower),
-    "qwen2_5_omni": Family(_OMNI, Omni, *_THINKER),
-    "qwen2_5_omni_thinker": Family(_OMNI, Omni, *_TOWER),
-    "qwen2_5_omni_audio_encoder": Family(_OMNI, Omni),
+    "qwen2_5_omni": Family(_OMNI, Omni, *_THINKER, _HEAD),
+    "qwen2_5_omni_thinker": Family(_OMNI, Omni, *_TOWER, _HEAD),
+    "qwen2_5_omni_audio_encoder": Family(_OMNI, Omni, unused=_HEAD),
 }
 """Families by the ``model_type`` of their configuration."""
 
@@ -129,6 +132,11 @@ class Pretrained(nn.Module):
             self.encoder = _draw(cls, settings, seed)
         else:
             self.encoder = _fill(cls, settings, folder, family.prefix)
+        for path in family.unused:
+            parent, _, name = path.rpartition(".")
+            owner = self.encoder.get_submodule(parent)
+            if hasattr(owner, name):
+                setattr(owner, name, nn.Identity())
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
@@ -170,12 +178,11 @@ def _settings(cls: Any, family: Family, found: Mapping[str, Any]) -> Any:
         found = found.get(key) or {}
     settings = cls.config_class.from_dict(dict(found))
     # a skipped layer would leave a gap among the states, and masking belongs to pre-training
-    for field in ("layerdrop", "encoder_layerdrop"):
+    for field in ("layerdrop", "encoder_layerdrop", "mask_time_prob", "mask_feature_prob"):
         if hasattr(settings, field):
             setattr(settings, field, 0.0)
-    for field in ("apply_spec_augment", "add_adapter"):
-        if hasattr(settings, field):
-            setattr(settings, field, False)
+    if hasattr(settings, "add_adapter"):
+        settings.add_adapter = False  # its frames would be fewer than the layers'
     return settings
 
 

@@ -99,21 +99,22 @@ class Omni:
         ).to(model.dtype)
         told = torch.tensor(hops, device=waves.device)
         out = model(packed, feature_lens=told, output_hidden_states=True)
-        states = [self._unpack(state, hops) for state in out.hidden_states]
-        return [*states[:-1], model.ln_post(states[-1])]
-
-    def _unpack(self, state: Tensor, hops: list[int]) -> Tensor:
-        """Return packed frames (sum, width) as rows of averaged pairs (M, T, width)."""
         sizes = [self._convolved(hop) for hop in hops]
-        rows = [
-            reduce(row[: size // 2 * 2], "(t p) d -> t d", "mean", p=2)
-            for row, size in zip(state.split(sizes), sizes, strict=True)
+        states = [
+            [_pairs(row) for row in state.split(sizes)] for state in out.hidden_states[:-1]
         ]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # ``proj`` is left out of the model, so its output is the last norm's
+        states.append(list(out.last_hidden_state.split([size // 2 for size in sizes])))
+        return [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in states]
 
     def _convolved(self, hops: int) -> int:
         whole, rest = divmod(hops, self._chunk)
         return whole * (self._chunk // 2) + (rest + 1) // 2
+
+
+def _pairs(frames: Tensor) -> Tensor:
+    """Average pairs of frames (T, width); an odd last one is left out."""
+    return reduce(frames[: len(frames) // 2 * 2], "(t p) d -> t d", "mean", p=2)
 
 
 def _halve(state: Tensor) -> Tensor:

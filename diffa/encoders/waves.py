@@ -26,7 +26,7 @@ class Waves:
 
     def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
         self._convs = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-        layered = config.feat_extract_norm == "layer"
+        layered = getattr(config, "feat_extract_norm", "layer") == "layer"  # data2vec has no choice
         self.together = layered and config.model_type != "data2vec-audio"
         self._level = told.get("do_normalize", layered)
         self.sample_rate = told.get("sampling_rate", 16000)

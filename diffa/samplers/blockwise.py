@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import select
-from diffa.samplers.draws import categorical, uniform
+from diffa.samplers import slots
+from diffa.samplers.blocks import Place
+from diffa.samplers.credit import Credit
+from diffa.samplers.guess import Guess, Order, clean, guided, read
+from diffa.samplers.loop import unmask
+from diffa.samplers.rules import Rule, positive
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
     from diffa.canvas import Canvas
-
-Order = Literal["confidence", "margin", "entropy", "random"]
-
-
-class Guess(NamedTuple):
-    """What one forward says of the asked slots: tokens, their probability, and a score for the
-    order of unmasking, each (B, R)."""
-
-    tokens: Tensor
-    confidence: Tensor
-    score: Tensor
 
 
 class Blockwise:
@@ -39,12 +31,20 @@ class Blockwise:
         threshold: instead, accept probabilities of at least this (Fast-dLLM, arXiv 2505.22618).
         factor: instead, accept n tokens while (n + 1)(1 - c_n) < factor (Fast-dLLM; DIFFA-2: 1.0).
         entropy: instead, accept while the summed entropy stays within this (EB, arXiv 2505.24857).
+        leap: with a threshold, accept this much near a token that passes it (LocalLeap).
+        spread: with a threshold, accept this much for the best of each run of masks (dInfer).
+        stable: with a threshold, accept only what moved less than this in nats (KLASS).
+        credit: raise tokens that kept leading, by this strength; 0 for none (CreditDecoding).
         order: what ranks masked tokens: probability, gap to the second, entropy, or chance.
         temperature: of the tokens; 0 takes the likeliest.
         guidance: 0 for none; logits are u + (guidance + 1)(c - u), u without its condition.
         unconditional: what u is without: the prompt's ``text`` (DIFFA), the ``audio``, or both.
         cache: ``none`` recomputes everything at every step; ``prefix`` remembers what lies before
             the block, ``dual`` also what lies behind it; both refresh as a block begins.
+        vicinity: with a cache, positions around the block that are recomputed with it.
+        suffix: answer slots behind the block that are seen, and the last; None for all.
+        refresh_audio: recompute the audio's slots once in so many forwards at most.
+        drift: with a cache, refresh the prompt only when its keys have moved by this; 0 always.
         stop: end a row when all tokens before its first EOS are decided; the rest becomes EOS.
 
     Raises:
@@ -62,145 +62,78 @@ class Blockwise:
         threshold: float | None = None,
         factor: float | None = None,
         entropy: float | None = None,
+        leap: float | None = None,
+        spread: float | None = None,
+        stable: float | None = None,
+        credit: float = 0.0,
         order: Order = "confidence",
         temperature: float = 0.0,
         guidance: float = 0.0,
         unconditional: Literal["text", "audio", "both"] = "text",
         cache: Literal["none", "prefix", "dual"] = "none",
+        vicinity: int = 0,
+        suffix: int | None = None,
+        refresh_audio: int = 1,
+        drift: float = 0.0,
         stop: bool = True,
     ) -> None:
-        self.vocab, self.block, self.steps = vocab, block, steps
-        self.threshold, self.factor, self.entropy = threshold, factor, entropy
+        self.rule = Rule(
+            block=block, steps=steps, threshold=threshold, factor=factor, entropy=entropy,
+            leap=leap, spread=spread, stable=stable,
+        )  # fmt: skip
+        self.rule.check_order(order)
+        numbers = {"temperature": temperature, "guidance": guidance, "credit": credit}
+        for name, value in numbers.items():
+            positive(name, value)
+        slots.check(vicinity, suffix, refresh_audio, drift, cache)
+        if guidance and drift:
+            raise SpecError("drift and guidance do not combine: leave one of them out")
+        self.vocab, self.block, self.credit = vocab, block, credit
         self.order: Order = "entropy" if entropy is not None else order
         self.temperature, self.guidance, self.unconditional = temperature, guidance, unconditional
-        self.cache, self.stop = cache, stop
-        rules = {"steps": steps, "threshold": threshold, "factor": factor, "entropy": entropy}
-        self._check({name: value for name, value in rules.items() if value is not None}, order)
-
-    def _check(self, rules: dict[str, float], order: Order) -> None:
-        if len(rules) > 1:
-            raise SpecError(f"choose one of {' and '.join(rules)}: each decides how many tokens")
-        for name, value in {"block": self.block, "steps": rules.get("steps", 1)}.items():
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise SpecError(f"threshold must lie between 0 and 1, got {self.threshold}")
-        numbers = {"factor": self.factor or 0.0, "entropy": self.entropy or 0.0}
-        for name, value in {**numbers, "temperature": self.temperature}.items():
-            if not 0 <= value < float("inf"):
-                raise SpecError(f"{name} must be 0 or more, got {value}")
-        if ("threshold" in rules or "factor" in rules) and order in ("entropy", "random"):
-            raise SpecError(f"order {order!r} gives no probability for {next(iter(rules))} to test")
-        if "entropy" in rules and order not in ("confidence", "entropy"):
-            raise SpecError(f"order {order!r} has no part in the entropy rule; leave it out")
+        self.cache: slots.Cache = cache
+        self.vicinity, self.suffix = vicinity, suffix
+        self.refresh_audio, self.drift, self.stop = refresh_audio, drift, stop
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
         if self.guidance:
             canvas.branch(self.unconditional)
-        columns = torch.arange(self.block, device=canvas.tokens.device)
-        block = torch.full_like(canvas.seeds, -1)
-        step, entered, due = (torch.zeros_like(block) for _ in range(3))
-        masked = canvas.undecided()
-        while bool((alive := masked.any(dim=1)).any()):
-            now = torch.where(alive, masked.int().argmax(dim=1) // self.block, block)
-            fresh = (now != block) & alive
-            places = now[:, None] * self.block + columns
-            inside = alive[:, None] & (places < canvas.length)
-            places = places.clamp(max=canvas.length - 1)
-            open_ = masked.gather(1, places) & inside
-            entered, due = torch.where(fresh, step, entered), torch.where(fresh, open_.sum(1), due)
-            rows = self._rows(torch.where(open_, canvas.start + places, -1))
-            recompute, write = self._recompute(canvas, alive, fresh, now, inside)
-            logits = denoise(recompute, rows, write=write)
-            guess = self._read(logits, canvas.seeds, step, rows - canvas.start)
-            quota = self._quota(now, step - entered, due, canvas.length)
-            take = self._take(guess.score, rows >= 0, quota)
-            canvas.write(torch.where(take, rows, -1), guess.tokens, guess.confidence)
-            if self.stop:
-                self._end(canvas)
-            block, step, masked = now, step + 1, canvas.undecided()
-            yield Step(canvas.answer.clone(), ~masked, canvas.confidence.clone())
+        size = canvas.count, canvas.length, canvas.tokens.device
+        memory, credit = self.rule.memory(*size), None
+        if self.credit:
+            credit = Credit(*size, strength=self.credit)
 
-    def _rows(self, slots: Tensor) -> Tensor:
-        """Ask for masked slots alone. A GPU takes the whole block: a fixed shape, no waiting."""
-        if slots.is_cuda:
-            return slots
-        most = int((slots >= 0).sum(dim=1).max())
-        first = (slots < 0).sort(dim=1, stable=True).indices[:, :most]
-        return slots.gather(1, first)
+        def understand(logits: Tensor, place: Place) -> Guess:
+            logits = guided(logits, self.guidance) if self.guidance else logits
+            logits = clean(logits, self.vocab.mask)
+            return read(
+                logits if credit is None else credit.raise_(logits, place),
+                seeds=canvas.seeds,
+                step=place.step,
+                places=place.places,
+                order=self.order,
+                temperature=self.temperature,
+            )
 
-    def _recompute(
-        self, canvas: Canvas, alive: Tensor, fresh: Tensor, block: Tensor, inside: Tensor
-    ) -> tuple[Tensor | None, bool]:
-        """Which slots to recompute (None: all), and whether the memory is to keep them."""
-        keep = self.cache != "none"
-        whole = alive if not keep else fresh
-        if bool((whole | ~alive).all()):
-            return None, keep
-        slots = torch.arange(canvas.size, device=block.device).expand(canvas.count, -1)
-        first = canvas.start + block * self.block
-        last = canvas.size if self.cache == "prefix" else first + inside.sum(dim=1)
-        ends = last if isinstance(last, int) else last[:, None]
-        window = (slots >= first[:, None]) & (slots < ends) & alive[:, None]
-        chosen = torch.where(whole[:, None], canvas.valid[: canvas.count], window)
-        most = int(chosen.sum(dim=1).max())
-        picked = (~chosen).sort(dim=1, stable=True).indices[:, :most]
-        return torch.where(chosen.gather(1, picked), picked, -1), keep
+        return unmask(
+            canvas,
+            denoise,
+            block=self.block,
+            understand=understand,
+            take=lambda guess, place: self.rule.take(guess, place, canvas.length, memory),
+            slots=slots.Slots(self._policies(canvas, denoise)),
+            stop=self.stop,
+        )
 
-    def _read(self, logits: Tensor, seeds: Tensor, step: Tensor, places: Tensor) -> Guess:
-        """Tokens, probabilities and scores from one float32 pass over logits (B or 2B, R, V).
-
-        ``places`` (B, R) count from the answer's start, so that draws do not depend on the prompt.
-        """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.guidance:
-            given, without = logits.chunk(2)
-            logits = without + (self.guidance + 1) * (given - without)
-        logits[..., self.vocab.mask] = -torch.inf  # an accepted mask would stay undecided
-        best, tokens = logits.max(dim=-1)
-        total = logits.logsumexp(dim=-1)
-        if self.temperature:
-            draws = uniform(seeds, step, places, stream=1)
-            tokens = categorical(logits, self.temperature, draws)
-            best = logits.gather(-1, tokens[..., None])[..., 0]
-        confidence = (best - total).exp()
-        if self.order == "random":
-            return Guess(tokens, confidence, uniform(seeds, step, places, stream=2))
-        if self.order == "margin":
-            top = (logits.topk(2, dim=-1).values - total[..., None]).exp()
-            return Guess(tokens, confidence, top[..., 0] - top[..., 1])
-        if self.order == "entropy":
-            logs = logits - total[..., None]
-            return Guess(tokens, confidence, (logs.exp() * logs.clamp(min=-1e4)).sum(dim=-1))
-        return Guess(tokens, confidence, confidence)
-
-    def _take(self, score: Tensor, masked: Tensor, quota: Tensor) -> Tensor:
-        """Apply the one rule that is set."""
-        if self.threshold is not None:
-            return select.threshold(score, masked, self.threshold)
-        if self.factor is not None:
-            return select.factor(score, masked, self.factor)
-        if self.entropy is not None:
-            return select.entropy_bound(-score, masked, self.entropy)
-        return select.fixed(score, masked, quota)
-
-    def _quota(self, block: Tensor, step: Tensor, masks: Tensor, length: int) -> Tensor:
-        """Tokens for a block's ``step``-th forward: its masks split evenly, remainder first."""
-        total = min(self.steps or length, length)
-        ends = [(block_end * total) // length for block_end in self._ends(length)]
-        spread = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        steps = torch.tensor(spread, device=block.device).clamp(min=1)[block.clamp(min=0)]
-        return masks // steps + (step < masks % steps).long()
-
-    def _ends(self, length: int) -> list[int]:
-        return [min(end + self.block, length) for end in range(0, length, self.block)]
-
-    def _end(self, canvas: Canvas) -> None:
-        """Fill rows with EOS behind a first EOS that has nothing undecided before it."""
-        answer = canvas.answer
-        ended = (answer == self.vocab.eos).cumsum(dim=1) > 0
-        settled = ~((answer == self.vocab.mask) & ~ended).any(dim=1, keepdim=True)
-        behind = ended & settled & (answer != self.vocab.eos)
-        if bool(behind.any()):
-            canvas.fill(behind, self.vocab.eos)
+    def _policies(self, canvas: Canvas, denoise: Any) -> list[slots.Policy]:
+        chosen: list[slots.Policy] = []
+        if self.cache != "none":
+            chosen.append(slots.Remembered(self.cache, self.vicinity))
+        if self.suffix is not None:
+            chosen.append(slots.Suffix(self.suffix, canvas))
+        if self.refresh_audio > 1:
+            chosen.append(slots.LazyAudio(self.refresh_audio, canvas))
+        if self.drift:
+            chosen.append(slots.Drift(self.drift, canvas, denoise.memory))
+        return chosen

@@ -18,9 +18,9 @@ def fixed(scores: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
 
 
 def threshold(scores: Tensor, masked: Tensor, least: float) -> Tensor:
-    """Take every score of at least ``least``, and the best one (Fast-dLLM, arXiv 2505.22618)."""
-    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
-    return (scores >= least).scatter(1, best, True) & masked
+    """Take every score of at least ``least``, or else the best (Fast-dLLM, arXiv 2505.22618)."""
+    best = scores.masked_fill(~masked, -torch.inf).amax(dim=1, keepdim=True)
+    return (scores >= best.clamp(max=least)) & masked
 
 
 def factor(scores: Tensor, masked: Tensor, scale: float) -> Tensor:
@@ -52,3 +52,52 @@ def _descending(scores: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
 def _back(order: Tensor, taken: Tensor) -> Tensor:
     """Undo a sort: mark the places that ``taken`` marks in the sorted order."""
     return torch.zeros_like(taken).scatter(1, order, taken)
+
+
+def stable(
+    scores: Tensor, masked: Tensor, moved: Tensor, least: float, most_moved: float
+) -> Tensor:
+    """Take scores of at least ``least`` whose prediction has ``moved`` (B, R) by less than
+    ``most_moved``, or the best score where there is none (KLASS, arXiv 2511.05664)."""
+    calm = (scores >= least) & (moved < most_moved) & masked
+    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
+    alone = torch.zeros_like(calm).scatter(1, best, True) & masked
+    return torch.where(calm.any(dim=1, keepdim=True), calm, alone)
+
+
+def leap(
+    scores: Tensor, masked: Tensor, places: Tensor, anchor: float, relaxed: float, reach: int = 4
+) -> Tensor:
+    """Take scores of at least ``anchor``, and of at least ``relaxed`` within ``reach`` places of
+    one (LocalLeap, arXiv 2510.07081); the best one always."""
+    anchors = (scores >= anchor) & masked
+    near = (places[:, :, None] - places[:, None, :]).abs() <= reach
+    close = (near & anchors[:, None, :]).any(dim=2)
+    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
+    taken = anchors | ((scores >= relaxed) & close)
+    return taken.scatter(1, best, True) & masked
+
+
+def spread(scores: Tensor, masked: Tensor, places: Tensor, least: float, low: float) -> Tensor:
+    """Take scores of at least ``least``, and the best of every contiguous run of masked places
+    that reaches ``low``; the best one always (dInfer's hierarchical rule, arXiv 2510.08666).
+
+    ``places`` (B, R) rise along a row wherever it is masked.
+    """
+    before = torch.cat([places[:, :1] - 2, places[:, :-1]], dim=1)
+    known = torch.cat([masked[:, :1], masked[:, :-1]], dim=1)
+    run = ((places != before + 1) | ~known).cumsum(dim=1)
+    own = scores.masked_fill(~masked, -torch.inf)
+    same = run[:, :, None] == run[:, None, :]
+    rivals = own[:, None, :].masked_fill(~same, -torch.inf)
+    first = rivals.argmax(dim=2) == torch.arange(scores.shape[1], device=scores.device)
+    best = own.argmax(dim=1, keepdim=True)
+    taken = (scores >= least) | (first & (scores >= low))
+    return taken.scatter(1, best, True) & masked
+
+
+def capped(scores: Tensor, masked: Tensor, least: float, most: Tensor) -> Tensor:
+    """Take scores above ``least``, at most ``most`` (B,) of them, and the best one always."""
+    return fixed(scores, masked, most) & (
+        (scores > least) | fixed(scores, masked, torch.ones_like(most))
+    )

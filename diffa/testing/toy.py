@@ -138,11 +138,12 @@ class ToyDenoise:
         return visible
 
     def _places(self) -> Tensor:
-        """The place in the answer of every slot, (B, S); below 0 in the prompt."""
+        """The place in the answer of every slot, (B, S); -1 in the prompt, whose last slot tells a
+        causal answer's first token."""
         canvas = self.canvas
         places = canvas.positions - canvas.positions[:, canvas.start : canvas.start + 1]
         prompt = torch.arange(canvas.size) < canvas.start
-        return torch.where(prompt, -1, places)  # the prompt's last slot tells a causal answer's first
+        return torch.where(prompt, -1, places)
 
     def _known(self, row: Tensor, now: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """The decided tokens (N, A) that can be seen, -1 elsewhere, and the prompt's number."""

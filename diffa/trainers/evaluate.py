@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ import torch
 from diffa.data.collate import Collate
 from diffa.data.rows import Stream
 from diffa.data.sample import Sample
+from diffa.trainers.folder import (
+    WEIGHTS,
+    TrainingError,
+    read_json,
+    replacing,
+    save_weights,
+    write_json,
+)
 from diffa.trainers.loop import Tally
+from diffa.trainers.parts import learned
 from diffa.trainers.sections import Evaluation
 
 Evaluator = Callable[[Any], Mapping[str, float]]
@@ -86,6 +96,32 @@ class Held:
         wave = Hearing(self.model.encoder.sample_rate)(sample, 0)
         assert wave is not None
         return wave.to(self.device)
+
+
+class Best:
+    """An evaluation that also keeps the weights of its best moment."""
+
+    def __init__(
+        self, held: Any, model: Any, folder: Path, chosen: Evaluation, *, fresh: bool
+    ) -> None:
+        self.held, self.model, self.place, self.name = held, model, folder / "best", chosen.best
+        note = None if fresh else read_json(self.place / "metrics.json")
+        self.value: float | None = note["best"] if note else None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Evaluate; a missing number that was to be the best's measure is an error."""
+        found: dict[str, float] = self.held(step)
+        if self.name not in found:
+            raise TrainingError(
+                f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
+            )
+        value = found[self.name]
+        if better(self.name, value, self.value):
+            self.value = value
+            with replacing(self.place) as draft:
+                save_weights(learned(self.model), draft / WEIGHTS)
+                write_json({"best": value, "step": step, **found}, draft / "metrics.json")
+        return found
 
 
 def compare(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

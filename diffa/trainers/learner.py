@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,17 +11,27 @@ from torch import Tensor, nn
 
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch
+from diffa.trainers.auxiliary import Saying, Script
 from diffa.trainers.parts import quieten
-from diffa.types import Decoding, Noised
+from diffa.types import Decoding, Features, Noised
 
 
 class Parts(NamedTuple):
-    """A batch's summed loss, what to divide it by, tokens restored, and tokens asked for."""
+    """What a batch measures.
+
+    Attributes:
+        sum: its summed loss.
+        weight: what to divide that by.
+        correct: tokens restored.
+        asked: tokens asked for.
+        extra: an auxiliary loss times ``weight``; learned from, reported apart.
+    """
 
     sum: Tensor
     weight: Tensor
     correct: Tensor
     asked: Tensor
+    extra: Tensor
 
 
 class Answers(nn.Module):
@@ -29,38 +40,71 @@ class Answers(nn.Module):
     Args:
         model: encoder, adapters, backbone and objective.
         cache: keeps a frozen encoder's features; None to compute them every time.
+        script: reads the text that stands for audio, where rows have any.
+        saying: what adapters should say besides, by CTC.
     """
 
-    def __init__(self, model: Any, cache: FeatureCache | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: FeatureCache | None = None,
+        script: Script | None = None,
+        saying: Saying | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.script, self.saying = model, cache, script, saying
 
     def forward(self, batch: Batch) -> Parts:
         """Measure a batch."""
-        heard: dict[str, Any] = {}
-        if batch.audio is not None and batch.lengths is not None:
-            heard = {"audio_at": batch.audio_at, "audio": (batch.audio, batch.lengths)}
-            if self.cache is not None:
-                with torch.no_grad():
-                    made = self.cache.features(self.model.encoder, batch.audio, batch.lengths)
-                heard = {"audio_at": batch.audio_at, "features": made}
-        lengths = torch.full_like(batch.seeds, batch.tokens.shape[1])
         counting = Counting(self.model.objective)
-        kept, self.model.objective = self.model.objective, counting
-        try:
+        heard = self._heard(batch)
+        with lent(self.model, objective=counting), ExitStack() as stack:
+            if batch.script is not None and self.script is not None:
+                stack.enter_context(
+                    lent(self.model, adapters=nn.ModuleDict({"script": self.script}))
+                )
+            said = stack.enter_context(self.saying.listening(self.model)) if self.saying else {}
             loss = self.model.loss(
-                batch.tokens, batch.answer, batch.seeds, lengths=lengths, **heard
+                batch.tokens, batch.answer, batch.seeds, lengths=batch.sizes, **heard
             )
-        finally:
-            self.model.objective = kept
         total, weight = loss[0], loss[1]
-        return Parts(total, weight, *counting.counted(total))
+        extra = total.new_zeros(())
+        if self.saying is not None and said:
+            extra = self.saying.loss(said, batch.spoken) * weight.detach()
+        return Parts(total, weight, *counting.counted(total), extra)
+
+    def _heard(self, batch: Batch) -> dict[str, Any]:
+        """Return what stands for the audio in a call of ``model.loss``."""
+        heard: dict[str, Any] = {"audio_at": batch.audio_at}
+        if batch.script is not None and batch.scripts is not None:
+            states = (batch.script[:, :, None],)
+            return heard | {"features": Features(states, batch.scripts, batch.scripts)}
+        if batch.audio is None or batch.lengths is None:
+            return {}
+        if self.cache is None:
+            return heard | {"audio": (batch.audio, batch.lengths)}
+        with torch.no_grad():
+            made = self.cache.features(self.model.encoder, batch.audio, batch.lengths)
+        return heard | {"features": made}
 
     def train(self, mode: bool = True) -> Answers:
         """Set the mode; parts that do not learn stay in evaluation mode."""
         super().train(mode)
         quieten(self.model)
         return self
+
+
+@contextmanager
+def lent(model: Any, **parts: Any) -> Iterator[None]:
+    """Give a model other parts for a while."""
+    kept = {name: getattr(model, name) for name in parts}
+    try:
+        for name, part in parts.items():
+            setattr(model, name, part)
+        yield
+    finally:
+        for name, part in kept.items():
+            setattr(model, name, part)
 
 
 class Counting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from diffa.data.collate import Batch, Collate
-from diffa.data.rows import Stream
+from diffa.data.rows import Row, Stream
 from diffa.trainers import optimizers
 from diffa.trainers.folder import (
     WEIGHTS,
@@ -25,6 +25,7 @@ from diffa.trainers.folder import (
 )
 from diffa.trainers.learner import Parts
 from diffa.trainers.parts import learned
+from diffa.trainers.progress import Bar
 from diffa.trainers.sections import Optimizer, Schedule
 
 Evaluate = Callable[[int], dict[str, float]]
@@ -46,10 +47,12 @@ class Loop(Trainer):  # type: ignore[misc]
         *,
         optimizer: Optimizer,
         schedule: Schedule,
+        bar: Bar,
         keep: int = 2,
         evaluate: Evaluate | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        self.bar = bar
         self.chosen, self.way, self.keep, self.held = optimizer, schedule, keep, evaluate
         self.tally = Tally()
         self.skipped: list[str] = []
@@ -59,8 +62,8 @@ class Loop(Trainer):  # type: ignore[misc]
             args=arguments,
             train_dataset=stream,
             eval_dataset=[] if evaluate else None,
-            data_collator=lambda rows: {"batch": collate(rows)},
-            callbacks=callbacks,
+            data_collator=Named(collate),
+            callbacks=[bar, *callbacks],
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -87,7 +90,7 @@ class Loop(Trainer):  # type: ignore[misc]
         self.skipped.extend(batch.skipped)
         with self.compute_loss_context_manager():
             parts: Parts = model(batch=batch)
-        self.accelerator.backward(parts.sum)
+        self.accelerator.backward(parts.sum + parts.extra)
         self.tally.add(parts)
         weight = parts.weight.detach()
         self._weight = weight if self._weight is None else self._weight + weight
@@ -121,8 +124,9 @@ class Loop(Trainer):  # type: ignore[misc]
         self.model.train()
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(metrics)
-        control: Any = self.control
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -174,6 +178,17 @@ def restore(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> N
     module.load_state_dict(state, strict=False)
 
 
+class Named:
+    """Collates rows into what the Trainer passes on by name."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Batch]:
+        """Return the rows as one batch."""
+        return {"batch": self.collate(rows)}
+
+
 class Tally:
     """Sums of what batches measured, on their device until they are asked for."""
 
@@ -190,7 +205,8 @@ class Tally:
         if self.sums is None:
             return {}
         sums = self.sums if accelerator is None else accelerator.reduce(self.sums, "sum")
-        total, weight, correct, asked = sums.tolist()
+        total, weight, correct, asked, extra = sums.tolist()
         self.sums = None
         found = {"loss": total / max(weight, 1e-8)}
-        return found | ({"accuracy": correct / asked} if asked else {})
+        found |= {"accuracy": correct / asked} if asked else {}
+        return found | ({"auxiliary": extra / max(weight, 1e-8)} if extra else {})

@@ -46,13 +46,14 @@ def _matrices(learner: nn.Module) -> set[int]:
 
 
 def schedule(optimizer: torch.optim.Optimizer, chosen: Schedule, steps: int) -> LambdaLR:
-    """Return the schedule over ``steps``: a linear rise, then the named way down to ``floor``."""
+    """Return the schedule over ``steps``: a linear rise, a plateau, the named way down."""
     warmup = chosen.warmup * steps if 0 < chosen.warmup < 1 else chosen.warmup
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+        top = warmup + chosen.hold * (steps - warmup)
+        done = min(1.0, max(0.0, step - top) / max(1.0, steps - top))
         shapes = {
             "linear": 1 - done,
             "cosine": 0.5 * (1 + math.cos(math.pi * done)),

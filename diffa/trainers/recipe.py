@@ -17,6 +17,7 @@ from diffa.errors import DiffaError, SpecError, suggest
 from diffa.schema import Report, fit, plain, schema
 from diffa.spec import Spec
 from diffa.trainers.sections import (
+    Aids,
     Cache,
     Data,
     Evaluation,
@@ -147,6 +148,7 @@ def _stage(raw: Any, path: str, spec: Spec | None, report: Report) -> Stage:
     stage = read(Stage, raw, path, report)
     read(Optimizer, stage.optimizer, f"{path}.optimizer", report)
     read(Schedule, stage.schedule, f"{path}.schedule", report)
+    read(Aids, stage.aids, f"{path}.aids", report)
     if stage.cache is not None:
         read(Cache, stage.cache, f"{path}.cache", report)
     if stage.evaluate is not None:
@@ -179,7 +181,7 @@ def _check_numbers(stage: Stage, path: str, report: Report) -> None:
         report(path, "give either epochs or steps")
     for name in ("batch", "accumulate", "save", "log", "steps", "answer_length", "longest"):
         value = getattr(stage, name)
-        if value is not None and value < 1:
+        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             report(f"{path}.{name}", f"must be at least 1, got {value}")
     if stage.epochs is not None and stage.epochs <= 0:
         report(f"{path}.epochs", f"must be above 0, got {stage.epochs}")
@@ -206,6 +208,10 @@ def _check_parts(stage: Stage, path: str, spec: Spec, report: Report) -> None:
             report(f"{path}.train", f"{name} would learn, but the stage does not use it")
     if stage.kind == "listening" and stage.train != ["encoder"]:
         report(f"{path}.train", "a listening stage trains [encoder]")
+    aids: Aids = stage_part(Aids, stage.aids)
+    for name in [*aids.say, *aids.match]:
+        if name not in used:
+            report(f"{path}.aids", f"the stage has no adapter {name!r}{suggest(name, used)}")
     if stage.objective is not None:
         try:
             spec.set("objective", plain(stage.objective)).resolve()

@@ -16,14 +16,14 @@ from diffa.data.sources import Make
 from diffa.model import Model
 from diffa.spec import Spec
 from diffa.store import save
-from diffa.trainers.evaluate import Evaluator, better
+from diffa.trainers.evaluate import Best, Evaluator
 from diffa.trainers.folder import (
     WEIGHTS,
     TrainingError,
+    checkpoints,
     latest,
     load_weights,
     read_json,
-    replacing,
     save_weights,
     step_of,
     write_json,
@@ -31,8 +31,9 @@ from diffa.trainers.folder import (
 from diffa.trainers.loop import Loop, restore
 from diffa.trainers.parts import count, learned, staged
 from diffa.trainers.recipe import Recipe
-from diffa.trainers.sections import Evaluation, Stage
-from diffa.trainers.stages import Setting, loop, mixture, steps_of
+from diffa.trainers.sections import Stage
+from diffa.trainers.setting import Setting, mixture, steps_of
+from diffa.trainers.stages import loop
 
 
 class StageReport(NamedTuple):
@@ -102,17 +103,34 @@ def run(
     if dry_run:
         model = prepare(setting, torch.device("meta"))
         return Report(_plan(setting, model), None, setting.out)
-    _claim(setting, bool(resume))
-    model = prepare(setting, place)
     chosen = Path(resume) if isinstance(resume, str | os.PathLike) else None
-    reports = [
-        _stage(setting, model, number, resume=bool(resume), chosen=chosen)
-        for number in range(len(checked.stages))
-    ]
+    back = None if chosen is None else _stage_of(setting, chosen)
+    if _leads():
+        _claim(setting, bool(resume))
+    model = prepare(setting, place)
+    reports = []
+    for number in range(len(checked.stages)):
+        again = bool(resume) and (back is None or number < back)
+        start = chosen if number == back else None
+        reports.append(_stage(setting, model, number, again=again, start=start))
     final = finished(setting, model)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _leads():
         save(final, setting.out / "model")
     return Report(reports, final, setting.out)
+
+
+def _leads() -> bool:
+    """Whether this process writes for all that train together."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _stage_of(setting: Setting, checkpoint: Path) -> int:
+    """Return which stage a checkpoint belongs to; raises TrainingError."""
+    folders = [stage_folder(setting, n).resolve() for n in range(len(setting.recipe.stages))]
+    place = checkpoint.expanduser().resolve()
+    if place.parent not in folders or place not in [p.resolve() for p in checkpoints(place.parent)]:
+        raise TrainingError(f"{checkpoint} is no checkpoint of the run in {setting.out}")
+    return folders.index(place.parent)
 
 
 def prepare(setting: Setting, device: torch.device) -> Model:
@@ -183,38 +201,41 @@ def _claim(setting: Setting, resume: bool) -> None:
 
 
 def _stage(
-    setting: Setting, model: Model, number: int, *, resume: bool, chosen: Path | None
+    setting: Setting, model: Model, number: int, *, again: bool, start: Path | None
 ) -> StageReport:
-    """Run a stage, or take over what it left behind."""
+    """Run a stage from ``start``, or take over what it left behind if it ran before."""
     stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
     seen = staged(model, stage)
-    done = read_json(folder / "stage.json") if resume else None
-    behind = chosen is not None and chosen.resolve().parent == folder.resolve()
-    if done is not None and not behind:
-        restore(_carrier(seen), load_weights(folder / WEIGHTS), str(folder))
+    done = read_json(folder / "stage.json") if again else None
+    if done is not None:
+        restore(seen, load_weights(folder / WEIGHTS), str(folder))
         setting.console.print(f"{stage.name}: done before, {done['steps']} steps")
         return StageReport(folder=folder, **done)
-    start = chosen if behind else (latest(folder) if resume else None)
-    trained, report = _train(setting, seen, number, start)
-    _keep(trained, report, folder, stage)
+    report = _train(setting, seen, number, latest(folder) if again else start)
+    _keep(seen, report, folder, stage)
     return report
 
 
-def _train(
-    setting: Setting, seen: Model, number: int, start: Path | None
-) -> tuple[Model, StageReport]:
+def _train(setting: Setting, seen: Model, number: int, start: Path | None) -> StageReport:
     stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
     running, held, evaluation = loop(seen, stage, number, folder, setting)
     if held is not None and evaluation is not None:
-        running.held = _Best(held, seen, folder, evaluation, fresh=start is None)
+        running.held = Best(held, seen, folder, evaluation, fresh=start is None)
     if start is not None:
         setting.console.print(f"{stage.name}: going on from step {step_of(start)}")
-    running.train(resume_from_checkpoint=str(start) if start else None)
+    try:
+        running.train(resume_from_checkpoint=str(start) if start else None)
+    except KeyboardInterrupt:
+        kept = latest(folder)
+        setting.console.print(f"stopped; {kept or 'nothing'} is kept: go on with --resume")
+        raise
+    finally:
+        running.bar.close()
     metrics = {k: v for row in running.state.log_history for k, v in row.items() if _telling(k)}
     skipped = _report_skipped(running, setting, folder)
     mixed = running.train_dataset.mixture
     learning = count(running.model, learning=True)
-    return seen, StageReport(
+    return StageReport(
         stage.name, folder, running.state.max_steps, mixed.size, learning, metrics, skipped
     )
 
@@ -245,39 +266,9 @@ def _keep(trained: Model, report: StageReport, folder: Path, stage: Stage) -> No
     """Write a stage's outcome: its weights, then the note that it is done."""
     if stage.take == "best":
         best = folder / "best" / WEIGHTS
-        restore(_carrier(trained), load_weights(best), str(best))
-    if int(os.environ.get("RANK", "0")) == 0:
-        save_weights(learned(_carrier(trained)), folder / WEIGHTS)
+        restore(trained, load_weights(best), str(best))
+    if _leads():
+        save_weights(learned(trained), folder / WEIGHTS)
         note = report._asdict()
         del note["folder"]
         write_json(note, folder / "stage.json")
-
-
-def _carrier(seen: Model) -> Model:
-    return seen
-
-
-class _Best:
-    """An evaluation that also keeps the weights of its best moment."""
-
-    def __init__(
-        self, held: Any, model: Model, folder: Path, chosen: Evaluation, *, fresh: bool
-    ) -> None:
-        self.held, self.model, self.place, self.name = held, model, folder / "best", chosen.best
-        note = None if fresh else read_json(self.place / "metrics.json")
-        self.value: float | None = note["best"] if note else None
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Evaluate; a missing number that was to be the best's measure is an error."""
-        found: dict[str, float] = self.held(step)
-        if self.name not in found:
-            raise TrainingError(
-                f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
-            )
-        value = found[self.name]
-        if better(self.name, value, self.value):
-            self.value = value
-            with replacing(self.place) as draft:
-                save_weights(learned(self.model), draft / WEIGHTS)
-                write_json({"best": value, "step": step, **found}, draft / "metrics.json")
-        return found

@@ -47,10 +47,15 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate over a stage: ``warmup`` steps (below 1: a share of them), then down."""
+    """Learning rate over a stage: up, steady, down to ``floor`` of itself.
+
+    ``warmup`` is in steps, below 1 a share of them; ``hold`` is the share of the rest that stays
+    at the top before the named way down.
+    """
 
     name: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.0
+    hold: float = 0.0
     floor: float = 0.0
 
 
@@ -83,11 +88,32 @@ class Cache:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aids:
+    """What helps small models beyond DIFFA's procedure; see ``trainers.auxiliary``.
+
+    ``say`` weighs CTC for each adapter; ``blank`` is its empty token; ``match`` names adapters
+    that begin as loud as the embeddings; ``blur`` and ``noise`` roughen text that stands for
+    audio; ``roomy`` and ``header`` vary how much of a row is the answer.
+    """
+
+    say: Mapping[str, float] = field(default_factory=dict)
+    sharpness: float = 10.0
+    blank: str | None = None
+    match: list[str] = field(default_factory=list)
+    blur: float = 0.0
+    noise: float = 0.0
+    roomy: float = 0.0
+    header: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage: what learns, from what, and for how long.
 
     ``kind``: ``answers`` trains the whole model by its objective, ``listening`` the encoder by
-    labels. ``batch`` rows pass at once on each device, ``accumulate`` times per step. ``take``
+    labels (with ``options`` for its learner). ``batch`` rows pass at once on each device,
+    ``accumulate`` times per step. ``answer_length``: room for an answer without its header, or
+    several to choose from; padded to the batch's longest row where null, as in DIFFA. ``take``
     says whose weights go on to the next stage.
     """
 
@@ -98,13 +124,14 @@ class Stage:
     adapters: list[str] | None = None
     objective: Part | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    aids: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 8
     accumulate: int = 1
     epochs: float | None = None
     steps: int | None = None
-    answer_length: int | None = None
+    answer_length: int | list[int] | None = None
     longest: int = 2048
     grouped: bool = True
     clip: float = 1.0

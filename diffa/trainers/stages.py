@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -17,100 +13,26 @@ from transformers.trainer_callback import PrinterCallback
 from diffa.data.augment import Augment
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Collate
-from diffa.data.manifest import Manifest
 from diffa.data.mixture import Mixture
 from diffa.data.rows import Answering, Hearing, Listening, Row, Stream
-from diffa.data.sample import OnError, Sample, Source
-from diffa.data.sources import Make, open_source
+from diffa.data.sample import Sample
 from diffa.model import Model
-from diffa.trainers.evaluate import Evaluator, Held
+from diffa.trainers.auxiliary import Saying, Script, match
+from diffa.trainers.evaluate import Held
 from diffa.trainers.folder import TrainingError
 from diffa.trainers.learner import Answers
 from diffa.trainers.loop import Loop
 from diffa.trainers.progress import Bar, Log
-from diffa.trainers.recipe import Recipe, stage_part
+from diffa.trainers.recipe import stage_part
 from diffa.trainers.sections import (
+    Aids,
     Cache,
-    Data,
     Evaluation,
     Optimizer,
     Schedule,
     Stage,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What every stage of a run shares."""
-
-    recipe: Recipe
-    out: Path
-    device: torch.device
-    console: Console
-    on_error: OnError = "stop"
-    sources: Mapping[str, Make] = field(default_factory=dict)
-    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
-
-    @property
-    def processes(self) -> int:
-        """Devices that train together, as torchrun says."""
-        import os
-
-        return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the forward pass runs in bfloat16."""
-        wanted = self.recipe.head.precision
-        able = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return wanted == "bf16" or (wanted == "auto" and able)
-
-
-def open_data(
-    entries: Sequence[Mapping[str, Any]], setting: Setting
-) -> tuple[list[Source], list[float]]:
-    """Open a stage's manifests and generators; what is wrong with a manifest is shown."""
-    sources: list[Source] = []
-    weights = []
-    for raw in entries:
-        entry: Data = stage_part(Data, raw)
-        weights.append(entry.weight)
-        if entry.source is not None:
-            sources.append(open_source(entry.source, entry.options, setting.sources))
-            continue
-        manifest = Manifest(
-            setting.recipe.path(str(entry.path)),
-            target=entry.target,
-            question=entry.question,
-            folder=entry.folder and str(setting.recipe.path(entry.folder)),
-            on_error=setting.on_error,
-            probe=entry.probe,
-            unique=entry.unique,
-        )
-        if manifest.faults:
-            setting.console.print(manifest.summary(), markup=False, highlight=False)
-        sources.append(manifest)
-    return sources, weights
-
-
-def mixture(stage: Stage, setting: Setting, number: int) -> Mixture:
-    """Return the order of a stage's samples."""
-    sources, weights = open_data(stage.data, setting)
-    return Mixture(
-        sources,
-        weights,
-        batch=stage.batch * stage.accumulate * setting.processes,
-        micro=stage.batch,
-        grouped=stage.grouped,
-        seed=setting.recipe.head.seed * 1009 + number,
-    )
-
-
-def steps_of(stage: Stage, rows: int, per_step: int) -> int:
-    """Return how many optimiser steps a stage takes."""
-    if stage.steps is not None:
-        return stage.steps
-    return max(1, math.ceil(float(stage.epochs or 0) * rows / per_step))
+from diffa.trainers.setting import Setting, mixture, open_data, steps_of
 
 
 def row_maker(model: Model, stage: Stage, *, altered: bool) -> Callable[[Sample, int], Row]:
@@ -119,13 +41,27 @@ def row_maker(model: Model, stage: Stage, *, altered: bool) -> Callable[[Sample,
     augment = Augment(rate, **stage.augment) if altered and stage.augment else None
     if stage.kind == "listening":
         return Listening(Hearing(rate, augment))
+    aids: Aids = stage_part(Aids, stage.aids)
     return Answering(
         model.chat,
         model.backbone.vocab,
         Hearing(rate, augment),
-        answer_length=stage.answer_length,
+        answer_lengths=rooms(stage),
+        roomy=aids.roomy if altered else 0.0,
+        header=aids.header,
         longest=stage.longest,
     )
+
+
+def rooms(stage: Stage) -> list[int]:
+    """Return the lengths that answers may be padded to; none where the batch decides."""
+    given = stage.answer_length
+    return given if isinstance(given, list) else [given] if given else []
+
+
+def collator(model: Model, stage: Stage) -> Collate:
+    """Return what pads a stage's rows."""
+    return Collate(model.backbone.vocab, learned=not rooms(stage))
 
 
 def learner(model: Model, stage: Stage, mixed: Mixture, setting: Setting) -> nn.Module:
@@ -138,7 +74,42 @@ def learner(model: Model, stage: Stage, mixed: Mixture, setting: Setting) -> nn.
             return Hears(model.encoder, list(dict.fromkeys(names)), **stage.options)
         except TypeError as error:
             raise TrainingError(f"stage {stage.name!r}, options: {error}") from error
-    return Answers(model, feature_cache(model, stage, setting))
+    aids: Aids = stage_part(Aids, stage.aids)
+    blank = _blank(model, aids, stage)
+    embed = model.backbone.embed
+    saying = None
+    if aids.say and blank is not None:
+        saying = Saying(embed, aids.say, blank=blank, sharpness=aids.sharpness)
+    script = Script(embed, blank=blank, blur=aids.blur, noise=aids.noise)
+    return Answers(model, feature_cache(model, stage, setting), script, saying)
+
+
+def _blank(model: Model, aids: Aids, stage: Stage) -> int | None:
+    """Return the id of the token that stands for nothing; TrainingError where one is needed."""
+    if aids.blank is None:
+        if aids.say or aids.blur:
+            raise TrainingError(f"stage {stage.name!r}: aids.say and aids.blur need aids.blank")
+        return None
+    found = model.backbone.tokenizer.convert_tokens_to_ids(aids.blank)
+    if found is None or found == model.backbone.tokenizer.unk_token_id:
+        raise TrainingError(f"stage {stage.name!r}: the tokenizer has no token {aids.blank!r}")
+    return int(found)
+
+
+@torch.no_grad()
+def match_adapters(model: Model, stage: Stage, stream: Stream, device: torch.device) -> None:
+    """Let the adapters that ``aids.match`` names begin as loud as the backbone's embeddings."""
+    aids: Aids = stage_part(Aids, stage.aids)
+    if not aids.match:
+        return
+    rows = [stream[i] for i in range(min(8, len(stream)))]
+    batch = collator(model, stage)(rows).to(device)
+    if batch.audio is None or batch.lengths is None:
+        raise TrainingError(f"stage {stage.name!r}: aids.match needs audio")
+    features = model.encoder(batch.audio, batch.lengths)
+    tokens = torch.arange(model.backbone.vocab.size, device=device)
+    for key in aids.match:
+        match(model.adapters[key], features, model.backbone.embed(tokens))
 
 
 def feature_cache(model: Model, stage: Stage, setting: Setting) -> FeatureCache | None:
@@ -182,7 +153,7 @@ def held_out(
         optimised,
         model,
         stream,
-        Collate(model.backbone.vocab),
+        collator(model, stage),
         chosen,
         setting.evaluators,
         setting.device,
@@ -246,16 +217,19 @@ def loop(
     make = row_maker(model, stage, altered=True)
     found = held_out(model, optimised, stage, setting)
     held, chosen = found if found else (None, None)
+    stream = Stream(mixed, steps * per_step, make, setting.on_error)
+    match_adapters(model, stage, stream, setting.device)
     made = Loop(
         optimised,
-        Stream(mixed, steps * per_step, make, setting.on_error),
-        Collate(model.backbone.vocab),
+        stream,
+        collator(model, stage),
         arguments(stage, folder, steps, setting),
         optimizer=stage_part(Optimizer, stage.optimizer),
         schedule=stage_part(Schedule, stage.schedule),
         keep=setting.recipe.head.keep,
         evaluate=held,
-        callbacks=[Bar(stage.name, setting.console), Log(folder / "log.jsonl")],
+        bar=Bar(stage.name, setting.console),
+        callbacks=[Log(folder / "log.jsonl")],
     )
     made.remove_callback(PrinterCallback)
     return made, held, chosen

@@ -4,19 +4,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffa.data.nano.questions import Instruction, instruct
+from diffa.data.nano.questions import WEIGHTS, Instruction, instruct
 from diffa.data.nano.recordings import ACCENTS, Voice
 from diffa.data.nano.scenes import Draw, Labels, draw_scene, text_labels
 from diffa.data.nano.voices import LANGUAGES, VARIANTS, WORDS
 from diffa.data.nano.words import BLANK
 
+SAID = ("transcribe", "count", "place", "sum", "largest")  # answered by the words alone
+
 
 class Imitation(NamedTuple):
-    """One text-only row: a word or BLANK for every audio slot, and an instruction about it."""
+    """Text for the audio, a word or BLANK for every slot, and instructions about it."""
 
     acoustic: tuple[str, ...]  # empty where only the semantic adapter would speak
     semantic: tuple[str, ...]
-    instruction: Instruction
+    instructions: tuple[Instruction, ...]
     labels: Labels
 
 
@@ -35,33 +37,44 @@ class Imitations:
 
     Words are repeated over several slots with blanks between them, as an adapter that emits 12.5
     embeddings per second would place them. `pace` in [0, 1] lengthens the blanks: 0 writes every
-    word once with single blanks, 1 imitates speech. `acoustic` is the Q-Former's number of slots.
+    word once with single blanks, 1 imitates speech. `acoustic` is the Q-Former's number of slots;
+    `per` instructions are drawn about every utterance.
     """
 
-    def __init__(self, seed: int, acoustic: int = 16, pace: float = 1.0, most: int = 8) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        acoustic: int = 16,
+        pace: float = 1.0,
+        most: int = 8,
+        kinds: tuple[str, ...] = tuple(WEIGHTS),
+        per: int = 1,
+    ) -> None:
         self.seed, self.acoustic, self.pace, self.most = seed, acoustic, pace, most
-        self.voices = voices()
+        self.kinds, self.per, self.voices = kinds, per, voices()
 
     def __getitem__(self, index: int) -> Imitation:
         draw = np.random.default_rng((self.seed, index))
         labels = text_labels(draw_scene(draw, self.voices, self.most))
-        deaf = draw.random() < 0.25  # stage 1 and the semantic-only ablation have no acoustic slots
-        kinds = ("transcribe", "count", "place", "sum", "largest") if deaf else None
-        instruction = instruct(labels, draw, kinds) if kinds else instruct(labels, draw)
+        said = tuple(kind for kind in self.kinds if kind in SAID)
+        # Stage 1 and the semantic-only ablation have no acoustic slots.
+        deaf = bool(said) and (draw.random() < 0.25 or said == self.kinds)
+        kinds = said if deaf else self.kinds
+        instructions = tuple(instruct(labels, draw, kinds) for _ in range(self.per))
         acoustic = () if deaf else spread(facts(labels), self.acoustic, draw)
-        return Imitation(acoustic, self._semantic(labels, draw), instruction, labels)
+        return Imitation(acoustic, self._semantic(labels, draw), instructions, labels)
 
     def _semantic(self, labels: Labels, draw: Draw) -> tuple[str, ...]:
         """The words at the pace of speech; with no words, blanks for up to three seconds."""
         slots = [BLANK] * self._pause(draw)
         for digit in labels.digits:
-            length = 1 + int(draw.integers(0, 6) * self.pace)
-            heard = 1 + int(draw.integers(0, length))
+            # An adapter taught by CTC writes most words into a single slot.
+            heard = 1 + int(draw.random() < 0.3 * self.pace)
+            length = heard + int(draw.integers(0, 6) * self.pace)
             before = int(draw.integers(0, length - heard + 1))
-            slots += (
-                [BLANK] * before + [WORDS[digit]] * heard + [BLANK] * (length - heard - before + 1)
-            )
-            slots += [BLANK] * (self._pause(draw) - 1)
+            slots += [BLANK] * before + [WORDS[digit]] * heard
+            slots += [BLANK] * (length - heard - before + self._pause(draw))
         if not labels.digits:
             slots += [BLANK] * int(draw.integers(10, 40))
         return tuple(slots)

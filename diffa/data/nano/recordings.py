@@ -13,6 +13,7 @@ from diffa.errors import AudioError
 
 Wave = NDArray[np.float32]
 Split = Literal["train", "test"]
+Gender = Literal["man", "woman"]
 TEST_INDICES = range(5)  # the corpus' official split: 0-4 test, 5-49 training
 ACCENTS = {
     "george": "greek",
@@ -28,15 +29,17 @@ class Voice(NamedTuple):
     """One speaker: a person of the recordings, or a setting of the synthesiser."""
 
     name: str
-    gender: Literal["man", "woman"]
+    gender: Gender
     accent: str
     real: bool
 
 
 def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
     """The folder of recordings: `path`, else $DIFFA_FSDD, else ../shared/data/fsdd."""
-    places = [path] if path else [os.environ.get("DIFFA_FSDD"), "../shared/data/fsdd"]
-    for place in filter(None, places):
+    places: list[str | os.PathLike[str] | None] = [path]
+    if not path:
+        places = [os.environ.get("DIFFA_FSDD"), "../shared/data/fsdd"]
+    for place in [place for place in places if place]:
         for folder in (Path(place), Path(place) / "recordings"):
             if next(folder.glob("*_*_*.wav"), None):
                 return folder

@@ -64,7 +64,7 @@ class Labels(NamedTuple):
 
 def draw_scene(draw: Draw, voices: list[Voice], most: int = 8) -> Scene:
     """A random scene with at most `most` digits."""
-    kind = draw.choice(["speech", "behind", "sound", "melody"], p=[0.62, 0.18, 0.1, 0.1])
+    kind = draw.choice(["speech", "behind", "sound", "melody"], p=[0.56, 0.18, 0.1, 0.16])
     loudness = list(LEVELS)[int(draw.integers(3))]
     if kind == "melody":
         return Scene((), (), None, loudness, "melody", draw_melody(draw))

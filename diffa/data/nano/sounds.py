@@ -1,7 +1,7 @@
 """Procedural sounds and short melodies at 16 kHz."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ SOUNDS: dict[str, Callable[[float, Draw], Wave]] = {
 def draw_melody(draw: Draw) -> Melody:
     """A direction and a number of notes."""
     direction = DIRECTIONS[int(draw.integers(len(DIRECTIONS)))]
-    return Melody(cast(Direction, direction), int(draw.choice(NOTES)))
+    return Melody(direction, int(draw.choice(NOTES)))
 
 
 def play(melody: Melody, draw: Draw) -> Wave:

@@ -87,7 +87,8 @@ class Utterances:
     ) -> tuple[list[Wave], tuple[tuple[float, float], ...]]:
         """The digits in turn with pauses between; those that do not fit are left out."""
         pieces = [np.zeros(int(draw.uniform(0.05, 0.5) * RATE), dtype=np.float32)]
-        at, spans = len(pieces[0]), []
+        at = len(pieces[0])
+        spans: list[tuple[float, float]] = []
         for digit, voice in zip(scene.digits, scene.voices, strict=True):
             wave = self._digit(voice, digit, period, scene.loudness is None, draw)
             gap = period - len(wave) / RATE if period else draw.uniform(0.02, 0.5)

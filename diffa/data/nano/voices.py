@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffa.data.nano.recordings import Split, Voice, Wave
+from diffa.data.nano.recordings import Gender, Split, Voice, Wave
 from diffa.data.nano.shaping import RATE, resample, trim
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -26,7 +26,10 @@ PRONOUNCED = {
     "scottish": ("o:", "V", "U", "thR", "oR", "ai", "i", "E", "e:", "ai"),
     "caribbean": ("ou", "O", "u", "tr", "oa", "ai", "i", "E", "ei", "ai"),
 }
-VARIANTS = {"woman": ("f1", "f2", "f3", "f4"), "man": ("m1", "m3", "m4", "m7")}
+VARIANTS: dict[Gender, tuple[str, ...]] = {
+    "woman": ("f1", "f2", "f3", "f4"),
+    "man": ("m1", "m3", "m4", "m7"),
+}
 # Voices are tried out with pitches and rates between those of training.
 PITCHES: dict[Split, tuple[int, ...]] = {"train": (35, 50, 65), "test": (42, 58)}
 RATES: dict[Split, tuple[int, ...]] = {"train": (130, 165), "test": (145,)}

@@ -1,0 +1,41 @@
+"""Make the demo's recordings from espeak-ng and procedural sound: python benchmarks/recordings.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+import diffa
+from diffa.data.nano.scenes import Scene
+from diffa.data.nano.shaping import RATE
+from diffa.data.nano.sounds import Melody
+from diffa.data.nano.utterances import Utterances
+
+FOLDER = Path(diffa.__file__).parent / "recordings"
+
+
+def main() -> None:
+    """Write three recordings; no file of a corpus goes into them."""
+    speakers = Utterances("test", seed=2026)
+
+    def voice(accent: str, gender: str, number: int):
+        found = [v for v in speakers.synthesis.voices if (v.accent, v.gender) == (accent, gender)]
+        return found[number]
+
+    one, two = voice("british", "woman", 2), voice("american", "man", 5)
+    scenes = {
+        "digits": Scene((7, 3, 9, 1), (one,) * 4, "medium", "normal", None, None),
+        "two_speakers": Scene((4, 8, 2, 5, 6), (one,) * 2 + (two,) * 3, "fast", "loud", None, None),
+        "melody": Scene((), (), None, "normal", "melody", Melody("rising", 5)),
+    }
+    FOLDER.mkdir(exist_ok=True)
+    for number, (name, scene) in enumerate(scenes.items()):
+        wave, labels = speakers.perform(scene, np.random.default_rng(number))
+        soundfile.write(FOLDER / f"{name}.flac", wave, RATE)
+        print(f"{name}.flac: {labels.duration:.1f} s, {labels.digits}, {labels.speed}")
+
+
+if __name__ == "__main__":
+    main()

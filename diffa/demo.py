@@ -1,0 +1,127 @@
+"""The demo: three recordings of the package are written down, described and asked about."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from diffa.watch import canvas_text
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+
+NANO, UNTRAINED = "nano", "tiny"
+FAST = {"name": "blockwise", "block": 8, "threshold": 0.9, "cache": "none"}
+REFERENCE = {"name": "blockwise", "block": 8, "stop": False}  # DIFFA's loop: one token per forward
+
+
+class Ask(NamedTuple):
+    """A question about a recording, and how long its answer may be."""
+
+    recording: str
+    question: str
+    tokens: int
+
+
+ASKED = (
+    Ask("digits.flac", "Please transcribe the audio to text.", 16),
+    Ask("digits.flac", "What can you hear from the audio?", 24),
+    Ask("digits.flac", "How many digits are spoken?", 8),
+    Ask("two_speakers.flac", "Please transcribe the audio to text.", 16),
+    Ask("two_speakers.flac", "What can you hear from the audio?", 24),
+    Ask("melody.flac", "What can you hear from the audio?", 24),
+)
+
+
+def recordings() -> Path:
+    """Folder of the recordings that ship with diffa: synthesised, of no corpus."""
+    return Path(str(files("diffa") / "recordings"))
+
+
+def run(console: Console | None = None) -> None:
+    """Answer, and show every answer forming, forwards and seconds, beside the reference loop."""
+    import diffa
+    from diffa.spec import presets
+
+    console = console or Console(highlight=False)
+    trained = NANO in presets()
+    begin = time.perf_counter()
+    model = diffa.build(NANO if trained else UNTRAINED)
+    seconds = time.perf_counter() - begin
+    console.print(f"diffa {diffa.__version__}: {describe(model)}, built in {seconds:.1f} s")
+    if not trained:
+        console.print(
+            "[yellow]No trained weights ship yet: the wiring is real, the words are noise.[/]"
+        )
+    table = Table("recording", "question", "answer", "forwards", "s", "reference: forwards", "s")
+    for ask in ASKED:
+        table.add_row(*answer(model, ask, console))
+    console.print(table)
+    console.print("Ask about a file of your own:\n  diffa ask FILE 'What can you hear?' --watch")
+
+
+def describe(model: Model) -> str:
+    """Parts and sizes in one line."""
+    sizes = {
+        "encoder": model.encoder,
+        **dict(model.adapters.items()),
+        "backbone": model.backbone,
+    }
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in sizes.items()}
+    return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counted.items())
+
+
+def answer(model: Model, ask: Ask, console: Console) -> list[str]:
+    """Answer one question fast while it is watched, then by the reference loop; a table's row."""
+    import diffa
+
+    console.print(f"\n[bold]{ask.recording}[/]  {ask.question}")
+    fast = diffa.swap(model, sampler=FAST)
+    text, forwards, seconds = watch(fast, recordings() / ask.recording, ask, console)
+    slow = diffa.swap(model, sampler=REFERENCE)
+    begin = time.perf_counter()
+    loop = slow.answer(recordings() / ask.recording, ask.question, max_tokens=ask.tokens)
+    slow_seconds = time.perf_counter() - begin
+    told = text if text == loop.text else f"{text}\n(reference: {loop.text})"
+    return [
+        ask.recording,
+        ask.question,
+        told,
+        str(forwards),
+        f"{seconds:.2f}",
+        str(loop.forwards),
+        f"{slow_seconds:.2f}",
+    ]
+
+
+def watch(model: Model, audio: Any, ask: Ask, console: Console) -> tuple[str, int, float]:
+    """Show the canvas after every forward; return the text, forwards and seconds."""
+    from diffa.audio import prepare
+
+    begin = time.perf_counter()
+    prompt = model.chat.encode(ask.question)
+    wave = prepare(audio, model.encoder.sample_rate)
+    steps = model.stream(
+        prompt.tokens, wave, audio_at=prompt.audio_at, max_tokens=ask.tokens
+    )
+    tokenizer, vocab, forwards, tokens = model.backbone.tokenizer, model.backbone.vocab, 0, None
+    with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:
+        for forwards, step in enumerate(steps, start=1):
+            tokens = step.tokens[0]
+            line = Text(f"{forwards:3d}  ", style="dim") + canvas_text(step, 0, tokenizer, vocab)
+            if console.is_terminal:
+                live.update(line, refresh=True)
+            else:
+                console.print(line)
+    seconds = time.perf_counter() - begin
+    assert tokens is not None
+    text = model.chat.decode(tokens)
+    console.print(f"  -> {text}   [dim]({forwards} forwards, {seconds:.2f} s)[/]")
+    return text, forwards, seconds

@@ -1,0 +1,66 @@
+"""The loop that every unmasking sampler runs: recompute, read, accept, yield."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffa.samplers.blocks import Blocks, Place, end, snapshot
+from diffa.samplers.guess import Guess, Order, clean, read
+from diffa.samplers.slots import Slots
+from diffa.types import Denoise, Step
+
+if TYPE_CHECKING:
+    from diffa.canvas import Canvas
+
+
+def unmask(
+    canvas: Canvas,
+    denoise: Denoise,
+    *,
+    block: int,
+    understand: Callable[[Tensor, Place], Guess],
+    take: Callable[[Guess, Place], Tensor],
+    slots: Slots | None = None,
+    stop: bool = True,
+) -> Iterator[Step]:
+    """Unmask blocks from left to right, yielding after every forward.
+
+    Args:
+        canvas: what to fill; between two steps the caller may mask tokens again.
+        denoise: the call that drives the backbone.
+        block: answer tokens per block.
+        understand: logits (B or 2B, R, V) of the masked slots -> a guess.
+        take: a guess -> which of the masked slots to accept, (B, R) bool.
+        slots: which slots to recompute; all where None.
+        stop: end a row when all tokens before its first EOS are decided.
+    """
+    slots = slots or Slots([])
+    blocks = Blocks(canvas, block)
+    given = ~canvas.undecided()
+    while (place := blocks.enter()) is not None:
+        recompute, write = slots(canvas, place)
+        guess = understand(denoise(recompute, place.rows, write=write), place)
+        taken = torch.where(take(guess, place), place.rows, -1)
+        canvas.write(taken, guess.tokens, guess.confidence)
+        if stop:
+            end(canvas, given)
+        blocks.advance()
+        yield snapshot(canvas, given=given if stop else None)
+
+
+def reader(
+    canvas: Canvas, *, order: Order = "confidence", temperature: float = 0.0
+) -> Callable[[Tensor, Place], Guess]:
+    """The plain way to read logits: clean, choose, rank."""
+    return lambda logits, place: read(
+        clean(logits, canvas.vocab.mask),
+        seeds=canvas.seeds,
+        step=place.step,
+        places=place.places,
+        order=order,
+        temperature=temperature,
+    )

@@ -1,0 +1,137 @@
+"""Lossless self-speculation: several steps drafted from one forward and checked in the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from diffa.errors import SpecError
+from diffa.samplers.blocks import Blocks, Place, end, snapshot
+from diffa.samplers.drafts import Draft, extend, look
+from diffa.samplers.guess import Guess, read
+from diffa.samplers.rules import Rule, positive
+from diffa.types import Denoise, Step, Vocab
+
+if TYPE_CHECKING:
+    from diffa.canvas import Canvas
+
+
+class Speculative:
+    """The tokens of ``blockwise`` with a dual cache, in fewer forwards: drafts of the block after
+    one, two, ... more steps are read beside it, each in a branch of its own, and as many steps are
+    taken as the drafts foresaw (FreeDave, arXiv 2510.00294).
+
+    Args:
+        vocab: the backbone's vocabulary.
+        depth: steps that one forward can take.
+        block: answer tokens per block.
+        steps: of the decoder that is sped up, over the whole answer; one per token where None, or
+        threshold: accept probabilities of at least this.
+        temperature: of the tokens; 0 takes the likeliest.
+        stop: end a row when all tokens before its first EOS are decided.
+
+    Raises:
+        SpecError: steps and threshold together, or a number out of its range.
+    """
+
+    decoding: Literal["masked"] = "masked"
+
+    def __init__(
+        self,
+        vocab: Vocab,
+        *,
+        depth: int = 4,
+        block: int = 32,
+        steps: int | None = None,
+        threshold: float | None = None,
+        temperature: float = 0.0,
+        stop: bool = True,
+    ) -> None:
+        self.rule = Rule(block=block, steps=steps, threshold=threshold)
+        positive("temperature", temperature)
+        if depth < 1:
+            raise SpecError(f"depth must be at least 1, got {depth}")
+        self.vocab, self.depth, self.block, self.stop = vocab, depth, block, stop
+        self.temperature = temperature
+
+    def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
+        """Fill the canvas's answers, yielding after every forward."""
+        width, blocks = min(self.block, canvas.length), Blocks(canvas, self.block)
+        given = ~canvas.undecided()
+        slots = [canvas.scratch(width, branch=d) for d in range(1, self.depth)]
+        shadows = torch.cat(slots) if slots else canvas.tokens.new_zeros(0)
+        draft = Draft(canvas.tokens.new_zeros(canvas.count, len(slots), width), canvas.seeds < 0)
+        while (place := blocks.enter()) is not None:
+            own, there = self._slots(canvas, place, width)
+            tokens = canvas.tokens[: canvas.count].gather(1, own)
+            drafted = draft.there & ~place.fresh & place.alive
+            both = torch.cat([tokens[:, None], draft.tokens], dim=1)
+            logits = look(canvas, denoise, place, own, there, both, drafted, shadows)
+            taken, draft = self._follow(canvas, place, logits, own, there, both, drafted)
+            if self.stop:
+                end(canvas, given)
+            blocks.advance(taken)
+            yield snapshot(canvas, given=given if self.stop else None)
+
+    def _slots(self, canvas: Canvas, place: Place, width: int) -> tuple[Tensor, Tensor]:
+        """The slots of each row's block (B, W), and which of them there are."""
+        own = place.first[:, None] + torch.arange(width, device=place.first.device)
+        there = (own < place.end[:, None]) & place.alive[:, None]
+        return own.clamp(max=canvas.start + canvas.length - 1), there
+
+    def _follow(
+        self,
+        canvas: Canvas,
+        place: Place,
+        logits: Tensor,
+        own: Tensor,
+        there: Tensor,
+        both: Tensor,
+        drafted: Tensor,
+    ) -> tuple[Tensor, Draft]:
+        """Take steps while the drafts foresaw them; return how many per row, and new drafts."""
+        now, going, taken = both[:, 0], place.alive, torch.zeros_like(place.step)
+        score, chosen = torch.zeros_like(logits[:, 0, :, 0]), now
+        for depth in range(both.shape[1]):
+            masked = (now == canvas.vocab.mask) & there & going[:, None]
+            going = masked.any(dim=1)
+            here = place._replace(
+                rows=torch.where(masked, own, -1),
+                places=own - canvas.start,
+                step=place.step + taken,
+                since=place.since + taken,
+            )
+            guess = self._read(canvas, logits[:, depth], here)
+            take = self.rule.take(guess, here, canvas.length, None) & masked
+            canvas.write(torch.where(take, own, -1), guess.tokens, guess.confidence)
+            now = torch.where(take, guess.tokens, now)
+            taken = taken + going.long()
+            score = torch.where(going[:, None], guess.score, score)
+            chosen = torch.where(going[:, None], guess.tokens, chosen)
+            if depth + 1 < both.shape[1]:
+                foreseen = (now == both[:, depth + 1]) | ~there
+                going = going & drafted & foreseen.all(dim=1)
+        ahead = place._replace(since=place.since + taken)
+        return taken, extend(
+            self.rule,
+            ahead,
+            self.depth - 1,
+            now,
+            there,
+            chosen,
+            score,
+            length=canvas.length,
+            mask=canvas.vocab.mask,
+        )
+
+    def _read(self, canvas: Canvas, logits: Tensor, place: Place) -> Guess:
+        return read(
+            logits,
+            seeds=canvas.seeds,
+            step=place.step,
+            places=place.places,
+            temperature=self.temperature,
+        )
