@@ -134,26 +134,41 @@ def start(model: Any, rung: Rung) -> Run:
         return Run(sampler(canvas, denoise), lambda: denoise.forwards)
 
 
-def race(runs: dict[str, Run]) -> None:
-    """Advance every run by one step in turn until all are done."""
-    alive = dict(runs)
+def race(runs: dict[str, Run], after: Callable[[int], None] | None = None) -> None:
+    """Advance every run by one step in turn until all are done; ``after`` is told each round."""
+    alive, count = dict(runs), 0
     while alive:
         alive = {name: run for name, run in alive.items() if run.step()}
+        if after is not None and alive:
+            after(count)
+        count += 1
 
 
-def sampled(model: Any, exact: Run, steps: int, count: int) -> tuple[float, bool]:
-    """Seconds of the whole baseline from ``count`` of its equal steps, and whether each of them
-    does from exact's canvas what exact did."""
-    asked, plan = question(model), published.schedule(LENGTH, steps, BLOCK)
-    begin = torch.full((1, LENGTH), model.backbone.vocab.mask)
-    states = [begin, *exact.answers]
-    seconds, same = 0.0, True
-    for at in torch.linspace(0, steps - 1, count).long().tolist():
+class Sampled:
+    """A few of the baseline's equal steps, each taken where the exact decoder stood."""
+
+    def __init__(self, model: Any, exact: Run, steps: int, count: int) -> None:
+        self._model, self._exact, self._asked = model, exact, question(model)
+        self._plan = published.schedule(LENGTH, steps, BLOCK)
+        self._chosen = set(torch.linspace(0, steps - 1, count).long().tolist())
+        self._begin = torch.full((1, LENGTH), model.backbone.vocab.mask)
+        self.times: list[float] = []
+        self.same = True
+
+    def after(self, count: int) -> None:
+        """Take the baseline's step ``count`` if it is one of the chosen, and compare."""
+        if count not in self._chosen:
+            return
+        before = self._exact.answers[count - 1] if count else self._begin
         started = time.perf_counter()
-        made = published.step(model, asked, states[at], *plan[at])
-        seconds += time.perf_counter() - started
-        same &= torch.equal(made, states[at + 1])
-    return seconds * steps / count, same
+        made = published.step(self._model, self._asked, before, *self._plan[count])
+        self.times.append(time.perf_counter() - started)
+        self.same &= torch.equal(made, self._exact.answers[count])
+
+    @property
+    def seconds(self) -> float:
+        """Of all the steps, scaled."""
+        return sum(self.times) / len(self.times) * len(self._plan)
 
 
 def to_first_eos(answer: Tensor, eos: int) -> list[int]:
@@ -167,43 +182,47 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
     model = diffa.build(spec(size))
     rungs = ladder(steps)
     runs = {name: start(model, rungs[name]) for name in names}
-    plain: Run | None = None
     if checked is None:
         loop = published.decode(model, question(model), length=LENGTH, steps=steps, block=BLOCK)
         plain = Run(loop, lambda: steps)
         race({"baseline": plain, **runs})
         seconds, wanted, same = sum(plain.times), plain.answers[-1], True
     else:
-        race(runs)
-        wanted = runs["exact"].answers[-1]
-        seconds, same = sampled(model, runs["exact"], steps, checked)
+        some = Sampled(model, runs["exact"], steps, checked)
+        race(runs, some.after)
+        seconds, wanted, same = some.seconds, runs["exact"].answers[-1], some.same
     eos = model.backbone.vocab.eos
     reference = to_first_eos(wanted[0], eos)
-    rows = [row("baseline", steps, seconds, steps, seconds, True, len(reference))]
+    rows = [row("baseline", seconds, steps, seconds, reference, reference, 1)]
     for name, run in runs.items():
         made = to_first_eos(run.answers[-1][0], eos)
-        agrees = made == reference and same
-        count = len(made) * rungs[name].rows
-        rows.append(
-            row(name, steps, sum(run.times), run.forwards(), seconds, agrees, count)
-            | {"rows": rungs[name].rows, "prefill": run.times[0]}
-        )
+        line = row(name, sum(run.times), run.forwards(), seconds, made, reference, rungs[name].rows)
+        line["identical"] &= same
+        rows.append(line | {"prefill": round(run.times[0], 4)})
     return rows
 
 
 def row(
-    name: str, steps: int, seconds: float, forwards: int, base: float, same: bool, tokens: int
+    name: str,
+    seconds: float,
+    forwards: int,
+    base: float,
+    made: list[int],
+    reference: list[int],
+    rows: int,
 ) -> dict[str, Any]:
     """One line of the report; ``speedup`` is over the baseline's seconds per answer."""
-    answers = max(1, round(tokens / LENGTH)) if tokens > LENGTH else 1
+    same = sum(a == b for a, b in zip(made, reference, strict=False))
     return {
         "name": name,
+        "rows": rows,
         "seconds": round(seconds, 4),
         "forwards": forwards,
-        "tokens_per_forward": round(tokens / forwards, 3),
-        "speedup": round(base * answers / seconds, 2),
-        "identical": same,
-        "tokens_per_second": round(tokens / seconds, 3),
+        "tokens_per_forward": round(len(made) * rows / forwards, 3),
+        "speedup": round(base * rows / seconds, 2),
+        "identical": made == reference,
+        "agreement": round(same / max(len(made), len(reference)), 3),
+        "tokens_per_second": round(len(made) * rows / seconds, 3),
     }
 
 

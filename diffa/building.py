@@ -11,6 +11,7 @@ from torch import nn
 
 from diffa.errors import CheckpointError, SpecError
 from diffa.model import Model
+from diffa.schema import schema
 from diffa.spec import Chosen, Spec, mismatch
 
 _GIB = 2**30
@@ -112,9 +113,8 @@ def swap(model: Model, **parts: Any) -> Model:
 def make(part: Chosen, **wires: Any) -> Any:
     """Construct a part, giving it the wires that it asks for by name."""
     cls = part.load()
-    names = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
     try:
-        return cls(**{name: wires[name] for name in names}, **part.options)
+        return cls(**{name: wires[name] for name in schema(cls).wires}, **part.options)
     except Exception as error:
         set_options = {key: value for key, value in part.options.items() if value is not None}
         error.add_note(f"while building {part.kind} {part.name!r} with options {set_options}")

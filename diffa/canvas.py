@@ -71,6 +71,11 @@ class Canvas:
         """The answers as they stand, (B, A)."""
         return self.tokens[: self.count, self.start : self.start + self.length]
 
+    @property
+    def audio(self) -> Tensor:
+        """Which slots are audio embeddings, (rows, S) bool."""
+        return (self.tokens == GIVEN) & self.valid
+
     def undecided(self) -> Tensor:
         """Return which answer tokens are still masks, (B, A) bool."""
         return torch.eq(self.answer, -2 if self.vocab.mask is None else self.vocab.mask)
@@ -121,7 +126,7 @@ class Canvas:
         """
         if self.twins:
             raise ValueError("this canvas has its unconditional branch already")
-        spoken = (self.tokens == GIVEN) & self.valid
+        spoken = self.audio
         content, valid = self.content.clone(), self.valid.clone()
         if hide in ("text", "both"):
             columns = torch.arange(self.size, device=valid.device) < self.start

@@ -21,9 +21,10 @@ KEYS = (
     "prompt",
     "settings",
 )
-PROMPT = {
+PROMPT: dict[str, str | int] = {
     "system": "You are a helpful voice assistant.",
     "user": "This is the audio: <audio>. {question}",
+    "max_tokens": 128,  # of an answer, unless the caller says otherwise
 }
 _DEFAULTS = {
     "masked": {"sampler": "blockwise", "objective": "masked"},
@@ -209,9 +210,12 @@ class _Completion:
         done: dict[str, Any] = dict(PROMPT)
         for key, text in value.items():
             if key in PROMPT:
-                done[key] = fit(text, str, f"prompt.{key}", self.fault)
+                done[key] = fit(text, type(PROMPT[key]), f"prompt.{key}", self.fault)
             else:
                 self.fault(f"prompt.{key}", f"unknown key{suggest(str(key), PROMPT)}")
+        length = done["max_tokens"]
+        if isinstance(length, int) and length < 1:
+            self.fault("prompt.max_tokens", f"must be at least 1, got {length}")
         for place in ("<audio>", "{question}"):
             if isinstance(done["user"], str) and done["user"].count(place) != 1:
                 self.fault("prompt.user", f"must hold {place} exactly once, got {done['user']!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +16,7 @@ from diffa.watch import canvas_text
 
 if TYPE_CHECKING:
     from diffa.model import Model
+    from diffa.types import Step
 
 NANO, UNTRAINED = "nano", "tiny"
 FAST = {"name": "blockwise", "block": 8, "threshold": 0.9, "cache": "none"}
@@ -101,27 +102,22 @@ def answer(model: Model, ask: Ask, console: Console) -> list[str]:
     ]
 
 
-def watch(model: Model, audio: Any, ask: Ask, console: Console) -> tuple[str, int, float]:
+def watch(model: Model, audio: Path, ask: Ask, console: Console) -> tuple[str, int, float]:
     """Show the canvas after every forward; return the text, forwards and seconds."""
-    from diffa.audio import prepare
-
-    begin = time.perf_counter()
-    prompt = model.chat.encode(ask.question)
-    wave = prepare(audio, model.encoder.sample_rate)
-    steps = model.stream(
-        prompt.tokens, wave, audio_at=prompt.audio_at, max_tokens=ask.tokens
-    )
-    tokenizer, vocab, forwards, tokens = model.backbone.tokenizer, model.backbone.vocab, 0, None
+    tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
     with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:
-        for forwards, step in enumerate(steps, start=1):
-            tokens = step.tokens[0]
-            line = Text(f"{forwards:3d}  ", style="dim") + canvas_text(step, 0, tokenizer, vocab)
+        shown: list[Text] = []
+
+        def show(step: Step) -> None:
+            count = Text(f"{len(shown) + 1:3d}  ", style="dim")
+            shown.append(count + canvas_text(step, 0, tokenizer, vocab))
             if console.is_terminal:
-                live.update(line, refresh=True)
+                live.update(shown[-1], refresh=True)
             else:
-                console.print(line)
-    seconds = time.perf_counter() - begin
-    assert tokens is not None
-    text = model.chat.decode(tokens)
-    console.print(f"  -> {text}   [dim]({forwards} forwards, {seconds:.2f} s)[/]")
-    return text, forwards, seconds
+                console.print(shown[-1])
+
+        begin = time.perf_counter()
+        answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)
+        seconds = time.perf_counter() - begin
+    console.print(f"  -> {answer.text}   [dim]({answer.forwards} forwards, {seconds:.2f} s)[/]")
+    return answer.text, answer.forwards, seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,12 @@ from diffa.audio import pad, prepare
 from diffa.canvas import Canvas, interleave
 from diffa.denoise import Denoiser
 from diffa.errors import AudioError, SpecError
+from diffa.inputs import Rows, begin, check_context, check_tokens, join, rows_of, split, spread
 from diffa.memory import Context
 from diffa.prompt import Chat
 from diffa.scoring import Score, score
 from diffa.spec import Spec
 from diffa.types import Embeds, Features, Noised, Step
-
-Waves = Tensor | Sequence[Tensor | None] | None
 
 
 class Generation(NamedTuple):
@@ -93,8 +92,7 @@ class Model(nn.Module):
 
     def adapt(self, features: Features) -> Embeds:
         """Concatenate every adapter's embeddings of the features, in the spec's order."""
-        parts = [adapter(features) for adapter in self.adapters.values()]
-        return join(parts)
+        return join([adapter(features) for adapter in self.adapters.values()])
 
     def logits(self, embeds: Tensor) -> Tensor:
         """Logits (B, S, V) of one full pass over embeddings (B, S, W), positions from 0."""
@@ -105,12 +103,13 @@ class Model(nn.Module):
     def generate(
         self,
         prompt: Tensor | Sequence[Tensor],
-        audio: Waves = None,
+        audio: Rows = None,
         *,
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
-        draft: Waves = None,
+        draft: Rows = None,
+        on_step: Callable[[Step], None] | None = None,
     ) -> Generation:
         """Answer prompts of token ids (L,), one or a list, with the spec's sampler.
 
@@ -124,6 +123,7 @@ class Model(nn.Module):
             draft: token ids (up to ``max_tokens``) that the answer begins with, or a list with one
                 such or None per prompt. Mask ids, and what lies behind, are to be decided; whether
                 the others may be changed is up to the sampler (``revise``).
+            on_step: called with every ``Step`` as the answers form.
 
         Raises:
             AudioError: unusable audio, or too much of it for the backbone's context.
@@ -131,19 +131,20 @@ class Model(nn.Module):
         """
         canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
         with torch.no_grad():
-            for _ in self.sampler(canvas, denoise):
-                pass
+            for step in self.sampler(canvas, denoise):
+                if on_step is not None:
+                    on_step(step)
         return Generation([row.clone() for row in canvas.answer.cpu()], denoise.forwards)
 
     def stream(
         self,
         prompt: Tensor | Sequence[Tensor],
-        audio: Waves = None,
+        audio: Rows = None,
         *,
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
-        draft: Waves = None,
+        draft: Rows = None,
     ) -> Iterator[Step]:
         """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
         canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
@@ -162,6 +163,7 @@ class Model(nn.Module):
         *,
         system: str | None = None,
         max_tokens: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
     ) -> Answer:
         """Answer a question about a recording, or a list of questions about a list of them.
 
@@ -170,7 +172,8 @@ class Model(nn.Module):
                 for a question without a recording.
             question: one question, or one per recording.
             system: instead of the spec's system turn.
-            max_tokens: length of the answers; 128 where None.
+            max_tokens: length of the answers; the spec's ``prompt.max_tokens`` where None.
+            on_step: called with every ``Step`` as the answers form.
 
         Raises:
             AudioError: unusable audio, or too much of it for the backbone's context.
@@ -191,7 +194,8 @@ class Model(nn.Module):
             [prompt.tokens for prompt in prompts],
             waves,
             audio_at=[prompt.audio_at or 0 for prompt in prompts],
-            max_tokens=128 if max_tokens is None else max_tokens,
+            max_tokens=self.spec.data["prompt"]["max_tokens"] if max_tokens is None else max_tokens,
+            on_step=on_step,
         )
         texts = [chat.decode(tokens) for tokens in made.tokens]
         if single:
@@ -248,7 +252,8 @@ class Model(nn.Module):
                 "the backbone has no tokenizer: give it one (backbone.tokenizer: FOLDER), "
                 "or use model.generate with token ids"
             )
-        return Chat(self.backbone.tokenizer, **self.spec.data["prompt"])
+        turns = self.spec.data["prompt"]
+        return Chat(self.backbone.tokenizer, system=turns["system"], user=turns["user"])
 
     def loss(
         self,
@@ -279,7 +284,7 @@ class Model(nn.Module):
         rows, at = lengths.tolist(), torch.zeros_like(lengths) if audio_at is None else audio_at
         embeds, text = interleave(
             [row[:length] for row, length in zip(noised.tokens, rows, strict=True)],
-            _split(heard, len(rows)),
+            [None] * len(rows) if heard is None else split(heard),
             at.tolist(),
             self.backbone.embed,
         )
@@ -299,100 +304,42 @@ class Model(nn.Module):
     def _open(
         self,
         prompt: Tensor | Sequence[Tensor],
-        audio: Waves,
+        audio: Rows,
         audio_at: int | Sequence[int] | None,
         max_tokens: int,
         seeds: int | Sequence[int] | None,
-        draft: Waves,
+        draft: Rows,
     ) -> tuple[Canvas, Denoiser]:
         """Check arguments, listen, and lay out the canvas with the call that drives it."""
         if max_tokens < 1:
             raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
-        prompts = [prompt] if isinstance(prompt, Tensor) else list(prompt)
-        rows = len(prompts)
-        waves: list[Tensor | None] = [None] * rows
-        if audio is not None:
-            waves = [audio] if isinstance(audio, Tensor) else list(audio)
-        places = spread("audio_at", 0 if audio_at is None else audio_at, rows)
-        drawn = spread("seeds", 0 if seeds is None else seeds, rows)
-        if len(waves) != rows:
-            raise SpecError(f"{rows} prompts but {len(waves)} recordings")
-        prompts = [self._checked(p, at) for p, at in zip(prompts, places, strict=True)]
+        vocab, place = self.backbone.vocab, self.device
+        given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
+        prompts = [check_tokens(tokens, vocab).to(place) for tokens in given]
+        waves = rows_of(audio, len(prompts), "recordings")
+        places = spread("audio_at", audio_at, len(prompts))
+        for tokens, at in zip(prompts, places, strict=True):
+            if not 0 <= at <= len(tokens):
+                raise SpecError(f"audio_at is {at}, but the prompt has {len(tokens)} tokens")
+        drawn = torch.tensor(spread("seeds", seeds, len(prompts)), device=place)
+        answer = begin(rows_of(draft, len(prompts), "drafts"), max_tokens, vocab).to(place)
         with torch.no_grad():
             heard = self._hear(waves)
-            self._fits(prompts, heard, waves, max_tokens)
-            embeds, text = interleave(prompts, heard, places, self.backbone.embed)
-            vocab = self.backbone.vocab
-            canvas = Canvas(
-                embeds,
-                text,
-                self._begin(draft, rows, max_tokens),
-                embed=self.backbone.embed,
-                vocab=vocab,
-                seeds=torch.tensor(drawn, device=text.device),
-            )
+            for tokens, sound, wave in zip(prompts, heard, waves, strict=True):
+                seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
+                count = 0 if sound is None else len(sound)
+                most = getattr(self.backbone, "context", None)
+                check_context(len(tokens), count, max_tokens, seconds, most)
+            embed = self.backbone.embed
+            embeds, text = interleave(prompts, heard, places, embed)
+            canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=drawn)
         return canvas, Denoiser(self.backbone, canvas)
-
-    def _begin(self, draft: Waves, rows: int, length: int) -> Tensor:
-        """What the answers begin with, (B, A): the rows' drafts, then masks."""
-        vocab = self.backbone.vocab
-        begin = vocab.pad if vocab.mask is None else vocab.mask
-        answer = torch.full((rows, length), begin, device=self.device)
-        if draft is None:
-            return answer
-        if vocab.mask is None:
-            raise SpecError("a draft needs a masked backbone: a causal one writes every token")
-        drafts = [draft] if isinstance(draft, Tensor) else list(draft)
-        if len(drafts) != rows:
-            raise SpecError(f"{rows} prompts but {len(drafts)} drafts")
-        for row, tokens in enumerate(drafts):
-            if tokens is None:
-                continue
-            if len(tokens) > length:
-                raise SpecError(f"a draft of {len(tokens)} tokens is longer than {length}")
-            answer[row, : len(tokens)] = self._checked(tokens, 0)
-        return answer
-
-    def _checked(self, prompt: Tensor, audio_at: int) -> Tensor:
-        if prompt.dim() != 1 or prompt.is_floating_point() or prompt.dtype == torch.bool:
-            shape = tuple(prompt.shape)
-            raise SpecError(f"a prompt is token ids (L,), got {prompt.dtype} of shape {shape}")
-        size = self.backbone.vocab.size
-        if len(prompt) and bool(((prompt < 0) | (prompt >= size)).any()):
-            raise SpecError(f"a prompt has token ids outside the vocabulary of {size}")
-        if not 0 <= audio_at <= len(prompt):
-            raise SpecError(f"audio_at is {audio_at}, but the prompt has {len(prompt)} tokens")
-        return prompt.to(self.device, torch.long)
 
     def _hear(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Embeddings (N, W) of each row's audio; None for a row without."""
         spoken = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
-        if not spoken:
-            return [None] * len(waves)
-        heard = iter(_split(self.listen(*pad(spoken)), len(spoken)))
+        heard = iter(split(self.listen(*pad(spoken))) if spoken else ())
         return [None if wave is None else next(heard) for wave in waves]
-
-    def _fits(
-        self,
-        prompts: Sequence[Tensor],
-        heard: Sequence[Tensor | None],
-        waves: Sequence[Tensor | None],
-        max_tokens: int,
-    ) -> None:
-        """Refuse rows that are longer than the backbone's context."""
-        most = getattr(self.backbone, "context", None)
-        for row, (prompt, sound, wave) in enumerate(zip(prompts, heard, waves, strict=True)):
-            audio = 0 if sound is None else len(sound)
-            total = len(prompt) + audio + max_tokens
-            if most is None or total <= most:
-                continue
-            seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
-            kind = SpecError if wave is None else AudioError
-            raise kind(
-                f"row {row}: {len(prompt)} prompt tokens, {audio} audio embeddings "
-                f"({seconds:.1f} s) and {max_tokens} answer tokens are {total}, but the backbone "
-                f"reads {most}: cut the recording into shorter pieces or lower max_tokens"
-            )
 
 
 class Loss(NamedTuple):
@@ -402,31 +349,3 @@ class Loss(NamedTuple):
     weight: Tensor
     hidden: Tensor
     noised: Noised
-
-
-def spread(name: str, value: int | Sequence[int], rows: int) -> list[int]:
-    """Return one value per row from one value or a list of them."""
-    if isinstance(value, int):
-        return [value] * rows
-    values = [int(v) for v in value]
-    if len(values) != rows:
-        raise SpecError(f"{name} has {len(values)} values for {rows} prompts")
-    return values
-
-
-def _split(embeds: Embeds | None, rows: int) -> list[Tensor | None]:
-    """Each row's own embeddings (N, W), without padding."""
-    if embeds is None:
-        return [None] * rows
-    pairs = zip(embeds.values, embeds.lengths.tolist(), strict=True)
-    return [values[:length] for values, length in pairs]
-
-
-def join(parts: Sequence[Embeds]) -> Embeds:
-    """Concatenate embeddings row by row: part after part, without the padding between."""
-    lengths = torch.stack([part.lengths for part in parts]).sum(dim=0)
-    rows = [
-        torch.cat([part.values[row, : int(part.lengths[row])] for part in parts])
-        for row in range(len(lengths))
-    ]
-    return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)

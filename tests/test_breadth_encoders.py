@@ -252,7 +252,9 @@ def test_windows_follow_one_another():
     assert whole.lengths.tolist() == [25 + 25 + 1]
     for i in range(2):
         part = hear(encoder, wave[i * 16000 : (i + 1) * 16000])
-        assert torch.allclose(whole.states[-1][:, 25 * i : 25 * (i + 1)], part.states[-1], atol=1e-5)
+        assert torch.allclose(
+            whole.states[-1][:, 25 * i : 25 * (i + 1)], part.states[-1], atol=1e-5
+        )
 
 
 def test_seconds_cut_long_audio_into_pieces():
@@ -265,7 +267,11 @@ def test_seconds_cut_long_audio_into_pieces():
 
 @pytest.mark.parametrize(
     "name, value, told",
-    [("ast", 3.0, "window is 0.64 s"), ("wavlm", 0.001, "at least 0.025"), ("wavlm", -1.0, "least")],
+    [
+        ("ast", 3.0, "window is 0.64 s"),
+        ("wavlm", 0.001, "at least 0.025"),
+        ("wavlm", -1.0, "least"),
+    ],
 )
 def test_seconds_out_of_range_say_the_range(name, value, told):
     with pytest.raises(SpecError, match=told):
@@ -312,7 +318,12 @@ def test_towers_are_found_inside_whole_models(tmp_path):
     encoder = Pretrained(checkpoint=str(tmp_path / "ctc"))
     first = encoder.encoder.layers[0].self_attn.q_proj.weight
     assert first.equal(ctc.encoder.layers[0].self_attn.q_proj.weight)
-    text = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    text = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
     clap = transformers.ClapModel(
         transformers.ClapConfig(audio_config=CONFIGS["clap"], text_config=text)
     )
@@ -324,7 +335,9 @@ def test_towers_are_found_inside_whole_models(tmp_path):
 
 def test_the_front_end_follows_the_preprocessor(tmp_path):
     transformers.Wav2Vec2Model(
-        transformers.Wav2Vec2Config(**{k: v for k, v in CONFIGS["wav2vec2"].items() if k[:5] != "model"})
+        transformers.Wav2Vec2Config(
+            **{k: v for k, v in CONFIGS["wav2vec2"].items() if k[:5] != "model"}
+        )
     ).save_pretrained(tmp_path)
     wave = noise(8000) * 3 + 0.1
     plain = hear(Pretrained(checkpoint=str(tmp_path)).eval(), wave)

@@ -19,7 +19,6 @@ MAKERS = {
     "mel": lambda: FilterBank(mels=12),
     "kaldi": lambda: FilterBank(kind="kaldi", mels=12, hop=0.02),
     "vit": lambda: Timm(model="vit_tiny_patch16_224", mels=32, seconds=0.64),
-    "swin": lambda: Timm(model="swin_tiny_patch4_window7_224", mels=64, seconds=0.64),
     "conv": lambda: Timm(model="resnet10t", mels=64, seconds=0.64),
     "stack": lambda: Stack(first=TINY, second={"name": "mel", "mels": 8}),
     "stack-slow": lambda: Stack(first={"name": "mel", "mels": 8}, second=TINY),
@@ -196,13 +195,13 @@ def test_a_stack_holds_both_encoders_frames():
 
 
 def test_a_stack_resamples_the_audio():
-    clap = dict(
-        model_type="clap_audio_model",
-        patch_embeds_hidden_size=8,
-        depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 1, 2, 4],
-        hidden_size=64,
-    )
+    clap = {
+        "model_type": "clap_audio_model",
+        "patch_embeds_hidden_size": 8,
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 1, 2, 4],
+        "hidden_size": 64,
+    }
     stack = Stack(first=TINY, second={"name": "pretrained", "config": clap}).eval()
     assert stack.sample_rate == 48000
     waves = [noise(48000), noise(24000, seed=1)]

@@ -68,9 +68,7 @@ class Window(nn.Module):
         hidden = repeat(self.queries, "q d -> m q d", m=len(frames))
         for layer in self.layers:
             hidden = layer(hidden, frames, sees)
-        values = rearrange(
-            self.proj(hidden), "(b n) q w -> b (n q) w", b=len(lengths), n=windows
-        )
+        values = rearrange(self.proj(hidden), "(b n) q w -> b (n q) w", b=len(lengths), n=windows)
         inside = inside_of(lengths, values.shape[1])[..., None]
         return Embeds(torch.where(inside, values, 0), lengths)
 

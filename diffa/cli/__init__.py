@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from diffa.cli import answers, plugins, specs
+from diffa.cli import answers, corpora, plugins, specs
 from diffa.cli.output import print_json, print_table, say
 from diffa.errors import DiffaError, SpecError
+from diffa.trainers.command import train
 
 app = typer.Typer(
     help="Large audio-language models whose language model is a masked-diffusion one.",
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(answers.ask)
 app.command()(answers.transcribe)
+app.command()(train)
+app.add_typer(corpora.app, name="data")
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(specs.app, name="spec")
 

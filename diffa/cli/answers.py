@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,10 @@ DEVICE = Annotated[
 TOKENS = Annotated[
     int | None, typer.Option("--max-tokens", min=1, help="Length of the answer's canvas.")
 ]
+DTYPE = Annotated[
+    str | None, typer.Option("--dtype", help="Of the backbone: bfloat16, float32, ...")
+]
+WATCH = Annotated[bool, typer.Option("--watch", help="Show the answer forming, on stderr.")]
 SYSTEM = Annotated[str | None, typer.Option("--system", help="Another system turn.")]
 
 
@@ -38,12 +43,15 @@ def ask(
     device: DEVICE = "auto",
     max_tokens: TOKENS = None,
     system: SYSTEM = None,
+    dtype: DTYPE = None,
+    watch: WATCH = False,
     as_json: JSON = False,
 ) -> None:
     """Ask a question about a recording; the answer goes to stdout."""
-    model, name = load_model(spec, changes, setting, device)
+    model, name = load_model(spec, changes, setting, device, dtype)
     begin = time.perf_counter()
-    answer = model.answer(audio, question, system=system, max_tokens=max_tokens)
+    shown = show_step(model) if watch else None
+    answer = model.answer(audio, question, system=system, max_tokens=max_tokens, on_step=shown)
     seconds = time.perf_counter() - begin
     if as_json:
         print_json(
@@ -73,13 +81,28 @@ def transcribe(
     instruction: Annotated[
         str, typer.Option("--instruction", help="What the model is asked to do.")
     ] = TRANSCRIBE,
+    dtype: DTYPE = None,
+    watch: WATCH = False,
     as_json: JSON = False,
 ) -> None:
     """Write down what is said in a recording."""
-    ask(audio, instruction, spec, changes, setting, device, max_tokens, None, as_json)
+    ask(audio, instruction, spec, changes, setting, device, max_tokens, None, dtype, watch, as_json)
 
 
-def load_model(name: str, changes: list[str] | None, setting: str, device: str) -> tuple[Any, str]:
+def show_step(model: Any) -> Callable[[Any], None]:
+    """Return what prints a step's canvas to stderr, one line per forward."""
+    from rich.console import Console
+
+    from diffa.watch import canvas_text
+
+    console = Console(stderr=True, highlight=False)
+    tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
+    return lambda step: console.print(canvas_text(step, 0, tokenizer, vocab))
+
+
+def load_model(
+    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None = None
+) -> tuple[Any, str]:
     """Build a spec's model, or load a saved one; also say which name it goes by."""
     import diffa
 
@@ -87,8 +110,8 @@ def load_model(name: str, changes: list[str] | None, setting: str, device: str) 
     spec = read_spec(name, changes, setting)  # before torch: faults show at once
     place = _device(device)
     if not (Path(name) / "model.safetensors").is_file():
-        return diffa.build(spec, device=place), name
-    model = diffa.load(name, device=place)
+        return diffa.build(spec, device=place, dtype=dtype), name
+    model = diffa.load(name, device=place, dtype=dtype)
     if changes or setting:
         old, new = model.spec.data, spec.resolve().data
         moved = [key for key in new if key not in ("sampler", "settings") and new[key] != old[key]]

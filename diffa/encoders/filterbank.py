@@ -65,9 +65,7 @@ class FilterBank(nn.Module):
 
     def _bank(self, wave: Tensor) -> Tensor:
         if self._kind == "kaldi":
-            return fronts.kaldi(
-                wave, bins=self._mels, rate=RATE, window="povey", hop=self._hop
-            )
+            return fronts.kaldi(wave, bins=self._mels, rate=RATE, window="povey", hop=self._hop)
         bank = fronts.Bank(self._mels, WINDOW, RATE, 0.0, RATE / 2, "htk")
         mel = fronts.power_mel(
             wave[None], bank, hop=self._hop, win=WINDOW, symmetric=False, mode="reflect"

@@ -65,7 +65,9 @@ def kaldi(wave: Tensor, *, bins: int, rate: int, window: str, hop: int = 160) ->
     return bank
 
 
-def power_mel(waves: Tensor, bank: Bank, *, hop: int, win: int, symmetric: bool, mode: str) -> Tensor:
+def power_mel(
+    waves: Tensor, bank: Bank, *, hop: int, win: int, symmetric: bool, mode: str
+) -> Tensor:
     """Return mel energies (M, T, bins) of waves (M, S), frames centred on multiples of ``hop``.
 
     ``win`` samples of a Hann window, ``symmetric`` or periodic; ``mode`` says how the ends are

@@ -31,9 +31,9 @@ class Ast:
         self._bins, self._hops = config.num_mel_bins, config.max_length
         self._mean = told.get("mean", -4.2677393)
         self._std = told.get("std", 4.5689974)
-        self._stride = config.time_stride
+        self._stride = int(config.time_stride)
         self._high = (self._bins - config.patch_size) // config.frequency_stride + 1
-        self._wide = (self._hops - config.patch_size) // self._stride + 1
+        self._wide = int(self._hops - config.patch_size) // self._stride + 1
         self.window = self._hops * HOP
         self.out = FeatureSpec(
             width=config.hidden_size,
@@ -83,7 +83,7 @@ class Clap:
     def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
         self.sample_rate = told.get("sampling_rate", 48000)
         self._hop, fft = told.get("hop_length", 480), told.get("fft_window_size", 1024)
-        self.window = told.get("nb_max_samples", 10 * self.sample_rate)
+        self.window = int(told.get("nb_max_samples", 10 * self.sample_rate))
         self._repeats = told.get("padding", "repeatpad") == "repeatpad"
         # the two published filter banks go with the two ways of cutting long audio
         fused = told.get("truncation", "fusion" if config.enable_fusion else "rand_trunc")
@@ -98,7 +98,7 @@ class Clap:
         self._channels = 4 if config.enable_fusion else 1
         self._rows = config.spec_size // config.num_mel_bins  # the image's bands of time
         shrunk = 2 ** (len(config.depths) - 1)
-        self._wide = self._rows * (config.spec_size // config.patch_stride[1] // shrunk)
+        self._wide = int(self._rows * (config.spec_size // config.patch_stride[1] // shrunk))
         self.least = 1
         self.out = FeatureSpec(
             width=config.patch_embeds_hidden_size * shrunk,
@@ -126,9 +126,7 @@ class Clap:
         images = decibels[:, None].expand(-1, self._channels, -1, -1).to(model.dtype)
         longer = torch.zeros(len(sizes), 1, dtype=torch.bool, device=waves.device)
         out = model(images, is_longer=longer, output_hidden_states=True)
-        before = rearrange(
-            out.hidden_states[-2], "m d (r f) t -> m d f (r t)", r=self._rows
-        )
+        before = rearrange(out.hidden_states[-2], "m d (r f) t -> m d f (r t)", r=self._rows)
         return [reduce(s, "m d f t -> m t d", "mean") for s in (before, out.last_hidden_state)]
 
     def _fill(self, wave: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def read(
         states = torch.stack(list(hear(batch, sizes)), dim=2)  # (M, T, layers + 1, width)
         for place, i in enumerate(group):
             heard[i] = states[place, : max(1, frames(sizes[place]))]
-    counts = [[max(1, frames(max(least, len(wave)))) if len(wave) else 0 for wave in r] for r in rows]
+    counts = [
+        [max(1, frames(max(least, len(wave)))) if len(wave) else 0 for wave in r] for r in rows
+    ]
     return _join(heard, counts, lengths.to(audio.device))
 
 

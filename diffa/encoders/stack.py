@@ -28,8 +28,8 @@ class Stack(nn.Module):
     def __init__(
         self,
         *,
-        first: Mapping[str, Any] = {"name": "tiny"},  # noqa: B006  (a spec is JSON, never changed)
-        second: Mapping[str, Any] = {"name": "mel"},  # noqa: B006
+        first: Mapping[str, Any] = {"name": "tiny"},
+        second: Mapping[str, Any] = {"name": "mel"},
     ) -> None:
         super().__init__()
         self.first, self.second = _make("first", first), _make("second", second)
@@ -47,7 +47,9 @@ class Stack(nn.Module):
         states = []
         for layer in range(self.out.layers + 1):
             own = one.states[self._depth(layer, self.first)]
-            other = resample(two.states[self._depth(layer, self.second)], two.extents, ratio, frames)
+            other = resample(
+                two.states[self._depth(layer, self.second)], two.extents, ratio, frames
+            )
             inside = torch.arange(frames, device=own.device) < one.extents[:, None]
             other = torch.where(inside[..., None], other, 0)
             states.append(torch.cat([own, other.to(own.dtype)], dim=-1))
@@ -65,7 +67,7 @@ class Stack(nn.Module):
         return features
 
     def _depth(self, layer: int, encoder: Any) -> int:
-        return round(layer * encoder.out.layers / self.out.layers)
+        return round(layer * int(encoder.out.layers) / self.out.layers)
 
 
 def resample(state: Tensor, extents: Tensor, ratio: float, frames: int) -> Tensor:

@@ -86,7 +86,7 @@ class Omni:
         self._whisper = _Whisper(config, told)
         self.sample_rate, self.out = self._whisper.sample_rate, self._whisper.out
         self.least, self.frames = self._whisper.least, self._whisper.frames
-        self._chunk = 2 * config.n_window
+        self._chunk = 2 * int(config.n_window)
 
     def hear(self, model: Any, waves: Tensor, sizes: list[int]) -> list[Tensor]:
         """Return the states (M, T, width) of waves (M, S)."""
@@ -100,9 +100,7 @@ class Omni:
         told = torch.tensor(hops, device=waves.device)
         out = model(packed, feature_lens=told, output_hidden_states=True)
         sizes = [self._convolved(hop) for hop in hops]
-        states = [
-            [_pairs(row) for row in state.split(sizes)] for state in out.hidden_states[:-1]
-        ]
+        states = [[_pairs(row) for row in state.split(sizes)] for state in out.hidden_states[:-1]]
         # ``proj`` is left out of the model, so its output is the last norm's
         states.append(list(out.last_hidden_state.split([size // 2 for size in sizes])))
         return [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in states]
@@ -130,5 +128,3 @@ def _hide(counts: list[int], features: Tensor) -> Tensor:
     bias = torch.zeros_like(there, dtype=features.dtype)
     bias = bias.masked_fill(~there, torch.finfo(features.dtype).min)
     return bias[:, None, None].expand(-1, 1, frames, -1)
-
-

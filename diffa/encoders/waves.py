@@ -63,7 +63,7 @@ class Bert:
 
     def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
         self.sample_rate = told.get("sampling_rate", 16000)
-        self._stack = told.get("stride", 2)
+        self._stack = int(told.get("stride", 2))
         self._bins = config.feature_projection_input_dim // self._stack
         self.out = FeatureSpec(
             width=config.hidden_size,
@@ -101,13 +101,13 @@ class Parakeet:
 
     def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
         self.sample_rate = told.get("sampling_rate", 16000)
-        self._hop = told.get("hop_length", 160)
+        self._hop = int(told.get("hop_length", 160))
         self._win = told.get("win_length", 400)
         self._emphasis = told.get("preemphasis", 0.97)
         fft, bins = told.get("n_fft", 512), config.num_mel_bins
         self._bank = fronts.Bank(bins, fft, self.sample_rate, 0.0, self.sample_rate / 2, "slaney")
         self._halvings = int(math.log2(config.subsampling_factor))
-        self._kernel = config.subsampling_conv_kernel_size
+        self._kernel = int(config.subsampling_conv_kernel_size)
         self.least = 2 * self._hop  # two frames, for a variance to exist
         self.out = FeatureSpec(
             width=config.hidden_size,

@@ -67,7 +67,7 @@ class Blocks:
         self._block = block
         self._entered = torch.where(fresh, self._step, self._entered)
         self._due = torch.where(fresh, open_.sum(dim=1), self._due)
-        first = canvas.start + block * width
+        first = canvas.start + block.clamp(min=0) * width  # a row that was done at once has none
         rows = asked(torch.where(open_, canvas.start + places, -1))
         return Place(
             alive=alive,

@@ -65,9 +65,10 @@ def look(
     hidden = hidden.scatter(1, own, there)
     sees &= ~((recompute >= len(alone))[:, :, None] & hidden[:, None])
     rows = torch.cat([torch.where(there, own, -1), torch.where(beside, shadows, -1)], dim=1)
-    rows = torch.where((tokens == canvas.vocab.mask).flatten(1), rows, -1)
+    rows = torch.where(tokens.flatten(1).eq(canvas.vocab.mask or 0), rows, -1)
     logits = denoise(recompute, rows, sees=sees)
-    return clean(logits, canvas.vocab.mask).unflatten(1, (depth, width))
+    cleaned = clean(logits, canvas.vocab.mask)
+    return cleaned.view(count, depth, width, -1)
 
 
 def extend(

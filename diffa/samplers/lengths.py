@@ -23,7 +23,7 @@ def resize(canvas: Canvas, ours: Tensor, size: Tensor) -> None:
 
 
 def insert(canvas: Canvas, ours: Tensor, size: Tensor, spot: Tensor, count: int) -> Tensor:
-    """Put ``count`` masks behind the place ``spot`` (B,) and move what follows; return new sizes."""
+    """Put ``count`` masks behind the place ``spot`` (B,) and move the rest; return new sizes."""
     places = torch.arange(canvas.length, device=size.device)
     inside = places < size[:, None]
     ended = ((canvas.answer == canvas.vocab.eos) & inside).any(dim=1)

@@ -75,7 +75,7 @@ class Revise:
     def _doubt(self, canvas: Canvas, denoise: Denoise, rows: torch.Tensor) -> None:
         """Mask the tokens at ``rows`` (B, R) again that the model finds unlikely."""
         logits = clean(denoise(None, rows, write=False), canvas.vocab.mask)
-        tokens = canvas.tokens[: canvas.count].gather(1, rows.clamp(min=0))
+        tokens = canvas.tokens[: canvas.count].gather(1, rows.clamp(min=0)).clamp(min=0)
         known = logits.gather(-1, tokens[..., None])[..., 0]
         share = (known - logits.logsumexp(dim=-1)).exp()
         canvas.write(rows, tokens, share)

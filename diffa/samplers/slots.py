@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from diffa.canvas import GIVEN
 from diffa.errors import SpecError
 from diffa.samplers.blocks import Place
 
@@ -71,7 +70,7 @@ class LazyAudio:
 
     def __init__(self, every: int, canvas: Canvas) -> None:
         self.every = every
-        self.audio = (canvas.tokens == GIVEN)[: canvas.count]
+        self.audio = canvas.audio[: canvas.count]
         self.last = torch.full_like(canvas.seeds, -every)
 
     def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:

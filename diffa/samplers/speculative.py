@@ -11,7 +11,7 @@ from torch import Tensor
 from diffa.errors import SpecError
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
 from diffa.samplers.drafts import Draft, extend, look
-from diffa.samplers.guess import Guess, read
+from diffa.samplers.guess import Guess, Order, read
 from diffa.samplers.rules import Rule, positive
 from diffa.types import Denoise, Step, Vocab
 
@@ -30,6 +30,7 @@ class Speculative:
         block: answer tokens per block.
         steps: of the decoder that is sped up, over the whole answer; one per token where None, or
         threshold: accept probabilities of at least this.
+        order: what ranks masked tokens: probability, gap to the second, entropy, or chance.
         temperature: of the tokens; 0 takes the likeliest.
         stop: end a row when all tokens before its first EOS are decided.
 
@@ -47,10 +48,13 @@ class Speculative:
         block: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
+        order: Order = "confidence",
         temperature: float = 0.0,
         stop: bool = True,
     ) -> None:
         self.rule = Rule(block=block, steps=steps, threshold=threshold)
+        self.rule.check_order(order)
+        self.order: Order = order
         positive("temperature", temperature)
         if depth < 1:
             raise SpecError(f"depth must be at least 1, got {depth}")
@@ -115,7 +119,7 @@ class Speculative:
                 foreseen = (now == both[:, depth + 1]) | ~there
                 going = going & drafted & foreseen.all(dim=1)
         ahead = place._replace(since=place.since + taken)
-        return taken, extend(
+        draft = extend(
             self.rule,
             ahead,
             self.depth - 1,
@@ -126,6 +130,7 @@ class Speculative:
             length=canvas.length,
             mask=canvas.vocab.mask,
         )
+        return taken, draft
 
     def _read(self, canvas: Canvas, logits: Tensor, place: Place) -> Guess:
         return read(
@@ -133,5 +138,6 @@ class Speculative:
             seeds=canvas.seeds,
             step=place.step,
             places=place.places,
+            order=self.order,
             temperature=self.temperature,
         )

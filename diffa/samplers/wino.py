@@ -62,7 +62,8 @@ class Wino:
             rows = torch.cat([place.rows, torch.where(there, shadows, -1)], dim=1)
             sees = self._sees(canvas, checked, shadows)
             logits = clean(denoise(None, rows, sees=sees), canvas.vocab.mask)
-            found, loud = logits.split([place.rows.shape[1], width], dim=1)
+            own = place.rows.shape[1]
+            found, loud = logits[:, :own], logits[:, own:]
             guess = read(found, seeds=canvas.seeds, step=place.step, places=place.places)
             taken = select.capped(guess.score, place.masked, self.accept, self._cap(place))
             # At least one token more is decided after every forward than before it.

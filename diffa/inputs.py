@@ -1,0 +1,98 @@
+"""Rows of a batch on their way into a canvas: checked, counted, split and joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffa.errors import AudioError, SpecError
+from diffa.types import Embeds, Vocab
+
+Rows = Tensor | Sequence[Tensor | None] | None
+
+
+def rows_of(given: Rows, count: int, what: str) -> list[Tensor | None]:
+    """Return one tensor or None per row from a tensor, a list of them, or None.
+
+    Raises:
+        SpecError: the list has another length.
+    """
+    if given is None:
+        return [None] * count
+    rows: list[Tensor | None] = [given] if isinstance(given, Tensor) else list(given)
+    if len(rows) != count:
+        raise SpecError(f"{count} prompts but {len(rows)} {what}")
+    return rows
+
+
+def spread(name: str, value: int | Sequence[int] | None, rows: int) -> list[int]:
+    """Return one value per row from one value, a list of them, or None for zeros."""
+    if value is None or isinstance(value, int):
+        return [value or 0] * rows
+    values = [int(v) for v in value]
+    if len(values) != rows:
+        raise SpecError(f"{name} has {len(values)} values for {rows} prompts")
+    return values
+
+
+def check_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
+    """Return token ids (L,) as int64, or say what is wrong with them."""
+    if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        shape = tuple(tokens.shape)
+        raise SpecError(f"a prompt is token ids (L,), got {tokens.dtype} of shape {shape}")
+    if len(tokens) and bool(((tokens < 0) | (tokens >= vocab.size)).any()):
+        raise SpecError(f"a prompt has token ids outside the vocabulary of {vocab.size}")
+    return tokens.long()
+
+
+def begin(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -> Tensor:
+    """What the answers begin with, (B, A): the rows' drafts, then masks.
+
+    Raises:
+        SpecError: a draft is too long, or the backbone writes every token itself.
+    """
+    mask = vocab.pad if vocab.mask is None else vocab.mask
+    answer = torch.full((len(drafts), length), mask)
+    for row, tokens in enumerate(drafts):
+        if tokens is None:
+            continue
+        if vocab.mask is None:
+            raise SpecError("a draft needs a masked backbone: a causal one writes every token")
+        if len(tokens) > length:
+            raise SpecError(f"a draft of {len(tokens)} tokens is longer than {length}")
+        answer[row, : len(tokens)] = check_tokens(tokens, vocab)
+    return answer
+
+
+def check_context(prompt: int, audio: int, answer: int, seconds: float, most: int | None) -> None:
+    """Refuse a row that is longer than the backbone's context of ``most`` slots.
+
+    Raises:
+        AudioError: the row has audio, which can be cut; otherwise a SpecError.
+    """
+    total = prompt + audio + answer
+    if most is None or total <= most:
+        return
+    kind = AudioError if audio else SpecError
+    raise kind(
+        f"{prompt} prompt tokens, {audio} audio embeddings ({seconds:.1f} s) and {answer} answer "
+        f"tokens are {total}, but the backbone reads {most}: cut the recording into shorter "
+        "pieces or lower max_tokens"
+    )
+
+
+def split(embeds: Embeds) -> list[Tensor]:
+    """Each row's own embeddings (N, W), without padding."""
+    pairs = zip(embeds.values, embeds.lengths.tolist(), strict=True)
+    return [values[:length] for values, length in pairs]
+
+
+def join(parts: Sequence[Embeds]) -> Embeds:
+    """Concatenate embeddings row by row: part after part, without the padding between."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = torch.stack([part.lengths for part in parts]).sum(dim=0)
+    rows = [torch.cat(row) for row in zip(*(split(part) for part in parts), strict=True)]
+    return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)

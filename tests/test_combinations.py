@@ -1,0 +1,129 @@
+"""Every encoder with every adapter and every backbone: built dry, and run where it is quick."""
+
+import pytest
+import torch
+from families import CONFIGS
+from test_breadth_backbones import DREAM, MODELS
+
+import diffa
+from diffa import registry
+from diffa.errors import PluginError, SpecError
+
+LLADA = {
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "mlp_hidden_size": 24,
+    "vocab_size": 40,
+    "mask_token_id": 39,
+    "eos_token_id": 3,
+    "max_sequence_length": 4096,
+}
+TINY = {"name": "tiny", "width": 16, "layers": 4, "heads": 2, "seconds": 1.0}
+SMALL = {"ffn": 16, "queries": 3}
+
+ENCODERS = {
+    "tiny": TINY,
+    "whisper": {"name": "whisper"},  # its configuration ships with diffa
+    "mel": {"name": "mel"},
+    "kaldi": {"name": "mel", "kind": "kaldi"},
+    "timm-patches": {"name": "timm", "mels": 32, "seconds": 0.64},
+    "timm-convolutions": {"name": "timm", "model": "resnet10t", "mels": 64, "seconds": 0.64},
+    "stack": {"name": "stack", "first": TINY, "second": {"name": "mel"}},
+    **{name: {"name": "pretrained", "config": config} for name, config in CONFIGS.items()},
+}
+ADAPTERS = {
+    "cif": {"name": "cif"},
+    "conv": {"name": "conv"},
+    "ctc": {"name": "ctc"},
+    "experts": {"name": "experts", "hidden": 16},
+    "linear": {"name": "linear", "hidden": 16},
+    "perceiver": {"name": "perceiver", **SMALL},
+    "pool": {"name": "pool", "mix": True},
+    "prompt": {"name": "prompt", "count": 2},
+    "qformer": {"name": "qformer", "taps": 1, **SMALL},
+    "window": {"name": "window", **SMALL},
+}
+BACKBONES = {
+    "causal": {"name": "causal", "config": MODELS["qwen2"] | {"max_position_embeddings": 4096}},
+    "dream": {"name": "dream", "config": DREAM | {"max_position_embeddings": 4096}},
+    "llada": {"name": "llada", "config": LLADA},
+    "llama": {"name": "llama", "config": MODELS["llama"] | {"max_position_embeddings": 4096}},
+}
+MASKED = {"dream", "llada"}
+
+
+def spec(encoder, adapter, backbone):
+    masked = backbone in MASKED
+    return {
+        "encoder": ENCODERS[encoder],
+        "adapters": {"audio": ADAPTERS[adapter]},
+        "backbone": BACKBONES[backbone],
+        "sampler": {"name": "blockwise", "block": 4} if masked else "greedy",
+        "objective": "masked" if masked else "autoregressive",
+    }
+
+
+def test_no_part_is_forgotten():
+    for kind, known in (("encoder", ENCODERS), ("adapter", ADAPTERS), ("backbone", BACKBONES)):
+        own = {part.name for part in registry.parts(kind) if part.dist == "diffa"}
+        assert own == {part["name"] for part in known.values()}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_combination_builds_without_memory(encoder):
+    """The encoder is built once; each backbone and adapter then takes its place in the model."""
+    model = diffa.build(spec(encoder, "pool", "llada"), device="meta")
+    for backbone in BACKBONES:
+        parts = spec(encoder, "pool", backbone)
+        del parts["encoder"]
+        with torch.device("meta"):
+            model = diffa.swap(model, **parts)
+            for adapter in ADAPTERS.values():
+                swapped = diffa.swap(model, adapters={"audio": adapter})
+                assert all(value.is_meta for value in swapped.parameters())
+                counts = swapped.adapters["audio"].out_lengths(
+                    torch.tensor([0, 50, 1500], device="cpu")
+                )
+                assert (counts.diff() >= 0).all()
+
+
+# each part at least once, in pairs that differ
+SOUNDING = [
+    ("tiny", "pool", "llada"),
+    ("mel", "window", "dream"),
+    ("timm-patches", "perceiver", "causal"),
+    ("stack", "cif", "llama"),
+    ("wavlm", "ctc", "llada"),
+    ("parakeet", "experts", "dream"),
+    ("qwen-omni", "qformer", "causal"),
+    ("ast", "conv", "llada"),
+    ("clap", "linear", "llama"),
+]
+
+
+@pytest.mark.parametrize("names", SOUNDING, ids="-".join)
+def test_a_combination_answers_and_a_batch_equals_its_rows(names):
+    model = diffa.build(spec(*names))
+    rate = model.encoder.sample_rate
+    generator = torch.Generator().manual_seed(0)
+    waves = [0.1 * torch.randn(int(s * rate), generator=generator) for s in (1.0, 0.6)]
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
+    batch = model.generate(prompts, waves, audio_at=[1, 2], max_tokens=4)
+    for row in range(2):
+        alone = model.generate(prompts[row], waves[row], audio_at=row + 1, max_tokens=4)
+        assert batch.tokens[row].tolist() == alone.tokens[0].tolist()
+
+
+def test_a_missing_library_disturbs_only_its_part(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(PluginError, match=r"diffa\[timm\]"):
+        diffa.build(spec("timm-patches", "pool", "llada"), device="meta")
+    diffa.build(spec("mel", "pool", "llada"), device="meta")
+
+
+def test_a_masked_backbone_with_a_causal_sampler_is_refused():
+    with pytest.raises(SpecError, match="greedy"):
+        diffa.build(spec("tiny", "pool", "dream") | {"sampler": "greedy"}, device="meta")
