@@ -292,9 +292,9 @@ def main() -> None:
         return
     names = list(QUICK if chosen.quick else ladder(chosen.steps))
     rows = measure(chosen.size, chosen.steps, names, chosen.checked if chosen.quick else None)
-    memory = peaks(chosen.size, chosen.steps, ["baseline", *names])
+    memory = peaks(chosen.size, chosen.steps, ["baseline", *QUICK])
     for line in rows:
-        line["peak_bytes"] = memory[line["name"]]
+        line["peak_bytes"] = memory.get(line["name"])
     digest = Spec.read(spec(chosen.size)).digest()
     shape = {"size": chosen.size, "audio": AUDIO, "prompt": PROMPT, "answer": LENGTH}
     report = {"spec": digest, **shape, "threads": chosen.threads, "rows": rows}

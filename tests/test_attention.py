@@ -44,6 +44,8 @@ def agree(context, positions, *, causal, real):
 
 def test_packed_rows_see_their_own_valid_slots():
     agree(Context(valid=VALID), ALL, causal=False, real=VALID)
+    packing = pack(Context(valid=VALID), ALL, causal=False)
+    assert len(packing.queries) == len(packing.keys) == int(VALID.sum())  # no padding is carried
 
 
 def test_rows_without_padding_pack_too():

@@ -10,9 +10,40 @@ from families import CONFIGS
 
 from diffa.encoders.pretrained import FAMILIES, Pretrained
 from diffa.errors import AudioError, CheckpointError, SpecError
+from diffa.testing import EncoderSuite
 from diffa.types import Encoder
 
 FIXED = {"ast", "clap", "clap-fused", "qwen2-audio", "audio-flamingo"}
+
+
+class TestUnmasked(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["wav2vec2"]}
+
+
+class TestMasked(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["wavlm-large"]}
+
+
+class TestParakeet(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["parakeet"]}
+
+
+class TestTower(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["qwen2-audio"]}
+
+
+class TestOmni(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["qwen-omni"]}
+
+
+class TestAst(EncoderSuite):
+    name = "pretrained"
+    options = {"config": CONFIGS["ast"] | {"max_length": 128}}
 
 
 def noise(samples, seed=0):

@@ -158,3 +158,23 @@ def test_losses_are_the_references(golden: dict[str, Golden], folder: str, clip:
         value = loss.sum / loss.weight if divisor else loss.sum
         expected = float(values[f"loss.clip{clip}.{name}"])
         assert float(value) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("shape", [(32, 8, 32), (32, 16, 8), (4, 4, 4)])
+def test_the_benchmarks_baseline_is_the_reference_loop(
+    golden: dict[str, Golden], folder: str, shape: tuple[int, int, int], monkeypatch: Any
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import published
+
+    model, values, _ = golden[folder]
+    length, block, steps = shape
+    with torch.no_grad():
+        heard = model.listen(golden[folder].waveform(0)).values[0]
+    prompt, at = values["generate.clip0.prompt"], int(values["generate.clip0.audio_at"])
+    asked = published.Question(prompt, heard, at)
+    made = list(published.decode(model, asked, length=length, steps=steps, block=block))
+    case = f"generate.clip0.llada.length{length}.block{block}.steps{steps}.guidance0"
+    assert made[-1][0].tolist() == values[case].tolist()
+    assert len(made) == steps

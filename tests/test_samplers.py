@@ -13,6 +13,7 @@ from diffa.samplers.blocks import Blocks
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.credit import Credit
 from diffa.samplers.growing import Growing
+from diffa.samplers.lengths import insert, resize
 from diffa.samplers.prophet import Prophet
 from diffa.samplers.quota import per_block
 from diffa.samplers.remdm import ReMDM
@@ -180,6 +181,22 @@ def test_an_uncertain_model_is_given_more_room():
     _, steps = decode(sampler, unsure)
     masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
     assert any(later > earlier for earlier, later in itertools.pairwise(masks))
+
+
+def test_inserted_masks_push_the_rest_of_the_answer_back():
+    canvas = toy_canvas([[1], [2]], 8)
+    ours = canvas.undecided()
+    size = torch.tensor([5, 5])
+    resize(canvas, ours, size)
+    canvas.write(torch.tensor([[1, 4], [1, 4]]), torch.tensor([[2, 3], [2, 3]]))
+    size = insert(canvas, ours, size, torch.tensor([1, 8]), 2)  # the second row has no such place
+    gap, rest = MASKED.mask, MASKED.eos
+    assert canvas.answer.tolist() == [
+        [2, gap, gap, gap, gap, 3, gap, rest],
+        [2, gap, gap, 3, gap, rest, rest, rest],
+    ]
+    assert size.tolist() == [7, 5]
+    assert canvas.valid[:, canvas.start :].sum(1).tolist() == [7, 5]
 
 
 def chosen(policies, place, canvas):

@@ -163,22 +163,25 @@ def test_a_model_learns_to_tell_high_from_low(world: Path, tmp_path: Path) -> No
     held = [{"path": str(world / "train.json")}]
     made = recipe(
         world,
-        train=["encoder", "adapters", "backbone"],
+        train=["adapters", "backbone"],
         adapters=["semantic"],
-        steps=100,
+        steps=200,
         batch=8,
-        save=200,
+        save=400,
         answer_length=4,
-        optimizer={"lr": 5e-3},
-        schedule={"warmup": 10, "hold": 0.5},
-        objective={"name": "masked", "masking": "count"},
-        evaluate={"data": held, "every": 50, "rows": 8, "max_tokens": 4},
+        clip=10.0,
+        cache={"dtype": "float32"},
+        optimizer={"lr": 3e-3, "weight_decay": 0.0},
+        schedule={"warmup": 5, "hold": 0.8},
+        objective={"name": "masked", "full": 1.0},
+        evaluate={"data": held, "every": 100, "rows": 8, "max_tokens": 4},
         take="best",
     )
     report = go(made, tmp_path)
     losses = [row["loss"] for row in read_log(tmp_path / "1-align" / "log.jsonl") if "loss" in row]
-    assert losses[-1] < 0.3 < 2.0 < losses[0]
-    assert report.stages[0].metrics["accuracy"] > 0.9
+    # guessing between the two words costs log 2 in 7 tokens, 0.099, and errs in one of 14
+    assert losses[-1] < 0.05 < 2.0 < losses[0]
+    assert report.stages[0].metrics["accuracy"] == 1.0
     assert report.stages[0].metrics["eval_exact"] == 1.0
     # the saved model answers the same
     loaded = diffa.load(tmp_path / "model")

@@ -43,8 +43,9 @@ class Ast:
         )
 
     def frames(self, samples: int) -> int:
-        """Return the frames that begin within so many samples."""
-        return min(self._wide, -(-(1 + (samples - 400) // HOP) // self._stride))
+        """Return the frames of so many samples: patches with half their stride or more in them."""
+        rows = 1 + (samples - 400) // HOP
+        return min(self._wide, (rows + self._stride // 2) // self._stride)
 
     def hear(self, model: Any, waves: Tensor, sizes: list[int]) -> list[Tensor]:
         """Return the states (M, T, width) of waves (M, S)."""

@@ -54,7 +54,7 @@ class Case(NamedTuple):
             seeds=self.seeds[rows],
             draft=self.draft[rows],
         )
-        denoise = ToyDenoise(canvas, Chaos(end=end))
+        denoise = ToyDenoise(canvas, Chaos(end=end), most=100)
         return canvas, list(Blockwise(VOCAB, **self.options)(canvas, denoise))
 
 
