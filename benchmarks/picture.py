@@ -46,8 +46,8 @@ def draw(question: str, steps: list[Step], model: diffa.Model) -> str:
         if index == 0:
             shown = f'keyTimes="0;{end:.4f};1" values="1;0;0"'
         groups.append(
-            f'<g opacity="0"><animate attributeName="opacity" calcMode="discrete" dur="{total:.2f}s" '
-            f'repeatCount="indefinite" {shown}/>{row(step, model)}'
+            f'<g opacity="0"><animate attributeName="opacity" calcMode="discrete" '
+            f'dur="{total:.2f}s" repeatCount="indefinite" {shown}/>{row(step, model)}'
             f'<text x="20" y="{LINE * 3.4:.0f}" class="dim">forward {index + 1} of {len(steps)}'
             "</text></g>"
         )

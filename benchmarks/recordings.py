@@ -1,4 +1,4 @@
-"""Make the demo's recordings from espeak-ng and procedural sound: python benchmarks/recordings.py."""
+"""Make the demo's recordings: python benchmarks/recordings.py (needs espeak-ng)."""
 
 from __future__ import annotations
 

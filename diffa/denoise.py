@@ -44,17 +44,25 @@ class Denoiser:
         self.forwards += 1
         busy = ((rows if recompute is None else recompute) >= 0).any(dim=1)
         if bool(busy.all()):
-            return self._logits(self._hidden(recompute, None, sees, write=write), rows, recompute)
+            at = self._places(rows, recompute)
+            return self._logits(self._hidden(recompute, None, at, sees, write=write), at)
         part = busy.nonzero()[:, 0]
         slots = None if recompute is None else recompute[part]
-        hidden = self._hidden(slots, part, None if sees is None else sees[part], write=write)
-        found = self._logits(hidden, rows[part], slots)
+        at = self._places(rows[part], slots)
+        hidden = self._hidden(slots, part, at, None if sees is None else sees[part], write=write)
+        found = self._logits(hidden, at)
         logits = found.new_zeros(len(rows), *found.shape[1:])
         logits[part] = found
         return logits
 
     def _hidden(
-        self, slots: Tensor | None, rows: Tensor | None, sees: Tensor | None, *, write: bool
+        self,
+        slots: Tensor | None,
+        rows: Tensor | None,
+        at: Tensor,
+        sees: Tensor | None,
+        *,
+        write: bool,
     ) -> Tensor:
         """Hidden states of ``slots``; each row's padding repeats its first slot, harmlessly."""
         canvas = self._canvas
@@ -68,6 +76,7 @@ class Denoiser:
             memory=self.memory if write or slots is not None else None,
             rows=rows,
             write=write,
+            asked=at.clamp(min=0) if getattr(self._backbone, "partial", False) else None,
         )
         if slots is None:
             return self._backbone(content, positions, context)
@@ -78,19 +87,22 @@ class Denoiser:
         embeds = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
         return self._backbone(embeds, positions.gather(1, slots), context._replace(slots=slots))
 
-    def _logits(self, hidden: Tensor, rows: Tensor, slots: Tensor | None) -> Tensor:
-        """Logits (B, R, V) of ``rows``: nothing else ever meets the vocabulary."""
-        at = rows
-        if slots is not None:
-            place = rows.new_zeros(len(rows), self._canvas.size)
-            steps = torch.arange(slots.shape[1], device=rows.device).expand_as(slots)
-            place.scatter_(1, first_for_padding(slots), steps)
-            at = torch.where(rows < 0, -1, place.gather(1, rows.clamp(min=0)))
+    def _places(self, rows: Tensor, slots: Tensor | None) -> Tensor:
+        """Where each of ``rows`` (B, R) stands among the recomputed slots; -1 stays."""
+        if slots is None:
+            return rows
+        place = rows.new_zeros(len(rows), self._canvas.size)
+        steps = torch.arange(slots.shape[1], device=rows.device).expand_as(slots)
+        place.scatter_(1, first_for_padding(slots), steps)
+        return torch.where(rows < 0, -1, place.gather(1, rows.clamp(min=0)))
+
+    def _logits(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """Logits (B, R, V) of the places ``at``: nothing else ever meets the vocabulary."""
         asked = hidden.gather(1, at.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
-        there = rows >= 0
+        there = at >= 0
         if asked.is_cuda or bool(there.all()):
             return self._backbone.head(asked)
         found = self._backbone.head(asked[there])
-        logits = found.new_zeros(*rows.shape, found.shape[-1])
+        logits = found.new_zeros(*at.shape, found.shape[-1])
         logits[there] = found
         return logits

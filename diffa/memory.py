@@ -20,6 +20,8 @@ class Context(NamedTuple):
         memory: where keys and values of the other slots are; None when there are no others.
         rows: which rows of the memory this batch is; None when they are all rows.
         write: whether the memory keeps what is computed now.
+        asked: which of the K places will be read, (B, R); a backbone that is ``partial`` may leave
+            the hidden states of the others unfinished.
     """
 
     valid: Tensor | None = None
@@ -30,6 +32,7 @@ class Context(NamedTuple):
     memory: Memory | None = None
     rows: Tensor | None = None
     write: bool = False
+    asked: Tensor | None = None
 
     def mask(self, positions: Tensor, *, causal: bool) -> Tensor | None:
         """Return what queries at ``positions`` (B, K) may see, (B, K or 1, S) bool, or None."""

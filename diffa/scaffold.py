@@ -52,7 +52,7 @@ class Test{cls}({suite}):
 _README = """\
 # {name}
 
-{article} {kind} for [diffa](https://pypi.org/project/diffa). Install it, and specs can name it:
+{article} {kind} for `diffa`. Install it, and specs can name it:
 
 ```yaml
 {example}

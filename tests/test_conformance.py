@@ -1,7 +1,5 @@
 """Every part that diffa ships keeps to its kind's conformance suite."""
 
-# ruff: noqa: RUF012
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -171,3 +171,18 @@ def test_a_draft_is_kept_by_plain_decoding():
     for name in ("exact", "dual", "suffix", "wino", "remdm", "speculative"):
         answer, _ = small.decode(MODEL, SAMPLERS[name](), small.questions(), draft=draft)
         assert answer[:, 4:7].tolist() == [[1, 2, 3]] * 3, name
+
+
+def test_the_last_layer_answers_alike_for_all_slots_and_for_the_asked():
+    board, denoise = small.canvas(MODEL, small.questions())
+    rows = torch.tensor([[14, 17, -1], [20, -1, -1], [22, 23, 24]])
+    window = torch.where(board.valid, torch.arange(board.size), -1)[:, 3:]
+    for slots in (None, window):
+        with torch.no_grad():
+            few = denoise(slots, rows)
+            MODEL.partial = False
+            try:
+                whole = denoise(slots, rows)
+            finally:
+                del MODEL.partial
+        assert torch.allclose(few, whole, atol=1e-5)

@@ -49,9 +49,7 @@ def test_a_batch_gives_what_its_rows_give_alone(
     batch = model.generate(prompts(), waves, audio_at=places, max_tokens=24, seeds=seeds)
     forwards = []
     for row, (prompt, wave) in enumerate(zip(prompts(), waves, strict=True)):
-        alone = model.generate(
-            prompt, wave, audio_at=places[row], max_tokens=24, seeds=seeds[row]
-        )
+        alone = model.generate(prompt, wave, audio_at=places[row], max_tokens=24, seeds=seeds[row])
         assert torch.equal(alone.tokens[0], batch.tokens[row])
         forwards.append(alone.forwards)
     assert batch.forwards == max(forwards)
@@ -137,7 +135,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(golden1: Golden) -> None:
 
 
 def test_a_stopped_answer_is_filled_with_eos(golden1: Golden) -> None:
-    model, expected = golden1
+    model, _ = golden1
     free = diffa.swap(model, sampler={"name": "blockwise", "block": 8, "stop": False})
     tokens = free.generate(prompts()[1], max_tokens=24).tokens[0]
     early = int(tokens[5])
@@ -182,7 +180,8 @@ def test_a_diffusion_sampler_on_a_causal_backbone_is_refused() -> None:
         "backbone": {"name": "llama", "config": TINY_LLAMA},
         "sampler": "blockwise",
     }
-    with pytest.raises(SpecError, match="'blockwise' is for masked backbones, but 'llama' is causal"):
+    told = "'blockwise' is for masked backbones, but 'llama' is causal"
+    with pytest.raises(SpecError, match=told):
         diffa.build(spec)
 
 

@@ -1,7 +1,5 @@
 """The conformance suites find what is wrong: every planted fault is caught by its check."""
 
-# ruff: noqa: RUF012
-
 from __future__ import annotations
 
 from typing import Any

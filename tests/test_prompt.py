@@ -12,7 +12,8 @@ from diffa.prompt import Chat
 
 TEMPLATE = (
     "{{ '<|startoftext|>' }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -78,7 +79,7 @@ def test_a_system_turn_can_be_given_or_left_out() -> None:
 
 
 def test_a_user_turn_without_its_places_is_refused() -> None:
-    with pytest.raises(SpecError, match="has no {question}"):
+    with pytest.raises(SpecError, match=r"has no \{question\}"):
         Chat(PLAIN, user="<audio> hello")
     with pytest.raises(SpecError, match="has no <audio>"):
         Chat(PLAIN, user="hello {question}").encode("Q")

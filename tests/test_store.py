@@ -95,7 +95,7 @@ def test_a_failed_save_leaves_the_previous_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("diffa.store.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left.*nothing was changed"):
+    with pytest.raises(CheckpointError, match=r"No space left.*nothing was changed"):
         diffa.save(model, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

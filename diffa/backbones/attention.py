@@ -61,6 +61,17 @@ def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -
     return Plan(None if mask is None else mask[:, None], causal=False, packing=None)
 
 
+def narrow(how: Plan, rows: Tensor) -> Plan | None:
+    """Keep the queries at ``rows`` (B, R) alone; None where this plan cannot."""
+    if how.packing is not None or how.causal:
+        return None
+    if how.mask is None or how.mask.shape[2] == 1:
+        return how
+    wide = (len(rows), 1, rows.shape[1], how.mask.shape[3])
+    mask = how.mask.expand(len(rows), -1, -1, -1)
+    return how._replace(mask=mask.gather(2, rows[:, None, :, None].expand(wide)))
+
+
 def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
     """Return the kernel to use on a device; ``auto`` takes xformers where it can run.
 

@@ -54,6 +54,7 @@ class LLaDA(nn.Module):
     """
 
     decoding: Literal["masked"] = "masked"
+    partial = True  # the last layer is computed for the slots that are asked for
 
     def __init__(
         self,

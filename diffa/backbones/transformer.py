@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffa.backbones.attention import Kernel, Plan, attend, plan
+from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
 
 if TYPE_CHECKING:
     from diffa.memory import Context
@@ -85,13 +85,29 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, shape.hidden, bias=False)
         self.ff_out = nn.Linear(shape.hidden, width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, context: Context, layer: int, how: Plan) -> Tensor:
-        """Map x (B, K, W) with RoPE turns (2, B, K, 1, D); ``layer`` is its place in the memory."""
+    def forward(
+        self,
+        x: Tensor,
+        turn: Tensor,
+        context: Context,
+        layer: int,
+        how: Plan,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Map x (B, K, W) with RoPE turns (2, B, K, 1, D); ``layer`` is its place in the memory.
+
+        Where only the places ``rows`` (B, R) are wanted, the result is (B, R, W).
+        """
         h = self.attn_norm(x)
-        queries = rotate(self.q_proj(h).unflatten(-1, self.split), turn)
         keys = rotate(self.k_proj(h).unflatten(-1, self.split), turn)
         values = self.v_proj(h).unflatten(-1, self.split)
         keys, values = context.remember(layer, keys, values)
+        if rows is not None:
+            wide = rows[:, :, None].expand(-1, -1, x.shape[2])
+            x, h = x.gather(1, wide), h.gather(1, wide)
+            spots = rows[None, :, :, None, None].expand(2, -1, -1, 1, turn.shape[-1])
+            turn = turn.expand(-1, len(rows), -1, -1, -1).gather(2, spots)
+        queries = rotate(self.q_proj(h).unflatten(-1, self.split), turn)
         x = x + self.attn_out(attend(queries, keys, values, how))
         h = self.ff_norm(x)
         out: Tensor = x + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -134,9 +150,15 @@ class Transformer(nn.Module):
         how = plan(context, positions, causal=self.causal, kernel=self.kernel)
         turn = turns(positions, self.shape).to(embeds.device)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        x = embeds
+        x, rows, narrowed = embeds, context.asked, how
+        if rows is not None:
+            fewer = narrow(how, rows) if rows.shape[1] < embeds.shape[1] else None
+            rows, narrowed = (None, how) if fewer is None else (rows, fewer)
         for layer, block in enumerate(self.blocks):
-            if again:
+            if rows is not None and layer == len(self.blocks) - 1:
+                wide = rows[:, :, None].expand(-1, -1, x.shape[2])
+                x = x.scatter(1, wide, block(x, turn, context, layer, narrowed, rows))
+            elif again:
                 x = checkpoint(block, x, turn, context, layer, how, use_reentrant=False)
             else:
                 x = block(x, turn, context, layer, how)

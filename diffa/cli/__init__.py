@@ -26,6 +26,7 @@ app.command()(answers.transcribe)
 app.command()(train)
 app.add_typer(corpora.app, name="data")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(plugins.author, name="plugin")
 app.add_typer(specs.app, name="spec")
 
 

@@ -1,7 +1,8 @@
-"""The commands ``diffa plugins`` and ``diffa plugins check KIND:NAME``."""
+"""The commands ``diffa plugins``, ``diffa plugins check KIND:NAME`` and ``diffa plugin new``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,11 @@ app = typer.Typer(
     help="List and check the parts that are installed.",
     invoke_without_command=True,
     rich_markup_mode=None,
+)
+
+
+author = typer.Typer(
+    help="Write plugins of your own.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -63,6 +69,25 @@ def check(
     if options:
         print_table(list(options[0]), [[str(_shown(v)) for v in row.values()] for row in options])
     say(f"diffa.testing has a conformance suite for {kind}s: run it in the part's own tests")
+
+
+@author.callback()
+def plugin() -> None:
+    """Write plugins of your own."""
+
+
+@author.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The part's name in specs.")],
+    kind: Annotated[str, typer.Option("--kind", help=", ".join(registry.KINDS))] = "adapter",
+) -> None:
+    """Write a package NAME in this folder, with one part that passes its own tests."""
+    from diffa import scaffold
+
+    made = scaffold.new(name, kind, Path())
+    for path in made.files:
+        print(path)
+    say("then: " + "; ".join(made.next))
 
 
 def _row(part: registry.Part, names: bool) -> dict[str, str]:

@@ -95,7 +95,7 @@ def run(
         recipe=checked,
         out=Path(out).expanduser(),
         device=place,
-        console=console or Console(stderr=True),
+        console=console or Console(stderr=True, quiet=not _leads()),
         on_error=on_error,
         sources=sources or {},
         evaluators=evaluators or {},

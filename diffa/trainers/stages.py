@@ -183,6 +183,8 @@ def arguments(stage: Stage, folder: Path, steps: int, setting: Setting) -> Train
         eval_steps=_every(stage),
         dataloader_num_workers=head.workers,
         dataloader_pin_memory=cuda,
+        # a listening batch without a melody, say, leaves a head out
+        ddp_find_unused_parameters=stage.kind == "listening",
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=list(head.loggers),

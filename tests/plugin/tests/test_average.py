@@ -13,7 +13,7 @@ class TestAverage(AdapterSuite):
 
 class TestAverageOfAnotherStride(AdapterSuite):
     name = "acme-diffa:average"
-    options = {"stride": 3}  # noqa: RUF012
+    options = {"stride": 3}
 
 
 def test_a_stride_of_zero_is_refused():
