@@ -112,16 +112,18 @@ class Run:
     def __init__(self, steps: Iterator[Any], forwards: Callable[[], int]) -> None:
         self._steps, self.forwards = steps, forwards
         self.times: list[float] = []
+        self.cpu: list[float] = []
         self.answers: list[Tensor] = []
 
     def step(self) -> bool:
         """Take one step; false when there is none left."""
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         with torch.no_grad():
             made = next(self._steps, None)
         if made is None:
             return False
         self.times.append(time.perf_counter() - begin)
+        self.cpu.append(time.process_time() - worked)
         self.answers.append(made if isinstance(made, Tensor) else made.tokens)
         return True
 
@@ -153,6 +155,7 @@ class Sampled:
         self._chosen = set(torch.linspace(0, steps - 1, count).long().tolist())
         self._begin = torch.full((1, LENGTH), model.backbone.vocab.mask)
         self.times: list[float] = []
+        self.cpu: list[float] = []
         self.same = True
 
     def after(self, count: int) -> None:
@@ -160,15 +163,15 @@ class Sampled:
         if count not in self._chosen:
             return
         before = self._exact.answers[count - 1] if count else self._begin
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         made = published.step(self._model, self._asked, before, *self._plan[count])
         self.times.append(time.perf_counter() - started)
+        self.cpu.append(time.process_time() - worked)
         self.same &= torch.equal(made, self._exact.answers[count])
 
-    @property
-    def seconds(self) -> float:
-        """Of all the steps, scaled."""
-        return sum(self.times) / len(self.times) * len(self._plan)
+    def total(self, times: list[float]) -> float:
+        """Scale the steps that were taken to all of them."""
+        return sum(times) / len(times) * len(self._plan)
 
 
 def to_first_eos(answer: Tensor, eos: int) -> list[int]:
@@ -186,19 +189,23 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
         loop = published.decode(model, question(model), length=LENGTH, steps=steps, block=BLOCK)
         plain = Run(loop, lambda: steps)
         race({"baseline": plain, **runs})
-        seconds, wanted, same = sum(plain.times), plain.answers[-1], True
+        seconds, worked = sum(plain.times), sum(plain.cpu)
+        wanted, same = plain.answers[-1], True
     else:
         some = Sampled(model, runs["exact"], steps, checked)
         race(runs, some.after)
-        seconds, wanted, same = some.seconds, runs["exact"].answers[-1], some.same
+        seconds, worked = some.total(some.times), some.total(some.cpu)
+        wanted, same = runs["exact"].answers[-1], some.same
     eos = model.backbone.vocab.eos
     reference = to_first_eos(wanted[0], eos)
-    rows = [row("baseline", seconds, steps, seconds, reference, reference, 1)]
+    first = row("baseline", seconds, steps, seconds, reference, reference, 1)
+    rows = [first | {"cpu_seconds": round(worked, 4)}]
     for name, run in runs.items():
         made = to_first_eos(run.answers[-1][0], eos)
         line = row(name, sum(run.times), run.forwards(), seconds, made, reference, rungs[name].rows)
         line["identical"] &= same
-        rows.append(line | {"prefill": round(run.times[0], 4)})
+        more = {"prefill": round(run.times[0], 4), "cpu_seconds": round(sum(run.cpu), 4)}
+        rows.append(line | more)
     return rows
 
 

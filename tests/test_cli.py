@@ -63,7 +63,7 @@ def fake(monkeypatch):
         calls.update(spec=spec, device=device)
         return SimpleNamespace(answer=answer, spec=spec.resolve())
 
-    def answer(audio, question, *, system=None, max_tokens=None):
+    def answer(audio, question, *, system=None, max_tokens=None, on_step=None):
         if audio == "missing.wav":
             raise AudioError("there is no file missing.wav")
         calls.update(system=system, max_tokens=max_tokens)
@@ -127,7 +127,7 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
         swapped.append(parts)
         return model
 
-    monkeypatch.setattr(diffa, "load", lambda folder, device: model, raising=False)
+    monkeypatch.setattr(diffa, "load", lambda folder, device, dtype: model, raising=False)
     monkeypatch.setattr(diffa, "swap", swap, raising=False)
     assert diffa_("ask", "a.wav", "?", "--spec", tmp_path).out == "yes\n"
     assert swapped == []
@@ -220,14 +220,14 @@ def test_spec_show_counts_parameters_without_weights(diffa_):
 
 def test_plugins_lists_a_broken_part_with_the_reason_and_the_rest(diffa_, site):
     install(site, "acme-diffa", {"adapter": {"broken": "acme:Pool"}}, {"acme": "import not_here"})
-    install(site, "beta-diffa", {"adapter": {"pool": "beta:Pool"}}, {"beta": POOL})
+    install(site, "beta-diffa", {"adapter": {"puddle": "beta:Pool"}}, {"beta": POOL})
     registry.refresh()
     rows = {row["name"]: row for row in json.loads(diffa_("plugins", "--json").out)}
     assert rows["broken"]["health"].startswith("broken: adapter 'broken' from acme-diffa")
     assert "not_here" in rows["broken"]["health"]
-    assert rows["pool"] == {
+    assert rows["puddle"] == {
         "kind": "adapter",
-        "name": "pool",
+        "name": "puddle",
         "package": "beta-diffa 1.0",
         "target": "beta:Pool",
         "health": "works",
@@ -239,12 +239,12 @@ def test_plugins_lists_a_broken_part_with_the_reason_and_the_rest(diffa_, site):
 
 
 def test_plugins_check_shows_the_schema(diffa_, site):
-    install(site, "beta-diffa", {"adapter": {"pool": "beta:Pool"}}, {"beta": POOL})
+    install(site, "beta-diffa", {"adapter": {"puddle": "beta:Pool"}}, {"beta": POOL})
     registry.refresh()
-    found = json.loads(diffa_("plugins", "check", "adapter:beta-diffa:pool", "--json").out)
+    found = json.loads(diffa_("plugins", "check", "adapter:beta-diffa:puddle", "--json").out)
     assert found["wires"] == ["source", "width"]
     assert found["options"][0] == {"option": "stride", "type": "int", "default": 4}
-    assert "stride" in diffa_("plugins", "check", "adapter:pool").out
+    assert "stride" in diffa_("plugins", "check", "adapter:puddle").out
 
 
 def test_plugins_check_refuses_a_part_that_breaks_its_contract(diffa_, site):

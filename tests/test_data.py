@@ -410,6 +410,14 @@ def test_augmentation_follows_from_the_seed_alone() -> None:
     assert not torch.equal(alter(wave(), 4)[:100], first[:100])
 
 
+def test_every_row_is_altered_by_its_own_seed() -> None:
+    hearing = Hearing(16000, Augment(16000, gain=6.0))
+    sample = Sample(audio=wave(), rate=16000)
+    first, again, other = (hearing(sample, seed) for seed in (1, 1, 2))
+    assert first is not None and again is not None and other is not None
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_augmentation_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

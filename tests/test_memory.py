@@ -186,3 +186,12 @@ def test_the_last_layer_answers_alike_for_all_slots_and_for_the_asked():
             finally:
                 del MODEL.partial
         assert torch.allclose(few, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dual", "suffix-prefix", "drift", "lazy", "speculative", "wino"])
+def test_a_row_given_as_a_whole_is_left_alone(name):
+    draft = torch.full((3, 12), small.MASK)
+    draft[1] = torch.arange(12)
+    answer, _ = small.decode(MODEL, SAMPLERS[name](), small.questions(), draft=draft)
+    assert answer[1].tolist() == list(range(12))
+    assert not (answer == small.MASK).any()

@@ -26,7 +26,7 @@ def site(tmp_path, monkeypatch):
 
 
 def adapter(site: Path, code: str, target: str = "acme:Pool") -> None:
-    install(site, "acme-diffa", {"adapter": {"pool": target}}, {"acme": code})
+    install(site, "acme-diffa", {"adapter": {"puddle": target}}, {"acme": code})
     registry.refresh()
 
 
@@ -39,14 +39,14 @@ def test_every_part_that_pyproject_declares_loads(kind, name):
 
 def test_a_third_party_part_just_appears(site):
     adapter(site, POOL)
-    assert "pool" in registry.available("adapter")
-    assert registry.load("adapter", "pool").__name__ == "Pool"
-    assert registry.find("adapter", "pool")[2:5] == ("acme-diffa", "1.0", "acme:Pool")
+    assert "puddle" in registry.available("adapter")
+    assert registry.load("adapter", "puddle").__name__ == "Pool"
+    assert registry.find("adapter", "puddle")[2:5] == ("acme-diffa", "1.0", "acme:Pool")
 
 
 def test_listing_and_finding_import_nothing(site):
     adapter(site, "raise RuntimeError('imported')")
-    registry.find("adapter", "pool")
+    registry.find("adapter", "puddle")
     assert "acme" not in sys.modules
     code = (
         "import sys; from diffa import registry; registry.available('encoder'); "
@@ -84,24 +84,24 @@ def test_a_name_that_diffa_ships_means_diffas(site):
 
 def test_two_packages_with_one_name_ask_for_the_package(site):
     adapter(site, POOL)
-    install(site, "beta-diffa", {"adapter": {"pool": "acme:Pool"}})
+    install(site, "beta-diffa", {"adapter": {"puddle": "acme:Pool"}})
     registry.refresh()
-    expected = "adapter 'pool' is ambiguous: write 'acme-diffa:pool' or 'beta-diffa:pool'"
+    expected = "adapter 'puddle' is ambiguous: write 'acme-diffa:puddle' or 'beta-diffa:puddle'"
     with pytest.raises(SpecError) as caught:
-        registry.find("adapter", "pool")
+        registry.find("adapter", "puddle")
     assert str(caught.value) == expected
-    assert registry.find("adapter", "Beta_Diffa:pool").dist == "beta-diffa"
-    assert {"acme-diffa:pool", "beta-diffa:pool"} <= set(registry.available("adapter"))
-    assert "pool" not in registry.available("adapter")
+    assert registry.find("adapter", "Beta_Diffa:puddle").dist == "beta-diffa"
+    assert {"acme-diffa:puddle", "beta-diffa:puddle"} <= set(registry.available("adapter"))
+    assert "puddle" not in registry.available("adapter")
 
 
 def test_a_name_declared_twice_by_one_package_is_refused(site):
-    info = install(site, "acme-diffa", {"adapter": {"pool": "acme:Pool"}}, {"acme": POOL})
+    info = install(site, "acme-diffa", {"adapter": {"puddle": "acme:Pool"}}, {"acme": POOL})
     with (info / "entry_points.txt").open("a") as file:
-        file.write("pool = acme:Other\n")
+        file.write("puddle = acme:Other\n")
     registry.refresh()
     with pytest.raises(PluginError, match="declared twice by acme-diffa"):
-        registry.find("adapter", "pool")
+        registry.find("adapter", "puddle")
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_name_declared_twice_by_one_package_is_refused(site):
 def test_a_part_that_fails_to_import_names_its_package_and_the_reason(site, code, reason):
     adapter(site, code)
     with pytest.raises(PluginError) as caught:
-        registry.load("adapter", "pool")
-    start = "adapter 'pool' from acme-diffa (acme:Pool) failed to import: "
+        registry.load("adapter", "puddle")
+    start = "adapter 'puddle' from acme-diffa (acme:Pool) failed to import: "
     assert str(caught.value).startswith(start + reason)
     assert caught.value.__cause__ is not None
     assert "pip install --force-reinstall acme-diffa" in str(caught.value)
@@ -125,9 +125,9 @@ def test_a_part_that_fails_to_import_names_its_package_and_the_reason(site, code
 
 def test_a_missing_extra_is_named(site):
     adapter(site, "import nowhere_to_be_found", "acme:Pool [fast]")
-    assert registry.find("adapter", "pool").extras == ("fast",)
+    assert registry.find("adapter", "puddle").extras == ("fast",)
     with pytest.raises(PluginError, match=r"pip install 'acme-diffa\[fast\]'"):
-        registry.load("adapter", "pool")
+        registry.load("adapter", "puddle")
 
 
 def test_a_broken_part_disturbs_no_other(site):
@@ -141,11 +141,11 @@ def test_a_broken_part_disturbs_no_other(site):
 def test_a_target_that_is_not_there_is_named(site):
     adapter(site, POOL, "acme:Poll")
     with pytest.raises(PluginError, match=r"acme-diffa .* does not exist: acme has no 'Poll'"):
-        registry.load("adapter", "pool")
+        registry.load("adapter", "puddle")
     adapter(site, "def Pool(source): ...")
     sys.modules.pop("acme", None)
     with pytest.raises(PluginError, match="is not a class"):
-        registry.load("adapter", "pool")
+        registry.load("adapter", "puddle")
 
 
 def part(*members: str, init: str = "") -> type:
@@ -224,9 +224,9 @@ def test_a_constructor_that_is_no_schema_is_refused(init, message):
 def test_a_contract_fault_names_package_and_target(site):
     adapter(site, POOL.replace("out_lengths", "lengths_out"))
     with pytest.raises(PluginError) as caught:
-        registry.load("adapter", "pool")
+        registry.load("adapter", "puddle")
     assert str(caught.value) == (
-        "adapter Pool lacks out_lengths; it is adapter 'pool' from acme-diffa (acme:Pool)"
+        "adapter Pool lacks out_lengths; it is adapter 'puddle' from acme-diffa (acme:Pool)"
     )
 
 
@@ -236,7 +236,7 @@ def test_unreadable_metadata_hides_no_other_package_and_is_not_remembered(site):
     good = (info / "METADATA").read_text()
     (info / "METADATA").write_text("Metadata-Version: 2.1\n")
     registry.refresh()
-    assert "pool" in registry.available("adapter")
+    assert "puddle" in registry.available("adapter")
     assert "torn-1.0.dist-info cannot be read" in registry.faults()[0]
     (info / "METADATA").write_text(good)  # mended: found without a refresh
     assert "torn" in registry.available("adapter")
@@ -246,27 +246,27 @@ def test_unreadable_metadata_hides_no_other_package_and_is_not_remembered(site):
 def test_a_failed_import_is_not_remembered(site):
     adapter(site, "raise OSError('disk')")
     with pytest.raises(PluginError):
-        registry.load("adapter", "pool")
+        registry.load("adapter", "puddle")
     (site / "acme.py").write_text(POOL + "\n# mended\n")
     importlib.invalidate_caches()
-    assert registry.load("adapter", "pool").__name__ == "Pool"
+    assert registry.load("adapter", "puddle").__name__ == "Pool"
 
 
 def test_refresh_finds_what_was_installed_since(site):
-    assert "pool" not in registry.available("adapter")
-    install(site, "acme-diffa", {"adapter": {"pool": "acme:Pool"}}, {"acme": POOL})
-    assert "pool" not in registry.available("adapter")
+    assert "puddle" not in registry.available("adapter")
+    install(site, "acme-diffa", {"adapter": {"puddle": "acme:Pool"}}, {"acme": POOL})
+    assert "puddle" not in registry.available("adapter")
     registry.refresh()
-    assert "pool" in registry.available("adapter")
+    assert "puddle" in registry.available("adapter")
 
 
 def test_a_package_that_shows_twice_counts_once(site, tmp_path_factory, monkeypatch):
     second = tmp_path_factory.mktemp("editable")
     monkeypatch.syspath_prepend(str(second))
     for folder in (site, second):
-        install(folder, "acme-diffa", {"adapter": {"pool": "acme:Pool"}}, {"acme": POOL})
+        install(folder, "acme-diffa", {"adapter": {"puddle": "acme:Pool"}}, {"acme": POOL})
     registry.refresh()
-    assert registry.find("adapter", "pool").dist == "acme-diffa"
+    assert registry.find("adapter", "puddle").dist == "acme-diffa"
 
 
 def test_groups_of_other_projects_are_left_alone(site):

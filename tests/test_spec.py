@@ -87,7 +87,7 @@ def test_all_faults_are_reported_at_once():
         ),
         ({"train": "adapters"}, "train: expected a list such as [adapters], got 'adapters'"),
         ({"train": ["adapters", "adapters"]}, "train.1: 'adapters' is given twice"),
-        ({"prompt": "hi"}, "prompt: expected a mapping with system, user, got 'hi'"),
+        ({"prompt": "hi"}, "prompt: expected a mapping with system, user, max_tokens, got 'hi'"),
         ({"prompt": {"system": 3}}, "prompt.system: expected str, got 3; quote it"),
         ({"format": 2}, "format: 2 is not known; this diffa reads format 1; upgrade diffa"),
         ({"format": True}, "format: True is not known; this diffa reads format 1"),
@@ -400,14 +400,14 @@ def test_a_broken_plugin_is_named_beside_other_faults(site):
 
 
 def test_an_ambiguous_name_is_reported_in_its_place(site):
-    install(site, "acme-diffa", {"adapter": {"pool": "acme:Pool"}}, {"acme": POOL})
-    install(site, "beta-diffa", {"adapter": {"pool": "acme:Pool"}})
+    install(site, "acme-diffa", {"adapter": {"puddle": "acme:Pool"}}, {"acme": POOL})
+    install(site, "beta-diffa", {"adapter": {"puddle": "acme:Pool"}})
     registry.refresh()
-    assert faults(adapters={"a": "pool"}) == [
-        "adapters.a: adapter 'pool' is ambiguous: write 'acme-diffa:pool' or 'beta-diffa:pool'"
+    assert faults(adapters={"a": "puddle"}) == [
+        "adapters.a: adapter 'puddle' is ambiguous: write 'acme-diffa:puddle' or 'beta-diffa:puddle'"
     ]
-    done = Spec.read({**SMALL, "adapters": {"a": "beta-diffa:pool"}}).resolve().data
-    assert done["adapters"]["a"] == {"name": "beta-diffa:pool", "stride": 4, "mode": "mean"}
+    done = Spec.read({**SMALL, "adapters": {"a": "beta-diffa:puddle"}}).resolve().data
+    assert done["adapters"]["a"] == {"name": "beta-diffa:puddle", "stride": 4, "mode": "mean"}
 
 
 def test_numpy_numbers_and_tuples_are_taken_as_json():
