@@ -404,7 +404,8 @@ def test_an_ambiguous_name_is_reported_in_its_place(site):
     install(site, "beta-diffa", {"adapter": {"puddle": "acme:Pool"}})
     registry.refresh()
     assert faults(adapters={"a": "puddle"}) == [
-        "adapters.a: adapter 'puddle' is ambiguous: write 'acme-diffa:puddle' or 'beta-diffa:puddle'"
+        "adapters.a: adapter 'puddle' is ambiguous: "
+        "write 'acme-diffa:puddle' or 'beta-diffa:puddle'"
     ]
     done = Spec.read({**SMALL, "adapters": {"a": "beta-diffa:puddle"}}).resolve().data
     assert done["adapters"]["a"] == {"name": "beta-diffa:puddle", "stride": 4, "mode": "mean"}

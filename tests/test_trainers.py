@@ -24,6 +24,7 @@ from torch import nn
 import diffa
 from diffa.adapters.conv import Conv
 from diffa.adapters.qformer import QFormer
+from diffa.data.collate import Collate
 from diffa.data.nano.recordings import fsdd_folder
 from diffa.data.sample import DataError, Sample
 from diffa.errors import DiffaError, SpecError
@@ -33,9 +34,13 @@ from diffa.trainers.evaluate import better, compare, distance
 from diffa.trainers.folder import TrainingError, checkpoints, replacing
 from diffa.trainers.muon import Muon, orthogonal
 from diffa.trainers.optimizers import optimizer, schedule
+from diffa.trainers.parts import staged
 from diffa.trainers.progress import read_log
 from diffa.trainers.recipe import recipes
+from diffa.trainers.running import prepare
 from diffa.trainers.sections import Optimizer, Schedule
+from diffa.trainers.setting import Setting
+from diffa.trainers.stages import loop
 from diffa.types import Embeds, Features, FeatureSpec
 
 QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
@@ -227,6 +232,22 @@ def test_accumulated_batches_equal_one_big_batch(
     assert all(torch.allclose(big[key], small[key], atol=2e-5) for key in big)
     logs = [read_log(tmp_path / n / "1-align" / "log.jsonl")[0]["loss"] for n in ("big", "small")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_gradients_are_those_of_the_mean_loss(world: Path, tmp_path: Path) -> None:
+    made = Recipe(recipe(world, batch=2, accumulate=4, steps=1, log=1, train=["adapters.semantic"]))
+    setting = Setting(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
+    seen = staged(prepare(setting, setting.device), made.stages[0])
+    running, _, _ = loop(seen, made.stages[0], 0, tmp_path / "1-align", setting)
+    rows = [running.train_dataset[i] for i in range(8)]
+    total, weight, *_ = running.model.train()(Collate(seen.backbone.vocab)(rows))
+    learning = [p for p in running.model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total / weight, learning)
+    expected = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    running.train()
+    (logged,) = [row for row in running.state.log_history if "grad_norm" in row]
+    assert logged["grad_norm"] == pytest.approx(expected.item(), rel=1e-4)
+    assert logged["loss"] == pytest.approx((total / weight).item(), rel=1e-5)
 
 
 def test_stages_hand_on_their_weights(world: Path, tmp_path: Path) -> None:
@@ -596,6 +617,22 @@ def test_muon_is_adamw_where_there_are_no_matrices() -> None:
     ours = train(lambda ps: Muon([{"params": ps, **shared}], betas=(0.9, 0.95)))
     theirs = train(lambda ps: torch.optim.AdamW(ps, betas=(0.9, 0.95), **shared))
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_muon_steps_matrices_along_their_orthogonalised_momentum() -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 3))
+    start, grads = p.detach().clone(), torch.randn(2, 6, 3)
+    group = {"params": [p], "lr": 0.1, "weight_decay": 0.5, "matrices": True}
+    made = Muon([group], momentum=0.9)
+    expected, kept = start, torch.zeros(6, 3)
+    for grad in grads:
+        p.grad = grad.clone()
+        made.step()
+        kept = 0.9 * kept + 0.1 * grad
+        turned = orthogonal((0.1 * grad + 0.9 * kept)[None])[0]
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * turned
+    assert torch.allclose(p, expected, atol=1e-5)
 
 
 def test_muon_turns_the_matrices_of_layers_only() -> None:

@@ -19,9 +19,7 @@ app = typer.Typer(
 )
 
 
-author = typer.Typer(
-    help="Write plugins of your own.", no_args_is_help=True, rich_markup_mode=None
-)
+author = typer.Typer(help="Write plugins of your own.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
