@@ -59,10 +59,13 @@ def run(console: Console | None = None) -> None:
     console.print(f"diffa {diffa.__version__}: {describe(model)}, built in {seconds:.1f} s")
     if not trained:
         console.print(
-            "[yellow]No trained weights ship yet: the wiring is real, the words are noise.[/]"
+            "[yellow]These weights are random: the wiring is real, the words are noise. Trained "
+            "ones: diffa ask FILE QUESTION --spec diffa-1 (needs the published weights)[/]"
         )
+    for recording in sorted({ask.recording for ask in ASKED}):
+        console.print(hear(model, recording))
     table = Table("recording", "question", "answer", "forwards", "s", "reference: forwards", "s")
-    for ask in ASKED:
+    for ask in ASKED if trained else ASKED[2:3]:
         table.add_row(*answer(model, ask, console))
     console.print(table)
     console.print("Ask about a file of your own:\n  diffa ask FILE 'What can you hear?' --watch")
@@ -77,6 +80,20 @@ def describe(model: Model) -> str:
     }
     counted = {name: sum(p.numel() for p in part.parameters()) for name, part in sizes.items()}
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counted.items())
+
+
+def hear(model: Model, recording: str) -> str:
+    """What a recording becomes on its way to the backbone, in one line."""
+    from diffa.audio import prepare
+
+    rate = model.encoder.sample_rate
+    wave = prepare(recordings() / recording, rate)
+    count = int(model.listen(wave).lengths[0])
+    prompt = model.chat.encode("")
+    return (
+        f"  {recording}: {len(wave) / rate:.1f} s -> {count} embeddings of width "
+        f"{model.backbone.width}, put before token {prompt.audio_at} of the prompt"
+    )
 
 
 def answer(model: Model, ask: Ask, console: Console) -> list[str]:

@@ -1,0 +1,128 @@
+"""Score nano on utterances composed from FSDD's test recordings: python benchmarks/nano.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffa
+from diffa.data.nano.corpus import questions_for_trial
+from diffa.data.nano.utterances import Utterances
+
+LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens
+
+
+def main() -> None:
+    """Ask, score, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--spec", default="nano")
+    parser.add_argument("--setting", default="exact")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=20_261_121)
+    parser.add_argument("--held-out", action="store_true", help="paraphrases never trained on")
+    parser.add_argument("--shuffled", action="store_true", help="another row's audio: the control")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    model = diffa.build(chosen.spec)
+    sampler = model.spec.data["settings"][chosen.setting]
+    model = diffa.swap(model, sampler=sampler)
+    begin = time.perf_counter()
+    rows, forwards = ask(model, chosen)
+    seconds = time.perf_counter() - begin
+    result = {
+        **{key: str(value) for key, value in vars(chosen).items() if key != "json"},
+        "digest": model.spec.digest(),
+        "forwards": forwards,
+        "seconds": round(seconds, 1),
+        "scores": table(rows),
+    }
+    for name, score in result["scores"].items():
+        print(
+            f"{name:24s} {score['value']:.3f}  [{score['low']:.3f}, {score['high']:.3f}]"
+            f"  n={score['n']}"
+        )
+    if chosen.json:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
+    """Ask every question that every utterance allows; return the records and the forwards."""
+    speech = Utterances("test", chosen.seed)
+    asked: dict[int, list[tuple[Any, torch.Tensor, Any]]] = defaultdict(list)
+    made = [speech[index] for index in range(chosen.count)]
+    for index, utterance in enumerate(made):
+        heard = made[(index + 7) % len(made)] if chosen.shuffled else utterance
+        wave = torch.from_numpy(heard.wave)
+        for trial in questions_for_trial(utterance.labels, chosen.seed, index, chosen.held_out):
+            asked[LENGTHS.get(trial.kind, 8)].append((trial, wave, utterance.labels))
+    rows, forwards = [], 0
+    for length, group in asked.items():
+        group.sort(key=lambda item: len(item[1]))
+        for begin in range(0, len(group), 16):
+            part = group[begin : begin + 16]
+            answer = model.answer(
+                [wave for _, wave, _ in part],
+                [trial.question for trial, _, _ in part],
+                max_tokens=length,
+            )
+            forwards += answer.forwards
+            rows += [
+                record(trial, labels, text)
+                for (trial, _, labels), text in zip(part, answer.text, strict=True)
+            ]
+    return rows, forwards
+
+
+def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
+    """What one answer counts for: errors among tokens, or right and wrong."""
+    if trial.kind in ("transcribe", "caption"):
+        reference, said = trial.answer.split(), text.split()
+        digits = len(labels.digits)
+        band = "1" if digits == 1 else "2-5" if digits <= 5 else "6-8"
+        name = f"digit error {band}" if trial.kind == "transcribe" else "caption token error"
+        if trial.kind == "transcribe" and not digits:
+            return {"name": "nothing said", "hits": int(text == "nothing"), "of": 1}
+        return {"name": name, "hits": distance(said, reference), "of": len(reference)}
+    right = text[:1] == trial.answer[:1] if trial.form == "choice" else text == trial.answer
+    return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Shares by name with Wilson's 95 % intervals, and all choices together."""
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        names = [row["name"], *(["choice all"] if row["name"].startswith("choice") else [])]
+        for name in names:
+            sums[name][0] += row["hits"]
+            sums[name][1] += row["of"]
+    return {name: wilson(hits, of) for name, (hits, of) in sorted(sums.items())}
+
+
+def wilson(hits: int, of: int) -> dict[str, float]:
+    """A share with its 95 % interval (Wilson 1927)."""
+    share, z = min(hits / of, 1.0), 1.96
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    wide = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return {"value": hits / of, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
+
+
+def distance(said: list[str], reference: list[str]) -> int:
+    """Edits between two lists of words (Levenshtein)."""
+    row = list(range(len(reference) + 1))
+    for i, word in enumerate(said, start=1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(reference, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
+    return row[-1]
+
+
+if __name__ == "__main__":
+    main()
