@@ -10,7 +10,7 @@ import torch
 from conftest import golden_spec
 
 import diffa
-from diffa.errors import AudioError, SpecError
+from diffa.errors import AudioError, CheckpointError, SpecError
 
 Golden = tuple[diffa.Model, dict[str, torch.Tensor]]
 CACHES = ("none", "prefix", "dual")
@@ -236,6 +236,14 @@ def test_eight_billion_parameters_are_wired_in_seconds() -> None:
     adapters = {k: sum(p.numel() for p in a.parameters()) for k, a in model.adapters.items()}
     assert adapters == {"acoustic": 22_251_776, "semantic": 14_369_280}
     assert seconds < 10
+
+
+def test_a_backbone_that_memory_cannot_hold_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diffa.building._free", lambda place: 1000)
+    with pytest.raises(CheckpointError, match=r"needs .* GiB .*bfloat16"):
+        diffa.build(golden_spec("diffa1-tiny"))
 
 
 def test_a_spec_of_golden_folders_resolves_and_digests() -> None:
