@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # the multipliers of splitmix64
+from diffa.draws import GOLDEN, mixed, shifted
 
 
 def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tensor:
@@ -15,23 +14,10 @@ def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tenso
     A counter-based generator (splitmix64): the same for a row alone and in any batch, on any
     device. ``seeds`` and ``step`` are (B,); ``stream`` keeps different uses apart.
     """
-    streams = torch.full_like(step, stream, dtype=torch.long) * _GOLDEN  # wraps, as intended
-    key = _mix(_mix(seeds.long() + streams) + step.long() * _GOLDEN)
-    bits = _mix(key[:, None] + slots.long() * _GOLDEN)
-    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Splitmix64's finaliser; int64 arithmetic wraps as it should."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, count: int) -> Tensor:
-    """Shift right and bring in zeros, which int64 does not do by itself."""
-    return (x >> count) & ((1 << (64 - count)) - 1)
+    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN  # wraps, as intended
+    key = mixed(mixed(seeds.long() + streams + GOLDEN) + step.long() * GOLDEN + GOLDEN)
+    bits = mixed(key[:, None] + slots.long() * GOLDEN + GOLDEN)
+    return (shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
