@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffa import errors
     from diffa.building import build, swap
-    from diffa.model import Answer, Generation, Model
+    from diffa.model import Model
     from diffa.registry import available
     from diffa.spec import Spec
     from diffa.store import load, save
+    from diffa.types import Answer, Generation
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answer": "diffa.model",
-    "Generation": "diffa.model",
+    "Answer": "diffa.types",
+    "Generation": "diffa.types",
     "Model": "diffa.model",
     "Spec": "diffa.spec",
     "available": "diffa.registry",

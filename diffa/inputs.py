@@ -21,6 +21,8 @@ def rows_of(given: Rows, count: int, what: str) -> list[Tensor | None]:
     """
     if given is None:
         return [None] * count
+    if hasattr(given, "__array__"):  # a waveform of numpy's is one row too
+        given = torch.as_tensor(given)
     rows: list[Tensor | None] = [given] if isinstance(given, Tensor) else list(given)
     if len(rows) != count:
         raise SpecError(f"{count} prompts but {len(rows)} {what}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,7 @@ from diffa.memory import Context
 from diffa.prompt import Chat
 from diffa.scoring import Score, score
 from diffa.spec import Spec
-from diffa.types import Embeds, Features, Noised, Step
-
-
-class Generation(NamedTuple):
-    """Answers of a batch: a LongTensor of ``max_tokens`` per row, and calls of the backbone."""
-
-    tokens: list[Tensor]
-    forwards: int
-
-
-class Answer(NamedTuple):
-    """Text and tokens of an answer (lists of both for a batch), and calls of the backbone."""
-
-    text: Any
-    tokens: Any
-    forwards: int
+from diffa.types import Answer, Embeds, Features, Generation, Loss, Step
 
 
 class Model(nn.Module):
@@ -80,6 +65,7 @@ class Model(nn.Module):
         Raises:
             AudioError: audio that is empty, not finite or not a float waveform.
         """
+        audio = torch.as_tensor(audio)
         audio = audio[None] if audio.dim() == 1 else audio
         if audio.dim() != 2:
             raise AudioError(f"audio has shape {tuple(audio.shape)}, expected (S,) or (B, S)")
@@ -88,7 +74,7 @@ class Model(nn.Module):
         for row, length in zip(audio, lengths.tolist(), strict=True):
             prepare(row[:length], self.encoder.sample_rate)
         lengths = lengths.to(self.device)
-        return self.adapt(self.encoder(audio.to(self.device), lengths))
+        return self.adapt(self.encoder(audio.to(self.device, torch.float32), lengths))
 
     def adapt(self, features: Features) -> Embeds:
         """Concatenate every adapter's embeddings of the features, in the spec's order."""
@@ -340,12 +326,3 @@ class Model(nn.Module):
         spoken = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
         heard = iter(split(self.listen(*pad(spoken))) if spoken else ())
         return [None if wave is None else next(heard) for wave in waves]
-
-
-class Loss(NamedTuple):
-    """An objective's sum and the weight to divide it by, with what it was measured on."""
-
-    sum: Tensor
-    weight: Tensor
-    hidden: Tensor
-    noised: Noised

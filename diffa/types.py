@@ -91,6 +91,30 @@ class Step(NamedTuple):
     confidence: Tensor
 
 
+class Generation(NamedTuple):
+    """Answers of a batch: a LongTensor of ``max_tokens`` per row, and calls of the backbone."""
+
+    tokens: list[Tensor]
+    forwards: int
+
+
+class Answer(NamedTuple):
+    """Text and tokens of an answer (lists of both for a batch), and calls of the backbone."""
+
+    text: Any
+    tokens: Any
+    forwards: int
+
+
+class Loss(NamedTuple):
+    """An objective's sum and the weight to divide it by, with what it was measured on."""
+
+    sum: Tensor
+    weight: Tensor
+    hidden: Tensor
+    noised: Noised
+
+
 class Denoise(Protocol):
     """One pass of the backbone over some slots of the canvas (see ``diffa.denoise``)."""
 

@@ -80,6 +80,17 @@ def test_a_row_without_audio_may_share_a_batch(golden1: Golden) -> None:
     assert torch.equal(both.tokens[1], alone.tokens[0])
 
 
+def test_numpys_waveforms_are_heard_alike(golden1: Golden) -> None:
+    model, expected = golden1
+    wave = clips(expected)[1]
+    as_tensor = model.generate(prompts()[1], wave, audio_at=3, max_tokens=8)
+    as_array = model.generate(prompts()[1], wave.double().numpy(), audio_at=3, max_tokens=8)
+    assert torch.equal(as_tensor.tokens[0], as_array.tokens[0])
+    with torch.no_grad():
+        heard = [model.listen(w).values for w in (wave, wave.double().numpy())]
+    assert torch.equal(*heard)
+
+
 def test_audio_beyond_the_window_is_read_in_windows(golden1: Golden) -> None:
     model, expected = golden1
     wave = (expected["clip0.waveform"].float() / 32768).repeat(4)  # 44 s
