@@ -48,10 +48,11 @@ for name in ("missing", "crashing", "absent", "half", "broken-diffa:conv"):
 
 
 def run(*command: str, site: Path | None = None, cwd: Path | None = None) -> str:
-    """Run Python with the installed plugins in sight and return what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(site or ""), "OMP_NUM_THREADS": "1"}
+    """Run Python, that of the environment ``site`` where given, and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    python = sys.executable if site is None else str(site / "bin" / "python")
     done = subprocess.run(
-        [sys.executable, *command],
+        [python, *command],
         env=environment,
         cwd=cwd,
         capture_output=True,
@@ -64,7 +65,10 @@ def run(*command: str, site: Path | None = None, cwd: Path | None = None) -> str
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheels of both packages are installed; no network is used."""
+    """A new virtual environment with the wheels of both packages; no network is used.
+
+    It sees this environment's libraries, since torch alone would be gigabytes a second time.
+    """
     place = tmp_path_factory.mktemp("plugins")
     shutil.copytree(PLUGIN, place / "source")  # building leaves files behind
     offline = ("--no-index", "--no-deps", "--disable-pip-version-check", "-q")
@@ -72,9 +76,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("-m", "pip", "wheel", "--no-build-isolation", *offline, "-w", str(place), str(source))
     wheels = [str(wheel) for wheel in sorted(place.glob("*.whl"))]
     assert [Path(wheel).name.split("-")[0] for wheel in wheels] == ["acme_diffa", "broken_diffa"]
-    target = place / "site"
-    run("-m", "pip", "install", *offline, "--target", str(target), *wheels)
-    return target
+    environment = place / "environment"
+    run("-m", "venv", "--without-pip", str(environment))
+    own = next(environment.glob("lib/python*/site-packages"))
+    shared = [folder for folder in sys.path if folder.endswith("site-packages")]
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in shared]
+    (own / "shared.pth").write_text("\n".join(lines) + "\n")
+    python = str(environment / "bin" / "python")
+    run("-m", "pip", "--python", python, "install", *offline, *wheels)
+    return environment
 
 
 def test_an_installed_adapter_is_used_by_name_beside_a_broken_plugin(site: Path) -> None:
