@@ -26,15 +26,17 @@ def main() -> None:
     parser.add_argument("--setting", default="exact")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20_261_121)
+    parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--held-out", action="store_true", help="paraphrases never trained on")
     parser.add_argument("--shuffled", action="store_true", help="another row's audio: the control")
+    parser.add_argument("--scoring", action="store_true", help="choose by likelihood instead")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     model = diffa.build(chosen.spec)
     sampler = model.spec.data["settings"][chosen.setting]
     model = diffa.swap(model, sampler=sampler)
     begin = time.perf_counter()
-    rows, forwards = ask(model, chosen)
+    rows, forwards = (weigh if chosen.scoring else ask)(model, chosen)
     seconds = time.perf_counter() - begin
     result = {
         **{key: str(value) for key, value in vars(chosen).items() if key != "json"},
@@ -55,7 +57,7 @@ def main() -> None:
 
 def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
     """Ask every question that every utterance allows; return the records and the forwards."""
-    speech = Utterances("test", chosen.seed)
+    speech = Utterances(chosen.split, chosen.seed)
     asked: dict[int, list[tuple[Any, torch.Tensor, Any]]] = defaultdict(list)
     made = [speech[index] for index in range(chosen.count)]
     for index, utterance in enumerate(made):
@@ -79,6 +81,21 @@ def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
                 for (trial, _, labels), text in zip(part, answer.text, strict=True)
             ]
     return rows, forwards
+
+
+def weigh(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
+    """Let the likeliest of the four answers be the choice, "A. four" and so on."""
+    speech, rows, samples = Utterances(chosen.split, chosen.seed), [], 8
+    for index in range(chosen.count):
+        utterance = speech[index]
+        wave = torch.from_numpy(utterance.wave)
+        for trial in questions_for_trial(utterance.labels, chosen.seed, index, chosen.held_out):
+            if trial.form == "choice":
+                pairs = zip("ABCD", trial.choices, strict=True)
+                answers = [f"{letter}. {text}" for letter, text in pairs]
+                best = model.score(wave, trial.question, answers, samples=samples, batch=32).best
+                rows.append(record(trial, utterance.labels, answers[best]))
+    return rows, 0
 
 
 def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:

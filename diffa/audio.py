@@ -154,3 +154,39 @@ def pad(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(waveform) for waveform in waveforms], device=waveforms[0].device)
     most = max(len(waveform) for waveform in waveforms)
     return torch.stack([F.pad(wave, (0, most - len(wave))) for wave in waveforms]), lengths
+
+
+def as_batch(audio: Tensor, lengths: Tensor | None, rate: int) -> tuple[Tensor, Tensor]:
+    """Return audio (S,) or (B, S) at ``rate`` as float32 (B, S) with the rows' lengths (B,).
+
+    Lengths are in samples; S where None.
+
+    Raises:
+        AudioError: audio of another shape, or a row that is empty, not finite or not a waveform.
+    """
+    audio = torch.as_tensor(audio)
+    audio = audio[None] if audio.dim() == 1 else audio
+    if audio.dim() != 2:
+        raise AudioError(f"audio has shape {tuple(audio.shape)}, expected (S,) or (B, S)")
+    if lengths is None:
+        lengths = torch.full((len(audio),), audio.shape[1])
+    for row, length in zip(audio, lengths.tolist(), strict=True):
+        prepare(row[:length], rate)
+    return audio.to(torch.float32), lengths
+
+
+def samples_of(audio: Tensor, lengths: Tensor) -> list[int]:
+    """Return the true samples of each row of audio (B, S), given as lengths (B,).
+
+    Raises:
+        AudioError: the shapes are others, or a length does not fit the audio.
+    """
+    if audio.dim() != 2 or lengths.shape != audio.shape[:1]:
+        raise AudioError(
+            f"audio must be (B, S) with lengths (B,), got {tuple(audio.shape)} "
+            f"and {tuple(lengths.shape)}"
+        )
+    samples: list[int] = lengths.tolist()
+    if samples and not 0 <= min(samples) <= max(samples) <= audio.shape[1]:
+        raise AudioError(f"lengths {samples} do not fit audio of {audio.shape[1]} samples")
+    return samples

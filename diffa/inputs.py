@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffa.canvas import interleave
+from diffa.canvas import Canvas, interleave
 from diffa.errors import AudioError, SpecError
 from diffa.memory import Context
 from diffa.types import Embeds, Vocab
 
 Rows = Tensor | Sequence[Tensor | None] | None
+
+
+class Asked(NamedTuple):
+    """What a batch is asked, each list with an entry per row.
+
+    Attributes:
+        prompts: token ids (L,).
+        waves: waveforms (S,), or None.
+        places: index in the prompt before which the audio goes.
+        seeds: of the sampler's draws.
+        answer: what the answers begin with, (B, A).
+    """
+
+    prompts: list[Tensor]
+    waves: list[Tensor | None]
+    places: list[int]
+    seeds: list[int]
+    answer: Tensor
+
+
+def check(
+    vocab: Vocab,
+    prompt: Tensor | Sequence[Tensor],
+    audio: Rows = None,
+    audio_at: int | Sequence[int] | None = None,
+    max_tokens: int = 128,
+    seeds: int | Sequence[int] | None = None,
+    draft: Rows = None,
+) -> Asked:
+    """Check the arguments of ``Model.generate``, and give every row its own.
+
+    Raises:
+        SpecError: they are out of range, or do not fit together.
+    """
+    if max_tokens < 1:
+        raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
+    given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
+    prompts = [check_tokens(tokens, vocab) for tokens in given]
+    waves = rows_of(audio, len(prompts), "recordings")
+    places = spread("audio_at", audio_at, len(prompts))
+    for tokens, at in zip(prompts, places, strict=True):
+        if not 0 <= at <= len(tokens):
+            raise SpecError(f"audio_at is {at}, but the prompt has {len(tokens)} tokens")
+    drawn = spread("seeds", seeds, len(prompts))
+    answer = begin(rows_of(draft, len(prompts), "drafts"), max_tokens, vocab)
+    return Asked(prompts, waves, places, drawn, answer)
+
+
+def lay_out(backbone: Any, asked: Asked, heard: Sequence[Tensor | None]) -> Canvas:
+    """Make the canvas of a batch, where the backbone is, with embeddings (N, W) of its audio."""
+    device = next(backbone.parameters()).device
+    prompts = [tokens.to(device) for tokens in asked.prompts]
+    embeds, text = interleave(prompts, heard, asked.places, backbone.embed)
+    answer, seeds = asked.answer.to(device), torch.tensor(asked.seeds, device=device)
+    return Canvas(embeds, text, answer, embed=backbone.embed, vocab=backbone.vocab, seeds=seeds)
 
 
 def rows_of(given: Rows, count: int, what: str) -> list[Tensor | None]:

@@ -8,21 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffa.audio import pad, prepare
-from diffa.canvas import Canvas, interleave
+from diffa.audio import as_batch, pad, prepare
+from diffa.canvas import Canvas
 from diffa.denoise import Denoiser
-from diffa.errors import AudioError, SpecError
-from diffa.inputs import (
-    Rows,
-    begin,
-    check_context,
-    check_tokens,
-    join,
-    read,
-    rows_of,
-    split,
-    spread,
-)
+from diffa.errors import SpecError
+from diffa.inputs import Asked, Rows, check, check_context, join, lay_out, read, split
 from diffa.learning import measure
 from diffa.memory import Context
 from diffa.prompt import Chat
@@ -76,16 +66,8 @@ class Model(nn.Module):
         Raises:
             AudioError: audio that is empty, not finite or not a float waveform.
         """
-        audio = torch.as_tensor(audio)
-        audio = audio[None] if audio.dim() == 1 else audio
-        if audio.dim() != 2:
-            raise AudioError(f"audio has shape {tuple(audio.shape)}, expected (S,) or (B, S)")
-        if lengths is None:
-            lengths = torch.full((len(audio),), audio.shape[1])
-        for row, length in zip(audio, lengths.tolist(), strict=True):
-            prepare(row[:length], self.encoder.sample_rate)
-        lengths = lengths.to(self.device)
-        return self.adapt(self.encoder(audio.to(self.device, torch.float32), lengths))
+        waves, lengths = as_batch(audio, lengths, self.encoder.sample_rate)
+        return self.adapt(self.encoder(waves.to(self.device), lengths.to(self.device)))
 
     def adapt(self, features: Features) -> Embeds:
         """Concatenate every adapter's embeddings of the features, in the spec's order."""
@@ -126,7 +108,8 @@ class Model(nn.Module):
             AudioError: unusable audio, or too much of it for the backbone's context.
             SpecError: arguments that do not fit together.
         """
-        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
+        asked = check(self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft)
+        canvas, denoise = self._open(asked)
         with torch.no_grad():
             for step in self.sampler(canvas, denoise):
                 if on_step is not None:
@@ -144,7 +127,8 @@ class Model(nn.Module):
         draft: Rows = None,
     ) -> Iterator[Step]:
         """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
-        canvas, denoise = self._open(prompt, audio, audio_at, max_tokens, seeds, draft)
+        asked = check(self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft)
+        canvas, denoise = self._open(asked)
         steps = self.sampler(canvas, denoise)
         while True:
             with torch.no_grad():  # not held while the caller works between two steps
@@ -296,38 +280,16 @@ class Model(nn.Module):
             reading=reading,
         )
 
-    def _open(
-        self,
-        prompt: Tensor | Sequence[Tensor],
-        audio: Rows,
-        audio_at: int | Sequence[int] | None,
-        max_tokens: int,
-        seeds: int | Sequence[int] | None,
-        draft: Rows,
-    ) -> tuple[Canvas, Denoiser]:
-        """Check arguments, listen, and lay out the canvas with the call that drives it."""
-        if max_tokens < 1:
-            raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
-        vocab, place = self.backbone.vocab, self.device
-        given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
-        prompts = [check_tokens(tokens, vocab).to(place) for tokens in given]
-        waves = rows_of(audio, len(prompts), "recordings")
-        places = spread("audio_at", audio_at, len(prompts))
-        for tokens, at in zip(prompts, places, strict=True):
-            if not 0 <= at <= len(tokens):
-                raise SpecError(f"audio_at is {at}, but the prompt has {len(tokens)} tokens")
-        drawn = torch.tensor(spread("seeds", seeds, len(prompts)), device=place)
-        answer = begin(rows_of(draft, len(prompts), "drafts"), max_tokens, vocab).to(place)
+    def _open(self, asked: Asked) -> tuple[Canvas, Denoiser]:
+        """Listen, and lay out the canvas with the call that drives it."""
+        rate, most = self.encoder.sample_rate, getattr(self.backbone, "context", None)
         with torch.no_grad():
-            heard = self._hear(waves)
-            for tokens, sound, wave in zip(prompts, heard, waves, strict=True):
-                seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
+            heard = self._hear(asked.waves)
+            for tokens, sound, wave in zip(asked.prompts, heard, asked.waves, strict=True):
                 count = 0 if sound is None else len(sound)
-                most = getattr(self.backbone, "context", None)
-                check_context(len(tokens), count, max_tokens, seconds, most)
-            embed = self.backbone.embed
-            embeds, text = interleave(prompts, heard, places, embed)
-            canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=drawn)
+                seconds = 0.0 if wave is None else len(wave) / rate
+                check_context(len(tokens), count, asked.answer.shape[1], seconds, most)
+            canvas = lay_out(self.backbone, asked, heard)
         return canvas, Denoiser(self.backbone, canvas)
 
     def _hear(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any]], Any]
-"""From a request's body to a text, or to (status, headers, body)."""
+"""From a request's body to a text, given as often as it asks for, or to (status, headers, body)."""
 
 
 class ChatServer:
@@ -46,8 +46,7 @@ class ChatServer:
         said = self.answer(body)
         if not isinstance(said, str):
             return said
-        choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        return 200, {}, json.dumps({"choices": [choice]})
+        return 200, {}, completion(said, body.get("n", 1))
 
     def __enter__(self) -> ChatServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -58,6 +57,12 @@ class ChatServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def completion(said: str | None, count: int = 1, reason: str = "stop") -> str:
+    """A completion's JSON, with a text so many times."""
+    choice = {"message": {"role": "assistant", "content": said}, "finish_reason": reason}
+    return json.dumps({"choices": [choice] * count})
 
 
 def last(body: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from families import CONFIGS
+from hearing import hear, noise
 
 from diffa.encoders.pretrained import FAMILIES, Pretrained
 from diffa.errors import AudioError, CheckpointError, SpecError
@@ -44,19 +45,6 @@ class TestOmni(EncoderSuite):
 class TestAst(EncoderSuite):
     name = "pretrained"
     options = {"config": CONFIGS["ast"] | {"max_length": 128}}
-
-
-def noise(samples, seed=0):
-    return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) * 0.1
-
-
-@torch.no_grad()
-def hear(encoder, *waves, garbage=0.0):
-    lengths = torch.tensor([len(wave) for wave in waves])
-    audio = torch.full((len(waves), int(lengths.max())), garbage)
-    for row, wave in enumerate(waves):
-        audio[row, : len(wave)] = wave
-    return encoder(audio, lengths)
 
 
 def library(name, encoder=None):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torchaudio
+from hearing import hear, noise
 
 from diffa.encoders.filterbank import FilterBank
 from diffa.encoders.pieces import cut
@@ -43,19 +44,6 @@ class TestStack(EncoderSuite):
 class TestTimm(EncoderSuite):
     name = "timm"
     options = {"model": "resnet10t", "mels": 32, "seconds": 0.64}
-
-
-def noise(samples, seed=0):
-    return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) * 0.1
-
-
-@torch.no_grad()
-def hear(encoder, *waves, garbage=0.0):
-    lengths = torch.tensor([len(wave) for wave in waves])
-    audio = torch.full((len(waves), int(lengths.max())), garbage)
-    for row, wave in enumerate(waves):
-        audio[row, : len(wave)] = wave
-    return encoder(audio, lengths)
 
 
 @pytest.fixture(params=MAKERS, scope="module")

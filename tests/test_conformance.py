@@ -58,6 +58,11 @@ class TestConvOfAnotherStride(AdapterSuite):
     options = {"stride": 3, "relu": False}
 
 
+class TestNumberedConv(AdapterSuite):
+    name = "conv"
+    options = {"numbered": 4}
+
+
 class TestQFormer(AdapterSuite):
     name = "qformer"
     options = {"queries": 5, "ffn": 16, "dropout": 0.0, "taps": 2}

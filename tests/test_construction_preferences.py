@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, last
 
-from diffa.data.construction.endpoint import Endpoint
 from diffa.data.construction.nano_preferences import SOURCE, corrupt, pairs
 from diffa.data.construction.preferences import Pools, from_labels, from_writer
 from diffa.data.construction.preferences import corrupt as corrupt_row
+from diffa.data.construction.remote import Remote
 from diffa.data.nano.corpus import Example
 from diffa.data.nano.questions import WEIGHTS, answer_to, caption
 from diffa.data.nano.scenes import Labels
 from diffa.data.nano.sounds import Melody
 from diffa.data.sample import Fault
+from diffa.endpoint import Endpoint
 
 SPOKEN = Labels(
     (3, 7, 7), ((0.1, 0.4), (0.5, 0.8), (0.9, 1.2)), ("a", "a", "b"), ("man", "man", "woman"),
@@ -200,7 +201,7 @@ def forger(body: dict[str, Any]) -> str:
 def by_endpoint(answer: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
     faults: list[Fault] = []
     with ChatServer(answer) as server:
-        writer = Endpoint(server.url, "qwen3_32b", wait=0.01, attempts=2, key="")
+        writer = Remote(Endpoint(server.url, "qwen3_32b", wait=0.01, attempts=2, key=""))
         made = from_writer(rows, writer, faults, **options)
     return made, faults, server.asked
 

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, last
+from chat_server import ChatServer, completion, last
 from toy import spec, write_tokenizer
 
 import diffa
 from diffa.data.construction.captions import answer_rows, caption, rewrite, tidy, unfit
-from diffa.data.construction.endpoint import Endpoint
 from diffa.data.construction.models import Backbone, Local
+from diffa.data.construction.remote import Remote
 from diffa.data.construction.writers import Kept, Reply, conversation, write_all
 from diffa.data.sample import DataError, Fault
+from diffa.endpoint import Endpoint
 from diffa.errors import SpecError
 
 QUESTION = "What can you hear from the audio?"
 
 
-def endpoint(server: ChatServer, **options: Any) -> Endpoint:
-    return Endpoint(server.url, "qwen", **{"wait": 0.01, "key": ""} | options)
+def remote(server: ChatServer, attempts: int = 6, **options: Any) -> Remote:
+    return Remote(Endpoint(server.url, "qwen", wait=0.01, attempts=attempts), **options)
 
 
 def a_row(number: int) -> dict[str, Any]:
@@ -40,40 +41,8 @@ def a_row(number: int) -> dict[str, Any]:
 def test_replies_come_in_order_however_they_arrive() -> None:
     with ChatServer(lambda body: f"<{last(body)}>") as server:
         asked = [conversation(str(number)) for number in range(20)]
-        replies = write_all(endpoint(server, workers=5), asked)
+        replies = write_all(remote(server, workers=5), asked)
     assert [reply.text for reply in replies] == [f"<{number}>" for number in range(20)]
-
-
-def test_the_request_carries_model_sampling_and_key() -> None:
-    with ChatServer(lambda body: "yes") as server:
-        writer = endpoint(server, sampling={"temperature": 0.3}, key="secret")
-        write_all(writer, [conversation("hello", "Be brief.")])
-    (body,) = server.asked
-    assert body["model"] == "qwen" and body["temperature"] == 0.3
-    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
-    assert server.keys == ["Bearer secret"]
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_is_tried_again(status: int) -> None:
-    left = [2]
-
-    def answer(body: dict[str, Any]) -> Any:
-        left[0] -= 1
-        return (status, {"Retry-After": "0.01"}, "{}") if left[0] >= 0 else "at last"
-
-    with ChatServer(answer) as server:
-        assert write_all(endpoint(server), [conversation("a")]) == [Reply("at last")]
-    assert len(server.asked) == 3
-
-
-@pytest.mark.parametrize("told", ["nonsense", "{}", '{"choices": []}', '"text"'])
-def test_what_is_no_completion_is_tried_again_and_then_told(told: str) -> None:
-    with (
-        ChatServer(lambda body: (200, {}, told)) as server,
-        pytest.raises(DataError, match="no answer in 3 attempts"),
-    ):
-        write_all(endpoint(server, attempts=3), [conversation("a")])
 
 
 def test_a_refused_conversation_harms_no_other() -> None:
@@ -82,7 +51,7 @@ def test_a_refused_conversation_harms_no_other() -> None:
         return refused if last(body) == "1" else "fine"
 
     with ChatServer(answer) as server:
-        replies = write_all(endpoint(server), [conversation(str(n)) for n in range(3)])
+        replies = write_all(remote(server), [conversation(str(n)) for n in range(3)])
     assert [reply.text for reply in replies] == ["fine", "", "fine"]
     assert "too long" in replies[1].fault
     assert len(server.asked) == 3  # it would be refused again
@@ -95,48 +64,38 @@ def test_a_refused_key_or_model_stops_at_once(status: int) -> None:
         ChatServer(lambda body: refusal) as server,
         pytest.raises(DataError, match=r"refuses model 'qwen'.*who are you"),
     ):
-        write_all(endpoint(server, workers=1), [conversation(str(n)) for n in range(50)])
+        write_all(remote(server, workers=1), [conversation(str(n)) for n in range(50)])
     assert len(server.asked) < 5
 
 
-def test_nobody_there_is_said_with_what_to_do() -> None:
-    with ChatServer(lambda body: "") as server:
-        pass
-    with pytest.raises(DataError, match="Is it running"):
-        write_all(Endpoint(server.url, "m", wait=0.0, attempts=2), [conversation("a")])
+def test_an_endpoint_that_stays_away_stops_the_run() -> None:
+    with (
+        ChatServer(lambda body: (503, {}, "")) as server,
+        pytest.raises(DataError, match=r"2 attempts.*run the same again to go on"),
+    ):
+        write_all(remote(server, attempts=2), [conversation(str(n)) for n in range(3)])
 
 
 def test_silence_and_cut_replies_are_faults() -> None:
-    cut = {"message": {"content": "and then"}, "finish_reason": "length"}
-    with ChatServer(lambda body: (200, {}, json.dumps({"choices": [cut]}))) as server:
-        (reply,) = write_all(endpoint(server), [conversation("a")])
+    cut = completion("and then", reason="length")
+    with ChatServer(lambda body: (200, {}, cut)) as server:
+        (reply,) = write_all(remote(server), [conversation("a")])
     assert "raise max_tokens" in reply.fault
     with ChatServer(lambda body: "  ") as server:
-        (reply,) = write_all(endpoint(server), [conversation("a")])
+        (reply,) = write_all(remote(server), [conversation("a")])
     assert "said nothing" in reply.fault
 
 
-def test_requests_keep_to_a_rate() -> None:
-    import time
-
-    with ChatServer(lambda body: "x") as server:
-        begin = time.monotonic()
-        write_all(endpoint(server, per_minute=1200), [conversation(str(n)) for n in range(5)])
-        assert time.monotonic() - begin >= 4 * 0.05
-
-
-def test_wrong_options_are_refused() -> None:
-    with pytest.raises(DataError, match="begins with"):
-        Endpoint("localhost:8000", "m")
-    with pytest.raises(DataError, match="at least 1"):
-        Endpoint("http://localhost:8000", "m", workers=0)
+def test_nobody_to_ask_with_is_refused() -> None:
+    with pytest.raises(SpecError, match="at least 1"):
+        Remote(Endpoint("http://localhost:8000", "m"), workers=0)
 
 
 def test_kept_replies_are_not_asked_for_again(tmp_path: Path) -> None:
     with ChatServer(lambda body: f"<{last(body)}>") as server:
-        first = Kept(endpoint(server), tmp_path)
+        first = Kept(remote(server), tmp_path)
         write_all(first, [conversation("a"), conversation("b")])
-        second = Kept(endpoint(server), tmp_path)
+        second = Kept(remote(server), tmp_path)
         replies = write_all(second, [conversation("b"), conversation("c"), conversation("a")])
     assert [reply.text for reply in replies] == ["<b>", "<c>", "<a>"]
     assert len(server.asked) == 3 and second.found == 2
@@ -145,7 +104,7 @@ def test_kept_replies_are_not_asked_for_again(tmp_path: Path) -> None:
 def test_other_sampling_is_another_reply(tmp_path: Path) -> None:
     with ChatServer(lambda body: str(body.get("temperature"))) as server:
         for heat in (0.1, 0.9, 0.1):
-            writer = Kept(endpoint(server, sampling={"temperature": heat}), tmp_path)
+            writer = Kept(remote(server, sampling={"temperature": heat}), tmp_path)
             assert write_all(writer, [conversation("a")]) == [Reply(str(heat))]
     assert len(server.asked) == 2
 
@@ -155,12 +114,12 @@ def test_a_stopped_run_keeps_what_was_answered(tmp_path: Path) -> None:
         return (401, {}, "{}") if last(body) == "3" else "fine"
 
     with ChatServer(answer) as server:
-        writer = Kept(endpoint(server, workers=1), tmp_path)
+        writer = Kept(remote(server, workers=1), tmp_path)
         with pytest.raises(DataError):
             write_all(writer, [conversation(str(n)) for n in range(6)])
         server.answer = lambda body: "later"
         replies = write_all(
-            Kept(endpoint(server), tmp_path), [conversation(str(n)) for n in range(6)]
+            Kept(remote(server), tmp_path), [conversation(str(n)) for n in range(6)]
         )
     assert [reply.text for reply in replies][:3] == ["fine"] * 3
     assert "Bearer" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
@@ -169,7 +128,7 @@ def test_a_stopped_run_keeps_what_was_answered(tmp_path: Path) -> None:
 def test_captions_are_written_from_the_bracketed_line() -> None:
     faults: list[Fault] = []
     with ChatServer(lambda body: f"A woman: {last(body).split()[3]}.") as server:
-        rows = caption([a_row(0), a_row(1)], endpoint(server), [QUESTION], faults)
+        rows = caption([a_row(0), a_row(1)], remote(server), [QUESTION], faults)
     assert [row["target"] for row in rows] == ["A woman: 0.", "A woman: 1."]
     assert {row["input"] for row in rows} == {QUESTION} and not faults
     assert "[00:00-00:01] hello 0 (Gender: female)" in last(
@@ -179,7 +138,7 @@ def test_captions_are_written_from_the_bracketed_line() -> None:
 
 def test_several_questions_make_several_rows_with_ids_of_their_own() -> None:
     with ChatServer(lambda body: "Rain.") as server:
-        rows = caption([a_row(0), a_row(1)], endpoint(server), ["What?", "Who?"], [])
+        rows = caption([a_row(0), a_row(1)], remote(server), ["What?", "Who?"], [])
     assert [row["audio_id"] for row in rows] == ["clip-0-0", "clip-0-1", "clip-1-0", "clip-1-1"]
 
 
@@ -221,7 +180,7 @@ def test_what_a_reasoner_thinks_is_cut_off() -> None:
 
 def test_rewriting_sends_question_and_answer_and_keeps_the_question() -> None:
     with ChatServer(lambda body: last(body).partition("Answer: ")[2].upper()) as server:
-        (row,) = rewrite([a_row(0)], endpoint(server), [])
+        (row,) = rewrite([a_row(0)], remote(server), [])
     assert (row["input"], row["target"]) == (a_row(0)["input"], "HELLO")
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from hearing import hear
 from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -31,15 +32,6 @@ def tiny():
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def hear(encoder, *waves, garbage=0.0):
-    lengths = torch.tensor([len(wave) for wave in waves])
-    audio = torch.full((len(waves), int(lengths.max())), garbage)
-    for row, wave in enumerate(waves):
-        audio[row, : len(wave)] = wave
-    return encoder(audio, lengths)
 
 
 def small_config(**changes):

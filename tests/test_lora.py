@@ -13,8 +13,9 @@ from conftest import GOLDEN, golden_spec
 from safetensors.torch import load_file
 
 import diffa
-from diffa.backbones.lora import layers
+from diffa.backbones.lora import adapt, layers
 from diffa.errors import CheckpointError, SpecError
+from diffa.trainers.parts import quieten, release
 
 LLADA = {
     "d_model": 32, "n_heads": 2, "n_layers": 2, "mlp_hidden_size": 48, "vocab_size": 50,
@@ -84,6 +85,59 @@ def test_pairs_are_saved_with_the_model_and_folded_in_on_request(name: str, tmp_
     assert torch.allclose(said(folded), said(model), atol=1e-4)
     diffa.save(folded, tmp_path / "folded")
     assert torch.equal(said(diffa.load(tmp_path / "folded")), said(folded))
+
+
+def adapted(**lora: Any) -> Any:
+    """A linear layer with a pair, and something to say for it."""
+    body = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
+    adapt(body, {"targets": ["0"], **lora})
+    ((_, layer),) = layers(body)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.1)
+    return layer
+
+
+def test_a_pair_counts_alpha_over_rank_times() -> None:
+    layer, x = adapted(rank=4, alpha=8.0).eval(), torch.randn(3, 6)
+    change = layer.lora_B["default"](layer.lora_A["default"](x))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 8 / 4 * change)
+
+
+def test_dropout_is_in_training_before_the_pairs_alone() -> None:
+    layer, x = adapted(rank=4, dropout=0.5), torch.ones(256, 6)
+    assert layer.lora_dropout["default"].p == 0.5
+    assert layer.train()(x).unique(dim=0).shape[0] > 8  # rows are alike until inputs are dropped
+    assert layer.eval()(x).unique(dim=0).shape[0] == 1
+    none = adapted(rank=4, dropout=0.0)
+    assert torch.equal(none.train()(x), none.eval()(x))
+
+
+def test_pairs_are_drawn_from_their_own_seed() -> None:
+    before = torch.get_rng_state()
+    torch.nn.Linear(6, 5, bias=False)  # as the layer itself draws
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    one, same, other = adapted(seed=1), adapted(seed=1), adapted(seed=2)
+    torch.set_rng_state(before)
+    adapted(seed=1)
+    assert torch.equal(torch.get_rng_state(), after)
+    one, same, other = (layer.lora_A["default"].weight for layer in (one, same, other))
+    assert torch.equal(one, same) and not torch.allclose(one, other, atol=1e-2)
+
+
+def test_pairs_that_have_learned_count_in_a_stage_where_they_do_not_learn() -> None:
+    model = diffa.build(spec(rank=4, dropout=0.5))
+    stir(model)
+    due = said(model)
+    release(model, ["adapters"])
+    quieten(model.train())
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert torch.equal(said(model), due)  # neither asleep nor dropped out
+    release(model, ["backbone.lora"])
+    quieten(model.train())
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learning and all(".lora_" in name for name in learning)
+    assert not torch.allclose(said(model), due, atol=1e-3)
 
 
 def golden2(**lora: Any) -> Any:

@@ -185,6 +185,19 @@ def test_a_process_that_dies_is_replaced_and_its_shard_done_again(forked, tmp_pa
 
 
 @pytest.mark.forks
+def test_a_process_that_dies_between_two_shards_is_replaced(forked, tmp_path, monkeypatch):
+    monkeypatch.setattr(Dying, "times", 0)
+    done = []
+    for written in pool.run_pool(None, tmp_path, range(6), 2):
+        if not done:  # one of them waits for its next shard now
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        done.append(written.shard)
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.forks
 def test_a_shard_that_kills_every_process_ends_the_run(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(Dying, "times", 9)
     with pytest.raises(SpecError, match="shard 2 has ended 3 processes"):
@@ -210,10 +223,12 @@ def test_a_worker_that_is_killed_changes_nothing(whole, manifest, saved, tmp_pat
     script.write_text(code)
     made = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE)
     until = time.monotonic() + 600
-    while len(found := children(made.pid)) < 2:
+    while not contents(tmp_path / "run"):  # both are at work from here on
         assert time.monotonic() < until and made.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
+    found = children(made.pid)
     os.kill(found[0], signal.SIGKILL)
+    assert len(found) == 2 and len(contents(tmp_path / "run")) < 6, "it was over before"
     assert made.wait(600) == 0, made.stderr.read().decode()
     assert contents(tmp_path / "run") == contents(whole)
 

@@ -47,8 +47,26 @@ def test_it_writes_down_short_utterances_and_needs_their_audio(nano, asked) -> N
     waves = [sample.audio for sample in asked]
     heard = error(nano, asked, waves)
     shuffled = error(nano, asked, waves[5:] + waves[:5])
-    assert heard < 0.35
+    assert heard < 0.1
     assert shuffled > 2 * heard
+
+
+def letters(model: diffa.Model, samples: list, waves: list[torch.Tensor]) -> float:
+    written = model.answer(waves, [s.question for s in samples], max_tokens=8).text
+    pairs = zip(written, samples, strict=True)
+    return sum(text[:2] == s.target[:2] for text, s in pairs) / len(samples)
+
+
+@needs_fsdd
+def test_it_writes_the_letter_of_the_right_choice_and_needs_the_audio_for_it(nano) -> None:
+    kinds = ["gender", "sound", "count", "place", "largest"]
+    source = Nano(split="test", seed=32, count=160, kinds=kinds, synthetic=False)
+    samples = [s for s in (source[i] for i in range(160)) if s.target[1:2] == "."][:48]
+    waves = [sample.audio for sample in samples]
+    heard = letters(nano, samples, waves)
+    shuffled = letters(nano, samples, waves[7:] + waves[:7])
+    assert heard > 0.7
+    assert shuffled < heard - 0.2  # among four choices of which some are likelier: not .25
 
 
 def test_silence_is_no_digit(nano) -> None:

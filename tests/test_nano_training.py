@@ -1,21 +1,25 @@
 """What helps small language models: packed questions, a start that copies, hints."""
 
+import pytest
 import torch
 
 import diffa
+from diffa.adapters.conv import Conv
+from diffa.adapters.numbering import Numbering
 from diffa.data.collate import Collate
-from diffa.data.nano.hints import FIELDS, NONE, of_row, of_script, spoken_words
+from diffa.data.nano.hints import Hint, hints, spoken_words
 from diffa.data.nano.words import BLANK
 from diffa.data.rows import Answering
 from diffa.data.sample import Sample
 from diffa.data.sources import NanoText
 from diffa.inputs import read
-from diffa.trainers.auxiliary import Saying, Script
+from diffa.memory import Context
+from diffa.trainers.auxiliary import Saying, Script, number, numbered
 from diffa.trainers.hints import Hinting, chosen
 from diffa.trainers.learner import Answers
 from diffa.trainers.packing import Packing
-from diffa.trainers.start import at, nearest, side, start
-from diffa.types import Embeds
+from diffa.trainers.start import _looking, start
+from diffa.types import Embeds, Features, FeatureSpec
 
 CONFIG = {
     "d_model": 64, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 96,
@@ -27,6 +31,16 @@ CONFIG = {
 def small() -> diffa.Model:
     backbone = {"name": "llada", "config": CONFIG, "tokenizer": "package:nano/llada"}
     return diffa.build(diffa.Spec.read("tiny").set("backbone", backbone))
+
+
+def causal() -> diffa.Model:
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "intermediate_size": 96, "vocab_size": 600, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    backbone = {"name": "llama", "config": config, "tokenizer": "package:nano/llada"}
+    kept = {key: diffa.Spec.read("tiny").data[key] for key in ("encoder", "adapters", "prompt")}
+    return diffa.build({**kept, "backbone": backbone})
 
 
 def batch_of(model: diffa.Model, samples: list[Sample]):
@@ -54,6 +68,14 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
         ]  # fmt: skip
     for i, size in enumerate(batch.sizes.tolist()):
         torch.testing.assert_close(packed[i, :size], alone[i][0, :size], atol=1e-5, rtol=1e-4)
+        # by hand: the prompt's beginning and the recording, then what sees them and itself
+        words, at = table(batch.tokens[i, :size]), int(batch.audio_at[i])
+        values = torch.cat([words[:at], heard[i], words[at:]])[None]
+        slots, shared = torch.arange(values.shape[1])[None], at + len(heard[i])
+        with torch.no_grad():
+            hidden = model.backbone(values, slots, Context(branch=(slots >= shared).long()))[0]
+        expected = torch.cat([hidden[:at], hidden[shared:]])
+        torch.testing.assert_close(packed[i, :size], expected, atol=1e-5, rtol=1e-4)
     whole = read(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
     assert whole.shape == packed.shape
     assert not torch.allclose(whole[0], packed[0])  # there the recording sees the question
@@ -68,71 +90,72 @@ def test_several_questions_share_one_pass_of_the_adapters() -> None:
     parts = Answers(model, script=script)(batch)
     assert len(calls) == 1 and len(batch.tokens) == 3
     assert torch.isfinite(parts.sum)
+    # apart, the recording sees the question: another reading
+    packed = Answers(model, script=script, packed=True)(batch)
+    assert abs(float(packed.sum.detach() - parts.sum.detach())) > 1e-5
 
 
-def test_heads_begin_where_they_are_aimed() -> None:
-    from diffa.trainers.start import _fitted
-
-    frequencies = 1000.0 ** (-torch.arange(0, 32, 2) / 32)
+@pytest.mark.parametrize("offset", [1, -1, 2, -2])
+def test_heads_begin_where_they_are_aimed(offset: int) -> None:
+    frequencies = 500_000.0 ** (-torch.arange(0, 32, 2) / 32)
     offsets = torch.arange(-40, 41).float()
-
-    def scores(kernel):
-        query, key = _fitted(frequencies, kernel)
-        angles = offsets[:, None] * frequencies
-        even, odd = query[:16] * key[:16], query[:16] * key[16:]
-        return (even * angles.cos() + odd * angles.sin()).sum(1)
-
-    assert int(offsets[scores(at(1)).argmax()]) == 1
-    assert int(offsets[scores(at(-1)).argmax()]) == -1
-    back = scores(side(1))
-    assert (back[offsets >= 4] > 0.4).all() and (back[offsets <= -4] < -0.4).all()
-    near = scores(nearest(1))
-    assert near[offsets >= 2].min() > near[offsets <= -2].max()
+    query, key = _looking(offset, frequencies)
+    angles = offsets[:, None] * frequencies
+    even, odd = query[:16] * key[:16], query[:16] * key[16:]
+    scores = (even * angles.cos() + odd * angles.sin()).sum(1) / 32**0.5
+    best = scores.argsort(descending=True)
+    assert int(offsets[best[0]]) == offset
+    assert scores[best[0]] - scores[best[1]] > 2  # the head looks there and hardly anywhere else
 
 
 def test_a_started_backbone_says_what_it_attends_to() -> None:
     model = small()
     inner = model.backbone.transformer
-    start(inner, chosen(["one", "two"], model.backbone.tokenizer), seed=0)
+    start(inner, seed=0)
     block = inner.blocks[0]
     product = block.attn_out.weight @ block.v_proj.weight
     torch.testing.assert_close(product, 0.5 * torch.eye(64), atol=1e-5, rtol=0)
     assert torch.equal(inner.ff_out.weight, 0.15 * inner.wte.weight)
 
 
-def test_hints_tell_which_word_and_what_is_around_it() -> None:
-    script = ["british", "man", BLANK, "four", "four", BLANK, "nine", BLANK, BLANK]
-    found = of_script(script, 2)
-    number, previous, before, after = found[:, :4].T.tolist()
-    assert number == [NONE, NONE, 0, 1, 1, 0, 2, 0, 0]
-    assert (previous[6], before[6], after[6]) == (4, 10, 10)
-    assert (previous[3], after[3]) == (10, 9)
-    assert spoken_words(script, 2) == ["four", "nine"]
-
-
-def test_hints_tell_the_right_choice_and_the_words_that_are_copied() -> None:
+def test_hints_tell_which_spoken_word_is_copied() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
-    asked = ["Which", "?", "A", ".", "four", "B", ".", "nine", "<|eot_id|>", *head]
-    choice = of_row([*asked, "B", ".", "nine", "<|eot_id|>"], ["four", "nine"])
-    letters = list(FIELDS).index("letter")
-    assert choice[4, letters:].tolist() == [0, 0] and choice[7, letters:].tolist() == [1, 1]
-    told = of_row(["Write", *head, "four", "nine", "<|eot_id|>"], ["four", "nine"])
-    assert told[-3:, 0].tolist() == [1, 2, 0]
-    third = of_row(["the", "second", "?", *head, "nine", "<|eot_id|>"], ["four", "nine"])
-    assert third[-2:, 0].tolist() == [2, NONE]
-    count = of_row(["How", "many", "?", *head, "nine", "<|eot_id|>"], ["four", "nine"])
-    assert (count == NONE).all()  # two words are said: "nine" is no copy
+    said = spoken_words(["british", "man", BLANK, "four", "four", BLANK, "nine"], 2)
+    assert said == ["four", "nine"]
+    told = hints(["Write", *head, "four", "nine", "<|eot_id|>"], said)
+    assert told == [
+        Hint(5, "number", "first"), Hint(6, "number", "second"), Hint(7, "number", BLANK)
+    ]  # fmt: skip
+    second = hints(["the", "second", "?", *head, "nine", "<|eot_id|>"], said)
+    assert second == [Hint(7, "number", "second")]
+    # two words are said: "nine" is no copy
+    assert not hints(["How", "many", "?", *head, "nine", "<|eot_id|>"], said)
+    caption = ["a", "man", "says", "four", "nine", "over", "nine", "."]
+    words = [hint.word for hint in hints([*head, *caption], said)]
+    assert words == [BLANK, BLANK, BLANK, "first", "second", BLANK, BLANK, BLANK]
 
 
-def test_hints_are_learned_from_the_middle_of_a_packed_backbone() -> None:
+def test_hints_put_letters_beside_choices_and_the_word_before_its_letter() -> None:
+    head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
+    asked = ["Which", "?", "A", ".", "four", "B", ".", "twenty", "nine", "<|eot_id|>", *head]
+    found = hints([*asked, "B", ".", "twenty", "nine", "<|eot_id|>"], ["four"])
+    assert found == [
+        Hint(4, "letter", "A"), Hint(7, "letter", "B"), Hint(8, "letter", "B"),
+        Hint(14, "word", "twenty", source=7),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llada", "llama"])
+def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None:
     torch.manual_seed(0)
-    model = small()
-    batch = batch_of(model, [NanoText(questions=3, kinds=("transcribe",))[i] for i in range(4)])
+    model = small() if name == "llada" else causal()
+    model.backbone.requires_grad_(True)
+    batch = batch_of(model, [NanoText(questions=6)[i] for i in range(4)])
     hinting = Hinting(model.backbone, layer=3, weight=0.3)
     learner = Answers(model, script=Script(model.backbone.embed), packed=True, hinting=hinting)
     optimizer = torch.optim.AdamW(learner.parameters(), 3e-3)
     seen = []
-    for _ in range(20):
+    for _ in range(25):
         parts = learner(batch)
         loss = parts.extra / parts.weight
         seen.append(loss.item())
@@ -140,7 +163,11 @@ def test_hints_are_learned_from_the_middle_of_a_packed_backbone() -> None:
         loss.backward()
         optimizer.step()
     assert seen[-1] < 0.6 * seen[0]
-    assert all(p.grad is None or not p.grad.any() for p in model.backbone.head.parameters())
+    last = model.backbone.transformer.blocks[3]
+    size = model.backbone.transformer.shape.head
+    grad = last.q_proj.weight.grad
+    assert grad[-size:].any() and not grad[:-size].any()  # the head that is taught to look
+    assert not any(p.grad is not None and p.grad.any() for p in model.backbone.head.parameters())
 
 
 def test_a_pull_draws_what_is_said_to_the_word_itself() -> None:
@@ -177,3 +204,64 @@ def test_a_word_in_several_slots_is_pulled_into_one() -> None:
     sure = torch.tensor([[0.9, 0.6, 0.8, 0.7, 0.9, 0.5, 0.5]])
     cosines = torch.zeros(1, 7, 3).scatter(2, said[:, :, None], sure[:, :, None])
     assert _peaks(cosines).tolist() == [[0, 0, 2, 0, 0, 2, 1]]
+
+
+def test_scripts_and_adapters_number_the_same_words() -> None:
+    numbering = Numbering(5, 3)
+    word, none = torch.eye(5)[0], torch.eye(5)[4]
+    number(type("Adapter", (), {"numbering": numbering})(), 10 * torch.eye(5)[1:4], none)
+    values = torch.stack([none, word, none, word, word, none, word, word])[None]
+    inside = torch.arange(8)[None] < 7
+    found = (numbering(values, inside) - values)[0]
+    places = [0, 1, 0, 2, 2, 0, 3, 0]  # the last slot is none of the recording's
+    wanted = torch.stack([10 * torch.eye(5)[place] * (place > 0) for place in places])
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+    script = torch.tensor([[9, 0, 7, 0, 5, 5, 0, 7]])
+    assert numbered(script, torch.tensor([1]), 0).tolist() == [[0, 0, 1, 0, 2, 2, 0, 3]]
+
+
+def test_a_numbering_stops_counting_at_its_last_number() -> None:
+    numbering = Numbering(2, 2)
+    with torch.no_grad():
+        numbering.gate.weight.zero_()
+        numbering.gate.bias.fill_(50.0)
+        numbering.table.copy_(torch.tensor([[1.0, 0], [0, 1.0]]))
+    apart = torch.tensor([[True, False] * 4])
+    found = numbering(torch.zeros(1, 8, 2), apart)
+    assert found[0, ::2].tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
+    assert not found[0, 1::2].any()
+
+
+def test_a_script_adds_its_numbers_and_saying_reads_without_them() -> None:
+    model = small()
+    numbers = chosen(["first", "second"], model.backbone.tokenizer)
+    script = Script(model.backbone.embed, numbers=numbers).eval()
+    ids = torch.tensor([[7, 8, 9]])
+    states = torch.stack([ids, torch.tensor([[0, 1, 2]])], dim=2)
+    three = torch.tensor([3])
+    said = script(Features((states,), three, three)).values[0]
+    bare = model.backbone.embed(ids)[0]
+    torch.testing.assert_close(said[0], bare[0])
+    torch.testing.assert_close(said[1:] - bare[1:], model.backbone.embed(torch.tensor(numbers)))
+
+    adapter = Conv(FeatureSpec(8, 1, 50.0, 2), 64, numbered=2)
+    speaker = type("M", (), {"adapters": {"semantic": adapter}})()
+    saying = Saying(model.backbone.embed, {"semantic": 1.0}, blank=6, pull=1.0)
+    features = Features((torch.randn(1, 40, 8),), torch.tensor([40]), torch.tensor([40]))
+    with saying.listening(speaker) as heard:
+        out = adapter(features)
+    assert not torch.allclose(heard["semantic"].values, out.values)
+    loss = saying.loss(heard, [{"semantic": torch.tensor([7, 8])}])
+    loss.backward()
+    assert adapter.numbering.gate.weight.grad.any()  # taught where words are
+    assert adapter.numbering.table.grad is None  # CTC does not read the numbers
+
+
+def test_a_script_has_one_token_per_word_and_blank() -> None:
+    model = small()
+    sample = NanoText()[0]
+    batch = batch_of(model, [sample])
+    words = sample.script.split(" ")
+    said = [model.backbone.tokenizer.decode([token]).strip() for token in batch.script[0].tolist()]
+    assert said == words
+    assert batch.spoken_from.tolist() == [sample.spoken_from]

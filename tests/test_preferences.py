@@ -42,6 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["chosen"] = "not read"
         row["rejected"] = "three four five"
         row["dpo_source"] = "toy"
+    rows[2]["rejected"] = "three four five three four five"
     (place / "pairs.json").write_text(json.dumps(rows))
     return place
 
@@ -104,6 +105,15 @@ def test_answers_draw_by_their_own_seeds_and_apart_from_the_reference() -> None:
     assert torch.equal(other[:, 0], drawn(rule, [5, 6]).view(8, 2, 12)[:, 0])
     assert not torch.equal(other[:, 1], drawn(rule, [5, 6]).view(8, 2, 12)[:, 1])
     assert not torch.equal(drawn(rule, [5, 6]), drawn(rule, [5, 6], apart=True))
+
+
+def test_a_draw_weighs_one_over_the_share_it_hides_and_at_most_one_over_eps() -> None:
+    tokens, answer, seeds = torch.zeros(1, 8).long(), torch.ones(1, 8).bool(), torch.tensor([5])
+    for eps, most in ((1e-3, 8.0), (0.25, 4.0)):
+        noised = VRPO(VOCAB, samples=60, eps=eps).draws(tokens, answer, seeds)
+        due = (8 / noised.masked.sum(1, keepdim=True)).clamp(max=most).expand(60, 8)
+        torch.testing.assert_close(noised.weights[noised.masked], due[noised.masked])
+        assert float(noised.weights.max()) == most
 
 
 def test_a_pair_costs_what_the_paper_says() -> None:
@@ -181,8 +191,10 @@ def test_the_reference_stays_and_comes_back(world: Path) -> None:
 def test_a_pair_is_measured_alike_alone_and_beside_longer_ones(world: Path) -> None:
     learner = policy(world, samples=3)
     move(learner)
-    both = learner(batch(world, learner.model, [0, 1])).notes
-    alone = [learner(batch(world, learner.model, [i])).notes for i in (0, 1)]
+    together = batch(world, learner.model, [0, 2])
+    assert int(together.sizes[0]) < int(together.sizes[1]) < int(together.sizes[3])
+    both = learner(together).notes
+    alone = [learner(batch(world, learner.model, [i])).notes for i in (0, 2)]
     for name in both:
         assert float(both[name]) == pytest.approx(sum(float(a[name]) for a in alone), abs=2e-3)
 
@@ -199,6 +211,19 @@ def test_gradients_follow_the_margin(world: Path) -> None:
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
     assert sum(float(b.abs().sum()) for _, b in pairs) > 0
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_the_chosen_answers_own_loss_is_per_token_of_theirs(world: Path) -> None:
+    learner = policy(world, samples=2, sft_weight=0.5)
+    made = batch(world, learner.model, [0, 1])
+    noised = learner.model.objective.draws(made.tokens, made.answer, made.seeds)
+    with torch.no_grad():
+        bounds = learner._bounds(made, noised)
+        lengths = made.answer.sum(1)
+        assert lengths[0] != lengths[1] and abs(float(bounds[0] - bounds[1])) > 0.1
+        due = 0.5 * (-bounds[0] / lengths[0] - bounds[2] / lengths[2])
+        assert float(learner(made).extra) == pytest.approx(float(due), rel=1e-5)
+        assert float(policy(world)(made).extra) == 0.0
 
 
 def test_masks_apart_move_the_margin_at_once(world: Path) -> None:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 import diffa
 from diffa.data.sample import DataError
 from diffa.errors import SpecError
-from diffa.trainers import Recipe, Report, run
+from diffa.trainers import Recipe, Report, run, running
 from diffa.trainers.estimate import saved
+from diffa.trainers.parts import learned
 from diffa.trainers.progress import read_log
-from diffa.trainers.setting import read_questions
+from diffa.trainers.setting import Setting, open_data, read_questions
 
 QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
 
@@ -80,18 +81,30 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(*pair) for pair in pairs)
 
 
+BEGINNINGS: dict[str, dict[str, torch.Tensor]] = {}
+"""What learns as every stage of ``second`` begins."""
+
+
 @pytest.fixture(scope="module")
 def second(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """DIFFA-2's whole curriculum, unbroken."""
-    out = tmp_path_factory.mktemp("second") / "run"
-    return out, go("diffa-2", world, out)
+    out, train = tmp_path_factory.mktemp("second") / "run", running._train
+
+    def noted(setting: Any, seen: Any, number: int, start: Path | None) -> Any:
+        name = running.stage_folder(setting, number).name
+        BEGINNINGS[name] = {key: value.clone() for key, value in learned(seen).items()}
+        return train(setting, seen, number, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_train", noted)
+        return out, go("diffa-2", world, out)
 
 
 def test_diffa_1_runs_from_end_to_end(world: Path, tmp_path: Path) -> None:
     report = go("diffa-1", world, tmp_path)
     assert [stage.name for stage in report.stages] == ["transcribe", "instruct"]
-    learned = {name: {part(key) for key in found} for name, found in weights(tmp_path).items()}
-    assert learned == {
+    trained = {name: {part(key) for key in found} for name, found in weights(tmp_path).items()}
+    assert trained == {
         "1-transcribe": {"prompt", "semantic"},
         "2-instruct": {"acoustic", "semantic"},
     }
@@ -101,14 +114,14 @@ def test_diffa_1_runs_from_end_to_end(world: Path, tmp_path: Path) -> None:
 def test_diffa_2_runs_from_end_to_end(world: Path, second: tuple[Path, Report]) -> None:
     out, report = second
     assert [stage.name for stage in report.stages] == ["transcribe", "align", "tune", "prefer"]
-    learned = {name: {part(key) for key in found} for name, found in weights(out).items()}
-    assert learned == {
+    trained = {name: {part(key) for key in found} for name, found in weights(out).items()}
+    assert trained == {
         "1-transcribe": {"prompt", "semantic"},
         "2-align": {"acoustic", "semantic"},
         "3-tune": {"acoustic", "semantic", "lora"},
         "4-prefer": {"acoustic", "semantic", "lora"},
     }
-    logs = {name: read_log(out / name / "log.jsonl") for name in learned}
+    logs = {name: read_log(out / name / "log.jsonl") for name in trained}
     assert logs["4-prefer"][0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     rows = [row for found in logs.values() for row in found if "loss" in row]
     # two short answers may be left whole: such a step asks for nothing and has no accuracy
@@ -122,12 +135,16 @@ def part(key: str) -> str:
 
 def test_each_stage_begins_where_the_last_one_ended(second: tuple[Path, Report]) -> None:
     found = weights(second[0])
-    tuned, preferred = found["3-tune"], found["4-prefer"]
-    assert tuned.keys() == preferred.keys()
-    ups = [key for key in tuned if ".lora_B." in key]
-    assert ups and all(tuned[key].any() for key in ups)
-    moved = max(float((tuned[key] - preferred[key]).abs().max()) for key in tuned)
-    assert 0 < moved < 0.1  # a few steps away, not drawn anew
+    assert list(BEGINNINGS) == list(found)
+    ended: dict[str, torch.Tensor] = {}
+    for name, begun in BEGINNINGS.items():
+        known = begun.keys() & ended.keys()
+        assert known or name == "1-transcribe"
+        assert all(torch.equal(begun[key], ended[key]) for key in known), name
+        assert all(bool((found[name][key] != begun[key]).any()) for key in begun), name
+        ended |= found[name]
+    ups = [key for key in BEGINNINGS["4-prefer"] if ".lora_B." in key]
+    assert ups and all(BEGINNINGS["4-prefer"][key].any() for key in ups)
 
 
 def test_the_trained_model_is_saved_with_its_pairs(
@@ -210,6 +227,8 @@ def test_a_dry_run_of_the_full_scale_says_what_it_takes() -> None:
     # 8 billion weights in bfloat16 and the encoder; fits the 80 GB of the paper's cards
     assert all(16 < e.memory.weights / 2**30 < 20 for e in estimates)
     assert all(e.memory.total < 80e9 for e in estimates)
+    tuned, preferred = estimates[2].memory, estimates[3].memory
+    assert preferred.weights - tuned.weights == 4 * learning[3]  # the reference
 
 
 def test_a_plan_counts_what_is_there(world: Path) -> None:
@@ -226,6 +245,10 @@ def test_a_plan_counts_what_is_there(world: Path) -> None:
     assert 7 * row < align.tokens < 8 * row + 20
     # 0.4 s are 20 frames: four queries, and one embedding of every four frames
     assert align.sounds == 8 * (4 + 5)
+    tune, prefer = found[2], found[3]
+    assert tune is not None and prefer is not None
+    assert prefer.sounds == 2 * align.sounds  # each recording for two answers
+    assert prefer.tokens > 1.9 * tune.tokens
 
 
 def test_activations_are_counted_as_autograd_keeps_them() -> None:
@@ -252,6 +275,14 @@ def test_instructions_come_from_a_file_and_vary(world: Path, tmp_path: Path) -> 
     assert data.at(3, 0.25) == data.at(3, 0.25)
     with pytest.raises(DataError, match=r"questions: .* cannot be read"):
         read_questions("absent.txt", made)
+
+
+def test_a_stage_asks_the_questions_that_it_names(world: Path) -> None:
+    made = Recipe.read("diffa-2").change(small("diffa-2", world))
+    setting = Setting(recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET)
+    (source,), _ = open_data(made.stages[0].data, setting)
+    asked = {source.at(0, step / 50).question for step in range(50)}
+    assert len(asked) > 10 and asked <= set(read_questions("transcribe", made))
 
 
 def test_expectations_are_checked(world: Path) -> None:

@@ -348,14 +348,20 @@ def test_only_listed_hosts_are_fetched_from_and_redirects_are_not_followed(model
     files.shutdown()
 
 
-def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
-    service = Service(model, "tiny", limits=LIMITS)
+def started(service):
+    """A server that a test stops itself, its thread, and a client that asks once."""
     server = configured(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+    return server, thread, client
+
+
+def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
+    service = Service(model, "tiny", limits=LIMITS)
+    server, thread, client = started(service)
     with Slow(model, 0.03), ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, client, recording(), max_tokens=48)
         wait_until(lambda: service.engine.load().running)
@@ -371,12 +377,7 @@ def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
 
 def test_what_is_not_finished_in_time_is_told_so_at_shutdown(model):
     service = Service(model, "tiny", limits=LIMITS._replace(drain=0.3))
-    server = configured(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+    server, thread, client = started(service)
     with Slow(model, 0.05), ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, client, max_tokens=400)
         wait_until(lambda: service.engine.load().running)

@@ -10,6 +10,7 @@ from small import backbone
 
 from diffa.canvas import Canvas
 from diffa.denoise import Denoiser
+from diffa.errors import AudioError, SpecError
 from diffa.inputs import begin, interleave
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.growing import Growing
@@ -231,7 +232,12 @@ class Faulty(Blockwise):
         raise RuntimeError("a fault of this sampler")
 
 
-def test_a_fault_of_one_request_is_not_the_others_(model):
+def logged(caplog, text):
+    """The records that say it, and whether each has a traceback."""
+    return [bool(one.exc_info) for one in caplog.records if text in one.getMessage()]
+
+
+def test_a_fault_of_one_request_is_not_the_others_(model, caplog):
     rng = random.Random(5)
     faulty, good = Faulty(model.backbone.vocab, block=4), made(model, "plain")
     jobs = [job(good, "plain", seed, rng) for seed in range(4)]
@@ -241,11 +247,13 @@ def test_a_fault_of_one_request_is_not_the_others_(model):
     finally:
         engine.close()
     assert isinstance(ends[0], Failed) and "a fault" in str(ends[0].error)
+    assert logged(caplog, "1 requests fail at step 1: RuntimeError") == [True]
+    assert "a fault of this sampler" in caplog.text
     for asked, end in zip(jobs, ends[1:], strict=True):
         assert end.tokens.tolist() == alone(model, asked)[0]
 
 
-def test_a_shared_forward_that_fails_is_tried_one_by_one(model):
+def test_a_shared_forward_that_fails_is_tried_one_by_one(model, caplog):
     rng, sampler = random.Random(6), made(model, "plain")
     jobs = [job(sampler, str(seed), seed, rng, 6) for seed in range(3)]  # a canvas each
     body = model.backbone.forward
@@ -264,6 +272,41 @@ def test_a_shared_forward_that_fails_is_tried_one_by_one(model):
         del model.backbone.forward
     for asked, end in zip(jobs, ends, strict=True):
         assert end.tokens.tolist() == alone(model, asked)[0]
+    told = logged(caplog, "canvases fails, each is tried alone: OutOfMemoryError")
+    assert told and all(told) and len(told) == len(caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("error", "traceback"), [(AudioError("it is silent"), False), (RuntimeError("no ears"), True)]
+)
+def test_a_recording_that_is_not_heard_is_answered_and_logged(model, caplog, error, traceback):
+    def deaf(audio, lengths):
+        raise error
+
+    asked = job(made(model, "plain"), "plain", 0, random.Random(1), 6)
+    model.listen = deaf
+    engine = Engine(model, rows=4)
+    try:
+        (end,) = answered(engine, [asked._replace(wave=torch.randn(160))])
+    finally:
+        engine.close()
+        del model.listen
+    assert end == Failed(error)
+    assert logged(caplog, "a recording of 160 samples is not heard") == [traceback]
+    assert str(error) in caplog.text
+
+
+def test_a_request_that_does_not_fit_is_answered_and_logged(model, caplog):
+    asked = job(made(model, "plain"), "plain", 0, random.Random(1), 6)
+    model.backbone.context = 7
+    engine = Engine(model, rows=4)
+    try:
+        (end,) = answered(engine, [asked._replace(prompt=torch.arange(9), wave=None)])
+    finally:
+        engine.close()
+        del model.backbone.context
+    assert isinstance(end.error, SpecError)
+    assert logged(caplog, f"a request does not begin: {end.error}") == [False]
 
 
 def test_a_closed_engine_ends_what_is_left_and_takes_nothing_new(model):

@@ -22,7 +22,7 @@ if CHROMIUM is None:
 pytest.importorskip("gradio", reason="the page needs the extra ui")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-SOON = 60_000  # milliseconds: two cores may be busy
+SOON = 300_000  # milliseconds until a wait is given up: two cores may be very busy
 FLAGS = [
     "--no-sandbox",  # tests run as root in containers
     "--use-fake-ui-for-media-stream",

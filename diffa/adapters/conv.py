@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffa import checkpoint as ckpt
 from diffa.adapters.mixing import Reading
+from diffa.adapters.numbering import Numbering
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
@@ -18,8 +19,9 @@ class Conv(nn.Module):
 
     50 frames per second become 12.5 embeddings at the default stride. ``checkpoint`` is a DIFFA
     folder or Hub id (keys ``semantic_connector.*``); ``relu`` is the one before the last norm.
-    ``mix`` reads a learned mixture of all the encoder's states instead of the last one, for which
-    no weights are published.
+    ``mix`` reads a learned mixture of all the encoder's states instead of the last one, and
+    ``numbered`` tells that many words by their number (``adapters.numbering``); no weights are
+    published for either.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Conv(nn.Module):
         stride: int = 4,
         relu: bool = True,
         mix: bool = False,
+        numbered: int = 0,
         checkpoint: str | None = None,
         revision: str | None = None,
     ) -> None:
@@ -38,6 +41,8 @@ class Conv(nn.Module):
             raise SpecError(f"stride must be at least 1, got {stride}")
         if mix and checkpoint is not None:
             raise SpecError("mix has no published weights: leave checkpoint or mix out")
+        if numbered < 0:
+            raise SpecError(f"numbered must be 0 or more, got {numbered}")
         self.stride, self.relu = stride, relu
         self.reading = Reading(source, mix=mix)
         inner = source.width
@@ -49,6 +54,7 @@ class Conv(nn.Module):
         self.linear_connector = nn.Sequential(
             nn.Linear(stride * inner, inner), nn.ReLU(), nn.Linear(inner, width)
         )
+        self.numbering = Numbering(width, numbered) if numbered else None
         self.layernorm = nn.LayerNorm(width)
         if checkpoint is not None and not ckpt.dry():
             folder = ckpt.find(checkpoint, revision)
@@ -73,4 +79,6 @@ class Conv(nn.Module):
         hidden = torch.where(inside[:, None], activation(first(hidden)), 0)
         values = self.linear_connector(rearrange(second(hidden), "b d n -> b n d"))
         values = self.layernorm(F.relu(values) if self.relu else values)
+        if self.numbering is not None:
+            values = self.numbering(values, inside[:, :: self.stride])
         return Embeds(torch.where(inside[:, :: self.stride, None], values, 0), lengths)

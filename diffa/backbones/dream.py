@@ -13,9 +13,8 @@ from diffa import checkpoint as weights
 from diffa.backbones import llama
 from diffa.backbones import lora as adaptation
 from diffa.backbones.attention import Kernel
-from diffa.backbones.llada import tie
 from diffa.backbones.tokenizer import read_tokenizer
-from diffa.backbones.transformer import Shape, Transformer
+from diffa.backbones.transformer import Shape, Transformer, load
 from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
@@ -69,12 +68,7 @@ class Dream(nn.Module):
                 shape, causal=False, kernel=attention, checkpointing=checkpointing
             )
         self.tokenizer = read_tokenizer(tokenizer, folder)
-        if folder and not weights.dry():
-            state = llama.rename(weights.read_weights(folder))
-            weights.fill(self.transformer, tie(state, shape), source=folder)
-            self.transformer.tie()
-        elif not weights.dry():
-            self.transformer.initialise(seed)
+        load(self.transformer, folder, seed, lambda at: llama.rename(weights.read_weights(at)))
         adaptation.adapt(self.transformer, lora, adaptation.TARGETS)
 
     @property

@@ -13,7 +13,7 @@ from diffa import checkpoint as weights
 from diffa.backbones import lora as adaptation
 from diffa.backbones.attention import Kernel
 from diffa.backbones.tokenizer import read_tokenizer
-from diffa.backbones.transformer import Shape, Transformer
+from diffa.backbones.transformer import Shape, Transformer, load
 from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
@@ -77,12 +77,12 @@ class LLaDA(nn.Module):
                 shape, causal=False, kernel=attention, checkpointing=checkpointing
             )
         self.tokenizer = read_tokenizer(tokenizer, folder)
-        if folder and not weights.dry():
-            state = weights.read_weights(folder, "model.transformer.")
-            weights.fill(self.transformer, tie(state, shape), source=folder)
-            self.transformer.tie()
-        elif not weights.dry():
-            self.transformer.initialise(seed)
+        load(
+            self.transformer,
+            folder,
+            seed,
+            lambda at: weights.read_weights(at, "model.transformer."),
+        )
         adaptation.adapt(self.transformer, lora, adaptation.TARGETS)
 
     @property
@@ -104,11 +104,6 @@ class LLaDA(nn.Module):
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
         hidden: Tensor = self.transformer(embeds, positions, context)
         return hidden
-
-
-def tie(state: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """Add the head that a checkpoint with tied embeddings leaves out."""
-    return {"ff_out.weight": state["wte.weight"], **state} if shape.tied else state
 
 
 def read(config: Mapping[str, Any], *, source: str | Path) -> tuple[Shape, Vocab]:

@@ -14,9 +14,8 @@ from diffa import checkpoint as weights
 from diffa.backbones import llama
 from diffa.backbones import lora as adaptation
 from diffa.backbones.attention import Kernel, Plan, attend
-from diffa.backbones.llada import tie
 from diffa.backbones.tokenizer import read_tokenizer
-from diffa.backbones.transformer import Block, RMSNorm, Shape, Transformer, rotate
+from diffa.backbones.transformer import Block, RMSNorm, Shape, Transformer, load, rotate
 from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
@@ -95,12 +94,12 @@ class LLaDAMoE(nn.Module):
             )
             blocks = [SparseBlock(shape, sparse) for _ in range(shape.layers)]
             self.transformer.blocks = nn.ModuleList(blocks)
-        if folder and not weights.dry():
-            state = stacked(llama.rename(weights.read_weights(folder)), sparse.experts, source)
-            weights.fill(self.transformer, tie(state, shape), source=folder)
-            self.transformer.tie()
-        elif not weights.dry():
-            self.transformer.initialise(seed)
+        load(
+            self.transformer,
+            folder,
+            seed,
+            lambda at: stacked(llama.rename(weights.read_weights(at)), sparse.experts, source),
+        )
         adaptation.adapt(self.transformer, lora, ("q_proj", "k_proj", "v_proj", "attn_out"))
 
     @property

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
 
 if TYPE_CHECKING:
@@ -191,3 +193,25 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     left, right = wide.chunk(2, dim=-1)
     return (wide * turn[0] + torch.cat([-right, left], dim=-1) * turn[1]).to(x.dtype)
+
+
+def load(
+    transformer: Transformer,
+    folder: Path | None,
+    seed: int,
+    read: Callable[[Path], dict[str, Tensor]],
+) -> None:
+    """Give a Transformer its weights: what ``read`` finds in a folder, or draws where it is None.
+
+    A checkpoint with tied embeddings may leave the head out. In a dry run nothing is read.
+    """
+    if weights.dry():
+        return
+    if folder is None:
+        transformer.initialise(seed)
+        return
+    state = read(folder)
+    if transformer.shape.tied:
+        state = {"ff_out.weight": state["wte.weight"], **state}
+    weights.fill(transformer, state, source=folder)
+    transformer.tie()

@@ -156,12 +156,14 @@ def writer(
     if sum(map(bool, (endpoint, local, spec))) != 1:
         raise SpecError("say who writes: --endpoint URL --model NAME, --local CHECKPOINT or --spec")
     if endpoint:
-        from diffa.data.construction.endpoint import Endpoint
+        from diffa.data.construction.remote import Remote
+        from diffa.endpoint import Endpoint
 
         if not model:
             raise SpecError("--endpoint needs --model: which of its models is to write?")
         given = {"max_tokens": max_tokens} | dict(_option(one) for one in sampling or ())
-        return Endpoint(endpoint, model, sampling=given, workers=workers, per_minute=per_minute)
+        asked = Endpoint(endpoint, model, per_minute=per_minute)
+        return Remote(asked, sampling=given, workers=workers)
     from diffa.data.construction.models import Backbone, Local
 
     if local:

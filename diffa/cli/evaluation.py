@@ -135,7 +135,7 @@ def judge(
     subset: SUBSET = "",
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Judgements so far; judgements.jsonl beside FILE."),
+        typer.Option("--cache", help="Folder of judgements [default: beside FILE]."),
     ] = None,
     per_minute: Annotated[
         float | None, typer.Option("--per-minute", help="Requests per minute, at most.")
@@ -146,12 +146,14 @@ def judge(
 
     The key of the service is read from OPENAI_API_KEY.
     """
-    from diffa.evaluation.judge import Endpoint
+    from diffa.endpoint import Endpoint
+    from diffa.evaluation.judge import Judge
     from diffa.evaluation.judging import judge_file
 
-    kept = cache or file.with_name("judgements.jsonl")
-    endpoint = Endpoint(url, model, cache=kept, per_minute=per_minute)
-    result, failed = judge_file(file, endpoint, subset=subset, workers=workers)
+    asked = Judge(
+        Endpoint(url, model, per_minute=per_minute), cache or file.with_name("judgements")
+    )
+    result, failed = judge_file(file, asked, subset=subset, workers=workers)
     print(result)
     for number, reason in failed[:20]:
         say(f"row {number} was not judged: {reason}")

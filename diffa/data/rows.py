@@ -112,11 +112,12 @@ class Answering:
     ) -> None:
         self.chat, self.vocab, self.hearing, self.longest = chat, vocab, hearing, longest
         self.rooms, self.roomy, self.header = sorted(answer_lengths), roomy, header
+        self._words: dict[str, list[int]] = {}
 
     def __call__(self, sample: Sample, seed: int) -> Row:
         """Return a sample's row; raises DataError for an answer that is empty or too long."""
         wave = self.hearing(sample, seed) if self.hearing else None
-        script = None if sample.script is None else self._ids(sample.script)
+        script = None if sample.script is None else self._script(sample.script.split(" "))
         heard = wave is not None or script is not None
         asked = [(sample.question, sample.target), *sample.more]
         rows = [
@@ -136,7 +137,7 @@ class Answering:
     def _aside(self, sample: Sample) -> int:
         """Tokens of the script before those that are spoken."""
         words = (sample.script or "").split(" ")[: sample.spoken_from]
-        return len(self._ids(" ".join(words))) if words else 0
+        return len(self._script(words))
 
     def _asked(self, question: str, target: str, name: str, seed: int, heard: bool) -> Row:
         """Return the row of one question and its answer, without what is heard."""
@@ -151,6 +152,17 @@ class Answering:
         if len(tokens) > self.longest:
             raise DataError(f"{name} has {len(tokens)} tokens, more than {self.longest}")
         return Row(tokens, answer, seed, at if heard else None)
+
+    def _script(self, words: Sequence[str]) -> Tensor:
+        """Tokens of words one by one: no space comes between two special tokens."""
+        ids = [token for word in words for token in self._word(word)]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _word(self, word: str) -> list[int]:
+        if word not in self._words:
+            special = self.chat.tokenizer.get_added_vocab().get(word)
+            self._words[word] = [special] if special is not None else self._ids(f" {word}").tolist()
+        return self._words[word]
 
     def _ids(self, text: str) -> Tensor:
         ids = self.chat.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from diffa.errors import AudioError
+from diffa.audio import samples_of
 from diffa.types import Features
 
 Read = Callable[[Tensor, list[int]], Sequence[Tensor]]
@@ -59,15 +59,8 @@ def read(
 
 def cut(audio: Tensor, lengths: Tensor, window: int | None) -> list[list[Tensor]]:
     """Return each row's true samples in pieces of ``window``; a row without samples has one."""
-    if audio.dim() != 2 or lengths.shape != audio.shape[:1]:
-        raise AudioError(
-            f"audio must be (B, S) with lengths (B,), got {tuple(audio.shape)} "
-            f"and {tuple(lengths.shape)}"
-        )
-    longest = lengths.tolist()
-    if longest and not 0 <= min(longest) <= max(longest) <= audio.shape[1]:
-        raise AudioError(f"lengths {longest} do not fit audio of {audio.shape[1]} samples")
-    rows = [row[:length] for row, length in zip(audio, longest, strict=True)]
+    pairs = zip(audio, samples_of(audio, lengths), strict=True)
+    rows = [row[:length] for row, length in pairs]
     return [list(row.split(window)) if window and len(row) else [row] for row in rows]
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from diffa.audio import samples_of
 from diffa.encoders.mel import Mel, log_mel
-from diffa.errors import AudioError
 from diffa.types import Features
 
 
@@ -60,15 +60,7 @@ def _drop(chance: float) -> bool:
 
 def _window_counts(audio: Tensor, lengths: Tensor, samples: int) -> list[int]:
     """Return how many windows each row needs, at least one; raises AudioError."""
-    if audio.dim() != 2 or lengths.shape != audio.shape[:1]:
-        raise AudioError(
-            f"audio must be (B, S) with lengths (B,), got {tuple(audio.shape)} "
-            f"and {tuple(lengths.shape)}"
-        )
-    longest = lengths.tolist()
-    if longest and not 0 <= min(longest) <= max(longest) <= audio.shape[1]:
-        raise AudioError(f"lengths {longest} do not fit audio of {audio.shape[1]} samples")
-    return [max(1, -(-length // samples)) for length in longest]
+    return [max(1, -(-length // samples)) for length in samples_of(audio, lengths)]
 
 
 def _cut(

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffa.errors import SpecError
 from diffa.evaluation.files import Table, as_jsonl
 from diffa.evaluation.items import EvaluationError
-from diffa.evaluation.judge import SAMPLES, SAMPLING, Endpoint, judge_rows
+from diffa.evaluation.judge import SAMPLES, SAMPLING, Judge, judge_rows
 from diffa.evaluation.scoring import subset_of
 from diffa.evaluation.suites.voicebench import JUDGED, SUBSETS
 
@@ -22,7 +22,7 @@ def needs_judge(suite: str, subset: str) -> bool:
 
 def judge_file(
     file: str | Path,
-    endpoint: Endpoint,
+    judge: Judge,
     *,
     subset: str = "",
     workers: int = 4,
@@ -46,12 +46,12 @@ def judge_file(
     if broken := [row for row in rows if row.fault]:
         raise EvaluationError(f"{path}: row {broken[0].number} {broken[0].fault}")
     begin = time.strftime("%Y-%m-%d")
-    judged, failed = judge_rows(rows, endpoint, workers=workers, on_row=on_row)
+    judged, failed = judge_rows(rows, judge, workers=workers, on_row=on_row)
     result = path.with_name(f"result-{path.name}")
     result.write_text(as_jsonl([row.fields for row in judged]), encoding="utf-8")
     about = {
-        "judge": endpoint.model,
-        "url": endpoint.url,
+        "judge": judge.endpoint.model,
+        "url": judge.endpoint.url,
         "date": begin,
         "samples": SAMPLES,
         **SAMPLING,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ class Worker:
         theirs.close()
 
     def give(self, shard: int) -> None:
-        """Hand over a shard."""
+        """Hand over a shard; a process that has died is found out when its answer is awaited."""
         self.shard = shard
-        self.pipe.send(shard)
+        with suppress(OSError):
+            self.pipe.send(shard)
 
     def end(self) -> None:
         """Let the process go."""

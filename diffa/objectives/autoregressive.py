@@ -18,7 +18,8 @@ class Autoregressive:
     """Predict every answer token from what stands before it.
 
     ``normalization``: per answer token of the batch (``batch``), or the mean of per-sample means
-    (``sample``).
+    (``sample``), or of every row's mean by the tokens' weights (``row``). ``padding``: weight of
+    EOS tokens, relative to all others.
     """
 
     decoding: Decoding = "causal"
@@ -27,18 +28,25 @@ class Autoregressive:
         self,
         vocab: Vocab,
         *,
-        normalization: Literal["batch", "sample"] = "batch",
+        normalization: Literal["batch", "sample", "row"] = "batch",
+        padding: float = 1.0,
         chunk: int | None = None,
     ) -> None:
+        if not padding > 0:
+            raise SpecError(f"padding must be positive, got {padding}")
         if chunk is not None and chunk < 1:
             raise SpecError(f"chunk must be at least 1, got {chunk}")
-        self.normalization, self.chunk = normalization, chunk
+        self.normalization, self.padding, self.chunk = normalization, padding, chunk
+        self.eos = vocab.eos
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
         """Leave ``tokens`` (B, L) as they are; answer tokens but the first column are predicted."""
         predicted = answer.clone()
         predicted[:, :1] = False  # nothing stands before it
-        return Noised(tokens, predicted, predicted.to(torch.float32), answer)
+        weight = predicted.to(torch.float32)
+        if self.padding != 1.0:
+            weight = torch.where(tokens == self.eos, self.padding * weight, weight)
+        return Noised(tokens, predicted, weight, answer)
 
     def loss(
         self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised

@@ -23,7 +23,8 @@ class Masked:
     """Mask answer tokens at a random level and restore them, weighted by one over the level.
 
     The expectation is the bound on the likelihood, of the whole answer or of its blocks in turn,
-    but for ``full``, ``cart``, ``certainty`` and the normalization ``masked``.
+    but for ``full``, ``cart``, ``certainty``, ``padding`` and the normalizations ``masked`` and
+    ``row``.
 
     Args:
         vocab: the backbone's vocabulary.
@@ -39,12 +40,15 @@ class Masked:
             own level and sees the blocks before it unmasked; 1 is autoregression.
         normalization: divides the weighted sum by the batch's answer tokens (``batch``: DIFFA),
             takes the mean of per-sample means (``sample``: LLaDA), or leaves the level's weight
-            out and takes the mean over masked tokens (``masked``: Whisper-LLaDA).
+            out and takes the mean over masked tokens (``masked``: Whisper-LLaDA), or the mean of
+            every row's mean over its masked tokens (``row``).
         cart: weigh tokens by the visible text around them instead of by the level (Dream: 0.3).
         certainty: weight of the entropy of tokens that are restored right, which trains for
             decoding several at once (certainty forcing: dParallel, 2509.26488).
         warmth: temperature of that entropy.
         full: share of the rows that are masked entirely, at weight 1.
+        padding: weight of EOS tokens, relative to all others (LLaDA: 1); below it a short answer
+            in a long room is not drowned by its padding.
         chunk: rows that meet the vocabulary at once.
     """
 
@@ -61,11 +65,12 @@ class Masked:
         levels: Levels = "independent",
         complementary: bool = False,
         block: int | None = None,
-        normalization: Literal["batch", "sample", "masked"] = "batch",
+        normalization: Literal["batch", "sample", "masked", "row"] = "batch",
         cart: float = 0.0,
         certainty: float = 0.0,
         warmth: float = 0.5,
         full: float = 0.0,
+        padding: float = 1.0,
         chunk: int | None = None,
     ) -> None:
         if vocab.mask is None:
@@ -78,6 +83,8 @@ class Masked:
         for name, value in {"chunk": chunk, "block": block}.items():
             if value is not None and value < 1:
                 raise SpecError(f"{name} must be at least 1, got {value}")
+        if not padding > 0:
+            raise SpecError(f"padding must be positive, got {padding}")
         if certainty < 0 or not warmth > 0:
             raise SpecError(f"certainty and warmth must be positive, got {certainty} and {warmth}")
         if complementary and masking != "count":
@@ -87,6 +94,7 @@ class Masked:
         self.eps, self.masking, self.levels, self.block = eps, masking, levels, block
         self.complementary, self.normalization, self.cart = complementary, normalization, cart
         self.certainty, self.warmth, self.full, self.chunk = certainty, warmth, full, chunk
+        self.padding, self.eos = padding, vocab.eos
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
         """Mask answer tokens of ``tokens`` (B, L); row b draws from ``seeds`` (B,) [b] only."""
@@ -125,8 +133,10 @@ class Masked:
     def _noised(self, tokens: Tensor, answer: Tensor, masked: Tensor, weight: Tensor) -> Noised:
         if self.cart:
             weight = by_context(masked, answer, self.cart)
-        elif self.normalization == "masked":
+        elif self.normalization in ("masked", "row"):
             weight = torch.ones_like(weight)
+        if self.padding != 1.0:
+            weight = torch.where(tokens == self.eos, self.padding * weight, weight)
         noisy = torch.where(masked, torch.full_like(tokens, self.mask), tokens)
         return Noised(noisy, masked, weight * masked, answer)
 

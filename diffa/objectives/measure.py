@@ -20,16 +20,21 @@ class Measure(NamedTuple):
 
 
 def pooled(
-    rows: Rows, noised: Noised, normalization: Literal["batch", "sample", "masked"]
+    rows: Rows, noised: Noised, normalization: Literal["batch", "sample", "masked", "row"]
 ) -> Measure:
     """Weigh and sum the predicted tokens' losses; the divisor follows ``normalization``.
 
     ``batch``: answer tokens; ``sample``: rows, each token weighed by one over its row's answer
-    tokens; ``masked``: predicted tokens.
+    tokens; ``masked``: predicted tokens; ``row``: rows with predicted tokens, each token weighed by
+    its share of its row's weights.
     """
     weights = noised.weights[noised.masked]
     sizes = noised.answer.sum(1, keepdim=True)
-    if normalization == "sample":
+    if normalization == "row":
+        whole = (noised.weights * noised.masked).sum(1, keepdim=True)
+        weights = weights / whole.expand_as(noised.weights)[noised.masked]
+        divisor = noised.masked.any(1).sum()
+    elif normalization == "sample":
         shares = noised.answer / sizes.clamp(min=1)
         weights = weights * shares[noised.masked]
         divisor = (sizes > 0).sum()

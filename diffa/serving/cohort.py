@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffa.canvas import Canvas, interleave
+from diffa.canvas import Canvas
 from diffa.denoise import Denoiser
-from diffa.inputs import begin
+from diffa.inputs import Asked, begin, lay_out
 from diffa.memory import Context
+from diffa.serving.faults import record
 from diffa.serving.sharing import Call
 from diffa.serving.tickets import Done, Failed, Moment, Ticket
 from diffa.types import Step
+
+_log = logging.getLogger(__name__)
 
 
 class Cohort:
@@ -59,6 +63,7 @@ class Cohort:
                 canvas = self._canvas()
                 self._decode(canvas)
         except Exception as error:
+            record(_log, f"{len(self.tickets)} requests fail at step {self.steps}", error)
             for ticket in self.tickets:
                 ticket.end(Failed(error))
         finally:
@@ -66,17 +71,14 @@ class Cohort:
 
     def _canvas(self) -> Canvas:
         jobs = [ticket.job for ticket in self.tickets]
-        embed, vocab = self._backbone.embed, self._backbone.vocab
-        device = next(self._backbone.parameters()).device
-        embeds, text = interleave(
-            [job.prompt.to(device) for job in jobs],
-            self._heard,
+        asked = Asked(
+            [job.prompt for job in jobs],
+            [job.wave for job in jobs],
             [job.audio_at for job in jobs],
-            embed,
+            [job.seed for job in jobs],
+            begin([None] * len(jobs), jobs[0].max_tokens, self._backbone.vocab),
         )
-        answer = begin([None] * len(jobs), jobs[0].max_tokens, vocab).to(device)
-        seeds = torch.tensor([job.seed for job in jobs], device=device)
-        return Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds)
+        return lay_out(self._backbone, asked, self._heard)
 
     def _decode(self, canvas: Canvas) -> None:
         sampler = self.tickets[0].job.sampler

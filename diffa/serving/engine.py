@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from diffa.inputs import check_context
 from diffa.serving.cohort import Cohort
-from diffa.serving.faults import busy, closing, late
+from diffa.serving.faults import busy, closing, late, record
 from diffa.serving.hearing import Ears
 from diffa.serving.sharing import Call, together
 from diffa.serving.tickets import Begun, Failed, Ticket
+
+_log = logging.getLogger(__name__)
 
 
 class Load(NamedTuple):
@@ -167,8 +170,9 @@ class Engine:
         made += [(ticket, None) for ticket in fresh if ticket.job.wave is None]
         spoken = [(ticket, ticket.job.wave) for ticket in fresh if ticket.job.wave is not None]
         heard = self._ears([wave for _, wave in spoken])
-        for (ticket, _), embeds in zip(spoken, heard, strict=True):
+        for (ticket, wave), embeds in zip(spoken, heard, strict=True):
             if isinstance(embeds, Exception):
+                record(_log, f"a recording of {len(wave)} samples is not heard", embeds)
                 ticket.end(Failed(embeds))
             else:
                 made.append((ticket, embeds))
@@ -183,6 +187,7 @@ class Engine:
         try:
             check_context(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
         except Exception as error:
+            record(_log, "a request does not begin", error)
             ticket.end(Failed(error))
         return ticket.open
 
@@ -219,12 +224,13 @@ class Engine:
         that one request's fault is not everybody's."""
         try:
             return together(self.model.backbone, calls)
-        except Exception:
+        except Exception as shared:
+            record(_log, f"a forward of {len(calls)} canvases fails, each is tried alone", shared)
             found: list[Tensor | Exception] = []
             for call in calls:
                 try:
                     found.append(self.model.backbone(*call))
-                except Exception as error:
+                except Exception as error:  # the cohort that gets it tells its requests and the log
                     found.append(error)
             return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from diffa.errors import DiffaError
@@ -67,3 +68,11 @@ def closing() -> Refusal:
 def late(seconds: float) -> Refusal:
     """The answer was not ready before the deadline, 504."""
     return Refusal(504, f"no answer within the deadline of {seconds:g} s", code="deadline")
+
+
+def record(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log an error that becomes an answer: in a line where a user can mend it, else in full."""
+    if isinstance(error, DiffaError):
+        log.warning("%s: %s", what, error)
+    else:
+        log.error("%s: %s", what, type(error).__name__, exc_info=error)

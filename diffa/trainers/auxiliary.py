@@ -1,4 +1,4 @@
-"""Helps for small models, each an option: text in the place of audio, CTC, a matched start."""
+"""Helps for small models, each an option: text in the place of audio, CTC, numbers, a match."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from diffa.objectives.ctc import ctc
 from diffa.trainers.folder import TrainingError
 from diffa.types import Embeds, Features
 
+_OPEN = 10.0  # a gate's score where nothing of the blank embedding is left
+
 
 class Script(nn.Module):
     """Reads text where audio would stand, blurred as an adapter's output is blurred.
@@ -23,6 +25,8 @@ class Script(nn.Module):
         blank: the token that is mixed in.
         blur: share of the rows with blank mixed in, up to half of each slot.
         noise: up to this many times the embeddings' root mean square of noise.
+        numbers: tokens whose embeddings are added to the first spoken word, the second, and so
+            on, as ``adapters.numbering`` does.
     """
 
     def __init__(
@@ -32,18 +36,25 @@ class Script(nn.Module):
         blank: int | None = None,
         blur: float = 0.0,
         noise: float = 0.0,
+        numbers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self._embed = (embed,)  # in a tuple: a bound method of the backbone is no part of this
         self.blank, self.blur, self.noise = blank, blur, noise
+        self.numbers = tuple(numbers)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Return one embedding per token."""
         return lengths
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the ids that stand in for states (B, N, 1)."""
-        values = self._embed[0](features.states[0][:, :, 0])
+        """Embed the ids that stand in for states (B, N, 2), each beside its number or 0."""
+        ids, places = features.states[0].unbind(2)
+        values = self._embed[0](ids)
+        if self.numbers:
+            table = self._embed[0](torch.tensor(self.numbers, device=ids.device))
+            number = places.clamp(max=len(self.numbers))
+            values = values + torch.cat([torch.zeros_like(table[:1]), table])[number]
         if self.training:
             values = self._blurred(values)
         inside = torch.arange(values.shape[1], device=values.device) < features.lengths[:, None]
@@ -64,6 +75,20 @@ class Script(nn.Module):
         return values
 
 
+def numbered(script: Tensor, spoken_from: Tensor, blank: int | None) -> Tensor:
+    """Tell every token of scripts (G, N) which spoken word it belongs to, from 1; else 0.
+
+    A word may go on over several tokens; ``blank`` and what comes before ``spoken_from`` (G,)
+    has no number.
+    """
+    says = torch.arange(script.shape[1], device=script.device) >= spoken_from[:, None]
+    if blank is not None:
+        says = says & (script != blank)
+    begins = says.clone()
+    begins[:, 1:] &= ~says[:, :-1] | (script[:, 1:] != script[:, :-1])
+    return begins.cumsum(1) * says
+
+
 class Saying:
     """CTC between what adapters emit and words, read by the backbone's own embeddings.
 
@@ -78,6 +103,9 @@ class Saying:
         pull: weight of the squared distance of every slot to the word that it says, in units of
             the embeddings' mean square; CTC alone is content with a direction.
         head: reads the embeddings instead, as if they were hidden states (``objectives.ctc``).
+
+    Where an adapter numbers its embeddings, what they say is read without the numbers, and where
+    they say anything teaches the numbering's gate.
     """
 
     def __init__(
@@ -92,20 +120,35 @@ class Saying:
     ) -> None:
         self.embed, self.weights, self.blank = embed, weights, blank
         self.sharpness, self.pull, self.head = sharpness, pull, head
+        self._gates: dict[str, Callable[[Tensor], Tensor]] = {}
 
     @contextmanager
     def listening(self, model: Any) -> Iterator[dict[str, Embeds]]:
         """Collect what adapters emit while the model runs."""
         said: dict[str, Embeds] = {}
 
+        bare: dict[str, Tensor] = {}
+
         def note(key: str) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, out: Embeds) -> None:
-                said[key] = out
+                said[key] = out._replace(values=bare.get(key, out.values))
+
+            return hook
+
+        def undress(key: str) -> Callable[..., None]:
+            def hook(_: nn.Module, given: tuple[Tensor, Tensor]) -> None:
+                bare[key] = given[0]
 
             return hook
 
         chosen = [(key, part) for key, part in model.adapters.items() if key in self.weights]
         handles = [part.register_forward_hook(note(key)) for key, part in chosen]
+        self._gates = {}
+        for key, part in chosen:
+            numbering = getattr(part, "numbering", None)
+            if numbering is not None:
+                self._gates[key] = numbering.gate
+                handles.append(numbering.register_forward_pre_hook(undress(key)))
         try:
             yield said
         finally:
@@ -121,11 +164,13 @@ class Saying:
             if known:
                 chosen = Embeds(embeds.values[known], embeds.lengths[known])
                 texts = [row for row in words if row is not None]
-                parts.append(self.weights[key] * self._ctc(chosen, texts))
+                parts.append(self.weights[key] * self._ctc(chosen, texts, self._gates.get(key)))
         zero = next(iter(said.values())).values.new_zeros(())
         return torch.stack(parts).sum() if parts else zero
 
-    def _ctc(self, embeds: Embeds, words: Sequence[Tensor]) -> Tensor:
+    def _ctc(
+        self, embeds: Embeds, words: Sequence[Tensor], gate: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
         if self.head is not None:
             return ctc(embeds, self.head, words, blank=self.blank)
         device = embeds.values.device
@@ -145,17 +190,25 @@ class Saying:
             zero_infinity=True,
         )
         aligned = total / counts.sum().clamp(min=1)
-        return aligned + self.pull * _distance(embeds, table, cosines) if self.pull else aligned
+        nearest = _peaks(cosines.detach())
+        inside = torch.arange(embeds.values.shape[1], device=device) < embeds.lengths[:, None]
+        if self.pull:
+            aligned = aligned + self.pull * _distance(embeds.values, table, nearest, inside)
+        if gate is not None:
+            fires = gate(embeds.values.detach())[..., 0]
+            wrong = F.binary_cross_entropy_with_logits(
+                fires, (nearest > 0).float(), reduction="none"
+            )
+            aligned = aligned + (wrong * inside).sum() / inside.sum().clamp(min=1)
+        return aligned
 
 
-def _distance(embeds: Embeds, table: Tensor, cosines: Tensor) -> Tensor:
-    """How far slots are from the nearest row of ``table``; those that say something count half.
+def _distance(values: Tensor, table: Tensor, nearest: Tensor, inside: Tensor) -> Tensor:
+    """How far slots are from the row of ``table`` that they are nearest to.
 
-    The table's first row stands for nothing.
+    The table's first row stands for nothing; the slots that say it weigh as much as the others.
     """
-    nearest = _peaks(cosines.detach())
-    far = (embeds.values.float() - table[nearest]).square().mean(2) / table.square().mean()
-    inside = torch.arange(far.shape[1], device=far.device) < embeds.lengths[:, None]
+    far = (values.float() - table[nearest]).square().mean(2) / table.square().mean()
     groups = [far[inside & (nearest > 0)], far[inside & (nearest == 0)]]
     return torch.stack([group.mean() for group in groups if len(group)]).mean()
 
@@ -199,3 +252,21 @@ def match(adapter: nn.Module, features: Features, table: Tensor) -> float:
             f"match: the size of {type(adapter).__name__} does not follow its last layer"
         )
     return factor
+
+
+@torch.no_grad()
+def number(adapter: nn.Module, table: Tensor, blank: Tensor) -> None:
+    """Let an adapter's numbers begin as the embeddings (K, W) of words such as "first".
+
+    Its gate begins by opening wherever an embedding is not the ``blank`` one (W,).
+    """
+    numbering = getattr(adapter, "numbering", None)
+    if numbering is None:
+        return
+    if len(numbering.table) != len(table):
+        raise TrainingError(
+            f"numbers: {len(table)} words for an adapter that counts to {len(numbering.table)}"
+        )
+    numbering.table.copy_(table)
+    numbering.gate.weight.copy_(-2 * _OPEN * blank / blank.square().sum())
+    numbering.gate.bias.fill_(_OPEN)

@@ -1,4 +1,4 @@
-"""Hints: labels of what a language model has to work out, read off a layer in the middle."""
+"""Hints: what an answer needs on the way, asked of a layer in the middle of a language model."""
 
 from __future__ import annotations
 
@@ -10,97 +10,126 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffa.backbones.transformer import rotate
 from diffa.data.collate import Batch
-from diffa.data.nano import hints as labels
+from diffa.data.nano.hints import hints, spoken_words
+from diffa.data.nano.words import BLANK
 from diffa.trainers.folder import TrainingError
 from diffa.trainers.packing import Packing
 
+_SHARPNESS = 0.3  # of a normalised state's product with an embedding
+
 
 class Hinting(nn.Module):
-    """A linear head on a middle layer that tells what ``data.nano.hints`` labels.
+    """Pulls a middle layer's states towards the embeddings of what ``data.nano.hints`` names.
 
-    It learns with the backbone and is thrown away with the stage.
+    The layers above then find it by looking for equal embeddings, such as the number that scripts
+    and adapters add to a word (``adapters.numbering``). The last head of the next layer is taught
+    to look from an answer's letter at the choice that it stands for: a small model does not find
+    that by itself.
 
     Args:
         backbone: one with a ``Transformer``.
-        layer: how many layers come before the head.
+        layer: how many layers come before.
         weight: of the hints' loss.
     """
 
     def __init__(self, backbone: Any, *, layer: int, weight: float) -> None:
         super().__init__()
         blocks = getattr(getattr(backbone, "transformer", None), "blocks", ())
-        if not 0 < layer <= len(blocks):
+        if not 0 < layer < len(blocks):
             raise TrainingError(
-                f"aids.hints: layer {layer} of a backbone with {len(blocks)} layers of diffa's own"
+                f"aids.hints: after layer {layer} of a backbone with {len(blocks)} of diffa's own"
             )
-        self._read = (blocks[layer - 1],)  # in a tuple: the backbone is no part of this
+        self._next = (blocks[layer],)  # in a tuple: the backbone is no part of this
+        self._embed = (backbone.embed,)
+        self.ahead = int(backbone.decoding == "causal")  # such a state tells of the next token
         self.weight, self.tokenizer = weight, backbone.tokenizer
-        self.head = nn.Linear(backbone.width, sum(labels.FIELDS.values()), bias=False)
         self._words: dict[int, str] = {}
-        self._states: Tensor | None = None
+        self._ids: dict[str, int] = {}
+        self._given: tuple[Tensor, Tensor, Any] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keep the middle layer's states (G, S, W) while the backbone runs."""
 
-        def keep(_: nn.Module, __: Any, states: Tensor) -> None:
-            self._states = states
+        def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
+            self._given = (given[0], given[1], given[2])  # states, RoPE's turns, what is seen
 
-        handle = self._read[0].register_forward_hook(keep)
+        handle = self._next[0].register_forward_pre_hook(keep)
         try:
             yield
         finally:
             handle.remove()
 
     def loss(self, batch: Batch, packing: Packing) -> Tensor:
-        """Return the weighted loss of every label in a packed batch of scripts."""
-        states = self._states
-        if states is None or packing.places is None or batch.script is None:
+        """Return the weighted loss of every label in a packed batch about scripts."""
+        if self._given is None or packing.places is None or batch.script is None:
             raise TrainingError("aids.hints needs packed rows about scripts")
-        self._states = None
-        flat = F.rms_norm(states.flatten(0, 1), states.shape[-1:])
-        places, wanted = self._labelled(batch, packing, states.shape[1])
-        logits = self.head(flat[places.to(flat.device)])
-        wanted = wanted.to(flat.device)
-        parts = logits.split(list(labels.FIELDS.values()), dim=1)
-        losses = [self._field(part, wanted[:, number]) for number, part in enumerate(parts)]
-        return self.weight * torch.stack(losses).sum()
+        flat = self._given[0].flatten(0, 1)
+        total = flat.new_zeros(())
+        for places, wanted, weights, sources in self._labelled(batch, packing):
+            normal = F.rms_norm(flat[places.to(flat.device)], flat.shape[1:])
+            competing, index = torch.unique(wanted.to(flat.device), return_inverse=True)
+            logits = _SHARPNESS * normal @ self._embed[0](competing).T
+            losses = F.cross_entropy(logits, index, reduction="none")
+            weights = weights.to(flat.device)
+            total = total + (losses * weights).sum() / weights.sum()
+            told = sources >= 0
+            if bool(told.any()):
+                total = total + 2.0 * self._looking(places[told], sources[told])
+        self._given = None
+        return self.weight * total
 
-    @staticmethod
-    def _field(logits: Tensor, wanted: Tensor) -> Tensor:
-        known = wanted != labels.NONE
-        if not bool(known.any()):
-            return logits.new_zeros(())
-        losses: Tensor = F.cross_entropy(logits[known], wanted[known], reduction="none")
-        if logits.shape[1] != labels.FIELDS["number"]:
-            return losses.mean()
-        weights = torch.where(wanted[known] > 0, 1.0, 0.2)  # blanks outnumber words
-        return (losses * weights).sum() / weights.sum()
+    def _looking(self, places: Tensor, sources: Tensor) -> Tensor:
+        """How little the last head looks from places (K,) at their sources (K,), as a loss."""
+        assert self._given is not None
+        states, turn, context = self._given
+        block, slots = self._next[0], states.shape[1]
+        normal = block.attn_norm(states)
+        queries, keys = (
+            rotate(proj(normal).unflatten(-1, block.split)[:, :, -1:], turn)[:, :, 0]
+            for proj in (block.q_proj, block.k_proj)
+        )
+        rows, at = (places // slots).to(states.device), (places % slots).to(states.device)
+        scores = torch.einsum("kd,ksd->ks", queries[rows, at], keys[rows])
+        branch = context.branch[rows]
+        seen = (branch == 0) | (branch == branch.gather(1, at[:, None]))
+        if self.ahead:  # packed slots stand in the order of their positions
+            seen = seen & (torch.arange(slots, device=seen.device) <= at[:, None])
+        scores = (scores / queries.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+        loss: Tensor = F.cross_entropy(scores, (sources % slots).to(states.device))
+        return loss
 
-    def _labelled(self, batch: Batch, packing: Packing, slots: int) -> tuple[Tensor, Tensor]:
-        """Where labels are among all slots (K,), and what they are (K, fields)."""
+    def _labelled(
+        self, batch: Batch, packing: Packing
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For every field: labels' places among all slots, tokens, weights and sources, (K,) each.
+
+        Only the labels of one batch and field compete; a source is -1 where none is told.
+        """
         assert batch.script is not None and batch.scripts is not None
-        assert packing.places is not None and packing.begins is not None
-        scripts = [
-            self._said(row[:count])
-            for row, count in zip(batch.script, batch.scripts.tolist(), strict=True)
+        assert packing.places is not None
+        said = [
+            spoken_words(self._said(row[:count]), begin)
+            for row, count, begin in zip(
+                batch.script, batch.scripts.tolist(), batch.spoken_from.tolist(), strict=True
+            )
         ]
-        begins = batch.spoken_from.tolist()
-        said = [labels.spoken_words(*pair) for pair in zip(scripts, begins, strict=True)]
-        places, found = [], []
-        for number, words in enumerate(scripts):
-            made = labels.of_script(words, begins[number])
-            places.append(number * slots + packing.begins[number] + torch.arange(len(words)))
-            found.append(torch.from_numpy(made))
+        fields: dict[str, list[tuple[int, int, float, int]]] = {}
         owners, sizes = batch.owner.tolist(), batch.sizes.tolist()
+        at = packing.places.tolist()
         for row, (owner, size) in enumerate(zip(owners, sizes, strict=True)):
-            words = self._said(batch.tokens[row, :size])
-            found.append(torch.from_numpy(labels.of_row(words, said[owner])))
-            places.append(packing.places[row, :size].cpu())
-        where, what = torch.cat(places), torch.cat(found)
-        some = (what != labels.NONE).any(1)
-        return where[some], what[some]
+            for hint in hints(self._said(batch.tokens[row, :size]), said[owner]):
+                place = hint.place - (0 if hint.field == "letter" else self.ahead)
+                # words that repeat nothing outnumber those that do
+                weight = 0.2 if hint.word == BLANK else 1.0
+                source = -1 if hint.source is None else at[row][hint.source]
+                label = (at[row][place], self._id(hint.word), weight, source)
+                fields.setdefault(hint.field, []).append(label)
+        for labels in fields.values():
+            places, tokens, weights, sources = map(torch.tensor, zip(*labels, strict=True))
+            yield places, tokens, weights, sources
 
     def _said(self, tokens: Tensor) -> list[str]:
         return [self._word(token) for token in tokens.tolist()]
@@ -110,11 +139,22 @@ class Hinting(nn.Module):
             self._words[token] = str(self.tokenizer.decode([token])).strip()
         return self._words[token]
 
+    def _id(self, word: str) -> int:
+        if word not in self._ids:
+            self._ids[word] = chosen([word], self.tokenizer)[0]
+        return self._ids[word]
+
 
 def chosen(words: Sequence[str], tokenizer: Any) -> list[int]:
     """Return the ids of words as a script has them; raises TrainingError for an unknown one."""
-    ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    special = tokenizer.get_added_vocab()
+    ids = [
+        [special[word]]
+        if word in special
+        else tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        for word in words
+    ]
     wrong = [word for word, found in zip(words, ids, strict=True) if len(found) != 1]
     if wrong:
-        raise TrainingError(f"aids.start: {wrong[0]!r} is not one token of the backbone's")
+        raise TrainingError(f"aids.numbers: {wrong[0]!r} is not one token of the backbone's")
     return [int(found[0]) for found in ids]

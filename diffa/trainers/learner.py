@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch
 from diffa.inputs import read
-from diffa.trainers.auxiliary import Saying, Script
+from diffa.trainers.auxiliary import Saying, Script, numbered
 from diffa.trainers.hints import Hinting
 from diffa.trainers.packing import Packing
 from diffa.trainers.parts import quieten
@@ -98,7 +98,9 @@ class Answers(nn.Module):
         """Return what stands for the audio in a call of ``model.loss``."""
         heard: dict[str, Any] = {"audio_at": batch.audio_at, "owner": batch.owner}
         if batch.script is not None and batch.scripts is not None:
-            states = (batch.script[:, :, None],)
+            blank = None if self.script is None else self.script.blank
+            places = numbered(batch.script, batch.spoken_from, blank)
+            states = (torch.stack([batch.script, places], dim=2),)
             return heard | {"features": Features(states, batch.scripts, batch.scripts)}
         if batch.audio is None or batch.lengths is None:
             return {}

@@ -39,13 +39,11 @@ class Packing:
 
     Attributes:
         places: where each row's tokens are among all slots of the last reading, (B, L).
-        begins: where each recording begins in its row of the last reading, (G,).
     """
 
     def __init__(self, owner: Tensor) -> None:
         self.owner = owner
         self.places: Tensor | None = None
-        self.begins: list[int] = []
 
     def __call__(
         self,
@@ -65,7 +63,7 @@ class Packing:
         sequences = [torch.cat([pack.prefix, *pack.tails]) for pack in packs]
         values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         positions, branch, places = _layout(packs, values, len(tokens), tokens.shape[1])
-        self.places, self.begins = places, [pack.at for pack in packs]
+        self.places = places
         context = Context(valid=branch >= 0, branch=branch)
         hidden: Tensor = backbone(values, positions, context)
         return hidden.flatten(0, 1)[places]

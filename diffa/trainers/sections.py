@@ -100,9 +100,10 @@ class Aids:
     its frozen head; ``blank`` is its empty token; ``match`` names adapters
     that begin as loud as the embeddings; ``blur`` and ``noise`` roughen text that stands for
     audio; ``roomy`` and ``header`` vary how much of a row is the answer. ``packed``: questions
-    about one recording share a row (``trainers.packing``). ``start``: words that the backbone's
-    first heads begin by looking at (``trainers.start``); ``hints``: its ``layer`` and ``weight``
-    (``trainers.hints``).
+    about one recording share a row (``trainers.packing``). ``start``: whether the backbone begins
+    by copying (``trainers.start``). ``numbers``: words that tell spoken words apart by their
+    number, in scripts and at the start of adapters that number (``adapters.numbering``);
+    ``hints``: ``layer`` and ``weight`` of labels that name them (``trainers.hints``).
     """
 
     say: Mapping[str, float] = field(default_factory=dict)
@@ -116,7 +117,8 @@ class Aids:
     roomy: float = 0.0
     header: float = 1.0
     packed: bool = False
-    start: list[str] | None = None
+    start: bool = False
+    numbers: list[str] = field(default_factory=list)
     hints: Mapping[str, float] | None = None
 
 

@@ -18,7 +18,7 @@ from diffa.data.pairs import Preferring
 from diffa.data.rows import Answering, Hearing, Listening, Row, Stream
 from diffa.data.sample import Sample
 from diffa.model import Model
-from diffa.trainers.auxiliary import Saying, Script, match
+from diffa.trainers.auxiliary import Saying, Script, match, number
 from diffa.trainers.evaluate import Held
 from diffa.trainers.folder import TrainingError
 from diffa.trainers.hints import Hinting, chosen
@@ -92,7 +92,8 @@ def learner(model: Model, stage: Stage, mixed: Mixture, setting: Setting) -> nn.
         saying = Saying(
             embed, aids.say, blank=blank, sharpness=aids.sharpness, pull=aids.pull, head=head
         )
-    script = Script(embed, blank=blank, blur=aids.blur, noise=aids.noise)
+    numbers = chosen(aids.numbers, model.backbone.tokenizer)
+    script = Script(embed, blank=blank, blur=aids.blur, noise=aids.noise, numbers=numbers)
     cache = feature_cache(model, stage, setting)
     return Answers(
         model, cache, script, saying, packed=aids.packed, hinting=_hinting(model, aids, stage)
@@ -140,15 +141,30 @@ def match_adapters(model: Model, stage: Stage, stream: Stream, device: torch.dev
         match(model.adapters[key], features, model.backbone.embed(tokens))
 
 
+def number_adapters(model: Model, stage: Stage) -> None:
+    """Let the adapters that number begin with the words that ``aids.numbers`` names."""
+    aids: Aids = stage_part(Aids, stage.aids)
+    if not aids.numbers:
+        return
+    blank = _blank(model, aids, stage)
+    if blank is None:
+        raise TrainingError(f"stage {stage.name!r}: aids.numbers needs aids.blank")
+    ids = [blank, *chosen(aids.numbers, model.backbone.tokenizer)]
+    device = next(model.backbone.parameters()).device
+    first, *rest = model.backbone.embed(torch.tensor(ids, device=device))
+    for adapter in model.adapters.values():
+        number(adapter, torch.stack(rest), first)
+
+
 def start_backbone(model: Model, stage: Stage, seed: int) -> None:
     """Let the backbone begin by copying where ``aids.start`` says so."""
     aids: Aids = stage_part(Aids, stage.aids)
-    if aids.start is None:
+    if not aids.start:
         return
     inner = getattr(model.backbone, "transformer", None)
     if not hasattr(inner, "blocks"):
         raise TrainingError(f"stage {stage.name!r}: aids.start needs a Transformer of diffa's own")
-    start(inner, chosen(aids.start, model.backbone.tokenizer), seed)
+    start(inner, seed)
 
 
 def feature_cache(model: Model, stage: Stage, setting: Setting) -> FeatureCache | None:
@@ -260,6 +276,7 @@ def loop(
     held, chosen = found if found else (None, None)
     stream = Stream(mixed, steps * per_step, make, setting.on_error)
     match_adapters(model, stage, stream, setting.device)
+    number_adapters(model, stage)
     start_backbone(model, stage, setting.recipe.head.seed)
     made = Loop(
         optimised,

@@ -158,7 +158,7 @@ def test_weighted_loss_is_unbiased(name: str, form: str) -> None:
     assert error < 0.01 * exact_bound(cost)
 
 
-@given(cases(), st.integers(1, 9), st.sampled_from(["batch", "sample", "masked"]), masking)
+@given(cases(), st.integers(1, 9), st.sampled_from(["batch", "sample", "masked", "row"]), masking)
 @few
 def test_chunked_loss_of_a_frozen_head_is_cross_entropy(
     case: Case, chunk: int, normalization: str, form: str
@@ -183,7 +183,7 @@ def test_chunked_loss_of_a_frozen_head_is_cross_entropy(
 def reference(
     logits: torch.Tensor, case: Case, noised: Noised, normalization: str
 ) -> tuple[torch.Tensor, int]:
-    """The three normalisations written row by row over the whole vocabulary."""
+    """The four normalisations written row by row over the whole vocabulary."""
     nll = nn.functional.cross_entropy(logits.transpose(1, 2), case.tokens, reduction="none")
     total, divisor = logits.sum() * 0.0, 0
     for b in range(len(nll)):
@@ -195,4 +195,18 @@ def reference(
             total, divisor = total + row, divisor + size
         if normalization == "masked":
             total, divisor = total + nll[b][chosen].sum(), divisor + int(chosen.sum())
+        if normalization == "row" and bool(chosen.any()):
+            total, divisor = total + nll[b][chosen].mean(), divisor + 1
     return total, divisor
+
+
+@given(cases(), st.sampled_from([0.1, 0.5]), masking)
+@few
+def test_padding_weighs_the_end_of_sequence_less_and_nothing_else(
+    case: Case, padding: float, form: str
+) -> None:
+    plain = Masked(VOCAB, masking=form).corrupt(*case)
+    light = Masked(VOCAB, masking=form, padding=padding).corrupt(*case)
+    factor = torch.where(case.tokens == VOCAB.eos, padding, 1.0)
+    assert torch.equal(light.masked, plain.masked)
+    torch.testing.assert_close(light.weights, plain.weights * factor)

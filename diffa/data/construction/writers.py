@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from diffa.data.sample import DataError
+from diffa.replies import Replies
 
 Conversation = Sequence[Mapping[str, str]]
 """Turns with ``role`` and ``content``, the last of them the user's."""
@@ -52,15 +50,15 @@ class Kept:
     """
 
     def __init__(self, writer: Writer, folder: str | os.PathLike[str]) -> None:
-        self.writer, self.folder = writer, Path(folder).expanduser()
-        self.name, self.settings = writer.name, writer.settings
+        self.writer, self._replies = writer, Replies(folder)
+        self.name, self.settings, self.folder = writer.name, writer.settings, self._replies.folder
         self.found = 0
 
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Reply]]:
         """Yield the replies that are kept, then those of the model, which are kept at once."""
         missing: list[int] = []
         for index, turns in enumerate(conversations):
-            text = self._read(self._path(turns))
+            text = (self._replies.find(self._asked(turns)) or {}).get("text")
             if text is None:
                 missing.append(index)
             else:
@@ -71,26 +69,13 @@ class Kept:
                 self._keep(conversations[missing[place]], reply.text)
             yield missing[place], reply
 
-    def _path(self, turns: Conversation) -> Path:
-        key = json.dumps([self.name, self.settings, [dict(t) for t in turns]], sort_keys=True)
-        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / name[:2] / f"{name}.json"
-
-    def _read(self, path: Path) -> str | None:
-        try:
-            kept = json.loads(path.read_text("utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return None
-        return kept["text"] if isinstance(kept, dict) and "text" in kept else None
+    def _asked(self, turns: Conversation) -> list[Any]:
+        return [self.name, self.settings, [dict(turn) for turn in turns]]
 
     def _keep(self, turns: Conversation, text: str) -> None:
-        path = self._path(turns)
-        fresh = path.with_suffix(f".{os.getpid()}.part")
         whole = {"model": self.name, "messages": [dict(turn) for turn in turns], "text": text}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(whole, ensure_ascii=False), "utf-8")
-            fresh.replace(path)
+            self._replies.keep(self._asked(turns), whole)
         except OSError as error:
             raise DataError(f"a reply cannot be kept in {self.folder}: {error}") from error
 

@@ -25,7 +25,11 @@ SPACE = "▁"  # the space before a word belongs to it, as in LLaDA's tokenizer
 EXTRA = (
     "Only speech says say over a and of notes melody noise clicks silence tone chirp Quiet Normal "
     "Loud system user assistant This is the audio nothing twenty thirty yes no none A B C D letter "
-    "answer hear can not speaker speakers number both sure I do know"
+    "answer hear can not speaker speakers number both sure I do know you it he she they we me my "
+    "your could would will was were with from for by an or if here there please thanks hello why "
+    "when where who whose did had has be about like talk talks sing sings music loudly quietly "
+    "Why When Where Who Whose Did Has Had Can Could Would Will Does Do Are Was Were I You He She "
+    "They We"
 )
 
 

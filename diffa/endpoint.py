@@ -1,0 +1,191 @@
+"""A chat model behind any OpenAI-compatible endpoint, asked politely: retries, waits, a rate."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+
+from diffa.errors import DiffaError, SpecError
+
+KEY = "OPENAI_API_KEY"
+_LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_FOR_ALL = (401, 403, 404, 405)  # no other request would fare better
+
+
+class NoReply(DiffaError):
+    """An endpoint gives no reply: which one, what it said last, and what to look at."""
+
+
+class Refused(NoReply):
+    """An endpoint does not take a request, and would not if it were repeated.
+
+    Attributes:
+        told: what it says is wrong, in one line.
+        everything: whether it would refuse any other request, too.
+    """
+
+    def __init__(self, message: str, told: str, everything: bool) -> None:
+        super().__init__(message)
+        self.told, self.everything = told, everything
+
+
+class Choice(NamedTuple):
+    """One reply: its text, stripped and perhaps empty, and why it ends (``stop``, ``length``)."""
+
+    text: str
+    reason: str | None
+
+
+class Endpoint:
+    """A model that answers at ``URL/chat/completions``; any number of threads may ask it.
+
+    Args:
+        url: up to the version: ``http://localhost:8000/v1``.
+        model: as the server names it.
+        key: bearer token; the environment's ``OPENAI_API_KEY`` where None. It is never stored.
+        attempts: per request, before giving up; only faults that pass are worth another.
+        wait: seconds before the second attempt; each further one waits twice as long, or as long
+            as the server's ``Retry-After`` says, up to a minute.
+        timeout: seconds for one answer.
+        per_minute: requests begun per minute at most, of all threads; no limit where None.
+
+    Raises:
+        SpecError: the address or a number cannot be right.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key: str | None = None,
+        attempts: int = 6,
+        wait: float = 1.0,
+        timeout: float = 120.0,
+        per_minute: float | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise SpecError(f"an endpoint begins with http:// or https://, not {url!r}")
+        if attempts < 1 or (per_minute is not None and per_minute <= 0):
+            raise SpecError(f"{url}: attempts must be at least 1, and per_minute above 0")
+        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        self.model, self.attempts, self.wait, self.timeout = model, attempts, wait, timeout
+        # A line break at its end, as of a key read from a file, would be no header.
+        self._key = (os.environ.get(KEY, "") if key is None else key).strip()
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._next, self._lock = 0.0, threading.Lock()
+
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        settings: Mapping[str, Any] | None = None,
+        over: threading.Event | None = None,
+    ) -> list[Choice]:
+        """Return the model's replies to one conversation; there is at least one.
+
+        Args:
+            messages: turns with ``role`` and ``content``.
+            settings: sent along: ``temperature``, ``max_tokens``, ``n``, ``seed`` ...
+            over: once it is set nothing more is sent, and what waits returns [] at once.
+
+        Raises:
+            Refused: the endpoint does not take this request.
+            NoReply: it gives no answer in all attempts.
+        """
+        over = threading.Event() if over is None else over
+        body = {"model": self.model, "messages": [dict(turn) for turn in messages]}
+        fault, pause = "", 0.0
+        for attempt in range(self.attempts):
+            if attempt:
+                over.wait(min(max(pause, self.wait * 2 ** (attempt - 1)), _LONGEST_WAIT))
+            self._take_turn(over)
+            if over.is_set():
+                return []
+            try:
+                return _choices(self._post({**body, **(settings or {})}))
+            except urllib.error.HTTPError as error:
+                fault, pause = _told(error), _asked_to_wait(error)
+                if error.code not in _PASSING:
+                    raise self._refusal(error.code, fault) from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", None) or error
+                fault, pause = f"{type(error).__name__}: {reason}", 0.0
+        raise NoReply(
+            f"{self.url} gave no answer in {self.attempts} attempts, the last time: {fault}. "
+            "Is it running, and is the address right?"
+        )
+
+    def _post(self, body: Mapping[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        target = f"{self.url}/chat/completions"
+        request = urllib.request.Request(target, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            return json.loads(answer.read())
+
+    def _take_turn(self, over: threading.Event) -> None:
+        """Wait until the rate allows another request."""
+        if not self._gap:
+            return
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._next)
+            self._next = start + self._gap
+        over.wait(start - now)
+
+    def _refusal(self, status: int, told: str) -> Refused:
+        everything = status in _FOR_ALL
+        advice = f". Look at the key ({KEY}), the model's name and the address"
+        message = f"{self.url} refuses model {self.model!r}: {told}"
+        return Refused(message + (advice if everything else ""), told, everything)
+
+
+def _choices(answer: Any) -> list[Choice]:
+    """Read a chat completion; raises ValueError where it is none."""
+    try:
+        choices = [
+            Choice((one["message"]["content"] or "").strip(), one.get("finish_reason"))
+            for one in answer["choices"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a chat completion: {str(answer)[:200]}") from error
+    if not choices:
+        raise ValueError("a chat completion without choices")
+    return choices
+
+
+def _asked_to_wait(error: urllib.error.HTTPError) -> float:
+    """Seconds in a server's Retry-After, or until its date; 0 where it gives neither."""
+    given = error.headers.get("Retry-After", "")
+    try:
+        seconds = float(given)
+    except ValueError:
+        try:
+            return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+        except ValueError:
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """What the server says is wrong, in one line."""
+    with error:
+        text = error.read(2000).decode("utf-8", "replace")
+    try:
+        found = json.loads(text)
+        found = found.get("error", found)
+        text = found.get("message", text) if isinstance(found, dict) else str(found)
+    except (json.JSONDecodeError, AttributeError):
+        pass
+    return f"{error.code} {error.reason}: {' '.join(str(text).split())[:300]}"
