@@ -68,6 +68,8 @@ def test_stage_1_beats_shuffled_audio(tmp_path: Path) -> None:
         "stages.0.data.0.options.keep=128",
         "stages.1.steps=1",
         "stages.1.data.0.options.count=3072",
+        "stages.2.steps=1",
+        "stages.2.data.0.options.count=3072",
     ]
     run("nano-adapters", out=tmp_path / "run", overrides=overrides)
     curve = losses(tmp_path / "run", 1)

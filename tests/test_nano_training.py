@@ -265,3 +265,26 @@ def test_a_script_has_one_token_per_word_and_blank() -> None:
     said = [model.backbone.tokenizer.decode([token]).strip() for token in batch.script[0].tolist()]
     assert said == words
     assert batch.spoken_from.tolist() == [sample.spoken_from]
+
+
+def test_a_gate_learns_where_words_are_however_few_there_are() -> None:
+    torch.manual_seed(0)
+    table = torch.eye(8)
+    values = torch.cat([table[:1].repeat(38, 1), table[[4, 5]]])[None] + 0.05 * torch.randn(
+        1, 40, 8
+    )
+    numbering = Numbering(8, 2)
+    adapter = type("A", (torch.nn.Module,), {"forward": lambda self, values: Embeds(
+        self.numbering(values, torch.ones(1, 40).bool()), torch.tensor([40]))})()  # fmt: skip
+    adapter.numbering = numbering
+    saying = Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
+    optimizer = torch.optim.AdamW(numbering.gate.parameters(), 0.05)
+    for _ in range(60):
+        model = type("M", (), {"adapters": {"semantic": adapter}})()
+        with saying.listening(model) as said:
+            adapter(values)
+        optimizer.zero_grad()
+        saying.loss(said, [{"semantic": torch.tensor([4, 5])}]).backward()
+        optimizer.step()
+    opened = numbering.gate(values)[0, :, 0] > 0
+    assert opened.tolist() == [False] * 38 + [True] * 2

@@ -195,12 +195,19 @@ class Saying:
         if self.pull:
             aligned = aligned + self.pull * _distance(embeds.values, table, nearest, inside)
         if gate is not None:
-            fires = gate(embeds.values.detach())[..., 0]
-            wrong = F.binary_cross_entropy_with_logits(
-                fires, (nearest > 0).float(), reduction="none"
-            )
-            aligned = aligned + (wrong * inside).sum() / inside.sum().clamp(min=1)
+            aligned = aligned + _opened(gate(embeds.values.detach())[..., 0], cosines, inside)
         return aligned
+
+
+def _opened(scores: Tensor, cosines: Tensor, inside: Tensor) -> Tensor:
+    """How wrong a gate's scores (B, N) are about which slots say a word, as a loss.
+
+    Slots that say one weigh as much, taken together, as the many that do not.
+    """
+    says = cosines.detach().argmax(2) > 0
+    losses = F.binary_cross_entropy_with_logits(scores, says.float(), reduction="none")
+    groups = [losses[inside & says], losses[inside & ~says]]
+    return torch.stack([group.mean() for group in groups if len(group)]).mean()
 
 
 def _distance(values: Tensor, table: Tensor, nearest: Tensor, inside: Tensor) -> Tensor:
