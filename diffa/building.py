@@ -90,6 +90,9 @@ def swap(model: Model, **parts: Any) -> Model:
         raise SpecError(f"swap knows no part {wrong[0]!r}; it exchanges {', '.join(known)}")
     data = model.spec.data
     data.update(parts)
+    if "adapters" in parts and data.get("train"):  # what is gone cannot learn
+        gone = {f"adapters.{key}" for key in set(model.adapters) - set(parts["adapters"])}
+        data["train"] = [name for name in data["train"] if name not in gone]
     spec = Spec.read(data).resolve()
     chosen = spec.choices()
     encoder = _moved(model, chosen["encoder"]) if "encoder" in parts else model.encoder

@@ -10,6 +10,7 @@ from fakes import MANY, POOL, install, site_packages
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import diffa
 from diffa import registry
 from diffa.document import parse_json, parse_yaml, write_yaml
 from diffa.errors import PluginError, SpecError
@@ -418,3 +419,10 @@ def test_numpy_numbers_and_tuples_are_taken_as_json():
     assert Spec.parse(spec.to_yaml()).data == spec.data
     assert type(spec.data["sampler"]["threshold"]) is float
     assert spec.data["adapters"]["acoustic"]["taps"] == [1, 2]
+
+
+def test_an_adapter_that_is_swapped_away_no_longer_learns():
+    spec = Spec.read("tiny").set("train", ["adapters.acoustic", "adapters.semantic"])
+    model = diffa.build(spec)
+    left = diffa.swap(model, adapters={"semantic": spec.data["adapters"]["semantic"]})
+    assert left.spec.data["train"] == ["adapters.semantic"]
