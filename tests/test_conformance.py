@@ -44,6 +44,12 @@ class TestTiny(EncoderSuite):
     seconds = 0.8
 
 
+class TestTinyWithATail(EncoderSuite):
+    name = "tiny"
+    options = {"width": 16, "layers": 2, "heads": 2, "mels": 16, "seconds": 4.0, "tail": 0.2}
+    seconds = 0.8
+
+
 class TestWhisper(EncoderSuite):
     name = "whisper"
     options = {"checkpoint": str(GOLDEN / "whisper")}

@@ -176,6 +176,39 @@ def test_batch_equals_single_when_rows_need_different_numbers_of_windows(tiny):
             assert state[row, extent:].eq(0).all()
 
 
+@pytest.fixture(scope="module")
+def brief():
+    """Reads half a second of silence after audio, not a whole window of three seconds."""
+    return Tiny(width=16, layers=3, heads=2, seconds=3.0, tail=0.5).eval()
+
+
+def test_a_tail_reads_whole_seconds_that_hold_the_audio_and_the_tail(brief):
+    lengths = (0, SECOND // 2, SECOND // 2 + 1, 2 * SECOND, 3 * SECOND, 3 * SECOND + 1)
+    heard = hear(brief, *(noise(n, seed=n) for n in lengths))
+    assert heard.extents.tolist() == [50, 50, 100, 150, 150, 300]
+    assert heard.lengths.tolist() == [0, 25, 26, 100, 150, 151]
+
+
+def test_a_tail_is_as_if_the_window_were_so_short(brief):
+    short = Tiny(width=16, layers=3, heads=2, seconds=1.0).eval()
+    wave, places = noise(6000), short.encoder.embed_positions.weight
+    short.encoder.load_state_dict(brief.encoder.state_dict() | {"embed_positions.weight": places})
+    for one, other in zip(hear(brief, wave).states, hear(short, wave).states, strict=True):
+        assert one.equal(other)
+
+
+def test_batch_equals_single_with_a_tail(brief):
+    waves = [noise(n, seed=n) for n in (40_000, 700, SECOND, 50_000, 900)]
+    batch = hear(brief, *waves, garbage=float("nan"))
+    for row, wave in enumerate(waves):
+        alone = hear(brief, wave)
+        extent = int(batch.extents[row])
+        assert extent == int(alone.extents)
+        for state, other in zip(batch.states, alone.states, strict=True):
+            assert torch.allclose(state[row, :extent], other[0], atol=1e-5)
+            assert state[row, extent:].eq(0).all()
+
+
 @pytest.mark.parametrize("garbage", [1e4, float("nan")])
 def test_padding_does_not_leak(tiny, garbage):
     waves = [noise(5000), noise(SECOND + 3000, seed=1)]
@@ -327,6 +360,8 @@ def test_tiny_listens(tiny):
         ({"mels": -1}, "mels must be at least 1"),
         ({"seconds": 0.0}, "seconds must be at least 0.02"),
         ({"seconds": float("inf")}, "seconds must be"),
+        ({"tail": -0.5}, "tail must be seconds from 0 on"),
+        ({"tail": float("nan")}, "tail must be seconds from 0 on"),
     ],
 )
 def test_options_out_of_range_say_the_range(options, told):

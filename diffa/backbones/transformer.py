@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
+from diffa.backbones.linear import Linear
 
 if TYPE_CHECKING:
     from diffa.memory import Context
@@ -78,14 +79,14 @@ class Block(nn.Module):
         width, head = shape.width, shape.head
         self.split = (-1, head)
         self.attn_norm = RMSNorm(width, shape.eps)
-        self.q_proj = nn.Linear(width, shape.heads * head, bias=shape.bias)
-        self.k_proj = nn.Linear(width, shape.groups * head, bias=shape.bias)
-        self.v_proj = nn.Linear(width, shape.groups * head, bias=shape.bias)
-        self.attn_out = nn.Linear(shape.heads * head, width, bias=False)
+        self.q_proj = Linear(width, shape.heads * head, bias=shape.bias)
+        self.k_proj = Linear(width, shape.groups * head, bias=shape.bias)
+        self.v_proj = Linear(width, shape.groups * head, bias=shape.bias)
+        self.attn_out = Linear(shape.heads * head, width, bias=False)
         self.ff_norm = RMSNorm(width, shape.eps)
-        self.ff_proj = nn.Linear(width, shape.hidden, bias=False)
-        self.up_proj = nn.Linear(width, shape.hidden, bias=False)
-        self.ff_out = nn.Linear(shape.hidden, width, bias=False)
+        self.ff_proj = Linear(width, shape.hidden, bias=False)
+        self.up_proj = Linear(width, shape.hidden, bias=False)
+        self.ff_out = Linear(shape.hidden, width, bias=False)
 
     def forward(
         self,
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.ln_f = RMSNorm(shape.width, shape.eps)
-        self.ff_out = nn.Linear(shape.width, shape.vocab, bias=False)
+        self.ff_out = Linear(shape.width, shape.vocab, bias=False)
         self.tie()
 
     def tie(self) -> None:

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from diffa import checkpoint
 from diffa.encoders.mel import Mel
-from diffa.encoders.windows import listen
+from diffa.encoders.windows import checked, listen
 from diffa.errors import SpecError
 from diffa.types import Features, FeatureSpec
 
 
 class Tiny(nn.Module):
-    """Whisper's encoder at any size, drawn from ``seed``; ``seconds`` is its window's length."""
+    """Whisper's encoder at any size, drawn from ``seed``; ``seconds`` is its window's length.
+
+    ``tail`` is how much silence is read after audio shorter than a window; None fills it up.
+    """
 
     def __init__(
         self,
@@ -25,6 +28,7 @@ class Tiny(nn.Module):
         heads: int = 4,
         mels: int = 80,
         seconds: float = 30.0,
+        tail: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -32,6 +36,7 @@ class Tiny(nn.Module):
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
         _check(width, layers, heads, mels)
+        self.tail = checked(tail)
         self.mel = Mel(mels)
         self.sample_rate = self.mel.rate
         self.out = FeatureSpec(width, layers, self.mel.rate / self.mel.hop / 2, heads)
@@ -51,7 +56,7 @@ class Tiny(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return listen(self.encoder, self.mel, audio, lengths)
+        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
 
 
 def _check(width: int, layers: int, heads: int, mels: int) -> None:

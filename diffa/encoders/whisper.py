@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffa import checkpoint as ckpt
 from diffa.encoders.mel import Mel
-from diffa.encoders.windows import listen
+from diffa.encoders.windows import checked, listen
 from diffa.errors import CheckpointError
 from diffa.types import Features, FeatureSpec
 
@@ -18,16 +18,23 @@ class Whisper(nn.Module):
     """Whisper's encoder (Radford et al. 2022): all hidden states at 50 frames per second.
 
     ``checkpoint`` is a Whisper folder or Hub id; it says how many mel bins there are and how
-    long a window is. Longer audio is read in several windows, never cut.
+    long a window is. Longer audio is read in several windows, never cut. The published weights
+    expect every window filled up with silence; ``tail`` seconds of it are enough for weights
+    that were trained so.
     """
 
     def __init__(
-        self, *, checkpoint: str = "openai/whisper-small", revision: str | None = None
+        self,
+        *,
+        checkpoint: str = "openai/whisper-small",
+        revision: str | None = None,
+        tail: float | None = None,
     ) -> None:
         super().__init__()
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+        self.tail = checked(tail)
         folder = ckpt.find(checkpoint, revision, weights=not ckpt.dry())
         config = WhisperConfig.from_dict(_whisper(folder))
         self.mel = _front_end(folder, config.num_mel_bins)
@@ -46,7 +53,7 @@ class Whisper(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return listen(self.encoder, self.mel, audio, lengths)
+        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
 
 
 def _whisper(folder: Path) -> dict[str, object]:

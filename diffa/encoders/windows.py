@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +13,56 @@ from torch import Tensor
 
 from diffa.audio import samples_of
 from diffa.encoders.mel import Mel, log_mel
+from diffa.errors import SpecError
 from diffa.types import Features
 
 
-def listen(encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor) -> Features:
+def listen(
+    encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor, *, tail: float | None = None
+) -> Features:
     """Return every hidden state of ``encoder`` for audio (B, S) with true lengths (B,) in samples.
 
     ``encoder`` is a transformers ``WhisperEncoder``. Audio longer than its window is read in
     several windows whose frames follow one another; the windows of all rows form one batch.
+    With a ``tail``, audio that fits in one window is read with just that many seconds of silence
+    after it, rounded up to whole seconds, and rows of equal windows form a batch.
     """
     frames = int(encoder.config.max_source_positions)  # of one window
+    if tail is None or not len(lengths):
+        return _full(encoder, mel, audio, lengths, frames)
+    rate = mel.rate // mel.hop // 2  # frames a second
+    silent = round(tail * mel.rate)
+    seconds = [max(1, -(-(size + silent) // mel.rate)) for size in samples_of(audio, lengths)]
+    windows = [min(frames, rate * needed) for needed in seconds]
+    parts, order = [], []
+    for window in sorted(set(windows)):
+        rows = [row for row, wanted in enumerate(windows) if wanted == window]
+        parts.append(_full(encoder, mel, audio[rows], lengths[rows], window))
+        order += rows
+    return _stacked(parts, order)
+
+
+def checked(tail: float | None) -> float | None:
+    """Return a ``tail``; raises SpecError unless it is a number of seconds or None."""
+    if tail is not None and not (math.isfinite(tail) and tail >= 0):
+        raise SpecError(f"tail must be seconds from 0 on, or None, got {tail}")
+    return tail
+
+
+def _stacked(parts: Sequence[Features], order: Sequence[int]) -> Features:
+    """Join batches, whose rows stand in ``order``, to one whose rows stand in their own."""
+    back = torch.tensor(order).argsort().to(parts[0].lengths.device)
+    most = max(part.states[0].shape[1] for part in parts)
+    states = (
+        torch.cat([F.pad(state, (0, 0, 0, most - state.shape[1])) for state in layer])[back]
+        for layer in zip(*(part.states for part in parts), strict=True)
+    )
+    lengths = torch.cat([part.lengths for part in parts])[back]
+    return Features(tuple(states), lengths, torch.cat([part.extents for part in parts])[back])
+
+
+def _full(encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor, frames: int) -> Features:
+    """Read rows in windows of ``frames`` frames, as many as each needs."""
     samples = 2 * frames * mel.hop
     counts = _window_counts(audio, lengths, samples)
     chunks, used = _cut(audio, lengths, samples, counts)
@@ -42,7 +84,8 @@ def hidden_states(encoder: Any, features: Tensor) -> list[Tensor]:
     """
     features = features.to(encoder.conv1.weight.dtype)
     hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(features))))
-    hidden = rearrange(hidden, "m w t -> m t w") + encoder.embed_positions.weight
+    hidden = rearrange(hidden, "m w t -> m t w")
+    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
     hidden = F.dropout(hidden, encoder.config.dropout, encoder.training)
     states = [hidden]
     for layer in encoder.layers:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffa.backbones.linear import Linear
+
 # Logits held at once when no chunk is given: 128 MiB in float32, 265 rows of LLaDA's vocabulary.
 LOGITS = 1 << 25
 
@@ -33,7 +35,7 @@ def frozen_matrix(head: Callable[[Tensor], Tensor]) -> Tensor | None:
     weight: Any = None
     if isinstance(head, nn.Module):
         # A subclass (LoRA, quantised) may compute more than the product with its weight.
-        weight = head.weight if type(head) is nn.Linear and head.bias is None else None
+        weight = head.weight if type(head) in (nn.Linear, Linear) and head.bias is None else None
     elif hasattr(head, "__self__"):
         weight = getattr(head.__self__, "head_weight", None)
     else:
