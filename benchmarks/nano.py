@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--scoring", action="store_true", help="choose by likelihood instead")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    model = diffa.build(chosen.spec)
-    sampler = model.spec.data["settings"][chosen.setting]
-    model = diffa.swap(model, sampler=sampler)
+    model = opened(chosen.spec, chosen.setting)
     begin = time.perf_counter()
     rows, forwards = (weigh if chosen.scoring else ask)(model, chosen)
     seconds = time.perf_counter() - begin
@@ -53,6 +51,14 @@ def main() -> None:
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def opened(spec: str, setting: str) -> diffa.Model:
+    """Build a spec, or load the folder of a trained model, which may know no settings."""
+    saved = (Path(spec) / "model.safetensors").is_file()
+    model = diffa.load(spec) if saved else diffa.build(spec)
+    settings = model.spec.data.get("settings") or {}
+    return diffa.swap(model, sampler=settings[setting]) if settings else model
 
 
 def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
@@ -113,10 +119,11 @@ def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Shares by name with Wilson's 95 % intervals, and all choices together."""
+    """Shares by name with Wilson's 95 % intervals; all choices and all open questions together."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in rows:
-        names = [row["name"], *(["choice all"] if row["name"].startswith("choice") else [])]
+        form = row["name"].split()[0]
+        names = [row["name"], *([f"{form} all"] if form in ("choice", "open") else [])]
         for name in names:
             sums[name][0] += row["hits"]
             sums[name][1] += row["of"]

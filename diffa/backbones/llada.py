@@ -45,6 +45,7 @@ class LLaDA(nn.Module):
         tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None.
         attention: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
         checkpointing: recompute activations in the backward pass to save memory.
+        compile: compile the blocks for decoding, meant for a GPU: see ``compiling``.
         lora: LoRA pairs, read or new, folded in or live: see ``lora.Options``.
         seed: of the weights where there is no checkpoint.
 
@@ -65,6 +66,7 @@ class LLaDA(nn.Module):
         tokenizer: str | None = None,
         attention: Kernel = "auto",
         checkpointing: bool = False,
+        compile: bool = False,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -74,7 +76,11 @@ class LLaDA(nn.Module):
         self.width, self.context = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
-                shape, causal=False, kernel=attention, checkpointing=checkpointing
+                shape,
+                causal=False,
+                kernel=attention,
+                checkpointing=checkpointing,
+                compiling=compile,
             )
         self.tokenizer = read_tokenizer(tokenizer, folder)
         load(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
+from diffa.backbones.compiling import compiled
 from diffa.backbones.linear import Linear
 
 if TYPE_CHECKING:
@@ -74,10 +75,11 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One layer: attention and a gated feed-forward, each behind a norm and a residual."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, compiling: bool = False) -> None:
         super().__init__()
         width, head = shape.width, shape.head
         self.split = (-1, head)
+        self.compiling = compiling
         self.attn_norm = RMSNorm(width, shape.eps)
         self.q_proj = Linear(width, shape.heads * head, bias=shape.bias)
         self.k_proj = Linear(width, shape.groups * head, bias=shape.bias)
@@ -101,33 +103,62 @@ class Block(nn.Module):
 
         Where only the places ``rows`` (B, R) are wanted, the result is (B, R, W).
         """
-        h = self.attn_norm(x)
-        keys = rotate(self.k_proj(h).unflatten(-1, self.split), turn)
-        values = self.v_proj(h).unflatten(-1, self.split)
+        parts = compiled(PARTS, x.device.type) if self.compiling else PARTS
+        remembering, asking, closing = parts
+        h, keys, values = remembering(self, x, turn)
         keys, values = context.remember(layer, keys, values)
         if rows is not None:
             wide = rows[:, :, None].expand(-1, -1, x.shape[2])
             x, h = x.gather(1, wide), h.gather(1, wide)
             spots = rows[None, :, :, None, None].expand(2, -1, -1, 1, turn.shape[-1])
             turn = turn.expand(-1, len(rows), -1, -1, -1).gather(2, spots)
-        queries = rotate(self.q_proj(h).unflatten(-1, self.split), turn)
-        x = x + self.attn_out(attend(queries, keys, values, how))
-        h = self.ff_norm(x)
-        out: Tensor = x + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
-        return out
+        queries = asking(self, h, turn)
+        return closing(self, x, attend(queries, keys, values, how))
+
+
+def remembered(block: Block, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise x (B, K, W); return it with its keys and values, (B, K, H, D) each."""
+    h = block.attn_norm(x)
+    keys = rotate(block.k_proj(h).unflatten(-1, block.split), turn)
+    return h, keys, block.v_proj(h).unflatten(-1, block.split)
+
+
+def asked(block: Block, h: Tensor, turn: Tensor) -> Tensor:
+    """Queries (B, R, H, D) of normalised states (B, R, W)."""
+    return rotate(block.q_proj(h).unflatten(-1, block.split), turn)
+
+
+def closed(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """What leaves a block: x (B, R, W) plus what was attended to, plus the feed-forward."""
+    x = x + block.attn_out(mixed)
+    h = block.ff_norm(x)
+    out: Tensor = x + block.ff_out(nn.functional.silu(block.ff_proj(h)) * block.up_proj(h))
+    return out
+
+
+Parts = tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]
+PARTS: Parts = (remembered, asked, closed)
 
 
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head; the head is applied apart from the body."""
 
-    def __init__(self, shape: Shape, *, causal: bool, kernel: Kernel, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        causal: bool,
+        kernel: Kernel,
+        checkpointing: bool,
+        compiling: bool = False,
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.causal = causal
         self.kernel: Kernel = kernel
         self.checkpointing = checkpointing
         self.wte = nn.Embedding(shape.vocab, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, compiling=compiling) for _ in range(shape.layers))
         self.ln_f = RMSNorm(shape.width, shape.eps)
         self.ff_out = Linear(shape.width, shape.vocab, bias=False)
         self.tie()
