@@ -51,7 +51,7 @@ def test_the_key_is_the_environments_unless_one_is_given(monkeypatch: pytest.Mon
     assert server.keys == ["Bearer mine", "Bearer other", None]
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
 def test_what_passes_is_tried_again(status: int) -> None:
     with ChatServer(failing(2, status)) as server:
         assert endpoint(server).ask(QUESTION) == [Choice("at last", "stop")]
@@ -59,7 +59,8 @@ def test_what_passes_is_tried_again(status: int) -> None:
 
 
 @pytest.mark.parametrize(("status", "everything"), [(400, False), (422, False), (401, True),
-                                                    (403, True), (404, True)])  # fmt: skip
+                                                    (403, True), (404, True),
+                                                    (405, True)])  # fmt: skip
 def test_what_is_refused_is_not_tried_again(status: int, everything: bool) -> None:
     refusal = (status, {}, json.dumps({"error": {"message": "not\nlike this"}}))
     with (
@@ -87,6 +88,22 @@ def test_nobody_there_is_said_with_what_to_do() -> None:
     with pytest.raises(NoReply, match="Is it running") as told:
         endpoint(server, attempts=2).ask(QUESTION)
     assert server.url in str(told.value)
+
+
+def test_an_answer_that_breaks_off_or_does_not_come_is_no_reply() -> None:
+    done = threading.Event()
+    broken = (200, {"Transfer-Encoding": "chunked"}, "no chunk")
+    with (
+        ChatServer(lambda body: broken) as server,
+        pytest.raises(NoReply, match=r"in 2 attempts.*IncompleteRead"),
+    ):
+        endpoint(server, attempts=2).ask(QUESTION)
+    with (
+        ChatServer(lambda body: str(done.wait(2))) as server,
+        pytest.raises(NoReply, match="timed out"),
+    ):
+        endpoint(server, attempts=1, timeout=0.05).ask(QUESTION)
+    done.set()
 
 
 def test_silence_is_a_reply() -> None:
@@ -126,6 +143,11 @@ def test_a_server_says_how_long_to_wait(told: str, seconds: float) -> None:
     assert waited(failing(1, 429, **{"Retry-After": told})) == [seconds]
 
 
+def test_only_the_last_fault_says_how_long_to_wait() -> None:
+    told = iter([(429, {"Retry-After": "7"}, ""), (200, {}, "nonsense"), "at last"])
+    assert waited(lambda body: next(told)) == [7, 2]
+
+
 def test_a_server_says_until_when_to_wait() -> None:
     until = formatdate(time.time() + 30, usegmt=True)
     (seconds,) = waited(failing(1, 503, **{"Retry-After": until}))
@@ -153,9 +175,9 @@ def test_once_it_is_over_nothing_waits_or_is_sent() -> None:
         return 503, {"Retry-After": "50"}, ""
 
     with ChatServer(answer) as server:
-        begin = time.monotonic()
-        assert endpoint(server).ask(QUESTION, over=over) == []
-        assert endpoint(server).ask(QUESTION, over=over) == []
+        begin, asked = time.monotonic(), endpoint(server, per_minute=1)
+        assert asked.ask(QUESTION, over=over) == []
+        assert asked.ask(QUESTION, over=over) == []
     assert len(server.asked) == 1 and time.monotonic() - begin < 5
 
 
@@ -185,6 +207,8 @@ def test_a_reply_is_found_by_all_that_decided_it(tmp_path: Path) -> None:
     kept.keep(["m", QUESTION], {"text": "größer"})
     assert Replies(tmp_path / "kept").find(["m", QUESTION]) == {"text": "größer"}
     assert kept.find(["n", QUESTION]) is None
+    kept.keep({"model": "m", "n": 2}, {"text": "in any order"})
+    assert kept.find({"n": 2, "model": "m"}) == {"text": "in any order"}
 
 
 def test_a_reply_that_is_not_whole_is_none(tmp_path: Path) -> None:

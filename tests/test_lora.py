@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN, golden_spec
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 import diffa
-from diffa.backbones.lora import adapt, layers
+from diffa.backbones.lora import adapt, fold, layers, view
 from diffa.errors import CheckpointError, SpecError
 from diffa.trainers.parts import quieten, release
 
@@ -123,6 +125,47 @@ def test_pairs_are_drawn_from_their_own_seed() -> None:
     assert torch.equal(torch.get_rng_state(), after)
     one, same, other = (layer.lora_A["default"].weight for layer in (one, same, other))
     assert torch.equal(one, same) and not torch.allclose(one, other, atol=1e-2)
+    wide = adapted(rank=64).lora_A["default"].weight.detach()
+    assert 0.95 * 6**-0.5 < float(wide.abs().max()) <= 6**-0.5  # by what it reads, as LoRA begins
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(torch.nn.Linear, (6, 5)), (Conv1D, (5, 6)), (Conv1D, (6, 6))]
+)
+def test_pairs_are_folded_into_either_kind_of_layer(layer: Any, shape: Any, tmp_path: Path) -> None:
+    """GPT-2's layers hold their weights the other way round."""
+    torch.manual_seed(0)
+    body, x = torch.nn.Sequential(layer(*shape)), torch.randn(3, 6)
+    plain = copy.deepcopy(body)
+    adapt(body, {"rank": 2, "alpha": 8.0, "targets": ["0"]})
+    torch.nn.init.normal_(body[0].lora_B["default"].weight)
+    due = body.eval()(x)
+    pairs = {f"backbone.lora.{k}": v for k, v in view(body).state_dict().items()}
+    save_file(pairs, tmp_path / "model.safetensors")
+    for merge in (False, True):
+        read = copy.deepcopy(plain)
+        adapt(read, {"checkpoint": str(tmp_path), "alpha": 8.0, "merge": merge})
+        torch.testing.assert_close(read.eval()(x), due)
+    assert fold(body) == 1 and not list(layers(body))
+    torch.testing.assert_close(body(x), due)
+
+
+def test_pairs_that_are_no_pairs_or_fit_no_weight_are_told(tmp_path: Path) -> None:
+    down, up = torch.zeros(2, 6), torch.zeros(5, 2)
+    for halves, told in (
+        ({"lora_A": down}, "pair of '0' is not whole"),
+        ({"lora_A": down, "lora_B": up[:, :1]}, "pair of '0' is not whole"),
+        ({"lora_A": down, "bias": up}, "is not part of a LoRA pair"),
+        ({"lora_A": down[:, 1:], "lora_B": up}, "pair of '0' fits no weight"),
+        ({"lora_A": down, "lora_B": up[1:]}, "pair of '0' fits no weight"),
+    ):
+        held = {f"backbone.lora.0.{half}.default.weight": v for half, v in halves.items()}
+        save_file({k: v.clone() for k, v in held.items()}, tmp_path / "model.safetensors")
+        for merge in (False, True):
+            body = torch.nn.Sequential(torch.nn.Linear(6, 5))
+            with pytest.raises(CheckpointError, match=told):
+                adapt(body, {"checkpoint": str(tmp_path), "merge": merge})
 
 
 def test_pairs_that_have_learned_count_in_a_stage_where_they_do_not_learn() -> None:

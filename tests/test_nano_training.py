@@ -6,6 +6,7 @@ import torch
 import diffa
 from diffa.adapters.conv import Conv
 from diffa.adapters.numbering import Numbering
+from diffa.backbones.transformer import rotate, turns
 from diffa.data.collate import Collate
 from diffa.data.nano.hints import Hint, hints, spoken_words
 from diffa.data.nano.words import BLANK
@@ -28,8 +29,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def small() -> diffa.Model:
-    backbone = {"name": "llada", "config": CONFIG, "tokenizer": "package:nano/llada"}
+def small(**config: int) -> diffa.Model:
+    backbone = {"name": "llada", "config": CONFIG | config, "tokenizer": "package:nano/llada"}
     return diffa.build(diffa.Spec.read("tiny").set("backbone", backbone))
 
 
@@ -122,6 +123,7 @@ def test_hints_tell_which_spoken_word_is_copied() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
     said = spoken_words(["british", "man", BLANK, "four", "four", BLANK, "nine"], 2)
     assert said == ["four", "nine"]
+    assert spoken_words(["four", "four", BLANK], 1) == ["four"]  # what is before it is not spoken
     told = hints(["Write", *head, "four", "nine", "<|eot_id|>"], said)
     assert told == [
         Hint(5, "number", "first"), Hint(6, "number", "second"), Hint(7, "number", BLANK)
@@ -143,6 +145,120 @@ def test_hints_put_letters_beside_choices_and_the_word_before_its_letter() -> No
         Hint(4, "letter", "A"), Hint(7, "letter", "B"), Hint(8, "letter", "B"),
         Hint(14, "word", "twenty", source=7),
     ]  # fmt: skip
+
+
+def attention(
+    block: torch.nn.Module, states: torch.Tensor, shape: object, head: int
+) -> torch.Tensor:
+    """What a head of a layer would see of states (S, W) everywhere, before the softmax, (S, S)."""
+    turn = turns(torch.arange(len(states))[None], shape)
+    normal = block.attn_norm(states[None])
+    query, key = (
+        rotate(proj(normal).unflatten(-1, block.split), turn)[0, :, head]
+        for proj in (block.q_proj, block.k_proj)
+    )
+    return query @ key.T / shape.head**0.5
+
+
+def test_the_first_heads_of_a_started_backbone_look_at_their_neighbours() -> None:
+    model = small(d_model=256, n_heads=8, n_kv_heads=8)
+    inner = model.backbone.transformer
+    start(inner, seed=0)
+    drawn = torch.Generator().manual_seed(0)
+    states = inner.wte(torch.randperm(600, generator=drawn)[:24]).detach()
+    places = torch.arange(2, 22)
+    for head, back in enumerate((1, -1, 2, -2)):
+        best = attention(inner.blocks[0], states, inner.shape, head).argmax(1)[2:22]
+        assert torch.equal(best, places - back)
+
+
+def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
+    model = small(d_model=256, n_heads=8, n_kv_heads=8)
+    inner = model.backbone.transformer
+    start(inner, seed=0)
+    drawn = torch.Generator().manual_seed(0)
+    tokens = torch.randperm(600, generator=drawn)[:24]
+    tokens[19] = tokens[8]  # a word of the answer is one of the choices'
+    found = []
+    handle = inner.blocks[1].register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    with torch.no_grad():
+        inner(inner.wte(tokens)[None], torch.arange(24)[None], Context())
+    handle.remove()
+    scores = attention(inner.blocks[1], found[0][0], inner.shape, head=2)[17]
+    best = scores.argsort(descending=True)[:2].tolist()
+    assert sorted(best) == [6, 17]  # both stand two tokens before the word
+    assert not inner.wte.weight[:, -32:].any()
+
+
+@pytest.mark.parametrize("name", ["llada", "llama"])
+def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str) -> None:
+    torch.manual_seed(0)
+    model = small() if name == "llada" else causal()
+    causally = int(name == "llama")
+    inner, table = model.backbone.transformer, model.backbone.embed
+    block = inner.blocks[3]
+    with torch.no_grad():
+        for proj in (block.q_proj, block.k_proj):
+            proj.weight.mul_(5)  # else every head looks everywhere alike
+    source = NanoText(questions=3, kinds=["gender", "count", "place", "transcribe"])
+    batch = batch_of(model, [source[i] for i in range(3)])
+    heard = [table(batch.script[i, : batch.scripts[i]]) for i in batch.owner.tolist()]
+    hinting, packing = Hinting(model.backbone, layer=3, weight=0.5), Packing(batch.owner)
+    with torch.no_grad(), hinting.watching():
+        packing(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+        found = hinting.loss(batch, packing)
+
+    def words(tokens: torch.Tensor) -> list[str]:
+        return [model.backbone.tokenizer.decode([token]).strip() for token in tokens.tolist()]
+
+    given: list[torch.Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0][0]))
+    labels: dict[str, list[tuple[torch.Tensor, str]]] = {}
+    looks = []
+    for i, owner in enumerate(batch.owner.tolist()):
+        tokens, at, more = batch.tokens[i, : batch.sizes[i]], int(batch.audio_at[i]), len(heard[i])
+        values = torch.cat([table(tokens[:at]), heard[i], table(tokens[at:])])[None]
+        slots = torch.arange(values.shape[1])[None]
+        with torch.no_grad():
+            model.backbone(values, slots, Context(branch=(slots >= at + more).long()))
+        states, scores = given[-1], attention(block, given[-1], inner.shape, head=-1)
+        script = words(batch.script[owner, : batch.scripts[owner]])
+        for hint in hints(words(tokens), spoken_words(script, int(batch.spoken_from[owner]))):
+            place = hint.place - (causally if hint.field != "letter" else 0)
+            slot = place + more  # all labels stand behind the audio
+            labels.setdefault(hint.field, []).append((states[slot], hint.word))
+            if hint.source is not None:
+                seen = scores[slot, : slot + 1] if causally else scores[slot]
+                looks.append(-seen.log_softmax(0)[hint.source + more])
+    handle.remove()
+    due = 2 * torch.stack(looks).mean()
+    for field in labels.values():
+        ids = torch.tensor(chosen([word for _, word in field], model.backbone.tokenizer))
+        competing, index = ids.unique(return_inverse=True)
+        normal = torch.stack([torch.nn.functional.rms_norm(state, (64,)) for state, _ in field])
+        losses = -(0.3 * normal @ table(competing).T).log_softmax(1)[range(len(ids)), index]
+        weights = torch.tensor([0.2 if word == BLANK else 1.0 for _, word in field])
+        due = due + (losses * weights).sum() / weights.sum()
+    assert set(labels) == {"number", "letter", "word"} and len(looks) > 1
+    assert any(word == BLANK for _, word in labels["number"])
+    torch.testing.assert_close(found, 0.5 * due, atol=1e-4, rtol=1e-4)
+
+
+def test_hints_add_to_what_adapters_learn_by_ctc() -> None:
+    model = small()
+    embed = model.backbone.embed
+    batch = batch_of(model, [NanoText(questions=3)[0]])
+    batch = batch._replace(spoken=({"*": batch.script[0, :2]},))
+
+    def extra(**aids: object) -> float:
+        learner = Answers(model, script=Script(embed), packed=True, **aids)
+        return float(learner(batch).extra.detach())
+
+    saying = Saying(embed, {"script": 1.0}, blank=0)
+    hinting = Hinting(model.backbone, layer=3, weight=0.3)
+    alone = [extra(saying=saying), extra(hinting=hinting)]
+    assert min(alone) > 0
+    assert extra(saying=saying, hinting=hinting) == pytest.approx(sum(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llada", "llama"])
@@ -197,6 +313,22 @@ def test_a_pull_draws_what_is_said_to_the_word_itself() -> None:
     torch.testing.assert_close(gone, kept)  # nothing is left to pull
 
 
+def test_a_pull_weighs_blanks_as_much_as_words_and_padding_not_at_all() -> None:
+    table = torch.eye(6) * 2
+    slots = [(4, 0.2), (0, 3), (0, 2), (0, 1), (4, 7), (0, 7)]  # the last two are padding
+    values = torch.stack([table[word] * size for word, size in slots])
+    said = {"semantic": Embeds(values[None], torch.tensor([4]))}
+    pulled, plain = (
+        Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0, pull=pull).loss(
+            said, [{"semantic": torch.tensor([4])}]
+        )
+        for pull in (3.0, 0.0)
+    )
+    # of squares of 2 against a mean of 4 / 6 in the table: the word's, and that of three blanks
+    words, blanks = 0.8**2, (2**2 + 1**2 + 0) / 3
+    assert float(pulled - plain) == pytest.approx(3 * (words + blanks) / 2)
+
+
 def test_a_word_in_several_slots_is_pulled_into_one() -> None:
     from diffa.trainers.auxiliary import _peaks
 
@@ -208,7 +340,7 @@ def test_a_word_in_several_slots_is_pulled_into_one() -> None:
 
 def test_scripts_and_adapters_number_the_same_words() -> None:
     numbering = Numbering(5, 3)
-    word, none = torch.eye(5)[0], torch.eye(5)[4]
+    word, none = torch.eye(5)[0], 0.2 * torch.eye(5)[4]  # embeddings are of any size
     number(type("Adapter", (), {"numbering": numbering})(), 10 * torch.eye(5)[1:4], none)
     values = torch.stack([none, word, none, word, word, none, word, word])[None]
     inside = torch.arange(8)[None] < 7
@@ -218,6 +350,7 @@ def test_scripts_and_adapters_number_the_same_words() -> None:
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
     script = torch.tensor([[9, 0, 7, 0, 5, 5, 0, 7]])
     assert numbered(script, torch.tensor([1]), 0).tolist() == [[0, 0, 1, 0, 2, 2, 0, 3]]
+    assert numbered(script[:, 4:], torch.tensor([1]), 0).tolist() == [[0, 1, 0, 2]]
 
 
 def test_a_numbering_stops_counting_at_its_last_number() -> None:
@@ -236,13 +369,14 @@ def test_a_script_adds_its_numbers_and_saying_reads_without_them() -> None:
     model = small()
     numbers = chosen(["first", "second"], model.backbone.tokenizer)
     script = Script(model.backbone.embed, numbers=numbers).eval()
-    ids = torch.tensor([[7, 8, 9]])
-    states = torch.stack([ids, torch.tensor([[0, 1, 2]])], dim=2)
-    three = torch.tensor([3])
-    said = script(Features((states,), three, three)).values[0]
+    ids = torch.tensor([[7, 8, 9, 10]])
+    states = torch.stack([ids, torch.tensor([[0, 1, 2, 3]])], dim=2)
+    four = torch.tensor([4])
+    said = script(Features((states,), four, four)).values[0]
     bare = model.backbone.embed(ids)[0]
     torch.testing.assert_close(said[0], bare[0])
-    torch.testing.assert_close(said[1:] - bare[1:], model.backbone.embed(torch.tensor(numbers)))
+    added = model.backbone.embed(torch.tensor([*numbers, numbers[-1]]))
+    torch.testing.assert_close(said[1:] - bare[1:], added)
 
     adapter = Conv(FeatureSpec(8, 1, 50.0, 2), 64, numbered=2)
     speaker = type("M", (), {"adapters": {"semantic": adapter}})()
@@ -288,3 +422,23 @@ def test_a_gate_learns_where_words_are_however_few_there_are() -> None:
         optimizer.step()
     opened = numbering.gate(values)[0, :, 0] > 0
     assert opened.tolist() == [False] * 38 + [True] * 2
+
+
+def test_a_gate_is_taught_by_what_is_said_and_teaches_nothing_back() -> None:
+    from diffa.trainers.auxiliary import _opened
+
+    says = torch.tensor([[1, 0, 0, 1, 0]])  # the last two are none of the recording's
+    cosines = torch.nn.functional.one_hot(says, 2).float()
+    scores, inside = torch.tensor([[3.0, -2.0, 0.0, -9.0, 9.0]]), torch.arange(5)[None] < 3
+    costs = torch.nn.functional.softplus(torch.tensor([-3.0, -2.0, 0.0]))
+    due = (costs[0] + costs[1:].mean()) / 2
+    torch.testing.assert_close(_opened(scores, cosines, inside), due)
+
+    table, gate = torch.eye(4), torch.nn.Linear(4, 1)
+    values = torch.randn(1, 6, 4, requires_grad=True)
+    said, words = {"semantic": Embeds(values, torch.tensor([6]))}, [{"*": torch.tensor([2])}]
+    saying = Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
+    (plain,) = torch.autograd.grad(saying.loss(said, words), values)
+    saying._gates["semantic"] = gate
+    (taught,) = torch.autograd.grad(saying.loss(said, words), values)
+    assert torch.equal(plain, taught)

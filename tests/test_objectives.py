@@ -179,6 +179,28 @@ def test_batch_normalisation_is_diffas() -> None:
     assert torch.allclose(total / weight, (nll * masked / level).sum() / answer.sum())
 
 
+def test_row_normalisation_is_the_mean_of_the_rows_own_means() -> None:
+    """However much a row weighs or hides; one that hides nothing has no mean."""
+    tokens, answer = torch.randint(0, 11, (3, 6)), torch.ones(3, 6, dtype=torch.bool)
+    masked = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    weights = masked * torch.tensor([3.0, 1.0, 1.0, 1.0, 7.0, 7.0])
+    hidden, head = torch.randn(3, 6, 5, dtype=torch.float64), heads()["frozen"]
+    rule = Masked(VOCAB, normalization="row")
+    total, weight = rule.loss(hidden, head, tokens, Noised(tokens, masked, weights, answer))
+    nll = nn.functional.cross_entropy(head(hidden).transpose(1, 2), tokens, reduction="none")
+    first = (3 * nll[0, 0] + nll[0, 1:4].sum()) / 6
+    assert torch.allclose(total / weight, (first + nll[1, 1]) / 2)
+
+
+@pytest.mark.parametrize("made", [Masked(VOCAB, full=1.0, padding=0.25),
+                                  Autoregressive(CAUSAL, padding=0.25)])  # fmt: skip
+def test_padding_weighs_the_eos_tokens_of_answers(made: Masked | Autoregressive) -> None:
+    tokens = torch.tensor([[11, 5, 11, 11]])  # the first is the prompt's, 11 is EOS
+    answer = torch.tensor([[False, True, True, True]])
+    noised = made.corrupt(tokens, answer, torch.tensor([3]))
+    assert noised.weights.tolist() == [[0, 1, 0.25, 0.25]]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -23,9 +23,12 @@ from diffa.data.sample import DataError, Sample
 from diffa.errors import SpecError
 from diffa.objectives.vrpo import VRPO
 from diffa.trainers import Recipe, run
-from diffa.trainers.parts import release
+from diffa.trainers.parts import release, staged
 from diffa.trainers.preferences import Prefers
 from diffa.trainers.progress import read_log
+from diffa.trainers.running import prepare
+from diffa.trainers.setting import Setting
+from diffa.trainers.stages import collator, loop, row_maker
 from diffa.types import Vocab
 
 QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
@@ -193,8 +196,12 @@ def test_a_pair_is_measured_alike_alone_and_beside_longer_ones(world: Path) -> N
     move(learner)
     together = batch(world, learner.model, [0, 2])
     assert int(together.sizes[0]) < int(together.sizes[1]) < int(together.sizes[3])
+    apart = [batch(world, learner.model, [i]) for i in (0, 2)]
+    later = torch.tensor([0, 0, 3, 3])  # as where a prompt has its question before the audio
+    together = together._replace(audio_at=together.audio_at + later)
+    apart[1] = apart[1]._replace(audio_at=apart[1].audio_at + 3)
     both = learner(together).notes
-    alone = [learner(batch(world, learner.model, [i])).notes for i in (0, 2)]
+    alone = [learner(made).notes for made in apart]
     for name in both:
         assert float(both[name]) == pytest.approx(sum(float(a[name]) for a in alone), abs=2e-3)
 
@@ -261,6 +268,36 @@ def test_a_stage_learns_what_is_preferred(world: Path, tmp_path: Path) -> None:
     assert log[-1]["accuracy"] > 0.8 and log[-1]["margin"] > 0.6
     assert report.stages[0].metrics["eval_accuracy"] > 0.8
     assert {"chosen", "rejected", "auxiliary"} <= log[-1].keys()
+
+
+def test_a_stage_alters_a_recording_once_for_both_answers_and_learns_no_padding(
+    world: Path,
+) -> None:
+    stage = Recipe(recipe(world, augment={"speed": [0.5]})).stages[0]
+    model = policy(world).model
+    make, data = row_maker(model, stage, altered=True), Manifest(world / "pairs.json", pairs=True)
+    rows = [make(data[i], 100 + i) for i in (0, 2)]
+    assert [len(row.wave) for row in rows] == [2 * 6400] * 2  # 0.4 s, half as fast
+    made = collator(model, stage)(rows)
+    assert made.answer.sum(1).tolist() == batch(world, model, [0, 2]).answer.sum(1).tolist()
+    assert int(made.sizes.min()) < made.tokens.shape[1]
+
+
+def test_a_step_follows_the_chosen_answers_own_loss_as_well(world: Path, tmp_path: Path) -> None:
+    made = Recipe(recipe(world, steps=1, log=1, batch=2) | {"spec": spec(world, sft_weight=0.5)})
+    setting = Setting(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
+    seen = staged(prepare(setting, setting.device), made.stages[0])
+    running, _, _ = loop(seen, made.stages[0], 0, tmp_path / "1-prefer", setting)
+    learning = [p for p in running.model.parameters() if p.requires_grad]
+    parts = running.model(
+        running.data_collator([running.train_dataset[i] for i in (0, 1)])["batch"]
+    )
+    grads = torch.autograd.grad((parts.sum + parts.extra) / parts.weight, learning)
+    expected = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    running.train()
+    (logged,) = [row for row in running.state.log_history if "grad_norm" in row]
+    assert logged["grad_norm"] == pytest.approx(expected.item(), rel=1e-4)
+    assert logged["auxiliary"] == pytest.approx(float(parts.extra.detach()) / 2, rel=1e-5)
 
 
 def test_kind_and_objective_must_agree(world: Path) -> None:

@@ -171,6 +171,12 @@ def steps_done(out: Path) -> int:
     return sum(len(read_log(path)) for path in out.glob("*/log.jsonl"))
 
 
+def unending(world: Path, out: Path) -> None:
+    """A run that waits before it is over: however late it is killed, it is not too late."""
+    running.save = lambda *_: time.sleep(600)
+    go("diffa-2", world, out)
+
+
 @pytest.mark.forks
 def test_a_run_killed_at_a_random_step_of_any_stage_ends_the_same(
     world: Path, second: tuple[Path, Report], tmp_path: Path
@@ -178,7 +184,7 @@ def test_a_run_killed_at_a_random_step_of_any_stage_ends_the_same(
     out, total = tmp_path / "run", sum(stage.steps for stage in second[1].stages)
     step = random.SystemRandom().randrange(1, total)
     # forked: a process that has not everything to import again
-    process = multiprocessing.get_context("fork").Process(target=go, args=("diffa-2", world, out))
+    process = multiprocessing.get_context("fork").Process(target=unending, args=(world, out))
     process.start()
     deadline = time.monotonic() + 300
     while steps_done(out) < step and process.is_alive() and time.monotonic() < deadline:
@@ -205,8 +211,11 @@ def test_a_stage_resumes_in_its_middle_against_the_same_reference(
             shutil.rmtree(folder)
     kept = sorted((out / stage).glob("checkpoint-*"))
     shutil.rmtree(kept[-1])  # the last step is taken again
+    note = kept[-2] / "trainer_state.json"
+    before = note.stat().st_mtime_ns
     go("diffa-2", world, out, resume=True)
     assert same(out, second[0])
+    assert note.stat().st_mtime_ns == before, "it began anew"
 
 
 # --- plans --------------------------------------------------------------------------------------
@@ -227,12 +236,16 @@ def test_a_dry_run_of_the_full_scale_says_what_it_takes() -> None:
     # 8 billion weights in bfloat16 and the encoder; fits the 80 GB of the paper's cards
     assert all(16 < e.memory.weights / 2**30 < 20 for e in estimates)
     assert all(e.memory.total < 80e9 for e in estimates)
+    taken = [(e.memory.gradients, e.memory.optimizer) for e in estimates]
+    assert taken == [(4 * count, 2 * 4 * count) for count in learning]  # AdamW's two moments
     tuned, preferred = estimates[2].memory, estimates[3].memory
     assert preferred.weights - tuned.weights == 4 * learning[3]  # the reference
 
 
-def test_a_plan_counts_what_is_there(world: Path) -> None:
+def test_a_plan_counts_what_is_there(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*small("diffa-2", world), "precision=float32"]
+    rows: list[int] = []
+    monkeypatch.setattr("diffa.trainers.estimate._read", lambda _, n, *a, **b: rows.append(n) or 0)
     stages = run("diffa-2", out="nowhere", dry_run=True, overrides=overrides, console=QUIET).stages
     found = [stage.estimate for stage in stages]
     assert all(one is not None and not one.guessed for one in found)
@@ -249,6 +262,7 @@ def test_a_plan_counts_what_is_there(world: Path) -> None:
     assert tune is not None and prefer is not None
     assert prefer.sounds == 2 * align.sounds  # each recording for two answers
     assert prefer.tokens > 1.9 * tune.tokens
+    assert rows == [2, 2, 2, 2 * 2 * 4]  # four draws of both answers
 
 
 def test_activations_are_counted_as_autograd_keeps_them() -> None:

@@ -21,6 +21,7 @@ from diffa.samplers.speculative import Speculative
 from diffa.samplers.wino import Wino
 from diffa.serving.engine import Engine
 from diffa.serving.faults import Refusal
+from diffa.serving.hearing import Ears
 from diffa.serving.sharing import groups
 from diffa.serving.tickets import Begun, Done, Failed, Job, Moment, Ticket
 from diffa.types import Embeds
@@ -147,6 +148,7 @@ def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():
 
     calls = [Fake(40, None), Fake(4, 1), Fake(41, None), Fake(6, 1), Fake(9, 1), Fake(10, None)]
     assert groups(calls) == [[2, 0], [5], [4, 3], [1]]
+    assert groups([Fake(4, None), Fake(8, None)]) == [[1, 0]]  # padded to twice its length
 
 
 class Held(Blockwise):
@@ -202,6 +204,23 @@ def test_a_watched_request_hears_every_step_and_then_the_answer(model):
     assert moments[-1].tokens.tolist() == heard[-1].tokens.tolist()
 
 
+def test_a_row_that_nobody_waits_for_takes_part_in_no_more_forwards(model):
+    stays, leaves = (job(made(model, "plain"), "plain", i, random.Random(i), 12) for i in (1, 2))
+    rows, ends = [], SimpleQueue()
+    left = Ticket(leaves._replace(watched=True), lambda _: rows and left.cancel(), 60)
+    engine = Engine(model, rows=4, on_forward=lambda count, _: rows.append(count))
+    try:
+        with engine._change:  # both come at once, and share a canvas
+            engine.submit(left)
+            engine.submit(Ticket(stays, ends.put, 60))
+        assert ends.get(timeout=60) == Begun()
+        end = ends.get(timeout=60)
+    finally:
+        engine.close()
+    assert (end.tokens.tolist(), end.forwards) == alone(model, stays)
+    assert rows[0] == 2 and rows[5:] == [1] * (end.forwards - 5)
+
+
 def test_a_recording_is_heard_once_while_it_is_remembered(model):
     rng, sampler = random.Random(4), made(model, "plain")
     jobs = [job(sampler, "plain", seed, rng, 6) for seed in range(3)]
@@ -221,6 +240,20 @@ def test_a_recording_is_heard_once_while_it_is_remembered(model):
             assert room < 5 or sum(heard) == 1
     finally:
         del model.listen
+
+
+def test_the_recording_used_longest_ago_is_forgotten_first():
+    heard = []
+
+    class Listener:
+        def listen(self, audio, lengths):
+            heard.extend(lengths.tolist())
+            return Embeds(torch.ones(len(audio), int(lengths.max()), 2), lengths)
+
+    ears = Ears(Listener(), room=9)
+    for length in (4, 3, 4, 5, 4, 3):  # the fourth is one too many
+        ears([torch.ones(length)])
+    assert heard == [4, 3, 5, 3]
 
 
 class Faulty(Blockwise):

@@ -437,6 +437,11 @@ def unbroken(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def written(checkpoint: Path) -> int:
+    """When a checkpoint was written; a run that begins anew writes it again."""
+    return (checkpoint / folder.WEIGHTS).stat().st_mtime_ns
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_any_checkpoint_resumes_to_the_same_bits(
     world: Path, unbroken: Path, tmp_path: Path, step: int
@@ -449,8 +454,10 @@ def test_any_checkpoint_resumes_to_the_same_bits(
         if folder.step_of(later) > step:
             shutil.rmtree(later)
     torch.manual_seed(99)  # whatever state the process is in
+    before = written(out / "1-align" / "checkpoint-2")
     go(recipe(world), out, resume=True)
     assert same(weights(out), weights(unbroken))
+    assert written(out / "1-align" / "checkpoint-2") == before, "it began anew"
     assert [row["step"] for row in read_log(out / "1-align" / "log.jsonl")] == [2, 4, 6]
 
 
@@ -474,8 +481,8 @@ def test_a_finished_run_resumes_to_itself(world: Path, unbroken: Path, tmp_path:
 def test_a_killed_run_resumes_to_the_same_bits(world: Path, unbroken: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "run", tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe(world)))
-    command = [sys.executable, "-c", KILLED, str(file), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HELD + KILLED, str(file), str(out)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not checkpoints(out / "1-align") and time.monotonic() < deadline:
@@ -484,10 +491,24 @@ def test_a_killed_run_resumes_to_the_same_bits(world: Path, unbroken: Path, tmp_
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "1-align" / "stage.json").exists()
-    subprocess.run([*command, "resume"], env=environment, check=True, capture_output=True)
+    before = written(out / "1-align" / "checkpoint-2")
+    command = [sys.executable, "-c", KILLED, str(file), str(out), "resume"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     assert same(weights(out), weights(unbroken))
+    assert written(out / "1-align" / "checkpoint-2") == before, "it began anew"
 
 
+# A run that stops before its fifth step: however late it is killed, it is not over.
+HELD = """
+import time
+from diffa.trainers.loop import Loop
+step = Loop.training_step
+def held(self, *given):
+    if self.state.global_step == 4:
+        time.sleep(600)
+    return step(self, *given)
+Loop.training_step = held
+"""
 KILLED = """
 import os, sys, torch
 torch.set_num_threads(1)

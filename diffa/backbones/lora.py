@@ -180,8 +180,10 @@ def fold(body: nn.Module) -> int:
 
 
 def _weight(body: nn.Module, name: str, pair: Pair, chosen: Options) -> Tensor:
-    """Find the weight that a pair changes; raises CheckpointError."""
-    weight = dict(body.named_parameters()).get(f"{name}.weight")
+    """Find the weight (out, in) that a pair changes; raises CheckpointError."""
+    weight: Tensor | None = dict(body.named_parameters()).get(f"{name}.weight")
+    if weight is not None and type(body.get_submodule(name)).__name__ == "Conv1D":
+        weight = weight.T  # GPT-2's layers hold it the other way round
     if weight is None or weight.shape != (len(pair.up), pair.down.shape[1]):
         raise CheckpointError(f"{chosen.checkpoint}: the LoRA pair of {name!r} fits no weight here")
     return weight
