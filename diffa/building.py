@@ -113,6 +113,8 @@ def swap(model: Model, **parts: Any) -> Model:
         _check_decoding(kind, chosen, rules[kind].decoding, backbone.decoding)
     swapped = Model(encoder=encoder, adapters=adapters, backbone=backbone, spec=spec, **rules)
     learn(swapped, spec.data["train"])
+    if "backbone" in parts and "backbone.lora" in spec.data["train"]:
+        swapped.get_submodule("backbone.lora").float()  # as in assemble
     return swapped.train(model.training)
 
 

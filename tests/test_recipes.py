@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import diffa
+from diffa import building
 from diffa.data.sample import DataError
 from diffa.errors import SpecError
 from diffa.trainers import Recipe, Report, run, running
@@ -161,6 +162,18 @@ def test_the_trained_model_is_saved_with_its_pairs(
         )
     assert torch.equal(expected, found[0])
     assert torch.allclose(expected, found[1], atol=1e-4)
+
+
+def test_pairs_that_only_a_stage_trains_have_all_their_digits(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    made = Recipe.read("diffa-2").change(small("diffa-2", world))
+    assert made.spec is not None and made.spec.data["train"] == ["adapters"]
+    setting = Setting(recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET)
+    model = running.prepare(setting, setting.device)
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.backbone.lora.parameters()} == {torch.float32}
 
 
 # --- resuming -----------------------------------------------------------------------------------
