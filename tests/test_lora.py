@@ -177,6 +177,19 @@ def test_new_pairs_are_saved_with_the_rank_that_they_have(tmp_path: Path) -> Non
     assert not any(name == "ff_out" for name, _ in layers(model.backbone))  # the head stays
 
 
+def test_only_what_reads_off_the_vocabulary_is_a_head() -> None:
+    body = torch.nn.ModuleDict(
+        {
+            "words": torch.nn.Embedding(100, 8),
+            "places": torch.nn.Embedding(16, 8),
+            "layer": torch.nn.Linear(8, 16),  # as wide as there are places
+            "head": torch.nn.Linear(8, 100),
+        }
+    )
+    adapt(body, {"rank": 2})
+    assert [name for name, _ in layers(body)] == ["layer"]
+
+
 def trained_pairs(folder: Path, **lora: Any) -> Path:
     """A saved model with pairs that have something to say."""
     made = golden2()
