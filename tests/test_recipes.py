@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 
 import diffa
 from diffa import building
-from diffa.data.sample import DataError
+from diffa.data.mixture import Mixture
+from diffa.data.sample import DataError, Sample
 from diffa.errors import SpecError
 from diffa.trainers import Recipe, Report, run, running
-from diffa.trainers.estimate import saved
+from diffa.trainers.estimate import _per_slot, estimate, saved
 from diffa.trainers.parts import learned
 from diffa.trainers.progress import read_log
+from diffa.trainers.sections import Stage
 from diffa.trainers.setting import Setting, open_data, read_questions
 
 QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
@@ -268,6 +270,34 @@ def test_activations_are_counted_as_autograd_keeps_them() -> None:
     layer = torch.nn.Linear(8, 4)
     x = torch.randn(16, 8, requires_grad=True)
     assert saved(layer, lambda: layer(x).relu()) == 4 * (16 * 8 + 16 * 4)
+
+
+def test_what_a_backbone_takes_does_not_depend_on_what_was_asked_before(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    spec = toy.spec(world / "tokenizer")
+    one, other = (diffa.build(spec, device="meta").backbone for _ in range(2))
+    assert _per_slot(one, True, True) < _per_slot(one, False, True)
+    assert _per_slot(one, False, True) == _per_slot(other, False, True)
+    monkeypatch.setattr(one, "forward", refuse)
+    assert _per_slot(one, False, False) > 0  # told by its layers
+    assert not one.training
+
+
+def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(world: Path) -> None:
+    asked = Sample("high", audio=torch.zeros(6400), rate=16000, more=(("?", "low"), ("?", "high")))
+    model = diffa.build(toy.spec(world / "tokenizer"), device="meta")
+    mixed = Mixture([[asked] * 4], [1.0], batch=1, micro=1)  # type: ignore[list-item]
+    apart, packed = (
+        estimate(model, Stage(train=["adapters"], aids=aids), mixed, half=False)
+        for aids in ({}, {"packed": True})
+    )
+    assert packed.sounds == 4 * 5 and apart.sounds == 3 * packed.sounds
+    assert apart.tokens == packed.tokens
+    assert apart.memory.activations > packed.memory.activations
 
 
 # --- questions ----------------------------------------------------------------------------------
