@@ -22,7 +22,7 @@ from diffa.trainers.folder import (
 from diffa.trainers.loop import Tally
 from diffa.trainers.parts import learned
 from diffa.trainers.sections import Evaluation
-from diffa.trainers.shards import leads, wait
+from diffa.trainers.shards import agreed, leads, wait
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 _FALLING = ("loss", "error")
@@ -116,7 +116,7 @@ class Best:
             raise TrainingError(
                 f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
             )
-        value = found[self.name]
+        value = agreed(found[self.name])  # what follows, all do together or none
         if better(self.name, value, self.value):
             self.value = value
             state = learned(self.model)
