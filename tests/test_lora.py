@@ -177,6 +177,13 @@ def test_new_pairs_are_saved_with_the_rank_that_they_have(tmp_path: Path) -> Non
     assert not any(name == "ff_out" for name, _ in layers(model.backbone))  # the head stays
 
 
+def test_pairs_that_go_with_a_swapped_backbone_are_not_to_learn() -> None:
+    model = diffa.build(spec())
+    assert diffa.swap(model, backbone=BACKBONES["llada"]).spec.data["train"] == ["adapters"]
+    kept = diffa.swap(model, sampler="blockwise").spec.data["train"]
+    assert kept == ["adapters", "backbone.lora"]
+
+
 def test_only_what_reads_off_the_vocabulary_is_a_head() -> None:
     body = torch.nn.ModuleDict(
         {
