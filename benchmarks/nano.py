@@ -46,10 +46,9 @@ def main() -> None:
         "scores": table(rows),
     }
     for name, score in result["scores"].items():
-        print(
-            f"{name:24s} {score['value']:.3f}  [{score['low']:.3f}, {score['high']:.3f}]"
-            f"  n={score['n']}"
-        )
+        ends = [score["low"], score["high"]]
+        told = "-" if None in ends else "[{:.3f}, {:.3f}]".format(*ends)
+        print(f"{name:24s} {score['value']:.3f}  {told}  n={score['n']}")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -112,7 +111,7 @@ def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
     return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
 
 
-def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Shares by name with Wilson's 95 % intervals, and all choices together."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in rows:
@@ -123,12 +122,14 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {name: wilson(hits, of) for name, (hits, of) in sorted(sums.items())}
 
 
-def wilson(hits: int, of: int) -> dict[str, float]:
-    """A share with its 95 % interval (Wilson 1927)."""
-    share, z = min(hits / of, 1.0), 1.96
+def wilson(hits: int, of: int) -> dict[str, Any]:
+    """A share with its 95 % interval (Wilson 1927); none for an error rate above 1, no share."""
+    if hits > of:
+        return {"value": hits / of, "low": None, "high": None, "n": of}
+    share, z = hits / of, 1.96
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     wide = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return {"value": hits / of, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
+    return {"value": share, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
 
 
 def distance(said: list[str], reference: list[str]) -> int:
