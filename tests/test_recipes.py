@@ -111,7 +111,8 @@ def test_diffa_1_runs_from_end_to_end(world: Path, tmp_path: Path) -> None:
         "1-transcribe": {"prompt", "semantic"},
         "2-instruct": {"acoustic", "semantic"},
     }
-    assert diffa.load(tmp_path / "model").answer(world / "tone0.wav", "What ?", max_tokens=2)
+    answer = diffa.load(tmp_path / "model").answer(world / "tone0.wav", "What ?", max_tokens=2)
+    assert answer.tokens.shape == (2,)
 
 
 def test_diffa_2_runs_from_end_to_end(world: Path, second: tuple[Path, Report]) -> None:
