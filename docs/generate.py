@@ -26,7 +26,6 @@ PAGES = (  # in the order of the navigation; one that is not written yet is left
     ("Evaluation", "evaluation.md"),
     ("Ablations", "ablation.md"),
     ("Serving", "serving.md"),
-    ("Corpora", "mapping.md"),
     ("Scale", "scale.md"),
     ("Plugins", "plugins.md"),
     ("Troubleshooting", "troubleshooting.md"),
