@@ -15,6 +15,7 @@ import torch
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
 from diffa.data.nano.utterances import Utterances
+from diffa.evaluation.words import edits
 
 LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens
 
@@ -106,7 +107,7 @@ def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
         name = f"digit error {band}" if trial.kind == "transcribe" else "caption token error"
         if trial.kind == "transcribe" and not digits:
             return {"name": "nothing said", "hits": int(text == "nothing"), "of": 1}
-        return {"name": name, "hits": distance(said, reference), "of": len(reference)}
+        return {"name": name, "hits": edits(reference, said).errors, "of": len(reference)}
     right = text[:1] == trial.answer[:1] if trial.form == "choice" else text == trial.answer
     return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
 
@@ -130,16 +131,6 @@ def wilson(hits: int, of: int) -> dict[str, Any]:
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     wide = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
     return {"value": share, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
-
-
-def distance(said: list[str], reference: list[str]) -> int:
-    """Edits between two lists of words (Levenshtein)."""
-    row = list(range(len(reference) + 1))
-    for i, word in enumerate(said, start=1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(reference, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
-    return row[-1]
 
 
 if __name__ == "__main__":

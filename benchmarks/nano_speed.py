@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-from nano import distance
 
 import diffa
 from diffa.data.nano.utterances import Utterances
 from diffa.data.nano.voices import WORDS
+from diffa.evaluation.words import edits
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
                 )
                 factors[name].append((time.perf_counter() - begin) / length)
                 if round_ == 0:
-                    errors[name] += distance(answer.text.split(), target)
+                    errors[name] += edits(target, answer.text.split()).errors
                     forwards[name] += answer.forwards
     slow = statistics.median(factors["exact"])
     result = {
