@@ -7,24 +7,11 @@ import pytest
 import torch
 
 import diffa
-from diffa.data.nano.recordings import fsdd_folder
 from diffa.data.sources import Nano
-from diffa.errors import DiffaError
 from diffa.trainers import run
 from diffa.trainers.evaluate import compare
 
-
-def found() -> bool:
-    try:
-        return bool(fsdd_folder(None))
-    except DiffaError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not found(), reason="needs the Free Spoken Digit Dataset (see README)"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.fsdd]
 SMALL = [
     "spec.encoder.width=96",
     "stages.0.steps=60",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import toy
-from rich.console import Console
 from safetensors.torch import load_file
+from toy import QUIET
 
 import diffa
 from diffa import building
@@ -30,19 +29,11 @@ from diffa.trainers.progress import read_log
 from diffa.trainers.sections import Stage
 from diffa.trainers.setting import Setting, open_data, read_questions
 
-QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, eight tones, and manifests of questions and preferences about them."""
-    place = tmp_path_factory.mktemp("recipes")
-    toy.write_tokenizer(place / "tokenizer")
-    rows = json.loads(toy.write_tones(place).read_text())
-    for row in rows:
-        row["rejected"] = "three four five"
-    (place / "pairs.json").write_text(json.dumps(rows))
-    return place
+    return toy.write_world(tmp_path_factory.mktemp("recipes"), rejected="three four five")
 
 
 def small(name: str, world: Path) -> list[str]:
