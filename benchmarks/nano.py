@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections import defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import write
 
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
@@ -50,9 +50,7 @@ def main() -> None:
         ends = [score["low"], score["high"]]
         told = "-" if None in ends else "[{:.3f}, {:.3f}]".format(*ends)
         print(f"{name:24s} {score['value']:.3f}  {told}  n={score['n']}")
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, chosen.json)
 
 
 def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:

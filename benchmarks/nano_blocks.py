@@ -7,12 +7,12 @@ FSDD's test recordings, for every pair in which the block divides the length.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from nano import wilson
+from reports import write
 
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
@@ -53,10 +53,7 @@ def main() -> None:
                 f"  transcript {row['transcribe']['value']:.3f}",
                 flush=True,
             )
-    if chosen.json:
-        result = {"count": chosen.count, "seed": chosen.seed, "rows": rows}
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write({"count": chosen.count, "seed": chosen.seed, "rows": rows}, chosen.json)
 
 
 def error(model: diffa.Model, asked: list[tuple[torch.Tensor, Any]], length: int) -> dict[str, Any]:
