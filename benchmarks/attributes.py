@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from reports import write
 
 from diffa.data.construction.attributes import word
 from diffa.data.construction.measures import RATE, measure
@@ -80,7 +81,7 @@ def main() -> None:
     given = parser.parse_args()
     found = utterances(given.count, given.seed) | {"pitch": pitches(given.count, given.seed)}
     found["seed"] = given.seed
-    given.json.write_text(json.dumps(found, indent=2) + "\n")
+    write(found, given.json)
     print(json.dumps(found, indent=2))
 
 

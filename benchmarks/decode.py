@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import published
 import torch
+from reports import write
 from torch import Tensor
 
 import diffa
@@ -305,11 +305,9 @@ def main() -> None:
     digest = Spec.read(spec(chosen.size)).digest()
     shape = {"size": chosen.size, "audio": AUDIO, "prompt": PROMPT, "answer": LENGTH}
     report = {"spec": digest, **shape, "threads": chosen.threads, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"decode-{chosen.size}-{digest}.json"
     for path in (chosen.json, None if chosen.quick else target):
-        if path is not None:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, path)
     print(table(rows))
 
 

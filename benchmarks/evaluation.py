@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import write
 
 import diffa
 from diffa.evaluation.files import Table
@@ -34,8 +35,7 @@ def main() -> None:
     model = diffa.swap(model, sampler=model.spec.data["settings"][chosen.setting])
     with tempfile.TemporaryDirectory() as place:
         result = measure(model, Path(place), chosen)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, chosen.json)
     print(json.dumps(result, indent=1))
 
 

@@ -6,12 +6,12 @@ The two take turns on the same rows; the table gives medians of milliseconds and
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from reports import write
 
 from diffa.backbones.linear import Linear
 
@@ -37,9 +37,8 @@ def main() -> None:
                     f"{inner:5d} -> {outer:6d} {rows:4d} rows: {seconds['torch']:8.2f} ms,"
                     f" ours {seconds['ours']:8.2f} ms, ratio {seconds['ratio']:.2f}"
                 )
-    if chosen.json:
-        result = {"threads": torch.get_num_threads(), "rounds": chosen.rounds, "rows": table}
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"threads": torch.get_num_threads(), "rounds": chosen.rounds, "rows": table}
+    write(result, chosen.json)
 
 
 def race(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections import defaultdict
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import write
 
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
 from diffa.data.nano.utterances import Utterances
+from diffa.evaluation.words import edits
 
 LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens
 
@@ -44,13 +45,10 @@ def main() -> None:
         "scores": table(rows),
     }
     for name, score in result["scores"].items():
-        print(
-            f"{name:24s} {score['value']:.3f}  [{score['low']:.3f}, {score['high']:.3f}]"
-            f"  n={score['n']}"
-        )
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ends = [score["low"], score["high"]]
+        told = "-" if None in ends else "[{:.3f}, {:.3f}]".format(*ends)
+        print(f"{name:24s} {score['value']:.3f}  {told}  n={score['n']}")
+    write(result, chosen.json)
 
 
 def opened(spec: str, setting: str) -> diffa.Model:
@@ -113,12 +111,12 @@ def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
         name = f"digit error {band}" if trial.kind == "transcribe" else "caption token error"
         if trial.kind == "transcribe" and not digits:
             return {"name": "nothing said", "hits": int(text == "nothing"), "of": 1}
-        return {"name": name, "hits": distance(said, reference), "of": len(reference)}
+        return {"name": name, "hits": edits(reference, said).errors, "of": len(reference)}
     right = text[:1] == trial.answer[:1] if trial.form == "choice" else text == trial.answer
     return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
 
 
-def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Shares by name with Wilson's 95 % intervals; all choices and all open questions together."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in rows:
@@ -130,22 +128,14 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {name: wilson(hits, of) for name, (hits, of) in sorted(sums.items())}
 
 
-def wilson(hits: int, of: int) -> dict[str, float]:
-    """A share with its 95 % interval (Wilson 1927)."""
-    share, z = min(hits / of, 1.0), 1.96
+def wilson(hits: int, of: int) -> dict[str, Any]:
+    """A share with its 95 % interval (Wilson 1927); none for an error rate above 1, no share."""
+    if hits > of:
+        return {"value": hits / of, "low": None, "high": None, "n": of}
+    share, z = hits / of, 1.96
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     wide = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return {"value": hits / of, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
-
-
-def distance(said: list[str], reference: list[str]) -> int:
-    """Edits between two lists of words (Levenshtein)."""
-    row = list(range(len(reference) + 1))
-    for i, word in enumerate(said, start=1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(reference, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
-    return row[-1]
+    return {"value": share, "low": max(middle - wide, 0), "high": middle + wide, "n": of}
 
 
 if __name__ == "__main__":

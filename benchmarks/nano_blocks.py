@@ -7,16 +7,17 @@ FSDD's test recordings, for every pair in which the block divides the length.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from nano import distance, wilson
+from nano import wilson
+from reports import write
 
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
 from diffa.data.nano.utterances import Utterances
+from diffa.evaluation.words import edits
 
 LENGTHS, BLOCKS = (24, 32, 48), (1, 4, 8, 12, 16, 24, 32, 48)
 
@@ -52,24 +53,21 @@ def main() -> None:
                 f"  transcript {row['transcribe']['value']:.3f}",
                 flush=True,
             )
-    if chosen.json:
-        result = {"count": chosen.count, "seed": chosen.seed, "rows": rows}
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write({"count": chosen.count, "seed": chosen.seed, "rows": rows}, chosen.json)
 
 
 def error(model: diffa.Model, asked: list[tuple[torch.Tensor, Any]], length: int) -> dict[str, Any]:
     """Edits per token of the references, with an interval."""
-    edits = tokens = 0
+    wrong = tokens = 0
     for begin in range(0, len(asked), 16):
         part = asked[begin : begin + 16]
         answer = model.answer(
             [wave for wave, _ in part], [trial.question for _, trial in part], max_tokens=length
         )
         for said, (_, trial) in zip(answer.text, part, strict=True):
-            edits += distance(said.split(), trial.answer.split())
+            wrong += edits(trial.answer.split(), said.split()).errors
             tokens += len(trial.answer.split())
-    return wilson(edits, tokens)
+    return wilson(wrong, tokens)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ samplers that draw), so the spread over seeds is that of the test set.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import statistics
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from plot import Point, scatter
+from reports import write
 
 import diffa
 from diffa.data.manifest import Manifest
@@ -154,9 +154,8 @@ def main() -> None:
     rows = measure(model, Manifest(chosen.manifest), chosen)
     digest = model.spec.digest()
     report = {"spec": digest, "items": chosen.items, "seeds": chosen.seeds, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"nano-decode-{digest}"
-    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write(report, target.with_suffix(".json"))
     points = [
         Point(row["tokens_per_forward"], 100 * row["accuracy"], row["name"], 100 * row["spread"])
         for row in rows

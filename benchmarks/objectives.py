@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from reports import write
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
@@ -167,9 +167,7 @@ def main() -> None:
         )
     result = {"steps": chosen.steps, "gradient_steps": chosen.gradients, "rows_per_step": ROWS}
     result |= {"seconds": round(time.perf_counter() - begin, 1), "rows": rows}
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, chosen.json)
 
 
 if __name__ == "__main__":

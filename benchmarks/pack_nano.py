@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffa.backbones import llama
+from diffa.checkpoint import find
 from diffa.data.nano.words import write_tokenizer
 
 _CONNECTORS = {"semantic": "semantic_connector", "acoustic": "acoustic_connector"}
@@ -84,7 +85,7 @@ def whisper(state: Mapping[str, Tensor], folder: Path) -> None:
 def backbone(options: Mapping[str, Any], state: Mapping[str, Tensor], to: Path) -> None:
     """Write the language model in LLaDA's layout or Llama's, with its tokenizer."""
     config = options.get("config") or json.loads(
-        (Path(options["checkpoint"]) / "config.json").read_text(encoding="utf-8")
+        (find(options["checkpoint"], weights=False) / "config.json").read_text(encoding="utf-8")
     )
     if options["name"] == "llada":
         fixed = {

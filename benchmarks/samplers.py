@@ -8,13 +8,13 @@ benchmarks/results/samplers.json, from which docs/samplers.md is built.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from nano_decode import SAMPLERS
+from reports import write
 
 import diffa
 from diffa.demo import recordings
@@ -43,9 +43,8 @@ def main() -> None:
             for name, one in made.items():
                 found[name].append(measured(one, recording, question, chosen.max_tokens))
     rows = [row(name, found[name], found[EXACT]) for name in made]
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
     report = {"spec": chosen.spec, "threads": torch.get_num_threads(), "rows": rows}
-    chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, chosen.json)
     for line in rows:
         print("  ".join(str(value) for value in line.values()))
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from reports import write
 from rich.console import Console
 
 import diffa
@@ -40,8 +40,7 @@ def main() -> None:
     rate = chosen.tflops * 1e12 * chosen.mfu
     rows = [row for name in chosen.recipes for row in estimates(name, rate)]
     report = {"gpu": chosen.gpu, "tflops": chosen.tflops, "mfu": chosen.mfu, "rows": rows}
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, chosen.json)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
 

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from reports import write
+
 ROOT = Path(__file__).parents[1]
 WAIT = 180  # seconds: a busy machine may take its time
 COLOURS = 256  # of the pictures' palettes
@@ -60,8 +62,7 @@ def main() -> None:
         "median_open_to_first_answer_s": round(statistics.median(v["answered"] for v in visits), 2),
         "bound_s": 15,
     }
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, chosen.json)
     print(json.dumps(report, indent=1))
 
 

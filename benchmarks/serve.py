@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import soundfile
 import torch
+from reports import write
 
 import diffa
 from diffa.data.sources import Nano
@@ -283,8 +284,7 @@ def main() -> None:
         "rows_per_forward": round((load.rows - before.rows) / (load.forwards - before.forwards), 2),
         **summary(got),
     }
-    chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, chosen.out)
     print(json.dumps(report, indent=1))
 
 

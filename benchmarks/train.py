@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from reports import write
 from torch import Tensor
 
 import diffa
@@ -234,15 +234,12 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peaks(cache: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Peak memory of each step, in a process of its own with the same arguments."""
-    found = {}
-    for name in names:
-        line = [sys.executable, __file__, *sys.argv[1:], "--peak", name, "--cache", str(cache)]
-        done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ)
-        above, before = done.stdout.split()[-2:]
-        found[name] = int(above), int(before)
-    return found
+def peak_of(cache: Path, name: str) -> tuple[int, int]:
+    """Peak memory of a step and what was held before, of a process with the same arguments."""
+    line = [sys.executable, __file__, *sys.argv[1:], "--peak", name, "--cache", str(cache)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ)
+    above, before = done.stdout.split()[-2:]
+    return int(above), int(before)
 
 
 def arguments() -> argparse.Namespace:
@@ -273,9 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(chosen, Path(folder))
         for line in rows:
-            line["peak_bytes"], line["held_bytes"] = peaks(Path(folder), [line["name"]])[
-                line["name"]
-            ]
+            line["peak_bytes"], line["held_bytes"] = peak_of(Path(folder), line["name"])
     report = {
         "spec": Spec.read(spec(chosen.size, chosen.adapters)).digest(),
         "size": chosen.size,
@@ -286,11 +281,9 @@ def main() -> None:
         "device": chosen.device,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"train-{chosen.size}-{chosen.adapters}.json"
     for path in (chosen.json, None if chosen.quick else target):
-        if path is not None:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, path)
     for line in rows:
         print(" ".join(f"{key}={value}" for key, value in line.items()))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from reports import write
 from rich.console import Console
 from torch import Tensor
 
@@ -269,8 +270,7 @@ def main() -> None:
         if chosen.train:
             report["training"] = train(chosen, Path(folder) / "train")
             print(json.dumps({k: v for k, v in report["training"].items() if k != "curve"}))
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, path)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,8 @@ def swap(model: Model, **parts: Any) -> Model:
         raise SpecError(f"swap knows no part {wrong[0]!r}; it exchanges {', '.join(known)}")
     data = model.spec.data
     data.update(parts)
-    if "adapters" in parts and data.get("train"):  # what is gone cannot learn
-        gone = {f"adapters.{key}" for key in set(model.adapters) - set(parts["adapters"])}
-        data["train"] = [name for name in data["train"] if name not in gone]
+    if data.get("train"):  # what is gone cannot learn
+        data["train"] = [name for name in data["train"] if name not in _gone(model, parts)]
     spec = Spec.read(data).resolve()
     chosen = spec.choices()
     encoder = _moved(model, chosen["encoder"]) if "encoder" in parts else model.encoder
@@ -113,7 +112,18 @@ def swap(model: Model, **parts: Any) -> Model:
         _check_decoding(kind, chosen, rules[kind].decoding, backbone.decoding)
     swapped = Model(encoder=encoder, adapters=adapters, backbone=backbone, spec=spec, **rules)
     learn(swapped, spec.data["train"])
+    if "backbone" in parts and "backbone.lora" in spec.data["train"]:
+        swapped.get_submodule("backbone.lora").float()  # as in assemble
     return swapped.train(model.training)
+
+
+def _gone(model: Model, parts: Mapping[str, Any]) -> set[str]:
+    """Names of what could learn in a model, and is not in the parts that replace its own."""
+    kept = set(parts.get("adapters", model.adapters))
+    gone = {f"adapters.{key}" for key in model.adapters if key not in kept}
+    backbone = parts.get("backbone", model.spec.data["backbone"])
+    lora = isinstance(backbone, Mapping) and backbone.get("lora")
+    return gone if lora else {*gone, "backbone.lora"}
 
 
 def make(part: Chosen, **wires: Any) -> Any:

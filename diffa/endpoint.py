@@ -60,7 +60,7 @@ class Endpoint:
         per_minute: requests begun per minute at most, of all threads; no limit where None.
 
     Raises:
-        SpecError: the address or a number cannot be right.
+        SpecError: the address, the key or a number cannot be right.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class Endpoint:
         self.model, self.attempts, self.wait, self.timeout = model, attempts, wait, timeout
         # A line break at its end, as of a key read from a file, would be no header.
         self._key = (os.environ.get(KEY, "") if key is None else key).strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # http.client would show it
+            raise SpecError(f"{url}: the key ({KEY}) has a character that no header may have")
         self._gap = 60 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
@@ -180,8 +182,11 @@ def _asked_to_wait(error: urllib.error.HTTPError) -> float:
 
 def _told(error: urllib.error.HTTPError) -> str:
     """What the server says is wrong, in one line."""
-    with error:
-        text = error.read(2000).decode("utf-8", "replace")
+    try:
+        with error:
+            text = error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):  # the status says enough
+        text = ""
     try:
         found = json.loads(text)
         found = found.get("error", found)

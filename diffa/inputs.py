@@ -37,11 +37,11 @@ class Asked(NamedTuple):
 def check(
     vocab: Vocab,
     prompt: Tensor | Sequence[Tensor],
-    audio: Rows = None,
-    audio_at: int | Sequence[int] | None = None,
-    max_tokens: int = 128,
-    seeds: int | Sequence[int] | None = None,
-    draft: Rows = None,
+    audio: Rows,
+    audio_at: int | Sequence[int] | None,
+    max_tokens: int,
+    seeds: int | Sequence[int] | None,
+    draft: Rows,
 ) -> Asked:
     """Check the arguments of ``Model.generate``, and give every row its own.
 
@@ -182,9 +182,21 @@ def read(
     valid = positions < embeds.lengths[:, None]
     context = Context(valid=None if bool(valid.all()) else valid)
     hidden: Tensor = backbone(embeds.values, positions.expand(text.shape), context)
-    # Token i of a row with n audio embeddings before it stands at i, or at i + n behind them.
-    counts = torch.tensor([0 if sound is None else len(sound) for sound in sounds])
-    index = torch.arange(tokens.shape[1], device=text.device).expand(tokens.shape)
-    index = index + counts.to(index.device)[:, None] * (index >= at[:, None])
-    index = index.clamp(max=text.shape[1] - 1)
-    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+    return at_slots(hidden, text_slots(tokens, sounds, at))
+
+
+def text_slots(tokens: Tensor, heard: Sequence[Tensor | None], at: Tensor) -> Tensor:
+    """Return the slot of every token of rows (B, L) whose audio goes before index ``at`` (B,).
+
+    Token i of a row with n audio embeddings stands at i before them, and at i + n behind them.
+    """
+    counts = [0 if sound is None else len(sound) for sound in heard]
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    behind = index >= at[:, None]
+    return index + torch.tensor(counts, device=tokens.device)[:, None] * behind
+
+
+def at_slots(hidden: Tensor, slots: Tensor) -> Tensor:
+    """Return states (B, S, W) at slots (B, L), (B, L, W); padding gets any."""
+    slots = slots.clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))

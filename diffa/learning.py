@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffa.canvas import interleave
 from diffa.errors import SpecError
-from diffa.inputs import read
+from diffa.inputs import at_slots, read, text_slots
 from diffa.memory import Context
 from diffa.types import Loss
 
@@ -81,14 +81,11 @@ def read_blocks(
     ]
     embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
     slots = torch.arange(text.shape[1], device=text.device)
-    counts = torch.tensor([0 if one is None else len(one) for one in sounds], device=text.device)
-    index = torch.arange(tokens.shape[1], device=text.device).expand(tokens.shape)
-    index = index + counts[:, None] * (index >= at[:, None])
+    index = text_slots(tokens, sounds, at)
     index, positions, sees = beside(index, copies, embeds.lengths, len(slots), block)
     context = Context(valid=slots < embeds.lengths[:, None], sees=sees)
     hidden: Tensor = backbone(embeds.values, positions, context)
-    index = index.clamp(max=len(slots) - 1)
-    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
+    return at_slots(hidden, index)
 
 
 def beside(

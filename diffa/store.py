@@ -39,8 +39,8 @@ def save(model: Model, folder: str | Path) -> None:
     """
     folder = Path(folder)
     spec = pin(model.spec)
-    if (rank := rank_of(model)) is not None:
-        spec = spec.set("backbone.lora.rank", rank)
+    if found := pairs_of(model):
+        spec = spec.change(found)
     tensors, tied = _unshared(stored(model))
     notes = {"format": "pt", "diffa": diffa.__version__, "spec": spec.to_json()}
     with replacing(folder) as fresh:
@@ -103,7 +103,10 @@ def merged(model: Model, folder: Path) -> Model:
         raise SpecError(f"{folder}: the backbone has no live LoRA pairs to merge")
     data = model.spec.data
     lora = data["backbone"]["lora"]
-    kept = {"checkpoint": str(folder.resolve()), "alpha": lora.get("alpha", 16.0), "merge": True}
+    kept = {**lora, "merge": True} if lora.get("checkpoint") else None
+    if {"backbone", "backbone.lora"} & set(data["train"]):  # the folder holds the pairs
+        alpha = lora.get("alpha", 16.0)
+        kept = {"checkpoint": str(folder.resolve()), "alpha": alpha, "merge": True}
     pinned = data["backbone"].get("checkpoint") is not None
     data["backbone"]["lora"] = kept if pinned else None
     data["train"] = [name for name in data["train"] if name != "backbone.lora"]
@@ -111,11 +114,20 @@ def merged(model: Model, folder: Path) -> Model:
     return model
 
 
-def rank_of(model: Model) -> int | None:
-    """Return the rank of the backbone's live LoRA pairs; None where there are none."""
+def pairs_of(model: Model) -> dict[str, Any]:
+    """Return what a spec says of the backbone's live LoRA pairs, by path; {} where there are none.
+
+    Pairs that were read know their rank and layers, which their spec need not say.
+    """
     pairs = getattr(model.backbone, "lora", None)
     state = pairs.state_dict() if isinstance(pairs, nn.Module) else {}
-    return next((len(value) for key, value in state.items() if ".lora_A." in key), None)
+    downs = {k.partition(".lora_A.")[0]: v for k, v in state.items() if ".lora_A." in k}
+    if not downs:
+        return {}
+    return {
+        "backbone.lora.rank": min(len(down) for down in downs.values()),
+        "backbone.lora.targets": sorted({name.rpartition(".")[2] for name in downs}),
+    }
 
 
 def stored(model: Model) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ PAGES = (  # in the order of the navigation; one that is not written yet is left
     ("Evaluation", "evaluation.md"),
     ("Ablations", "ablation.md"),
     ("Serving", "serving.md"),
-    ("Corpora", "mapping.md"),
     ("Scale", "scale.md"),
     ("Plugins", "plugins.md"),
     ("Troubleshooting", "troubleshooting.md"),
@@ -71,7 +70,9 @@ def kind_page(kind: str) -> Iterator[str]:
     from diffa import registry
 
     yield f"# {TITLES[kind]}\n"
-    yield f"Generated from the constructors. In a spec: `{kind}: {{name: NAME, OPTION: VALUE}}`.\n"
+    written = "{name: NAME, OPTION: VALUE}"
+    where = f"adapters: {{KEY: {written}}}" if kind == "adapter" else f"{kind}: {written}"
+    yield f"Generated from the constructors. In a spec: `{where}`.\n"
     for part in registry.parts(kind):
         if part.dist == "diffa":
             yield from part_section(kind, part)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from safetensors.torch import load_file
 
 import diffa
+from diffa.data.nano.recordings import fsdd_folder
+from diffa.errors import AudioError
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = ("diffa1-tiny", "diffa2-tiny")
@@ -51,6 +54,22 @@ def golden1() -> tuple[diffa.Model, dict[str, torch.Tensor]]:
     """The DIFFA-1 golden model and its numbers."""
     name = "diffa1-tiny"
     return diffa.build(golden_spec(name)), load_file(GOLDEN / name / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and eight tones on disk."""
+    return toy.write_world(tmp_path_factory.mktemp("world"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``fsdd`` where the Free Spoken Digit Dataset is not."""
+    try:
+        fsdd_folder()
+    except AudioError as error:
+        for item in items:
+            if item.get_closest_marker("fsdd") is not None:
+                item.add_marker(pytest.mark.skip(reason=str(error)))
 
 
 @pytest.hookimpl(tryfirst=True)

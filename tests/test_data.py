@@ -275,6 +275,15 @@ def test_the_header_belongs_to_the_answer_as_often_as_it_should(chat: Chat) -> N
     assert 0.2 < sizes.count(6) / 200 < 0.4
 
 
+def test_questions_about_one_recording_draw_apart(chat: Chat) -> None:
+    make = Answering(chat, VOCAB, None, header=0.5)
+    sample = Sample(target="one two", more=tuple(("How many ?", "one two") for _ in range(5)))
+    rows = [make(sample, seed) for seed in range(50)]
+    sizes = [[int(row.answer.sum()) for row in (made, *made.more)] for made in rows]
+    mixed = [found for found in sizes if len(set(found)) > 1]
+    assert len(mixed) > 40  # 2 of 64 rows would agree by chance
+
+
 def test_an_answer_too_long_for_its_room_is_a_fault(chat: Chat) -> None:
     with pytest.raises(DataError, match="an answer of 3 tokens exceeds 2"):
         Answering(chat, VOCAB, None, answer_lengths=[2])(Sample(target="one two", key="row 1"), 0)

@@ -13,24 +13,14 @@ from typing import Any
 import pytest
 import torch
 import toy
-from rich.console import Console
 from safetensors.torch import load_file
+from toy import QUIET
 
 from diffa.trainers import run
 from diffa.trainers.progress import read_log
 
-QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
 SCRIPT = Path(__file__).parent / "distributed.py"
 STAGES = ("1-align", "2-all")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and eight tones on disk."""
-    place = tmp_path_factory.mktemp("world")
-    toy.write_tokenizer(place / "tokenizer")
-    toy.write_tones(place)
-    return place
 
 
 def recipe(world: Path, batch: int, *, lora: bool = False) -> dict[str, Any]:

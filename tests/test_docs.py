@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from diffa import cli
 from diffa.data.nano.recordings import fsdd_folder
@@ -92,6 +95,21 @@ def test_a_block_that_fails_is_noticed() -> None:
         call(["diffa", "spec", "check", "nano", "--set", "sampler.blok=8"])
     with pytest.raises(AssertionError):
         shell("false\ntrue")
+
+
+def test_pages_of_parts_write_specs_as_they_are_read() -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is the extra docs")
+    from diffa import registry
+    from diffa.spec import Spec
+
+    found = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert found is not None and found.loader is not None
+    generate = importlib.util.module_from_spec(found)
+    found.loader.exec_module(generate)
+    for kind in registry.KINDS:
+        _, line, *_ = itertools.islice(generate.kind_page(kind), 2)
+        written = yaml.safe_load(line.split("`")[1])
+        assert written.keys() < Spec.read("tiny").data.keys(), kind
 
 
 @pytest.fixture(scope="module")

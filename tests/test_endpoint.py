@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +200,31 @@ def test_addresses_may_end_in_several_ways(given: str) -> None:
 def test_wrong_options_are_refused(url: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         Endpoint(url, "m", **options)
+
+
+def test_a_key_that_no_header_may_have_is_refused_and_not_shown() -> None:
+    for key in ("secret\nkey", "sécret"):
+        with pytest.raises(SpecError, match="has a character that no header may have") as refused:
+            Endpoint("http://localhost", "m", key=key)
+        assert "cret" not in str(refused.value)
+
+
+def test_a_fault_whose_text_never_comes_is_told_without_it() -> None:
+    over = threading.Event()
+
+    def serve(held: socket.socket) -> None:
+        connection, _ = held.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\n")
+            over.wait(60)
+
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        threading.Thread(target=serve, args=(held,)).start()
+        url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
+        with pytest.raises(Refused, match="400 Bad Request"):
+            Endpoint(url, "m", key="", timeout=0.5).ask(QUESTION)
+        over.set()
 
 
 def test_a_reply_is_found_by_all_that_decided_it(tmp_path: Path) -> None:

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 
 from diffa.audio import read
-from diffa.data.nano.recordings import TEST_INDICES, fsdd_folder
+from diffa.data.nano.recordings import TEST_INDICES
 from diffa.data.nano.utterances import Utterances
-from diffa.errors import AudioError, SpecError
+from diffa.errors import SpecError
 from diffa.evaluation.intervals import difference, interval, mcnemar, permuted, ratio
 from diffa.evaluation.nano import TASKS, make, write_suite
 from diffa.evaluation.scoring import subset_of
 from diffa.evaluation.suites import SUITES, suite
-
-try:
-    FSDD: Path | None = fsdd_folder()
-except AudioError:
-    FSDD = None
-needs_fsdd = pytest.mark.skipif(FSDD is None, reason="needs the Free Spoken Digit Dataset")
 
 
 class TestIntervals:
@@ -108,7 +102,7 @@ class TestSuites:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano-suite")
-    write_suite(folder, fsdd=FSDD, per_task=4)
+    write_suite(folder, per_task=4)
     return folder
 
 
@@ -118,7 +112,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-@needs_fsdd
 @pytest.mark.fsdd
 class TestNanoSuite:
     def test_it_has_the_columns_of_mmsu_and_sound(self, folder, rows):
@@ -144,14 +137,14 @@ class TestNanoSuite:
         assert asked.choices == tuple("ABCD")
 
     def test_an_item_depends_on_its_seed_and_number_alone(self):
-        first, second = (Utterances("test", 7, FSDD, synthetic=False) for _ in range(2))
+        first, second = (Utterances("test", 7, synthetic=False) for _ in range(2))
         make(second, "sum", 3, np.random.default_rng(1))
         one, other = (make(s, "speed", 1, np.random.default_rng(9)) for s in (first, second))
         np.testing.assert_array_equal(one[0].wave, other[0].wave)
         assert one[1:] == other[1:] and one[0].labels == other[0].labels
 
     def test_only_test_recordings_of_real_people_are_used(self):
-        speech = Utterances("test", 7, FSDD, synthetic=False)
+        speech = Utterances("test", 7, synthetic=False)
         assert all(voice.real for voice in speech.voices)
         used = {int(file.stem.split("_")[2]) for files in speech.recordings.files.values()
                 for file in files}  # fmt: skip

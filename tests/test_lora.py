@@ -217,7 +217,67 @@ def test_new_pairs_are_saved_with_the_rank_that_they_have(tmp_path: Path) -> Non
     stir(model)
     diffa.save(model, tmp_path / "m")
     assert torch.equal(said(diffa.load(tmp_path / "m")), said(model))
-    assert not any(name == "ff_out" for name, _ in layers(model.backbone))  # the head stays
+    names = [name for name, _ in layers(model.backbone)]
+    assert "transformer.blocks.0.ff_out" in names
+    assert "transformer.ff_out" not in names  # the head stays
+
+
+def test_pairs_that_go_with_a_swapped_backbone_are_not_to_learn() -> None:
+    model = diffa.build(spec())
+    assert diffa.swap(model, backbone=BACKBONES["llada"]).spec.data["train"] == ["adapters"]
+    kept = diffa.swap(model, sampler="blockwise").spec.data["train"]
+    assert kept == ["adapters", "backbone.lora"]
+
+
+def test_only_what_reads_off_the_vocabulary_is_a_head() -> None:
+    body = torch.nn.ModuleDict(
+        {
+            "words": torch.nn.Embedding(100, 8),
+            "places": torch.nn.Embedding(16, 8),
+            "layer": torch.nn.Linear(8, 16),  # as wide as there are places
+            "head": torch.nn.Linear(8, 100),
+        }
+    )
+    adapt(body, {"rank": 2})
+    assert [name for name, _ in layers(body)] == ["layer"]
+
+
+def trained_pairs(folder: Path, **lora: Any) -> Path:
+    """A saved model with pairs that have something to say."""
+    made = golden2()
+    made["backbone"]["lora"] = lora
+    model = diffa.build(made)
+    stir(model)
+    diffa.save(model, folder)
+    return folder
+
+
+def test_pairs_that_were_read_are_saved_with_the_layers_that_they_have(tmp_path: Path) -> None:
+    first = trained_pairs(tmp_path / "a", targets=["q_proj"])
+    made = golden2()
+    made["backbone"]["lora"] = {"checkpoint": str(first), "merge": False}
+    model = diffa.build(made)
+    diffa.save(model, tmp_path / "b")
+    assert torch.equal(said(diffa.load(tmp_path / "b")), said(model))
+
+
+def test_pairs_that_did_not_learn_are_merged_from_where_they_are(tmp_path: Path) -> None:
+    made = golden2()
+    pairs = trained_pairs(tmp_path / "a", rank=4)
+    made["backbone"]["lora"] = {"checkpoint": str(pairs), "merge": False}
+    model = diffa.build({**made, "train": ["adapters"]})
+    diffa.save(model, tmp_path / "c")
+    folded = diffa.load(tmp_path / "c", merge=True)
+    diffa.save(folded, tmp_path / "d")
+    assert torch.equal(said(diffa.load(tmp_path / "d")), said(folded))
+    assert torch.allclose(said(folded), said(model), atol=1e-3)
+
+
+def test_a_backbone_that_is_swapped_in_learns_pairs_with_all_their_digits() -> None:
+    model = diffa.build(spec(), dtype="bfloat16")
+    swapped = diffa.swap(model, backbone=spec(rank=2)["backbone"])
+    assert swapped.dtype == torch.bfloat16
+    assert {p.dtype for p in swapped.backbone.lora.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

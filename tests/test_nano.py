@@ -7,21 +7,9 @@ import pytest
 import torch
 
 import diffa
-from diffa.data.nano.recordings import fsdd_folder
 from diffa.data.nano.voices import WORDS
 from diffa.data.sources import Nano
-from diffa.errors import DiffaError
 from diffa.trainers.evaluate import compare
-
-
-def fsdd() -> bool:
-    try:
-        return bool(fsdd_folder(None))
-    except DiffaError:
-        return False
-
-
-needs_fsdd = pytest.mark.skipif(not fsdd(), reason="needs the Free Spoken Digit Dataset (README)")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def error(model: diffa.Model, samples: list, waves: list[torch.Tensor]) -> float
     return compare(written, [s.target for s in samples])["error"]
 
 
-@needs_fsdd
+@pytest.mark.fsdd
 def test_it_writes_down_short_utterances_and_needs_their_audio(nano, asked) -> None:
     waves = [sample.audio for sample in asked]
     heard = error(nano, asked, waves)
@@ -57,7 +45,7 @@ def letters(model: diffa.Model, samples: list, waves: list[torch.Tensor]) -> flo
     return sum(text[:2] == s.target[:2] for text, s in pairs) / len(samples)
 
 
-@needs_fsdd
+@pytest.mark.fsdd
 def test_it_writes_the_letter_of_the_right_choice_and_needs_the_audio_for_it(nano) -> None:
     kinds = ["gender", "sound", "count", "place", "largest"]
     source = Nano(split="test", seed=32, count=160, kinds=kinds, synthetic=False)
@@ -75,7 +63,7 @@ def test_silence_is_no_digit(nano) -> None:
     assert not digits & set(said.split())
 
 
-@needs_fsdd
+@pytest.mark.fsdd
 def test_the_balanced_setting_writes_what_the_exact_one_does(nano, asked) -> None:
     waves = [sample.audio for sample in asked]
     fast = diffa.swap(nano, sampler=nano.spec.data["settings"]["balanced"])

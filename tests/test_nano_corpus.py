@@ -1,7 +1,6 @@
 """The nano corpus: random access, audible labels, true answers, the tokenizer, files on disk."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +17,6 @@ from diffa.data.nano.utterances import LONGEST, Utterances
 from diffa.data.nano.voices import accent_audible
 from diffa.data.nano.words import BLANK, SYSTEM, vocabulary, write_tokenizer
 from diffa.errors import AudioError, SpecError
-
-try:
-    FSDD: Path | None = fsdd_folder()
-except AudioError:
-    FSDD = None
-needs_fsdd = pytest.mark.skipif(FSDD is None, reason="needs the Free Spoken Digit Dataset")
 
 
 def labels(digits: tuple[int, ...] = (3, 5, 9), **changes: object) -> Labels:
@@ -45,7 +38,7 @@ def labels(digits: tuple[int, ...] = (3, 5, 9), **changes: object) -> Labels:
 
 @pytest.fixture(scope="module")
 def utterances() -> Utterances:
-    return Utterances("train", 7, FSDD)
+    return Utterances("train", 7)
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +48,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     return AutoTokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("words")))
 
 
-@needs_fsdd
 @pytest.mark.fsdd
 class TestUtterances:
     def test_an_utterance_is_a_pure_function_of_seed_and_index(self, utterances):
-        again = Utterances("train", 7, FSDD)
+        again = Utterances("train", 7)
         for index in (3, 11, 5):
             assert again[index].labels == utterances[index].labels
             np.testing.assert_array_equal(again[index].wave, utterances[index].wave)
 
     def test_seeds_differ(self, utterances):
-        other = Utterances("train", 8, FSDD)
+        other = Utterances("train", 8)
         assert [other.scene(i) for i in range(5)] != [utterances.scene(i) for i in range(5)]
 
     def test_utterances_fit_the_window_and_full_scale(self, utterances):
@@ -98,17 +90,17 @@ class TestUtterances:
             assert heard.speed == speed_of([start for start, _ in heard.spans])
 
     def test_test_recordings_never_meet_training(self):
-        train, test = (Recordings(FSDD, split) for split in ("train", "test"))
+        train, test = (Recordings(fsdd_folder(), split) for split in ("train", "test"))
         taken = {path for paths in train.files.values() for path in paths}
         assert not taken & {path for paths in test.files.values() for path in paths}
         assert all(int(p.stem.split("_")[2]) < 5 for ps in test.files.values() for p in ps)
 
     def test_a_speaker_can_be_left_out(self):
-        left = Utterances("train", 7, FSDD, leave_out=("theo",))
+        left = Utterances("train", 7, leave_out=("theo",))
         assert "theo" not in {voice.name for voice in left.voices}
 
     def test_without_the_synthesiser_only_people_speak(self):
-        assert all(voice.real for voice in Utterances("train", 7, FSDD, synthetic=False).voices)
+        assert all(voice.real for voice in Utterances("train", 7, synthetic=False).voices)
 
     def test_examples_share_an_utterance_and_stay_pure(self, utterances):
         examples = Examples(utterances, 12, per=3)
@@ -120,7 +112,7 @@ class TestUtterances:
             Examples(utterances, 3, kinds=("colour",))
 
     def test_files_hold_the_published_fields(self, tmp_path):
-        manifest = write_corpus(tmp_path, "test", 5, 6, fsdd=FSDD, per=2)
+        manifest = write_corpus(tmp_path, "test", 5, 6, per=2)
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
         fields = (
             "audio_id audio_filepath transcription input target dataset duration seed_transcript"
@@ -128,7 +120,7 @@ class TestUtterances:
         assert len(rows) == 6 and all(set(row) == set(fields.split()) for row in rows)
         assert len({row["audio_id"] for row in rows}) == 6
         assert all((tmp_path / row["audio_filepath"]).exists() for row in rows)
-        listed = write_corpus(tmp_path, "test", 5, 6, fsdd=FSDD, per=2, form="json")
+        listed = write_corpus(tmp_path, "test", 5, 6, per=2, form="json")
         assert json.loads(listed.read_text()) == rows
 
 

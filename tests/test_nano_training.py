@@ -13,12 +13,17 @@ from diffa.data.nano.words import BLANK
 from diffa.data.rows import Answering
 from diffa.data.sample import Sample
 from diffa.data.sources import NanoText
+from diffa.errors import SpecError
 from diffa.inputs import read
 from diffa.memory import Context
 from diffa.trainers.auxiliary import Saying, Script, number, numbered
+from diffa.trainers.folder import TrainingError
 from diffa.trainers.hints import Hinting, chosen
 from diffa.trainers.learner import Answers
 from diffa.trainers.packing import Packing
+from diffa.trainers.parts import release
+from diffa.trainers.sections import Stage
+from diffa.trainers.stages import number_adapters
 from diffa.trainers.start import _looking, start
 from diffa.types import Embeds, Features, FeatureSpec
 
@@ -82,6 +87,14 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
     assert not torch.allclose(whole[0], packed[0])  # there the recording sees the question
 
 
+def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
+    model = small()
+    other = diffa.build(model.spec.set("prompt.user", "{question} <audio>"))
+    batch = batch_of(other, [NanoText(questions=3)[0]])
+    with pytest.raises(SpecError, match="put <audio> before"):
+        Packing(batch.owner)(other.backbone, batch.tokens, batch.sizes, None, batch.audio_at)
+
+
 def test_several_questions_share_one_pass_of_the_adapters() -> None:
     model = small()
     batch = batch_of(model, [NanoText(questions=3)[0]])
@@ -117,6 +130,23 @@ def test_a_started_backbone_says_what_it_attends_to() -> None:
     product = block.attn_out.weight @ block.v_proj.weight
     torch.testing.assert_close(product, 0.5 * torch.eye(64), atol=1e-5, rtol=0)
     assert torch.equal(inner.ff_out.weight, 0.15 * inner.wte.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_start_is_the_same_wherever_the_weights_are() -> None:
+    here, there = (small().backbone.transformer.to(place) for place in ("cpu", "cuda"))
+    for inner in (here, there):
+        start(inner, seed=0)
+    pairs = zip(here.parameters(), there.parameters(), strict=True)
+    assert all(torch.equal(one, other.cpu()) for one, other in pairs)
+
+
+def test_a_start_needs_a_key_head_for_every_query_head() -> None:
+    made = {"name": "llada", "config": CONFIG | {"n_kv_heads": 1}}
+    inner = diffa.build(diffa.Spec.read("tiny").set("backbone", made)).backbone.transformer
+    with pytest.raises(TrainingError, match="a key head per query head, got 1 for 2"):
+        start(inner, seed=0)
 
 
 def test_hints_tell_which_spoken_word_is_copied() -> None:
@@ -442,3 +472,19 @@ def test_a_gate_is_taught_by_what_is_said_and_teaches_nothing_back() -> None:
     saying._gates["semantic"] = gate
     (taught,) = torch.autograd.grad(saying.loss(said, words), values)
     assert torch.equal(plain, taught)
+
+
+def test_only_adapters_that_learn_are_given_their_numbers() -> None:
+    conv = {"name": "conv", "numbered": 2}
+    model = diffa.build(small().spec.set("adapters", {"semantic": conv, "other": conv}))
+    release(model, ["adapters.semantic"])
+    before = {key: part.numbering.table.clone() for key, part in model.adapters.items()}
+    words = {"numbers": ["first", "second"], "blank": "<|blank|>"}
+    number_adapters(model, Stage(train=["adapters.semantic"], aids=words))
+    after = {key: part.numbering.table for key, part in model.adapters.items()}
+    assert not torch.equal(after["semantic"], before["semantic"])
+    assert torch.equal(after["other"], before["other"])
+
+
+def test_no_words_need_no_tokenizer() -> None:
+    assert chosen([], None) == []

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toy
-from rich.console import Console
+from toy import QUIET
 
 import diffa
 from diffa.data.collate import Batch, Collate
@@ -31,20 +30,15 @@ from diffa.trainers.setting import Setting
 from diffa.trainers.stages import collator, loop, row_maker
 from diffa.types import Vocab
 
-QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
 VOCAB = Vocab(size=30, eos=28, pad=28, mask=29)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, eight tones, and preferences between the two words for them."""
-    place = tmp_path_factory.mktemp("preferences")
-    toy.write_tokenizer(place / "tokenizer")
-    rows = json.loads(toy.write_tones(place).read_text())
-    for row in rows:
-        row["chosen"] = "not read"
-        row["rejected"] = "three four five"
-        row["dpo_source"] = "toy"
+    more = {"chosen": "not read", "rejected": "three four five", "dpo_source": "toy"}
+    place = toy.write_world(tmp_path_factory.mktemp("preferences"), **more)
+    rows = json.loads((place / "pairs.json").read_text())
     rows[2]["rejected"] = "three four five three four five"
     (place / "pairs.json").write_text(json.dumps(rows))
     return place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -15,31 +14,26 @@ from typing import Any
 import pytest
 import torch
 import toy
-from rich.console import Console
 from safetensors.torch import load_file
+from toy import QUIET
 
 import diffa
-from diffa.data.sample import DataError
+from diffa import building
+from diffa.data.mixture import Mixture
+from diffa.data.sample import DataError, Sample
 from diffa.errors import SpecError
 from diffa.trainers import Recipe, Report, run, running
-from diffa.trainers.estimate import saved
+from diffa.trainers.estimate import _per_slot, estimate, saved
 from diffa.trainers.parts import learned
 from diffa.trainers.progress import read_log
+from diffa.trainers.sections import Stage
 from diffa.trainers.setting import Setting, open_data, read_questions
-
-QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, eight tones, and manifests of questions and preferences about them."""
-    place = tmp_path_factory.mktemp("recipes")
-    toy.write_tokenizer(place / "tokenizer")
-    rows = json.loads(toy.write_tones(place).read_text())
-    for row in rows:
-        row["rejected"] = "three four five"
-    (place / "pairs.json").write_text(json.dumps(rows))
-    return place
+    return toy.write_world(tmp_path_factory.mktemp("recipes"), rejected="three four five")
 
 
 def small(name: str, world: Path) -> list[str]:
@@ -108,7 +102,8 @@ def test_diffa_1_runs_from_end_to_end(world: Path, tmp_path: Path) -> None:
         "1-transcribe": {"prompt", "semantic"},
         "2-instruct": {"acoustic", "semantic"},
     }
-    assert diffa.load(tmp_path / "model").answer(world / "tone0.wav", "What ?", max_tokens=2)
+    answer = diffa.load(tmp_path / "model").answer(world / "tone0.wav", "What ?", max_tokens=2)
+    assert answer.tokens.shape == (2,)
 
 
 def test_diffa_2_runs_from_end_to_end(world: Path, second: tuple[Path, Report]) -> None:
@@ -161,6 +156,18 @@ def test_the_trained_model_is_saved_with_its_pairs(
         )
     assert torch.equal(expected, found[0])
     assert torch.allclose(expected, found[1], atol=1e-4)
+
+
+def test_pairs_that_only_a_stage_trains_have_all_their_digits(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    made = Recipe.read("diffa-2").change(small("diffa-2", world))
+    assert made.spec is not None and made.spec.data["train"] == ["adapters"]
+    setting = Setting(recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET)
+    model = running.prepare(setting, setting.device)
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.backbone.lora.parameters()} == {torch.float32}
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -269,6 +276,34 @@ def test_activations_are_counted_as_autograd_keeps_them() -> None:
     layer = torch.nn.Linear(8, 4)
     x = torch.randn(16, 8, requires_grad=True)
     assert saved(layer, lambda: layer(x).relu()) == 4 * (16 * 8 + 16 * 4)
+
+
+def test_what_a_backbone_takes_does_not_depend_on_what_was_asked_before(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    spec = toy.spec(world / "tokenizer")
+    one, other = (diffa.build(spec, device="meta").backbone for _ in range(2))
+    assert _per_slot(one, True, True) < _per_slot(one, False, True)
+    assert _per_slot(one, False, True) == _per_slot(other, False, True)
+    monkeypatch.setattr(one, "forward", refuse)
+    assert _per_slot(one, False, False) > 0  # told by its layers
+    assert not one.training
+
+
+def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(world: Path) -> None:
+    asked = Sample("high", audio=torch.zeros(6400), rate=16000, more=(("?", "low"), ("?", "high")))
+    model = diffa.build(toy.spec(world / "tokenizer"), device="meta")
+    mixed = Mixture([[asked] * 4], [1.0], batch=1, micro=1)  # type: ignore[list-item]
+    apart, packed = (
+        estimate(model, Stage(train=["adapters"], aids=aids), mixed, half=False)
+        for aids in ({}, {"packed": True})
+    )
+    assert packed.sounds == 4 * 5 and apart.sounds == 3 * packed.sounds
+    assert apart.tokens == packed.tokens
+    assert apart.memory.activations > packed.memory.activations
 
 
 # --- questions ----------------------------------------------------------------------------------

@@ -160,6 +160,17 @@ def test_options_that_cannot_be_read_are_told(text: str) -> None:
         settings.write(Chosen(others=text))
 
 
+def test_an_option_may_be_null_where_it_is_written() -> None:
+    assert settings.write(Chosen(others="suffix: null, stop: false"))["suffix"] is None
+
+
+def test_a_number_that_was_cleared_is_told() -> None:
+    with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
+        settings.write(Chosen(rule="threshold", value=None))
+    with pytest.raises(SpecError, match="block needs a value"):
+        settings.write(Chosen(block=None))
+
+
 def test_every_control_has_its_meaning_in_a_line() -> None:
     assert settings.meaning("blockwise", "block") == "Answer tokens per block."
     assert settings.meaning("blockwise", "cache").startswith("None recomputes everything")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+from rich.console import Console
 
+QUIET = Console(file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115
 WORDS = ["zero", "one", "two", "three", "four", "five", "high", "low", "?", ".", ":"]
 TALK = ["system", "user", "assistant", "This", "is", "the", "audio", "What", "do", "you", "hear"]
 TALK += ["How", "many", "Transcribe", "You", "are"]
@@ -81,6 +84,14 @@ def write_tones(folder: Path, count: int = 8) -> Path:
     path = folder / "train.json"
     path.write_text(json.dumps(rows, indent=1))
     return path
+
+
+def write_world(folder: Path, **more: str) -> Path:
+    """Write a tokenizer, tones, and ``pairs.json``: their rows with more in each."""
+    write_tokenizer(folder / "tokenizer")
+    rows = json.loads(write_tones(folder).read_text())
+    (folder / "pairs.json").write_text(json.dumps([row | more for row in rows]))
+    return folder
 
 
 def spec(tokenizer: Path) -> dict[str, Any]:

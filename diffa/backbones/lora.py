@@ -202,8 +202,9 @@ def _targeted(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
         for name, module in body.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
-    sizes = {m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding)}
-    heads = {name for name, module in linear.items() if getattr(module, "out_features", 0) in sizes}
+    tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding)]
+    words = max(tables, default=0)  # others count positions or kinds of token
+    heads = {name for name, module in linear.items() if getattr(module, "out_features", 0) == words}
     last = {name: name.rpartition(".")[2] for name in linear if name not in heads}
     for target in targets:
         if target not in last.values():

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from diffa.audio import prepare, resample
 from diffa.data.augment import Augment
 from diffa.data.mixture import Mixture
-from diffa.data.sample import DataError, OnError, Sample
+from diffa.data.sample import DataError, OnError, Sample, seed_of
 from diffa.errors import DiffaError
 from diffa.prompt import Chat
 from diffa.types import Vocab
@@ -145,7 +145,7 @@ class Answering:
             raise DataError(f"{name} has an empty answer")
         tokens, answer, at = self.chat.encode_example(question, target, audio=heard)
         begin = len(self._prompt(question, heard))
-        draw = torch.Generator().manual_seed(seed ^ 0x0A)
+        draw = torch.Generator().manual_seed(seed_of(seed, "row"))
         tokens, answer = self._padded(tokens, answer, begin, name, draw)
         if float(torch.rand((), generator=draw)) >= self.header:
             answer = answer & (torch.arange(len(answer)) >= begin)

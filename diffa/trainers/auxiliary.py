@@ -102,7 +102,8 @@ class Saying:
         sharpness: of the cosine similarities.
         pull: weight of the squared distance of every slot to the word that it says, in units of
             the embeddings' mean square; CTC alone is content with a direction.
-        head: reads the embeddings instead, as if they were hidden states (``objectives.ctc``).
+        head: reads the embeddings instead, as if they were hidden states (``objectives.ctc``);
+            ``sharpness`` and ``pull`` then count for nothing, and no gate is taught.
 
     Where an adapter numbers its embeddings, what they say is read without the numbers, and where
     they say anything teaches the numbering's gate.

@@ -29,12 +29,16 @@ _WINDOW = 30.0  # seconds of the longest row, where a source does not say
 
 
 class Size(NamedTuple):
-    """What rows of a source are like: seconds of audio and tokens of text, mean and most."""
+    """What rows of a source are like: seconds of audio and tokens of text, mean and most.
+
+    ``questions`` about one recording, their mean, count as one row.
+    """
 
     seconds: float
     tokens: float
     longest: float
     most: float
+    questions: float = 1.0
 
 
 class Expected:
@@ -104,14 +108,16 @@ def estimate(model: Model, stage: Stage, mixed: Mixture, *, half: bool) -> Estim
         half: whether the backbone runs in bfloat16.
     """
     sizes = [measure(source, model) for source in mixed.sources]
+    if stage.aids.get("packed"):  # the questions share what is heard
+        sizes = [size._replace(questions=1.0) for size in sizes]
     copies = 2 if stage.kind == "preferences" else 1
     counted = list(zip(mixed.shares, sizes, strict=True))
-    heard = sum(n * embeddings(model, size.seconds) for n, size in counted)
-    slots = max(embeddings(model, size.longest) + size.most for size in sizes)
+    heard = sum(n * size.questions * embeddings(model, size.seconds) for n, size in counted)
+    slots = max(size.questions * embeddings(model, size.longest) + size.most for size in sizes)
     clip = max(size.longest for size in sizes)
     return Estimate(
         tokens=round(copies * sum(n * size.tokens for n, size in counted)),
-        sounds=copies * heard,
+        sounds=round(copies * heard),
         hours=sum(n * size.seconds for n, size in counted) / 3600,
         memory=memory(model, stage, slots=round(slots), seconds=clip, half=half),
         guessed=model.backbone.tokenizer is None,
@@ -139,7 +145,8 @@ def measure(source: Any, model: Model) -> Size:
     own = getattr(source, "seconds", None)
     seconds = [_seconds(s, own(i) if own else 0.0) for s, i in zip(samples, rows, strict=True)]
     tokens = [count_tokens(sample, model) for sample in samples]
-    return Size(sum(seconds) / len(rows), sum(tokens) / len(rows), max(seconds), max(tokens))
+    asked = sum(1 + len(getattr(sample, "more", ())) for sample in samples) / len(rows)
+    return Size(sum(seconds) / len(rows), sum(tokens) / len(rows), max(seconds), max(tokens), asked)
 
 
 def _seconds(sample: Sample, told: float) -> float:
@@ -233,9 +240,8 @@ def _read(model: Model, rows: int, slots: int, *, half: bool) -> int:
 @lru_cache(maxsize=4)
 def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     """Bytes that a backbone keeps for each slot, traced on the meta device; ``learns`` is a key."""
-    if half:
-        backbone.to(torch.bfloat16)
-    dtype = next(backbone.parameters()).dtype
+    dtype = torch.bfloat16 if half else torch.float32
+    backbone.to(dtype)  # an earlier stage may have left it in the other
     embeds = torch.empty(1, _SLOTS, backbone.width, device="meta", dtype=dtype).requires_grad_()
     positions = torch.arange(_SLOTS, device="meta")[None]
     body: Any = getattr(backbone, "transformer", None)
@@ -243,14 +249,16 @@ def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     backbone.train()
     try:
         kept = saved(backbone, lambda: backbone(embeds, positions, Context()))
+        if again:  # one layer at a time is computed again
+            body.checkpointing = False
+            whole = saved(backbone, lambda: backbone(embeds, positions, Context()))
+            kept += whole // max(1, len(body.blocks))
     except (RuntimeError, NotImplementedError):  # it looks at values, and here are none
         return _by_layers(backbone, dtype.itemsize)
-    if again:  # one layer at a time is computed again
-        body.checkpointing = False
-        whole = saved(backbone, lambda: backbone(embeds, positions, Context()))
-        body.checkpointing = True
-        kept += whole // max(1, len(body.blocks))
-    backbone.eval()
+    finally:
+        backbone.eval()
+        if again:
+            body.checkpointing = True
     return kept / _SLOTS
 
 

@@ -11,6 +11,7 @@ import torch
 from diffa.data.collate import Collate
 from diffa.data.rows import Stream
 from diffa.data.sample import Sample
+from diffa.evaluation.words import edits
 from diffa.trainers.folder import (
     WEIGHTS,
     TrainingError,
@@ -22,7 +23,7 @@ from diffa.trainers.folder import (
 from diffa.trainers.loop import Tally
 from diffa.trainers.parts import learned
 from diffa.trainers.sections import Evaluation
-from diffa.trainers.shards import leads, wait
+from diffa.trainers.shards import agreed, leads, wait
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 _FALLING = ("loss", "error")
@@ -116,7 +117,7 @@ class Best:
             raise TrainingError(
                 f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
             )
-        value = found[self.name]
+        value = agreed(found[self.name])  # what follows, all do together or none
         if better(self.name, value, self.value):
             self.value = value
             state = learned(self.model)
@@ -131,7 +132,7 @@ class Best:
 def compare(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """Return the share of exact answers and word errors per wanted word, case and marks aside."""
     pairs = [(plain(a), plain(b)) for a, b in zip(written, wanted, strict=True)]
-    errors = sum(distance(a, b) for a, b in pairs)
+    errors = sum(edits(b, a).errors for a, b in pairs)
     words = sum(len(b) for _, b in pairs)
     exact = sum(a == b for a, b in pairs)
     return {"exact": exact / len(pairs), "error": errors / max(words, 1)}
@@ -141,16 +142,6 @@ def plain(text: str) -> list[str]:
     """Return a text's words without case and punctuation."""
     kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
     return kept.split()
-
-
-def distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the fewest insertions, deletions and substitutions from a to b (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
 
 
 def better(name: str, new: float, old: float | None) -> bool:

@@ -147,6 +147,8 @@ class Hinting(nn.Module):
 
 def chosen(words: Sequence[str], tokenizer: Any) -> list[int]:
     """Return the ids of words as a script has them; raises TrainingError for an unknown one."""
+    if not words:
+        return []
     special = tokenizer.get_added_vocab()
     ids = [
         [special[word]]
@@ -156,5 +158,5 @@ def chosen(words: Sequence[str], tokenizer: Any) -> list[int]:
     ]
     wrong = [word for word, found in zip(words, ids, strict=True) if len(found) != 1]
     if wrong:
-        raise TrainingError(f"aids.numbers: {wrong[0]!r} is not one token of the backbone's")
+        raise TrainingError(f"aids: {wrong[0]!r} is not one token of the backbone's")
     return [int(found[0]) for found in ids]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffa.errors import SpecError
 from diffa.memory import Context
 
 
@@ -55,9 +56,11 @@ class Packing:
     ) -> Tensor:
         """Return the hidden state of every token of rows (B, L), (B, L, W); see ``inputs.read``.
 
-        Rows of one owner must be equal up to the audio.
+        Raises:
+            SpecError: rows of one owner differ before the audio.
         """
         at = torch.zeros_like(lengths) if audio_at is None else audio_at
+        _check_shared(self.owner.tolist(), tokens, at.tolist())
         words = backbone.embed(tokens)
         packs = _packs(self.owner.tolist(), words, lengths.tolist(), heard, at.tolist())
         sequences = [torch.cat([pack.prefix, *pack.tails]) for pack in packs]
@@ -67,6 +70,17 @@ class Packing:
         context = Context(valid=branch >= 0, branch=branch)
         hidden: Tensor = backbone(values, positions, context)
         return hidden.flatten(0, 1)[places]
+
+
+def _check_shared(owner: list[int], tokens: Tensor, at: list[int]) -> None:
+    """Refuse rows that would be read with the beginning of another."""
+    first: dict[int, Tensor] = {}
+    for name, row, place in zip(owner, tokens, at, strict=True):
+        if not torch.equal(first.setdefault(name, row[:place]), row[:place]):
+            raise SpecError(
+                "aids.packed: questions about one recording differ before the audio; put <audio> "
+                "before {question} in prompt.user"
+            )
 
 
 def _packs(

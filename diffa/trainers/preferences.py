@@ -67,7 +67,10 @@ class Prefers(nn.Module):
             TrainingError: weights are split over processes, so that none can stand in for them.
         """
         if is_split(self.model):
-            raise TrainingError("a preference stage needs whole weights: launch it with DDP")
+            raise TrainingError(
+                "a preference stage needs whole weights: go on with DDP, such as "
+                "torchrun ... -m diffa train ... --resume"
+            )
         rule = self.model.objective
         noised = rule.draws(batch.tokens, batch.answer, batch.seeds)
         other = noised

@@ -217,11 +217,23 @@ def _check_parts(stage: Stage, path: str, spec: Spec, report: Report) -> None:
             report(f"{path}.train", f"{name} would learn, but the stage does not use it")
     if stage.kind == "listening" and stage.train != ["encoder"]:
         report(f"{path}.train", "a listening stage trains [encoder]")
+    _check_aids(stage, path, used, report)
+    _check_objective(stage, path, spec, report)
+
+
+def _check_aids(stage: Stage, path: str, used: Sequence[str], report: Report) -> None:
+    """Check that aids are for adapters that the stage uses, and change only what it trains."""
     aids: Aids = stage_part(Aids, stage.aids)
     for name in [*aids.say, *aids.match]:
         if name not in used:
             report(f"{path}.aids", f"the stage has no adapter {name!r}{suggest(name, used)}")
-    _check_objective(stage, path, spec, report)
+    for name in aids.match:
+        if name in used and not {"adapters", f"adapters.{name}"} & set(stage.train):
+            report(f"{path}.aids.match", f"rescales {name!r}, which the stage does not train")
+    if aids.start and "backbone" not in stage.train:
+        report(f"{path}.aids.start", "draws the backbone anew, which the stage does not train")
+    for name in {"pull", "sharpness"} & stage.aids.keys() if aids.through == "head" else ():
+        report(f"{path}.aids.{name}", "is for through: embeddings")
 
 
 def _check_objective(stage: Stage, path: str, spec: Spec, report: Report) -> None:

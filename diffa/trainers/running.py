@@ -145,8 +145,11 @@ def prepare(setting: Setting, device: torch.device) -> Model:
         spec = spec.set("backbone.checkpointing", True)
     trained = {name for stage in setting.recipe.stages for name in stage.train}
     torch.manual_seed(setting.recipe.head.seed)
-    # a backbone that learns needs all the digits that its small steps move
-    return build(spec, device=device, dtype=torch.float32 if "backbone" in trained else None)
+    # what learns needs all the digits that its small steps move
+    model = build(spec, device=device, dtype=torch.float32 if "backbone" in trained else None)
+    if "backbone.lora" in trained:  # by a stage, if not by the spec
+        model.get_submodule("backbone.lora").float()
+    return model
 
 
 def finished(setting: Setting, model: Model) -> Model:

@@ -1,6 +1,7 @@
 """Processes that train together; weights that FSDP2 has split over them, gathered and put back.
 
-``whole``, ``put``, ``moments``, ``load_moments`` and ``wait`` are called by all processes together.
+``whole``, ``put``, ``moments``, ``load_moments``, ``wait`` and ``agreed`` are called by all
+processes together.
 """
 
 from __future__ import annotations
@@ -73,6 +74,15 @@ def wait() -> None:
     """Wait for all processes, where there are several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def agreed(value: float) -> float:
+    """Return the first process's value to all of them; its own where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def _split(tensor: Tensor) -> bool:

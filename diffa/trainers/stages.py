@@ -142,7 +142,7 @@ def match_adapters(model: Model, stage: Stage, stream: Stream, device: torch.dev
 
 
 def number_adapters(model: Model, stage: Stage) -> None:
-    """Let the adapters that number begin with the words that ``aids.numbers`` names."""
+    """Let adapters that number, and learn, begin with the words that ``aids.numbers`` names."""
     aids: Aids = stage_part(Aids, stage.aids)
     if not aids.numbers:
         return
@@ -153,7 +153,8 @@ def number_adapters(model: Model, stage: Stage) -> None:
     device = next(model.backbone.parameters()).device
     first, *rest = model.backbone.embed(torch.tensor(ids, device=device))
     for adapter in model.adapters.values():
-        number(adapter, torch.stack(rest), first)
+        if any(p.requires_grad for p in adapter.parameters()):
+            number(adapter, torch.stack(rest), first)
 
 
 def start_backbone(model: Model, stage: Stage, seed: int) -> None:

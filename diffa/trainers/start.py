@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffa.trainers.folder import TrainingError
+
 CONSTANT = 4  # dimensions that are the same in every embedding: the model has no biases
 _PEAK = 12.0  # an aimed head's score at its offset
 _FAST = 3  # RoPE pairs that tell neighbouring offsets apart
@@ -31,9 +33,16 @@ def start(transformer: Any, seed: int) -> None:
     Values and attention outputs are each other's transpose and the head is the embedding, so that
     what is attended to is said. The last dimensions, as many as a head has, are zero in every
     embedding: they begin by holding what stands two tokens ahead, by which the second layer finds
-    the letter of a choice. Needs as many key heads as query heads.
+    the letter of a choice.
+
+    Raises:
+        TrainingError: query heads share key heads.
     """
     shape = transformer.shape
+    if shape.groups != shape.heads:
+        raise TrainingError(
+            f"aids.start needs a key head per query head, got {shape.groups} for {shape.heads}"
+        )
     generator = torch.Generator().manual_seed(seed)
     _plain(transformer, generator)
     transformer.wte.weight[:, :CONSTANT] = 0.7
@@ -86,7 +95,8 @@ def _plain(transformer: Any, generator: torch.Generator) -> None:
             continue
         size = 0.5 if name.startswith("wte") else 1 / math.sqrt(weight.shape[1])
         residual = name.startswith("blocks.") and "_out." in name
-        weight.normal_(0, size * (deep if residual else 1), generator=generator)
+        drawn = torch.randn(weight.shape, generator=generator)  # on the CPU, wherever weights are
+        weight.copy_(size * (deep if residual else 1) * drawn)
 
 
 def _orthogonal(width: int, generator: torch.Generator) -> Tensor:

@@ -49,7 +49,7 @@ def launch(
 
     Raises:
         PluginError: Gradio is not installed.
-        DiffaError: the port is taken.
+        DiffaError: the port cannot be listened on.
     """
     require()
     import gradio as gr
@@ -71,7 +71,8 @@ def launch(
             enable_monitoring=False, ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
-        raise DiffaError(f"port {port} of {host} is taken: choose another with --port") from error
+        place = host if port is None else f"{host}:{port}"
+        raise DiffaError(f"cannot listen on {place}: {error}") from error
     if block:
         print(f"{name} answers on {address} (Ctrl+C ends it)", flush=True)
         made.block_thread()

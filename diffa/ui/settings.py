@@ -26,9 +26,9 @@ class Chosen(NamedTuple):
     """What the controls of one setting say, in their order on the page."""
 
     sampler: str = "blockwise"
-    block: float = 32
+    block: float | None = 32
     rule: str = ONE
-    value: float = 1.0
+    value: float | None = 1.0
     cache: str = "none"
     temperature: float = 0.0
     guidance: float = 0.0
@@ -78,20 +78,20 @@ def write(chosen: Chosen) -> dict[str, Any]:
     """Return the ``sampler`` of a spec that the controls ask for.
 
     Raises:
-        SpecError: the text for further options is no ``name: value`` list, or a rule is chosen
-            that the sampler does not have.
+        SpecError: the text for further options is no ``name: value`` list, a number is
+            missing, or a rule is chosen that the sampler does not have.
     """
     offered = _schema(chosen.sampler).options
     made: dict[str, Any] = {"name": chosen.sampler}
     for key in PLAIN:
         if key in offered:
-            made[key] = getattr(chosen, key)
+            made[key] = _filled(key, getattr(chosen, key))
     if "block" in made:
         made["block"] = int(made["block"])
     if chosen.rule != ONE:
         if chosen.rule not in offered:
             raise SpecError(f"the sampler {chosen.sampler!r} has no rule {chosen.rule!r}")
-        value = chosen.value
+        value = _filled(f"the rule {chosen.rule!r}", chosen.value)
         made[chosen.rule] = int(value) if chosen.rule == "steps" else float(value)
     return made | _parse(chosen.others)
 
@@ -134,6 +134,12 @@ def _schema(sampler: str) -> Schema:
     return schema(registry.load("sampler", sampler))
 
 
+def _filled(what: str, value: Any) -> Any:
+    if value is None:  # a number that was cleared
+        raise SpecError(f"{what} needs a value")
+    return value
+
+
 def _parse(text: str) -> dict[str, Any]:
     if not text.strip():
         return {}
@@ -143,7 +149,9 @@ def _parse(text: str) -> dict[str, Any]:
         raise SpecError(
             f"further options: {error}; write them as suffix: 64, stop: false"
         ) from error
-    if not isinstance(made, dict) or any(value is None for value in made.values()):
+    if not isinstance(made, dict) or any(
+        value is None and f"{key}: null" not in text for key, value in made.items()
+    ):
         raise SpecError("further options are written as NAME: VALUE, separated by commas")
     return made
 
