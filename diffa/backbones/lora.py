@@ -204,7 +204,9 @@ def _targeted(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
     }
     tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding)]
     words = max(tables, default=0)  # others count positions or kinds of token
-    heads = {name for name, module in linear.items() if getattr(module, "out_features", 0) == words}
+    heads = {
+        name for name, module in linear.items() if getattr(module, "out_features", None) == words
+    }
     last = {name: name.rpartition(".")[2] for name in linear if name not in heads}
     for target in targets:
         if target not in last.values():
