@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--spec", default="nano")
     parser.add_argument("--setting", default="exact")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=96, help="of a round; runs sort them by length")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fsdd", default=None)
     parser.add_argument("--json", type=Path, default=RESULTS / "evaluation.json")
     chosen = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
 
 def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
     """Seconds of both by round. CPU seconds are what a busy machine does not change much."""
-    per_task = -(-chosen.rounds * chosen.batch // 9)
+    per_task = -(-chosen.rounds * chosen.rows // 9)
     manifest = write_suite(place, fsdd=chosen.fsdd, per_task=per_task)
     lines = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
     lines = lines[0::per_task] + [x for n, x in enumerate(lines) if n % per_task]  # tasks mixed
@@ -50,8 +51,8 @@ def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
     same = 0
     for turn in range(-1, chosen.rounds):  # the first is a rehearsal
         part = place / f"rows{turn}.jsonl"
-        start = max(turn, 0) * chosen.batch
-        part.write_text("".join(lines[start : start + chosen.batch]), encoding="utf-8")
+        start = max(turn, 0) * chosen.rows
+        part.write_text("".join(lines[start : start + chosen.rows]), encoding="utf-8")
         order = list(sizes) if turn % 2 else list(reversed(sizes))
         for name in order:
             spent = timed(model, part, place / f"{name}{turn}", sizes[name])
@@ -59,7 +60,7 @@ def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
                 seconds[name].append(spent)
         both = [(place / f"{name}{turn}" / "records.jsonl").read_bytes() for name in sizes]
         same += turn >= 0 and both[0] == both[1]
-    rows = chosen.rounds * chosen.batch
+    rows = chosen.rounds * chosen.rows
     made: dict[str, Any] = {
         "spec": chosen.spec,
         "setting": chosen.setting,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffa.backbones import linear
-from diffa.backbones.linear import Linear
+from diffa import linear
+from diffa.linear import Linear
 from diffa.objectives.likelihood import frozen_matrix
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
 from diffa.backbones.compiling import compiled
-from diffa.backbones.linear import Linear
+from diffa.linear import Linear
 
 if TYPE_CHECKING:
     from diffa.memory import Context
