@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from diffa.backbones import llama
 from diffa.checkpoint import find
-from diffa.data.nano.words import write_tokenizer
 
 _CONNECTORS = {"semantic": "semantic_connector", "acoustic": "acoustic_connector"}
 
@@ -105,7 +105,9 @@ def backbone(options: Mapping[str, Any], state: Mapping[str, Tensor], to: Path) 
         config = {"architectures": ["LlamaForCausalLM"], **config}
     folder = to / options["name"]
     write(named, config, folder)
-    write_tokenizer(folder)
+    words = options.get("tokenizer") or options["checkpoint"]  # ids that the model was trained with
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(find(words, weights=False) / name, folder / name)
 
 
 def adapters(state: Mapping[str, Tensor], folder: Path) -> None:
