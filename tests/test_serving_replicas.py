@@ -157,7 +157,7 @@ def test_other_applications_are_left_alone(told):
     told(api)
     assert list(api.applications) == ["other"] and ("shutdown",) not in api.calls
     api = Api("diffa-tiny")
-    with pytest.raises(SpecError, match="another --name"):
+    with pytest.raises(SpecError, match="serves diffa-tiny already"):
         told(api)
     assert api.calls == [("end",)]
 

@@ -152,7 +152,7 @@ def _connected(address: str) -> tuple[Any, Any]:
 def _check(ray: Any, api: Any, name: str, address: str, replicas: Replicas) -> None:
     """Refuse what would replace another's application, or wait for ever."""
     if name in api.status().applications:
-        raise SpecError(f"--ray {address} serves {name} already: choose another --name")
+        raise SpecError(f"--ray {address} serves {name} already: stop that one first")
     if address != "local":  # a cluster may grow
         return
     there = ray.cluster_resources()
