@@ -113,12 +113,17 @@ def load_model(
         return diffa.build(spec, device=place, dtype=dtype), name
     model = diffa.load(name, device=place, dtype=dtype)
     if changes or setting:
-        old, new = model.spec.data, spec.resolve().data
-        moved = [key for key in new if key not in ("sampler", "settings") and new[key] != old[key]]
-        if moved:
-            raise SpecError(f"only the sampler of a saved model can be set, not {', '.join(moved)}")
+        new = spec.resolve().data
+        check_saved(model.spec.data, new)
         model = diffa.swap(model, sampler=new["sampler"])
     return model, name
+
+
+def check_saved(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise SpecError where more of a saved model's spec has been set than its sampler."""
+    moved = [key for key in new if key not in ("sampler", "settings") and new[key] != old[key]]
+    if moved:
+        raise SpecError(f"only the sampler of a saved model can be set, not {', '.join(moved)}")
 
 
 def _device(name: str) -> str:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffa.cli.answers import DEVICE, DTYPE, SPEC
+from diffa.cli.answers import DEVICE, DTYPE, SPEC, check_saved
 from diffa.cli.output import print_json, say
 from diffa.cli.specs import SET, SETTING, default_spec, read_spec
 from diffa.errors import SpecError
+
+if TYPE_CHECKING:
+    from diffa.mapping.plan import Source
+
+RAY = Annotated[
+    str | None, typer.Option("--ray", help="Address of a Ray cluster, 'auto', or 'local'.")
+]
+GPUS = Annotated[float, typer.Option("--gpus", min=0, help="With --ray: per replica.")]
 
 
 def map_(
@@ -38,24 +46,19 @@ def map_(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads per process.")
     ] = None,
-    ray: Annotated[
-        str | None, typer.Option("--ray", help="Address of a Ray cluster, or 'auto'.")
-    ] = None,
+    ray: RAY = None,
     replicas: Annotated[
         str, typer.Option("--replicas", help="With --ray: models at once, LEAST:MOST.")
     ] = "1:1",
-    gpus: Annotated[float, typer.Option("--gpus", min=0, help="With --ray: per replica.")] = 0.0,
+    gpus: GPUS = 0.0,
 ) -> None:
     """Answer a question about every recording of a manifest; the same command goes on with it."""
     from diffa.mapping.cluster import Replicas
-    from diffa.mapping.plan import Plan, Source
+    from diffa.mapping.plan import Plan
     from diffa.mapping.rows import Asking
     from diffa.mapping.running import run
 
-    name = spec or default_spec()
-    resolved = read_spec(name, changes, setting).resolve()
-    saved = str(Path(name).resolve()) if (Path(name) / "model.safetensors").is_file() else None
-    source = Source(resolved.data, saved, _place(device), dtype)
+    source = find_source(spec or default_spec(), changes, setting, _place(device), dtype)
     asking = Asking(manifest, question=question, folder=folder)
     plan = Plan(
         manifest=str(manifest.resolve()),
@@ -63,7 +66,7 @@ def map_(
         digest=asking.digest,
         question=question,
         system=system,
-        max_tokens=max_tokens or resolved.data["prompt"]["max_tokens"],
+        max_tokens=max_tokens or source.spec["prompt"]["max_tokens"],
         rows=len(asking),
         shard=shard,
         batch=batch,
@@ -80,6 +83,23 @@ def map_(
         on_progress=lambda progress: say(str(progress)),
     )
     print_json({"out": str(out), **done._asdict(), "rows_in_all": plan.rows})
+
+
+def find_source(
+    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None
+) -> Source:
+    """A spec's model, or a saved one, as other processes can load it.
+
+    Raises:
+        SpecError: the spec is wrong, or sets more of a saved model than its sampler.
+    """
+    from diffa.mapping.plan import Source
+
+    resolved = read_spec(name, changes, setting).resolve()
+    if not (Path(name) / "model.safetensors").is_file():
+        return Source(resolved.data, None, device, dtype)
+    check_saved(read_spec(name, None).resolve().data, resolved.data)
+    return Source(resolved.data, str(Path(name).resolve()), device, dtype)
 
 
 def _bounds(text: str) -> tuple[int, int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from diffa.cli.answers import DEVICE, DTYPE, SPEC, load_model
+from diffa.cli.mapping import GPUS, RAY, find_source
 from diffa.cli.output import say
-from diffa.cli.specs import SET, SETTING
+from diffa.cli.specs import SET, SETTING, default_spec
 from diffa.errors import SpecError
 
 KEYS = "DIFFA_API_KEYS"
@@ -55,22 +58,39 @@ def serve(
         list[str] | None,
         typer.Option("--fetch-from", help="HOST[:PORT] that audio_url may name; none without."),
     ] = None,
+    ray: RAY = None,
+    replicas: Annotated[
+        int, typer.Option("--replicas", min=1, help="With --ray: models at once.")
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="With --ray: CPU threads per replica.")
+    ] = 1,
+    gpus: GPUS = 0.0,
 ) -> None:
     """Serve a model in OpenAI's protocol: chat completions and transcriptions."""
     _check_extra()
     from diffa.serving.limits import Limits
+    from diffa.serving.replicas import Replicas, Served
+    from diffa.serving.replicas import serve as run_replicas
     from diffa.serving.running import serve as run
-    from diffa.serving.service import Service
 
-    keys = read_keys(api_keys)
-    model, found = load_model(spec, changes, setting, device, dtype)
+    _check_ray(ray, port, alone=(replicas, threads, gpus) == (1, 1, 0.0))
+    keys, found = read_keys(api_keys), spec or default_spec()
     limits = Limits(
         rows=rows, waiting=waiting, bytes=max_bytes, audio=max_audio, tokens=max_tokens,
         deadline=deadline, remember=remember, drain=drain,
     )  # fmt: skip
     hosts = [place.lower() for place in fetch_from or ()]
-    service = Service(model, name or Path(found).stem, limits=limits, keys=keys, hosts=hosts)
-    say(f"{service.name} at http://{host}:{port}/v1, {'with' if keys else 'without'} API keys")
+    options = (found, changes, setting, device, dtype)
+    load = partial(_load, *options) if ray is None else _travelling(*options, gpus=gpus)
+    served = Served(load, name or Path(found).stem, limits, keys, hosts)
+    shown = f"{served.name} at http://{host}:{port}/v1, {'with' if keys else 'without'} API keys"
+    if ray is not None:
+        each = Replicas(replicas, threads, gpus)
+        run_replicas(served, host, port, ray, each, lambda: say(f"{shown}, {replicas} replicas"))
+        return
+    service = served.service()
+    say(shown)
     run(service, host, port)
 
 
@@ -89,6 +109,26 @@ def read_keys(path: Path | None) -> list[str]:
     if not (keys := [key for key in keys if key]):
         raise SpecError(f"--api-keys {path} holds no key")
     return keys
+
+
+def _load(*options: Any) -> Any:
+    return load_model(*options)[0]
+
+
+def _travelling(
+    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None, gpus: float
+) -> Callable[[], Any]:
+    """What loads the model on another machine, whose devices may be others than those here."""
+    place = ("cuda" if gpus else "cpu") if device == "auto" else device
+    return find_source(name, changes, setting, place, dtype).load
+
+
+def _check_ray(ray: str | None, port: int, *, alone: bool) -> None:
+    """Refuse options that go together with others; raises SpecError."""
+    if ray is None and not alone:
+        raise SpecError("--replicas, --threads and --gpus need --ray: an address, auto or local")
+    if ray is not None and not port:
+        raise SpecError("--ray needs a --port: its proxies cannot choose one")
 
 
 def _check_extra() -> Any:
