@@ -16,6 +16,7 @@ from diffa.data.nano.sounds import DIRECTIONS, SOUNDS, Melody, play
 from diffa.data.nano.utterances import LONGEST, Utterances
 from diffa.data.nano.voices import accent_audible
 from diffa.data.nano.words import BLANK, SYSTEM, vocabulary, write_tokenizer
+from diffa.data.sample import DataError
 from diffa.errors import AudioError, SpecError
 
 
@@ -204,6 +205,15 @@ def test_trials_ask_everything_that_can_be_asked():
 
 def test_numbers_are_spelt():
     assert [spell(n) for n in (0, 13, 20, 27)] == ["zero", "thirteen", "twenty", "twenty seven"]
+
+
+def test_kinds_that_an_utterance_does_not_allow_are_not_asked_or_are_told():
+    either = Imitations(3, kinds=("sum", "gender"))
+    asked = [made.kind for i in range(200) for made in either[i].instructions]
+    assert set(asked) == {"sum", "gender"}
+    with pytest.raises(DataError, match="none of melody can be asked"):
+        for i in range(50):
+            Imitations(3, kinds=("melody",))[i]
 
 
 def test_imitations_say_the_digits_in_order_at_any_pace():

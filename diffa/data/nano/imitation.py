@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffa.data.nano.questions import WEIGHTS, Instruction, instruct
+from diffa.data.nano.questions import WEIGHTS, Instruction, answer_to, instruct
 from diffa.data.nano.recordings import ACCENTS, Voice
 from diffa.data.nano.scenes import Draw, Labels, draw_scene, text_labels
 from diffa.data.nano.voices import LANGUAGES, VARIANTS, WORDS
@@ -60,6 +60,7 @@ class Imitations:
         said = tuple(kind for kind in self.kinds if kind in SAID)
         # Stage 1 and the semantic-only ablation have no acoustic slots.
         deaf = bool(said) and (draw.random() < 0.25 or said == self.kinds)
+        deaf = deaf and any(answer_to(kind, labels) for kind in said)
         kinds = said if deaf else self.kinds
         instructions = tuple(instruct(labels, draw, kinds) for _ in range(self.per))
         acoustic = () if deaf else spread(facts(labels), self.acoustic, draw)

@@ -8,6 +8,7 @@ from diffa.data.nano.phrases import LEADS, ORDINALS, phrases
 from diffa.data.nano.scenes import Labels
 from diffa.data.nano.sounds import DIRECTIONS, SOUNDS
 from diffa.data.nano.voices import LANGUAGES, WORDS
+from diffa.data.sample import DataError
 
 Draw = np.random.Generator
 TEENS = (
@@ -193,8 +194,14 @@ def options(kind: str, answer: str, draw: Draw) -> tuple[str, ...]:
 def instruct(
     labels: Labels, draw: Draw, kinds: tuple[str, ...] = tuple(WEIGHTS), held_out: bool = False
 ) -> Instruction:
-    """A random instruction that the utterance allows, in 2 of 5 cases with choices."""
+    """A random instruction that the utterance allows, in 2 of 5 cases with choices.
+
+    Raises:
+        DataError: it allows none of the kinds.
+    """
     open_to = [kind for kind in kinds if answer_to(kind, labels)]
+    if not open_to:
+        raise DataError(f"none of {', '.join(kinds)} can be asked about this utterance")
     weights = np.array([WEIGHTS[kind] for kind in open_to])
     kind = open_to[int(draw.choice(len(open_to), p=weights / weights.sum()))]
     choice = kind not in ("transcribe", "caption") and draw.random() < 0.4
