@@ -205,7 +205,7 @@ def table(name: str) -> str:
         return f"*Not measured yet: `benchmarks/results/{name}.json` is missing.*"
     held = json.loads(path.read_text())
     rows = held["rows"] if isinstance(held, dict) else held
-    heads = list(rows[0])
+    heads = [head for head, value in rows[0].items() if not isinstance(value, dict)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]
     return "\n".join(lines)
