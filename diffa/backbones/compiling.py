@@ -15,11 +15,13 @@ _LOG = logging.getLogger(__name__)
 
 
 def compiled(parts: Parts, kind: str) -> Parts:
-    """Return the parts of a block compiled for a kind of device, once for all layers and widths.
+    """Return the parts of a block compiled for a kind of device, once for all layers.
 
-    Where gradients are wanted they stay plain, and so they do where torch cannot compile (no C++
-    compiler, no Triton): a warning says so once. Attention reads the memory and is no part. On a
-    CPU nano measured no gain; launches are what it saves, on a GPU.
+    Shapes are static, so this is for windows of a cached canvas, which are as wide in every step;
+    past torch's limit of recompilations other widths run plain. So do all where gradients are
+    wanted, and where torch cannot compile (no C++ compiler, no Triton): a warning says so once.
+    Attention reads the memory and is no part. On a CPU nano measured no gain; launches are what
+    it saves, on a GPU.
     """
     if torch.is_grad_enabled() or _fault(kind):
         return parts
@@ -28,7 +30,7 @@ def compiled(parts: Parts, kind: str) -> Parts:
 
 @lru_cache(maxsize=4)
 def _compiled(parts: Parts) -> Parts:
-    remembering, asking, closing = (torch.compile(part, dynamic=True) for part in parts)
+    remembering, asking, closing = (torch.compile(part, dynamic=False) for part in parts)
     return remembering, asking, closing
 
 

@@ -37,7 +37,7 @@ class Dream(nn.Module):
         tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None.
         attention: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
         checkpointing: recompute activations in the backward pass to save memory.
-        compile: compile the blocks for decoding, meant for a GPU: see ``compiling``.
+        compile: compile the window steps of cached decoding, for GPUs: see ``compiling``.
         lora: LoRA pairs, read or new, folded in or live: see ``lora.Options``.
         seed: of the weights where there is no checkpoint.
 

@@ -103,7 +103,8 @@ class Block(nn.Module):
 
         Where only the places ``rows`` (B, R) are wanted, the result is (B, R, W).
         """
-        parts = compiled(PARTS, x.device.type) if self.compiling else PARTS
+        window = self.compiling and context.slots is not None and rows is None
+        parts = compiled(PARTS, x.device.type) if window else PARTS
         remembering, asking, closing = parts
         h, keys, values = remembering(self, x, turn)
         keys, values = context.remember(layer, keys, values)
