@@ -100,8 +100,9 @@ def open_canvas(model: Any, asked: list[published.Question]) -> tuple[Canvas, De
     embeds, text = interleave(
         [q.prompt for q in asked], [q.audio for q in asked], [q.at for q in asked], embed
     )
-    answer = torch.full((len(asked), LENGTH), vocab.mask)
-    seeds = torch.zeros(len(asked), dtype=torch.long)
+    place = embeds.values.device
+    answer = torch.full((len(asked), LENGTH), vocab.mask, device=place)
+    seeds = torch.zeros(len(asked), dtype=torch.long, device=place)
     canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds)
     return canvas, Denoiser(model.backbone, canvas)
 
