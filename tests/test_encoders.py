@@ -189,6 +189,11 @@ def test_a_tail_reads_whole_seconds_that_hold_the_audio_and_the_tail(brief):
     assert heard.lengths.tolist() == [0, 25, 26, 100, 150, 151]
 
 
+def test_a_row_without_samples_and_without_a_tail_still_has_a_window():
+    heard = hear(Tiny(width=4, layers=1, heads=1, seconds=3.0, tail=0.0).eval(), torch.zeros(0))
+    assert heard.extents.tolist() == [50] and heard.lengths.tolist() == [0]
+
+
 def test_a_tail_is_as_if_the_window_were_so_short(brief):
     short = Tiny(width=16, layers=3, heads=2, seconds=1.0).eval()
     wave, places = noise(6000), short.encoder.embed_positions.weight
