@@ -49,6 +49,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "remdm": {"name": "remdm", "block": BLOCK},
     "growing": {"name": "growing", "block": BLOCK, "initial": BLOCK, "threshold": 0.9},
     "speculative": {"name": "speculative", "block": BLOCK},
+    "revise": {"name": "revise", "block": BLOCK, "threshold": 0.9},  # of nothing: no draft is given
 }
 
 

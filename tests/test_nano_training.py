@@ -85,6 +85,10 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
     whole = read(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
     assert whole.shape == packed.shape
     assert not torch.allclose(whole[0], packed[0])  # there the recording sees the question
+    with torch.no_grad():  # each alone: as whole rows are read
+        lone = Packing(None)(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+    for i, size in enumerate(batch.sizes.tolist()):
+        torch.testing.assert_close(lone[i, :size], whole[i, :size], atol=1e-5, rtol=1e-4)
 
 
 def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
@@ -105,8 +109,27 @@ def test_several_questions_share_one_pass_of_the_adapters() -> None:
     assert len(calls) == 1 and len(batch.tokens) == 3
     assert torch.isfinite(parts.sum)
     # apart, the recording sees the question: another reading
-    packed = Answers(model, script=script, packed=True)(batch)
+    packed = Answers(model, script=script, packed=1.0)(batch)
     assert abs(float(packed.sum.detach() - parts.sum.detach())) > 1e-5
+
+
+def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
+    model = small()
+    source = NanoText(questions=2)
+    make = Answering(model.chat, model.backbone.vocab, None, answer_lengths=[8])
+    collate = Collate(model.backbone.vocab, learned=False)
+    batches = [collate([make(source[0], seed)]) for seed in range(60)]
+    learner = Answers(model, script=Script(model.backbone.embed), packed=0.3)
+
+    def chosen_ones() -> list[bool]:
+        return [learner._packing(batch) is not None for batch in batches]
+
+    assert 8 <= sum(chosen_ones()) <= 28  # .3 of 60 is 18, give or take 2.8 standard deviations
+    assert chosen_ones() == chosen_ones()
+    learner.hinting = Hinting(model.backbone, layer=3, weight=0.3)
+    owners = [learner._packing(batch).owner is not None for batch in batches]
+    learner.hinting = None
+    assert owners == chosen_ones()  # labels need places: the others are read by a packing, alone
 
 
 @pytest.mark.parametrize("offset", [1, -1, 2, -2])
@@ -220,8 +243,9 @@ def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
     assert not inner.wte.weight[:, -32:].any()
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["llada", "llama"])
-def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str) -> None:
+def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shared: bool) -> None:
     torch.manual_seed(0)
     model = small() if name == "llada" else causal()
     causally = int(name == "llama")
@@ -233,7 +257,8 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str) -> N
     source = NanoText(questions=3, kinds=["gender", "count", "place", "transcribe"])
     batch = batch_of(model, [source[i] for i in range(3)])
     heard = [table(batch.script[i, : batch.scripts[i]]) for i in batch.owner.tolist()]
-    hinting, packing = Hinting(model.backbone, layer=3, weight=0.5), Packing(batch.owner)
+    hinting = Hinting(model.backbone, layer=3, weight=0.5)
+    packing = Packing(batch.owner if shared else None)
     with torch.no_grad(), hinting.watching():
         packing(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
         found = hinting.loss(batch, packing)
@@ -250,7 +275,8 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str) -> N
         values = torch.cat([table(tokens[:at]), heard[i], table(tokens[at:])])[None]
         slots = torch.arange(values.shape[1])[None]
         with torch.no_grad():
-            model.backbone(values, slots, Context(branch=(slots >= at + more).long()))
+            apart = Context(branch=(slots >= at + more).long()) if shared else Context()
+            model.backbone(values, slots, apart)
         states, scores = given[-1], attention(block, given[-1], inner.shape, head=-1)
         script = words(batch.script[owner, : batch.scripts[owner]])
         for hint in hints(words(tokens), spoken_words(script, int(batch.spoken_from[owner]))):
@@ -281,7 +307,7 @@ def test_hints_add_to_what_adapters_learn_by_ctc() -> None:
     batch = batch._replace(spoken=({"*": batch.script[0, :2]},))
 
     def extra(**aids: object) -> float:
-        learner = Answers(model, script=Script(embed), packed=True, **aids)
+        learner = Answers(model, script=Script(embed), packed=1.0, **aids)
         return float(learner(batch).extra.detach())
 
     saying = Saying(embed, {"script": 1.0}, blank=0)
@@ -298,7 +324,7 @@ def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None
     model.backbone.requires_grad_(True)
     batch = batch_of(model, [NanoText(questions=6)[i] for i in range(4)])
     hinting = Hinting(model.backbone, layer=3, weight=0.3)
-    learner = Answers(model, script=Script(model.backbone.embed), packed=True, hinting=hinting)
+    learner = Answers(model, script=Script(model.backbone.embed), packed=1.0, hinting=hinting)
     optimizer = torch.optim.AdamW(learner.parameters(), 3e-3)
     seen = []
     for _ in range(25):

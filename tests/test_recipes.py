@@ -297,12 +297,14 @@ def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(w
     asked = Sample("high", audio=torch.zeros(6400), rate=16000, more=(("?", "low"), ("?", "high")))
     model = diffa.build(toy.spec(world / "tokenizer"), device="meta")
     mixed = Mixture([[asked] * 4], [1.0], batch=1, micro=1)  # type: ignore[list-item]
-    apart, packed = (
-        estimate(model, Stage(train=["adapters"], aids=aids), mixed, half=False)
-        for aids in ({}, {"packed": True})
+    apart, half, packed = (
+        estimate(model, Stage(train=["adapters"], aids={"packed": share}), mixed, half=False)
+        for share in (0, 0.5, 1)
     )
-    assert packed.sounds == 4 * 5 and apart.sounds == 3 * packed.sounds
-    assert apart.tokens == packed.tokens
+    assert packed.sounds == 4 * 5
+    assert apart.sounds == 3 * packed.sounds and half.sounds == 2 * packed.sounds
+    assert apart.tokens == half.tokens == packed.tokens
+    assert apart.memory.activations == half.memory.activations  # the larger batch counts
     assert apart.memory.activations > packed.memory.activations
 
 

@@ -108,11 +108,16 @@ def estimate(model: Model, stage: Stage, mixed: Mixture, *, half: bool) -> Estim
         half: whether the backbone runs in bfloat16.
     """
     sizes = [measure(source, model) for source in mixed.sources]
-    if stage.aids.get("packed"):  # the questions share what is heard
+    packed = float(stage.aids.get("packed", 0.0))  # the questions share what is heard
+    if packed == 1:
         sizes = [size._replace(questions=1.0) for size in sizes]
     copies = 2 if stage.kind == "preferences" else 1
     counted = list(zip(mixed.shares, sizes, strict=True))
-    heard = sum(n * size.questions * embeddings(model, size.seconds) for n, size in counted)
+    times = [packed + (1 - packed) * size.questions for size in sizes]
+    heard = sum(
+        n * often * embeddings(model, size.seconds)
+        for (n, size), often in zip(counted, times, strict=True)
+    )
     slots = max(size.questions * embeddings(model, size.longest) + size.most for size in sizes)
     clip = max(size.longest for size in sizes)
     return Estimate(

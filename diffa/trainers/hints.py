@@ -63,9 +63,9 @@ class Hinting(nn.Module):
             handle.remove()
 
     def loss(self, batch: Batch, packing: Packing) -> Tensor:
-        """Return the weighted loss of every label in a packed batch about scripts."""
+        """Return the weighted loss of every label in a batch about scripts."""
         if self._given is None or packing.places is None or batch.script is None:
-            raise TrainingError("aids.hints needs packed rows about scripts")
+            raise TrainingError("aids.hints needs rows about scripts")
         flat = self._given[0].flatten(0, 1)
         total = flat.new_zeros(())
         for places, wanted, weights, sources in self._labelled(batch, packing):
@@ -93,9 +93,11 @@ class Hinting(nn.Module):
         )
         rows, at = (places // slots).to(states.device), (places % slots).to(states.device)
         scores = torch.einsum("kd,ksd->ks", queries[rows, at], keys[rows])
-        branch = context.branch[rows]
-        seen = (branch == 0) | (branch == branch.gather(1, at[:, None]))
-        if self.ahead:  # packed slots stand in the order of their positions
+        seen = context.valid[rows]
+        if context.branch is not None:
+            branch = context.branch[rows]
+            seen = seen & ((branch == 0) | (branch == branch.gather(1, at[:, None])))
+        if self.ahead:  # slots stand in the order of their positions
             seen = seen & (torch.arange(slots, device=seen.device) <= at[:, None])
         scores = (scores / queries.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
         loss: Tensor = F.cross_entropy(scores, (sources % slots).to(states.device))

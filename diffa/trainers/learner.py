@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +48,8 @@ class Answers(nn.Module):
         cache: keeps a frozen encoder's features; None to compute them every time.
         script: reads the text that stands for audio, where rows have any.
         saying: what adapters should say besides, by CTC.
-        packed: whether questions about one recording share a row; see ``trainers.packing``.
+        packed: share of the batches whose questions about one recording share a row; see
+            ``trainers.packing``.
         hinting: teaches what the backbone has to work out, by labels.
     """
 
@@ -58,7 +60,7 @@ class Answers(nn.Module):
         script: Script | None = None,
         saying: Saying | None = None,
         *,
-        packed: bool = False,
+        packed: float = 0.0,
         hinting: Hinting | None = None,
     ) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class Answers(nn.Module):
             said = stack.enter_context(self.saying.listening(self.model)) if self.saying else {}
             if self.hinting is not None:
                 stack.enter_context(self.hinting.watching())
-            packing = Packing(batch.owner) if self.packed else None
+            packing = self._packing(batch)
             loss = self.model.loss(
                 batch.tokens,
                 batch.answer,
@@ -93,6 +95,13 @@ class Answers(nn.Module):
         if self.hinting is not None and packing is not None:
             extra = extra + self.hinting.loss(batch, packing) * weight.detach()
         return Parts(total, weight, *counting.counted(total), extra)
+
+    def _packing(self, batch: Batch) -> Packing | None:
+        """Choose by the batch's seeds, which resumed runs meet again, how it is read."""
+        draw = np.random.default_rng(batch.seeds.tolist()).random()
+        if draw < self.packed:
+            return Packing(batch.owner)
+        return None if self.hinting is None else Packing(None)
 
     def _heard(self, batch: Batch) -> dict[str, Any]:
         """Return what stands for the audio in a call of ``model.loss``."""

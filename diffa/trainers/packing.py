@@ -33,16 +33,18 @@ class Packing:
 
     Every question sees the prompt's beginning, the recording and itself; the recording does not
     see the questions, which it does in a row of its own. So the hidden states differ from those
-    of ``inputs.read``: a way to train several times faster, not to answer.
+    of ``inputs.read``: a way to train several times faster, not to answer. A model that is to
+    answer has to learn from rows of their own as well.
 
     Args:
-        owner: which recording each row is about, (B,).
+        owner: which recording each row is about, (B,); None reads every row alone, to the states
+            of ``inputs.read``, for the sake of ``places``.
 
     Attributes:
         places: where each row's tokens are among all slots of the last reading, (B, L).
     """
 
-    def __init__(self, owner: Tensor) -> None:
+    def __init__(self, owner: Tensor | None) -> None:
         self.owner = owner
         self.places: Tensor | None = None
 
@@ -60,14 +62,16 @@ class Packing:
             SpecError: rows of one owner differ before the audio.
         """
         at = torch.zeros_like(lengths) if audio_at is None else audio_at
-        _check_shared(self.owner.tolist(), tokens, at.tolist())
+        owner = list(range(len(tokens))) if self.owner is None else self.owner.tolist()
+        _check_shared(owner, tokens, at.tolist())
         words = backbone.embed(tokens)
-        packs = _packs(self.owner.tolist(), words, lengths.tolist(), heard, at.tolist())
+        packs = _packs(owner, words, lengths.tolist(), heard, at.tolist())
         sequences = [torch.cat([pack.prefix, *pack.tails]) for pack in packs]
         values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         positions, branch, places = _layout(packs, values, len(tokens), tokens.shape[1])
         self.places = places
-        context = Context(valid=branch >= 0, branch=branch)
+        apart = None if self.owner is None else branch
+        context = Context(valid=branch >= 0, branch=apart)
         hidden: Tensor = backbone(values, positions, context)
         return hidden.flatten(0, 1)[places]
 

@@ -99,8 +99,8 @@ class Aids:
     ``say`` weighs CTC for each adapter, read ``through`` the backbone's embeddings (by cosine) or
     its frozen head; ``blank`` is its empty token; ``match`` names adapters
     that begin as loud as the embeddings; ``blur`` and ``noise`` roughen text that stands for
-    audio; ``roomy`` and ``header`` vary how much of a row is the answer. ``packed``: questions
-    about one recording share a row (``trainers.packing``). ``start``: whether the backbone begins
+    audio; ``roomy`` and ``header`` vary how much of a row is the answer. ``packed``: share of
+    the batches whose questions about one recording share a row (``trainers.packing``). ``start``: whether the backbone begins
     by copying (``trainers.start``). ``numbers``: words that tell spoken words apart by their
     number, in scripts and at the start of adapters that number (``adapters.numbering``);
     ``hints``: ``layer`` and ``weight`` of labels that name them (``trainers.hints``).
@@ -116,7 +116,7 @@ class Aids:
     noise: float = 0.0
     roomy: float = 0.0
     header: float = 1.0
-    packed: bool = False
+    packed: float = 0.0
     start: bool = False
     numbers: list[str] = field(default_factory=list)
     hints: Mapping[str, float] | None = None

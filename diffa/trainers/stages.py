@@ -104,10 +104,8 @@ def _hinting(model: Model, aids: Aids, stage: Stage) -> Hinting | None:
     """Return what teaches the backbone by labels; TrainingError for options that do not fit."""
     if aids.hints is None:
         return None
-    if not aids.packed or set(aids.hints) != {"layer", "weight"}:
-        raise TrainingError(
-            f"stage {stage.name!r}: aids.hints needs layer and weight, and aids.packed"
-        )
+    if set(aids.hints) != {"layer", "weight"}:
+        raise TrainingError(f"stage {stage.name!r}: aids.hints needs layer and weight")
     return Hinting(
         model.backbone, layer=int(aids.hints["layer"]), weight=float(aids.hints["weight"])
     )
