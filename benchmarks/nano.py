@@ -14,6 +14,7 @@ from reports import write
 
 import diffa
 from diffa.data.nano.corpus import questions_for_trial
+from diffa.data.nano.recordings import ACCENTS
 from diffa.data.nano.utterances import Utterances
 from diffa.evaluation.words import edits
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20_261_121)
     parser.add_argument("--split", choices=("test", "train"), default="test")
+    parser.add_argument("--speaker", choices=sorted(ACCENTS), help="all speech is of this person")
     parser.add_argument("--held-out", action="store_true", help="paraphrases never trained on")
     parser.add_argument("--shuffled", action="store_true", help="another row's audio: the control")
     parser.add_argument("--scoring", action="store_true", help="choose by likelihood instead")
@@ -59,9 +61,17 @@ def opened(spec: str, setting: str) -> diffa.Model:
     return diffa.swap(model, sampler=settings[setting]) if settings else model
 
 
+def spoken(chosen: Any) -> Utterances:
+    """Utterances of everybody, or of one person."""
+    if chosen.speaker is None:
+        return Utterances(chosen.split, chosen.seed)
+    others = tuple(name for name in ACCENTS if name != chosen.speaker)
+    return Utterances(chosen.split, chosen.seed, leave_out=others, synthetic=False)
+
+
 def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
     """Ask every question that every utterance allows; return the records and the forwards."""
-    speech = Utterances(chosen.split, chosen.seed)
+    speech = spoken(chosen)
     asked: dict[int, list[tuple[Any, torch.Tensor, Any]]] = defaultdict(list)
     made = [speech[index] for index in range(chosen.count)]
     for index, utterance in enumerate(made):
@@ -89,7 +99,7 @@ def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
 
 def weigh(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
     """Let the likeliest of the four answers be the choice, "A. four" and so on."""
-    speech, rows, samples = Utterances(chosen.split, chosen.seed), [], 8
+    speech, rows, samples = spoken(chosen), [], 8
     for index in range(chosen.count):
         utterance = speech[index]
         wave = torch.from_numpy(utterance.wave)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from reports import write
 from rich.console import Console
 from torch import Tensor
@@ -95,37 +96,51 @@ def variance(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         done = away
         ways = {"shared": True, "apart": False}
         both = {name: spread(learner, data, chosen, way) for name, way in ways.items()}
-        ratios = {
-            key: both["apart"][key] / max(both["shared"][key], 1e-30)
-            for key in ("margin", "loss", "gradient")
-        }
-        found.append({"steps": away, **both, "apart_over_shared": ratios})
-        print(json.dumps({"steps": away, "apart_over_shared": ratios}))
+        for shared, apart in zip(both["shared"], both["apart"], strict=True):
+            ratios = {
+                key: apart[key] / max(shared[key], 1e-30) for key in ("margin", "loss", "gradient")
+            }
+            row = {"steps": away, "samples": chosen.samples, "beta": shared["beta"]}
+            found.append(row | {"shared": shared, "apart": apart, "apart_over_shared": ratios})
+            print(json.dumps(row | ratios))
     return found
 
 
 def spread(
     learner: Prefers, data: Manifest, chosen: argparse.Namespace, shared: bool
-) -> dict[str, float]:
-    """Variance over draws of masks of one pair's margin, loss and gradient; mean over pairs."""
+) -> list[dict[str, float]]:
+    """Variance over draws of masks of one pair's margin, loss and gradient; mean over pairs.
+
+    The loss is -log sigmoid(beta g) of a gain g, and its gradient -beta sigmoid(-beta g) times
+    that of g: one pass serves every beta.
+    """
     learning = [p for p in learner.parameters() if p.requires_grad]
-    learner.model.objective.shared = shared
+    rule = learner.model.objective
+    kept, rule.shared, rule.beta = rule.beta, shared, 1e-3  # small: its sigmoid never underflows
     rows = min(len(data), chosen.pairs)
-    sums = dict.fromkeys(("margin", "loss", "gradient", "mean_margin", "mean_gradient"), 0.0)
+    kinds = ("margin", "loss", "gradient", "mean_margin", "mean_gradient")
+    sums = [dict.fromkeys(kinds, 0.0) for _ in chosen.betas]
     for row in range(rows):
-        of = {key: Moments() for key in ("margin", "loss", "gradient")}
+        of = [{key: Moments() for key in ("margin", "loss", "gradient")} for _ in chosen.betas]
         for draw in range(chosen.draws):
             parts = learner(pair_batch(learner.model, data, row, draw))
             grads = torch.autograd.grad(parts.sum, learning, allow_unused=True)
             assert parts.notes is not None
-            of["margin"].add(parts.notes["margin"].double())
-            of["loss"].add(parts.sum.detach().double())
-            of["gradient"].add(torch.cat([g.flatten() for g in grads if g is not None]).double())
-        for key, moments in of.items():
-            sums[key] += moments.variance / rows
-        sums["mean_margin"] += float(of["margin"].mean) / rows
-        sums["mean_gradient"] += float(torch.as_tensor(of["gradient"].mean).norm()) / rows
-    return sums
+            margin = parts.notes["margin"].double()
+            flat = torch.cat([g.flatten() for g in grads if g is not None]).double()
+            gain = margin / rule.beta
+            slope = flat / (-rule.beta * torch.sigmoid(-margin))  # the gain's gradient
+            for beta, moments in zip(chosen.betas, of, strict=True):
+                moments["margin"].add(beta * gain)
+                moments["loss"].add(-F.logsigmoid(beta * gain))
+                moments["gradient"].add(-beta * torch.sigmoid(-beta * gain) * slope)
+        for found, moments in zip(sums, of, strict=True):
+            for key, one in moments.items():
+                found[key] += one.variance / rows
+            found["mean_margin"] += float(moments["margin"].mean) / rows
+            found["mean_gradient"] += float(torch.as_tensor(moments["gradient"].mean).norm()) / rows
+    rule.beta = kept
+    return [{"beta": beta} | found for beta, found in zip(chosen.betas, sums, strict=True)]
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -242,7 +257,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=20_261_121)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--beta", type=float, default=0.2)
+    parser.add_argument("--beta", type=float, default=0.2, help="that is trained with")
+    parser.add_argument(
+        "--betas", type=float, nargs="+", default=[0.1, 0.2, 1.0, 5.0], help="whose variance"
+    )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--pairs", type=int, default=12, help="whose variance is measured")

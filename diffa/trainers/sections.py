@@ -100,9 +100,10 @@ class Aids:
     its frozen head; ``blank`` is its empty token; ``match`` names adapters
     that begin as loud as the embeddings; ``blur`` and ``noise`` roughen text that stands for
     audio; ``roomy`` and ``header`` vary how much of a row is the answer. ``packed``: share of
-    the batches whose questions about one recording share a row (``trainers.packing``). ``start``: whether the backbone begins
-    by copying (``trainers.start``). ``numbers``: words that tell spoken words apart by their
-    number, in scripts and at the start of adapters that number (``adapters.numbering``);
+    the batches whose questions about one recording share a row (``trainers.packing``).
+    ``start``: whether the backbone begins by copying (``trainers.start``). ``numbers``: words
+    that tell spoken words apart by their number, in scripts and at the start of adapters that
+    number (``adapters.numbering``);
     ``hints``: ``layer`` and ``weight`` of labels that name them (``trainers.hints``).
     """
 
