@@ -1,11 +1,14 @@
 """Requests that share forwards get what they would get alone, whatever decodes them."""
 
+import itertools
 import random
 import threading
 from queue import SimpleQueue
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small import backbone
 
 from diffa.canvas import Canvas
@@ -22,7 +25,7 @@ from diffa.samplers.wino import Wino
 from diffa.serving.engine import Engine
 from diffa.serving.faults import Refusal
 from diffa.serving.hearing import Ears
-from diffa.serving.sharing import groups
+from diffa.serving.sharing import _PASS, groups
 from diffa.serving.tickets import Begun, Done, Failed, Job, Moment, Ticket
 from diffa.types import Embeds
 
@@ -140,15 +143,44 @@ def test_different_samplers_share_forwards_and_still_decode_as_alone(model):
     assert load.rows > 4 * load.forwards, "forwards were hardly shared"
 
 
-def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():
-    class Fake:
-        def __init__(self, wide, slots):
-            self.embeds, self.context = torch.zeros(1, wide, 2), self
-            self.slots = slots
+class Fake:
+    """As much of a call as decides what it shares a pass with."""
 
-    calls = [Fake(40, None), Fake(4, 1), Fake(41, None), Fake(6, 1), Fake(9, 1), Fake(10, None)]
-    assert groups(calls) == [[2, 0], [5], [4, 3], [1]]
-    assert groups([Fake(4, None), Fake(8, None)]) == [[1, 0]]  # padded to twice its length
+    def __init__(self, wide: int, slots: int | None = None, rows: int = 1) -> None:
+        self.embeds, self.context = torch.zeros(rows, wide, 2), self
+        self.slots = slots
+
+
+def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():
+    calls = [Fake(40), Fake(4, 1), Fake(41), Fake(6, 1), Fake(9, 1), Fake(10)]
+    assert groups(calls) == [[2, 0, 5], [4, 3, 1]]
+    assert groups([]) == []
+
+
+def test_calls_are_padded_only_while_that_is_cheaper_than_another_pass():
+    assert groups([Fake(100), Fake(195)]) == [[1, 0]]  # 95 slots of padding
+    assert groups([Fake(100), Fake(197)]) == [[1], [0]]  # 97
+    assert groups([Fake(100, rows=3), Fake(140)]) == [[1], [0]]  # 120 for the three together
+
+
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 4)), min_size=1, max_size=7))
+def test_no_division_of_the_calls_by_length_is_cheaper(sizes):
+    calls = [Fake(wide, rows=rows) for wide, rows in sizes]
+
+    def cost(division):
+        return sum(
+            _PASS + max(sizes[i][0] for i in group) * sum(sizes[i][1] for i in group)
+            for group in division
+        )
+
+    found = groups(calls)
+    assert sorted(i for group in found for i in group) == list(range(len(sizes)))
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i][0])
+    cuts = range(1, len(order))
+    for count in range(len(order)):
+        for ends in itertools.combinations(cuts, count):
+            parts = [order[a:b] for a, b in itertools.pairwise((0, *ends, len(order)))]
+            assert cost(found) <= cost(parts)
 
 
 class Held(Blockwise):

@@ -117,6 +117,7 @@ def test_a_stage_cannot_train_what_it_does_not_use(world: Path) -> None:
     [
         ({"match": ["semantic"]}, "aids.match: rescales 'semantic', which the stage does not"),
         ({"start": True}, "aids.start: draws the backbone anew, which the stage does not"),
+        ({"packed": 6}, "aids.packed: is a share of the batches, 0 to 1, got 6"),
         ({"through": "head", "pull": 1.0}, "aids.pull: is for through: embeddings"),
         ({"through": "head", "sharpness": 9.0}, "aids.sharpness: is for through: embeddings"),
     ],

@@ -232,6 +232,8 @@ def _check_aids(stage: Stage, path: str, used: Sequence[str], report: Report) ->
             report(f"{path}.aids.match", f"rescales {name!r}, which the stage does not train")
     if aids.start and "backbone" not in stage.train:
         report(f"{path}.aids.start", "draws the backbone anew, which the stage does not train")
+    if not 0 <= aids.packed <= 1:
+        report(f"{path}.aids.packed", f"is a share of the batches, 0 to 1, got {aids.packed}")
     for name in {"pull", "sharpness"} & stage.aids.keys() if aids.through == "head" else ():
         report(f"{path}.aids.{name}", "is for through: embeddings")
 
