@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from diffa.ablation.study import ablate
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -34,3 +36,27 @@ def test_a_backbone_from_the_package_can_be_packed(
     benchmark("pack_nano", monkeypatch).backbone(options, state, tmp_path)
     written = json.loads((tmp_path / "llada" / "config.json").read_text())
     assert written["model_type"] == "llada" and written["d_model"] > 0
+
+
+def test_the_cells_of_nanos_ablations_fit_and_are_told_as_they_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = benchmark("nano_ablations", monkeypatch)
+    grids = made.grids("package:nano/llada")
+    studies = [
+        ablate("nano-adapters", vary, out=tmp_path, seeds=2, dry_run=True)
+        for vary in grids.values()
+    ]
+    assert [len(study.cells) for study in studies] == [8, 6]
+    both = {cell.digest for cell in studies[0].cells} & {cell.digest for cell in studies[1].cells}
+    assert len(both) == 1  # whisper before the semantic adapter is measured once for both tables
+    first = [cell for cell in studies[0].cells if cell.digest == studies[0].cells[0].digest]
+    for cell, value in zip(first, (0.5, 0.7), strict=True):
+        metrics = dict.fromkeys(made.SCORES.values(), value)
+        note = {"metrics": metrics, "parameters": {"total": 9, "trained": 5}, "stages": ["align"]}
+        studies[0].results[cell.name] = note | {"seconds": 1.0}
+    (row,) = made.table(studies[0])  # the others are not measured
+    assert row["settings"] == {"backbone": "llada", "adapters": "both"}
+    assert row["accent"]["mean"] == pytest.approx(0.6) and row["accent"]["half"] > 1
+    assert list(row["accent"]["seeds"].values()) == [0.5, 0.7]
+    assert "| llada | both | 2 | 5 | 0.600 ± 1.271 |" in made.markdown([row])

@@ -35,7 +35,7 @@ def test_it_writes_down_short_utterances_and_needs_their_audio(nano, asked) -> N
     waves = [sample.audio for sample in asked]
     heard = error(nano, asked, waves)
     shuffled = error(nano, asked, waves[5:] + waves[:5])
-    assert heard < 0.1
+    assert heard < 0.06
     assert shuffled > 2 * heard
 
 
@@ -53,8 +53,21 @@ def test_it_writes_the_letter_of_the_right_choice_and_needs_the_audio_for_it(nan
     waves = [sample.audio for sample in samples]
     heard = letters(nano, samples, waves)
     shuffled = letters(nano, samples, waves[7:] + waves[:7])
-    assert heard > 0.7
+    assert heard > 0.85
     assert shuffled < heard - 0.2  # among four choices of which some are likelier: not .25
+
+
+@pytest.mark.fsdd
+def test_it_describes_speech_and_hears_where_there_is_none(nano) -> None:
+    source = Nano(split="test", seed=33, count=140, kinds=["caption", "sound"])
+    samples = [s for s in (source[i] for i in range(140)) if s.target.endswith(".")]
+    silent = [s for s in samples if "speech" not in s.target][:12]
+    spoken = [s for s in samples if "speech" in s.target][:24]
+    asked = [*silent, *spoken]
+    written = nano.answer([s.audio for s in asked], [s.question for s in asked], max_tokens=24).text
+    assert sum("speech" in text for text in written[: len(silent)]) <= 1
+    assert all("speech" in text for text in written[len(silent) :])
+    assert compare(written, [s.target for s in asked])["error"] < 0.12
 
 
 def test_silence_is_no_digit(nano) -> None:

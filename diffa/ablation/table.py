@@ -138,14 +138,15 @@ def summary_csv(study: Study, main: str | None = None) -> str:
 def runs_csv(study: Study, main: str | None = None) -> str:
     """One line per run, with every number as it was measured."""
     names = metrics(study, main)
-    head = [*(axis.path for axis in study.axes), "seed", "digest", "result", "seconds", *names]
+    own = ["seed", "digest", "result", "training seconds"]
+    head = [*(axis.path for axis in study.axes), *own, *names]
     body = []
     for cell in study.cells:
         note = study.results.get(cell.name)
         if note is not None:
             numbers = [note["metrics"].get(name, "") for name in names]
-            own = [*cell.settings.values(), cell.seed, cell.digest, cell.name, note["seconds"]]
-            body.append([*own, *numbers])
+            told = [*cell.settings.values(), cell.seed, cell.digest, cell.name, note["seconds"]]
+            body.append([*told, *numbers])
     return _csv(head, body)
 
 

@@ -1,0 +1,131 @@
+"""The ablations of DIFFA's paper at nano's scale: backbone and adapters, encoders.
+
+    python benchmarks/nano_ablations.py --out runs/nano-ablations
+
+Every cell trains nano's adapters anew under several seeds, before the same frozen encoder and
+language model, and answers questions about the same test utterances. It goes on where it was
+stopped. The table of answer lengths and block lengths is ``nano_blocks.py``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from reports import write
+
+from diffa.ablation.study import Study, ablate
+from diffa.ablation.table import rows
+
+RESULTS = Path(__file__).parent / "results" / "nano-ablations.json"
+SCORES = {
+    "open questions": "scores.open all",
+    "choices": "scores.choice all",
+    "digit error 6-8": "scores.digit error 6-8",
+    "caption error": "scores.caption token error",
+    "accent": "scores.open accent",
+    "gender": "scores.open gender",
+}
+
+
+def grids(llada: str) -> dict[str, list[str]]:
+    """What is varied: the paper's Table 5, and encoders before the semantic adapter."""
+    masked = f'{{name: llada, checkpoint: "{llada}"}}'
+    causal = '{name: llama, checkpoint: "package:nano/llama"}'
+    untrained = "{name: tiny, width: 192, layers: 4, heads: 6, seconds: 8.0, tail: 0.5}"
+    trained = '{name: whisper, checkpoint: "package:nano/whisper", tail: 0.5}'
+    return {
+        "backbone and adapters": [
+            f"backbone={masked},{causal}",
+            "adapters=both,semantic",
+        ],
+        "encoder": [
+            "adapters=semantic",
+            f"encoder={trained},{untrained},{{name: mel}}",
+            f"backbone={masked}",
+        ],
+    }
+
+
+def table(study: Study) -> list[dict[str, Any]]:
+    """One row per cell: means over seeds with Student's 95 % intervals, and every seed's value."""
+    found = []
+    for row in rows(study, "scores.open all"):
+        if not row.means:
+            continue
+        told: dict[str, Any] = {
+            "settings": row.settings,
+            "stages": row.stages,
+            "parameters": row.parameters,
+            "trained": row.trained,
+        }
+        for name, key in SCORES.items():
+            mean = row.means[key]
+            told[name] = {"mean": mean.mean, "half": mean.half, "seeds": row.values[key]}
+        found.append(told)
+    return found
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    names = list(found[0]["settings"])
+    lines = ["| " + " | ".join([*names, "seeds", "trained", *SCORES]) + " |"]
+    lines.append("|" + "---|" * (len(names) + 2 + len(SCORES)))
+    for row in found:
+        cells = [
+            *row["settings"].values(),
+            str(len(row["choices"]["seeds"])),
+            f"{row['trained']:,}",
+        ]
+        for name in SCORES:
+            half = row[name]["half"]
+            more = "" if half is None else f" ± {half:.3f}"
+            cells.append(f"{row[name]['mean']:.3f}{more}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the studies")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="of every stage")
+    parser.add_argument("--count", type=int, default=40, help="test utterances")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--llada", default="package:nano/llada", help="the masked language model")
+    parser.add_argument("--features", type=Path, help="where an encoder's features are kept")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    changes = [f"stages.{i}.steps={chosen.steps}" for i in range(3)]
+    features = (chosen.features or chosen.out / "features").resolve()
+    changes += [f"stages.{i}.cache.folder={features}" for i in range(3)]
+    script = Path(__file__).with_name("nano.py").resolve()
+    score = f"{sys.executable} {script} --spec {{model}} --count {chosen.count} --json {{json}}"
+    report: dict[str, Any] = {
+        "seeds": chosen.seeds,
+        "steps": chosen.steps,
+        "utterances": chosen.count,
+        "command": "python benchmarks/nano_ablations.py --out runs/nano-ablations",
+    }
+    for name, vary in grids(chosen.llada).items():
+        study = ablate(
+            "nano-adapters",
+            vary,
+            out=chosen.out,
+            seeds=chosen.seeds,
+            overrides=changes,
+            score=score,
+            jobs=chosen.jobs,
+            say=print,
+        )
+        if not study.results:
+            continue
+        report[name] = table(study)
+        print(markdown(report[name]))
+        write(report, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
