@@ -16,7 +16,7 @@ from typing import Any
 
 from reports import write
 
-from diffa.ablation.study import Study, ablate
+from diffa.ablation.study import Study, ablate, collect
 from diffa.ablation.table import rows
 
 RESULTS = Path(__file__).parent / "results" / "nano-ablations.json"
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--llada", default="package:nano/llada", help="the masked language model")
     parser.add_argument("--features", type=Path, help="where an encoder's features are kept")
+    parser.add_argument("--collect", action="store_true", help="tell what there is, train nothing")
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     changes = [f"stages.{i}.steps={chosen.steps}" for i in range(3)]
@@ -118,13 +119,13 @@ def main() -> None:
             overrides=changes,
             score=score,
             jobs=chosen.jobs,
+            dry_run=chosen.collect,
             say=print,
         )
-        if not study.results:
-            continue
-        report[name] = table(study)
-        print(markdown(report[name]))
-        write(report, chosen.json)
+        report[name] = table(study._replace(results=collect(study)))
+        if report[name]:
+            print(markdown(report[name]))
+    write(report, chosen.json)
 
 
 if __name__ == "__main__":
