@@ -108,7 +108,6 @@ def main() -> None:
         "seeds": chosen.seeds,
         "steps": chosen.steps,
         "utterances": chosen.count,
-        "command": "python benchmarks/nano_ablations.py --out runs/nano-ablations",
     }
     for name, vary in grids(chosen.llada).items():
         study = ablate(

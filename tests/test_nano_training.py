@@ -130,6 +130,8 @@ def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
     owners = [learner._packing(batch).owner is not None for batch in batches]
     learner.hinting = None
     assert owners == chosen_ones()  # labels need places: the others are read by a packing, alone
+    learner.eval()
+    assert not any(chosen_ones())  # evaluation measures what will be answered
 
 
 @pytest.mark.parametrize("offset", [1, -1, 2, -2])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from diffa.memory import Context
 
-# Slots whose work takes as long as a pass of none: 90 for nano on a core of a Xeon (1 to 16 rows of
-# 24 to 130 slots), about 100 where an H200 reads the weights of LLaDA-8B.
+# Slots whose work takes as long as a pass of none: 90 for nano on one core of a Xeon (1 to 16 rows
+# of 24 to 130 slots). Not measured for larger models, nor on a GPU.
 _PASS = 96
 
 
@@ -67,15 +67,14 @@ def groups(calls: Sequence[Call]) -> list[list[int]]:
 def _cheapest(order: list[int], calls: Sequence[Call]) -> list[list[int]]:
     costs, begins = [0], [0]  # of the first n calls, and where their last pass begins
     for end in range(1, len(order) + 1):
-        rows, best = 0, (0, -1)
+        rows, ways = 0, []
         for begin in reversed(range(end)):
             count, wide, _ = calls[order[begin]].embeds.shape  # no call of the pass is longer
             rows += count
-            cost = costs[begin] + _PASS + rows * wide
-            if best[1] < 0 or cost <= best[0]:
-                best = cost, begin
-        costs.append(best[0])
-        begins.append(best[1])
+            ways.append((costs[begin] + _PASS + rows * wide, begin))
+        cost, begin = min(ways)
+        costs.append(cost)
+        begins.append(begin)
     found: list[list[int]] = []
     end = len(order)
     while end:

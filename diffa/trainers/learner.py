@@ -48,8 +48,8 @@ class Answers(nn.Module):
         cache: keeps a frozen encoder's features; None to compute them every time.
         script: reads the text that stands for audio, where rows have any.
         saying: what adapters should say besides, by CTC.
-        packed: share of the batches whose questions about one recording share a row; see
-            ``trainers.packing``.
+        packed: share of the batches trained on whose questions about one recording share a row;
+            see ``trainers.packing``.
         hinting: teaches what the backbone has to work out, by labels.
     """
 
@@ -97,10 +97,14 @@ class Answers(nn.Module):
         return Parts(total, weight, *counting.counted(total), extra)
 
     def _packing(self, batch: Batch) -> Packing | None:
-        """Choose by the batch's seeds, which resumed runs meet again, how it is read."""
-        draw = np.random.default_rng(batch.seeds.tolist()).random()
-        if draw < self.packed:
-            return Packing(batch.owner)
+        """Choose how a batch is read: by its seeds, which a resumed run meets again.
+
+        Evaluation reads whole rows, as they are answered.
+        """
+        if self.training and self.packed:
+            draw = np.random.default_rng(batch.seeds.tolist()).random()
+            if draw < self.packed:
+                return Packing(batch.owner)
         return None if self.hinting is None else Packing(None)
 
     def _heard(self, batch: Batch) -> dict[str, Any]:
