@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluating import COUNT, Stub, answers, records, row, write_benchmark
 
 import diffa
@@ -114,6 +116,32 @@ class TestBatches:
             out = tmp_path / str(size)
             run(model, suite("mmsu"), Table(data), out, Settings(batch=size))
             assert records(out) == records(whole)
+
+    def test_cores_share_a_batch_and_write_the_same_records(
+        self, model, data, whole, tmp_path, monkeypatch
+    ):
+        meet, answer, seen = threading.Barrier(2), diffa.Model.answer, []
+
+        def together(self, audio, question, **options):
+            seen.append((len(question), torch.get_num_threads()))
+            if sum(rows for rows, _ in seen) <= 16:
+                meet.wait(20)  # passed only when both halves are being answered
+            return answer(self, audio, question, **options)
+
+        monkeypatch.setattr(diffa.Model, "answer", together)
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            run(model, suite("mmsu"), Table(data), tmp_path, Settings(batch=16))
+            after, later = torch.get_num_threads(), []
+            thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+        finally:
+            torch.set_num_threads(before)
+        assert records(tmp_path) == records(whole)
+        assert seen == [(8, 1), (8, 1)]
+        assert (after, later) == (2, [2])
 
     def test_shards_give_the_same_records_as_one_process(self, model, data, whole, tmp_path):
         for rank in (1, 0):

@@ -58,6 +58,7 @@ class Ear:
     def __init__(self, double=True):
         self.backbone = backbone().double() if double else backbone()
         self.encoder = self
+        self.device = torch.device("cpu")
 
     def listen(self, audio, lengths):
         values = audio.view(len(audio), -1, 32).to(self.backbone.wte.weight.dtype)
@@ -112,12 +113,13 @@ def made(model, name):
     return cls(model.backbone.vocab, **options)
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_each_sampler_decodes_in_company_as_alone(model, name):
+def test_each_sampler_decodes_in_company_as_alone(model, name, lanes):
     rng = random.Random(name)
     sampler = made(model, name)
     jobs = [job(sampler, name, seed, rng) for seed in range(7)]
-    engine = Engine(model, rows=4)
+    engine = Engine(model, rows=4, lanes=lanes)
     try:
         ends = answered(engine, jobs)
     finally:
@@ -141,6 +143,78 @@ def test_different_samplers_share_forwards_and_still_decode_as_alone(model):
     for asked, end in zip(jobs, ends, strict=True):
         assert (end.tokens.tolist(), end.forwards) == alone(model, asked), asked.kind
     assert load.rows > 4 * load.forwards, "forwards were hardly shared"
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_lanes_run_beside_each_other_and_split_what_there_is(model, lanes):
+    meet = threading.Barrier(lanes)  # passed only when as many forwards run at once
+    rng, sampler, body = random.Random(3), made(model, "plain"), model.backbone.forward
+    seen = set()
+
+    def forward(*call):
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            meet.wait(20)
+        return body(*call)
+
+    jobs = [job(sampler, "plain", seed, rng, 12) for seed in range(2 * lanes)]
+    expected = [alone(model, asked) for asked in jobs]
+    model.backbone.forward = forward
+    rows = []
+    engine = Engine(model, rows=4 * lanes, lanes=lanes, on_forward=lambda n, _: rows.append(n))
+    ends = SimpleQueue()
+    try:
+        with engine._change:  # all come at once
+            for index, asked in enumerate(jobs):
+                engine.submit(Ticket(asked, lambda event, i=index: ends.put((i, event)), 60))
+        found = dict(ends.get(timeout=60) for _ in range(2 * len(jobs)))  # begun, then done
+        load = engine.load()
+    finally:
+        engine.close()
+        del model.backbone.forward
+    assert len(seen) == lanes and max(rows) == 2
+    assert [(found[i].tokens.tolist(), found[i].forwards) for i in range(len(jobs))] == expected
+    assert (load.forwards, load.rows) == (len(rows), sum(rows))
+    assert not engine.alive
+
+
+def test_as_many_lanes_as_cores_but_none_of_few_rows(model, monkeypatch):
+    def lanes(cores, rows, **options):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+        engine = Engine(model, rows=rows, **options)
+        engine.close()
+        return len(engine._lanes), engine._most
+
+    assert lanes(1, 16) == (1, 16)
+    assert lanes(2, 16) == (2, 8)
+    assert lanes(8, 16) == (4, 4)
+    assert lanes(2, 7) == (1, 7)
+    assert lanes(2, 3, lanes=9) == (3, 1)
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    assert lanes(8, 16) == (1, 16)
+
+
+def test_a_lane_has_the_cores_that_no_other_uses(model, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    used, slow = [], Held(model.backbone.vocab)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    engine, ends = Engine(model, rows=8, lanes=2), SimpleQueue()
+    rng = random.Random(4)
+    try:
+        engine.submit(Ticket(job(slow, "slow", 1, rng, 12), ends.put, 60))
+        while engine.load().forwards < 2:
+            pass
+        alone_ = used[-1]
+        other = made(model, "plain")
+        engine.submit(Ticket(job(other, "plain", 2, rng, 12), lambda event: None, 60))
+        while engine.load().forwards < 6:
+            pass
+        slow.gate.set()
+        while not isinstance(ends.get(timeout=60), Done):
+            pass
+    finally:
+        engine.close()
+    assert alone_ == 4 and 2 in used
 
 
 class Fake:
