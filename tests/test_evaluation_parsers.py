@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from diffa.evaluation.items import Row
 from diffa.evaluation.letters import chosen
 from diffa.evaluation.prompts import VOICEBENCH_DIFFA, choice, mmsu
 from diffa.evaluation.scores import score
-from diffa.evaluation.suites import phrases, suite
+from diffa.evaluation.suites import phrases, suite, voicebench
 from diffa.evaluation.suites.matched import official_match
 from diffa.evaluation.suites.mmsu import official_letter
 from diffa.evaluation.words import Edits, edits, tokens, wenet
@@ -249,6 +251,23 @@ class TestVoiceBench:
         report, _ = score(suite("voicebench", "sd-qa"), rows(*given))
         assert (report["fixed"]["correct"], report["fixed"]["total"]) == (1, 3)
         assert "qa_metrics" in report["official"]
+
+    def test_a_pedant_that_cannot_begin_is_no_reason_to_stop(self, monkeypatch):
+        class Pedant:
+            def __init__(self):
+                raise OSError("its classifiers\ncannot be fetched")
+
+        module = types.ModuleType("qa_metrics.pedant")
+        module.PEDANT = Pedant
+        monkeypatch.setitem(sys.modules, "qa_metrics", types.ModuleType("qa_metrics"))
+        monkeypatch.setitem(sys.modules, "qa_metrics.pedant", module)
+        voicebench._pedant.cache_clear()
+        given = {"prompt": "?", "reference": "x", "response": "x", "score": ["yes"]}
+        report, _ = score(suite("voicebench", "sd-qa"), rows(given))
+        voicebench._pedant.cache_clear()
+        told = "PEDANT does not begin: no official score (its classifiers cannot be fetched)"
+        assert report["official"]["qa_metrics"] == told
+        assert report["fixed"]["correct"] == 1
 
     def test_the_instruction_of_diffa_is_exact(self):
         assert VOICEBENCH_DIFFA == (

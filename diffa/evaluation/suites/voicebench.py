@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,35 +184,28 @@ def judged_answer(fields: Fields, response: str) -> Readings:
 
 
 def pedant(reference: str, response: str, prompt: str) -> bool | None:
-    """PEDANT's verdict, arguments as the official script orders them; None without qa_metrics."""
-    scorer = _pedant()
+    """PEDANT's verdict, arguments in the official script's order; None where it cannot judge."""
+    scorer, _ = _pedant()
     if scorer is None:
         return None
     return bool(scorer.evaluate([reference.lower()], response.lower(), prompt.lower()))
 
 
-_scorers: list[Any] = []
-
-
-def _pedant() -> Any:
-    if not _scorers:
-        try:
-            from importlib import import_module
-
-            _scorers.append(import_module("qa_metrics.pedant").PEDANT())
-        except ImportError:
-            _scorers.append(None)
-    return _scorers[0]
+@lru_cache
+def _pedant() -> tuple[Any, str]:
+    """The judge, and why there is none."""
+    try:
+        return import_module("qa_metrics.pedant").PEDANT(), ""
+    except ImportError:
+        return None, "not installed: no official score (pip install qa_metrics)"
+    except Exception as error:  # its classifiers are fetched when it begins: anything may go wrong
+        return None, f"PEDANT does not begin: no official score ({error})".replace("\n", " ")
 
 
 def qa_metrics_version() -> str:
     """The version of qa_metrics, which moves PEDANT's scores by tens of points."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("qa_metrics")
-    except PackageNotFoundError:
-        return "not installed: no official score (pip install qa_metrics)"
+    scorer, fault = _pedant()
+    return version("qa_metrics") if scorer is not None else fault
 
 
 def overall(folder: Path, seed: int = 0) -> dict[str, Any]:
