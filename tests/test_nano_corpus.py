@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffa.data.nano.corpus import Examples, questions_for_trial, write_corpus
 from diffa.data.nano.imitation import Imitations, facts
-from diffa.data.nano.phrases import PHRASES, phrases
+from diffa.data.nano.phrases import PHRASES, phrases, reworded
 from diffa.data.nano.questions import LETTERS, WEIGHTS, answer_to, ask, caption, spell, transcript
 from diffa.data.nano.recordings import Recordings, fsdd_folder
 from diffa.data.nano.scenes import LEVELS, SPEEDS, Labels, speed_of
@@ -189,6 +191,43 @@ def test_the_letter_names_the_answer():
             letter, answer = made.answer.split(". ")
             assert made.choices[LETTERS.index(letter)] == answer == answer_to(kind, labels())
             assert len(set(made.choices)) == 4 and f"{letter}. {answer}" in made.question
+
+
+@given(st.sampled_from(sorted(PHRASES)), st.data())
+def test_a_reworded_phrase_is_never_a_held_out_one_and_keeps_its_place(kind, data):
+    phrase = data.draw(st.sampled_from(phrases(kind)))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    made = reworded(phrase, kind, draw)
+    assert made not in phrases(kind, held_out=True)
+    assert made[-1] == phrase[-1] and made.count("{nth}") == phrase.count("{nth}")
+
+
+def test_rewording_would_make_held_out_phrases_if_it_did_not_look(monkeypatch):
+    """Otherwise the test above would tell nothing."""
+    monkeypatch.setattr("diffa.data.nano.phrases.phrases", lambda kind, held_out=False: ())
+    draw = np.random.default_rng(0)
+    kinds = [kind for kind in PHRASES for _ in range(40) for p in phrases(kind)
+             if reworded(p, kind, draw) in phrases(kind, held_out=True)]  # fmt: skip
+    assert kinds
+
+
+def test_a_share_of_the_questions_is_reworded_and_the_answers_stay():
+    def rows(rewording):
+        imitations = Imitations(3, per=4, rewording=rewording)
+        return [imitations[i] for i in range(60)]
+
+    def known(made):
+        stems = {text.split("{nth}")[0] for texts in PHRASES.values() for text in texts}
+        asked = [one.question for row in made for one in row.instructions]
+        return sum(any(q.startswith(stem) for stem in stems) for q in asked) / len(asked)
+
+    plain, half, all_ = rows(0.0), rows(0.5), rows(1.0)
+    assert known(plain) == 1.0 and known(plain) > known(half) > known(all_)
+    assert [r.labels for r in plain] == [r.labels for r in all_]
+    for row in all_:
+        for one in row.instructions:
+            if one.kind != "place" and one.form == "open":
+                assert one.answer == answer_to(one.kind, row.labels)
 
 
 def test_every_kind_has_ten_phrases_and_held_out_ones():

@@ -105,7 +105,8 @@ class NanoText:
     """The nano corpus as text alone: words and blanks at the pace of audio stand for it.
 
     ``growth`` is a curriculum: triples (progress, pace, most digits); see ``Imitations``. Every
-    sample asks ``questions`` about its utterance.
+    sample asks ``questions`` about its utterance, a share ``rewording`` of them in other words
+    than the fixed phrases'.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class NanoText:
         most: int = 8,
         kinds: Sequence[str] | None = None,
         questions: int = 1,
+        rewording: float = 0.0,
         growth: Sequence[Sequence[float]] = (),
     ) -> None:
         from diffa.data.nano.imitation import Imitations
@@ -124,7 +126,7 @@ class NanoText:
 
         self._imitate, self._seed = Imitations, seed
         self._fixed: dict[str, Any] = {"acoustic": acoustic, "kinds": tuple(kinds or WEIGHTS)}
-        self._fixed["per"] = questions
+        self._fixed |= {"per": questions, "rewording": rewording}
         self.count, self.most = count, most
         self._growth = [(float(start), float(pace), int(top)) for start, pace, top in growth]
         self._made: dict[tuple[float, int], Any] = {}

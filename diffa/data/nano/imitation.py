@@ -38,7 +38,7 @@ class Imitations:
     Words are repeated over several slots with blanks between them, as an adapter that emits 12.5
     embeddings per second would place them. `pace` in [0, 1] lengthens the blanks: 0 writes every
     word once with single blanks, 1 imitates speech. `acoustic` is the Q-Former's number of slots;
-    `per` instructions are drawn about every utterance.
+    `per` instructions are drawn about every utterance, a share `rewording` of them in other words.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class Imitations:
         most: int = 8,
         kinds: tuple[str, ...] = tuple(WEIGHTS),
         per: int = 1,
+        rewording: float = 0.0,
     ) -> None:
         self.seed, self.acoustic, self.pace, self.most = seed, acoustic, pace, most
-        self.kinds, self.per, self.voices = kinds, per, voices()
+        self.kinds, self.per, self.rewording, self.voices = kinds, per, rewording, voices()
 
     def __getitem__(self, index: int) -> Imitation:
         draw = np.random.default_rng((self.seed, index))
@@ -62,7 +63,9 @@ class Imitations:
         deaf = bool(said) and (draw.random() < 0.25 or said == self.kinds)
         deaf = deaf and any(answer_to(kind, labels) for kind in said)
         kinds = said if deaf else self.kinds
-        instructions = tuple(instruct(labels, draw, kinds) for _ in range(self.per))
+        instructions = tuple(
+            instruct(labels, draw, kinds, rewording=self.rewording) for _ in range(self.per)
+        )
         acoustic = () if deaf else spread(facts(labels), self.acoustic, draw)
         return Imitation(acoustic, self._semantic(labels, draw), instructions, labels)
 

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from diffa.data.nano.phrases import LEADS, ORDINALS, phrases
+from diffa.data.nano.phrases import LEADS, ORDINALS, phrases, reworded
 from diffa.data.nano.scenes import Labels
 from diffa.data.nano.sounds import DIRECTIONS, SOUNDS
 from diffa.data.nano.voices import LANGUAGES, WORDS
@@ -165,15 +165,26 @@ def seed_line(labels: Labels) -> str:
 
 
 def ask(
-    kind: str, labels: Labels, draw: Draw, choice: bool = False, held_out: bool = False
+    kind: str,
+    labels: Labels,
+    draw: Draw,
+    choice: bool = False,
+    held_out: bool = False,
+    rewording: float = 0.0,
 ) -> Instruction | None:
-    """One instruction of a kind, in random words; None where the utterance does not allow it."""
+    """One instruction of a kind, in random words; None where the utterance does not allow it.
+
+    ``rewording`` is the share of phrases that are changed a little (``phrases.reworded``).
+    """
     place = int(draw.integers(max(len(labels.digits), 1)))
     answer = answer_to(kind, labels, place)
     if answer is None:
         return None
     stems = phrases(kind, held_out)
-    question = stems[int(draw.integers(len(stems)))].format(nth=ORDINALS[place])
+    question = stems[int(draw.integers(len(stems)))]
+    if rewording and draw.random() < rewording:
+        question = reworded(question, kind, draw)
+    question = question.format(nth=ORDINALS[place])
     if not choice:
         return Instruction(kind, question, answer, (), "open")
     choices = options(kind, answer, draw)
@@ -192,7 +203,11 @@ def options(kind: str, answer: str, draw: Draw) -> tuple[str, ...]:
 
 
 def instruct(
-    labels: Labels, draw: Draw, kinds: tuple[str, ...] = tuple(WEIGHTS), held_out: bool = False
+    labels: Labels,
+    draw: Draw,
+    kinds: tuple[str, ...] = tuple(WEIGHTS),
+    held_out: bool = False,
+    rewording: float = 0.0,
 ) -> Instruction:
     """A random instruction that the utterance allows, in 2 of 5 cases with choices.
 
@@ -205,6 +220,6 @@ def instruct(
     weights = np.array([WEIGHTS[kind] for kind in open_to])
     kind = open_to[int(draw.choice(len(open_to), p=weights / weights.sum()))]
     choice = kind not in ("transcribe", "caption") and draw.random() < 0.4
-    made = ask(kind, labels, draw, choice, held_out)
+    made = ask(kind, labels, draw, choice, held_out, rewording)
     assert made is not None
     return made
