@@ -1,6 +1,8 @@
 """causal and dream: parity with transformers, the memory, the shift, checkpoints, errors."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -252,3 +254,44 @@ def test_dream_without_a_mask_token_is_refused():
     config = {key: value for key, value in DREAM.items() if key != "mask_token_id"}
     with pytest.raises(CheckpointError, match="lacks 'mask_token_id'"):
         Dream(config=config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_threads_take_turns_where_rope_changes_with_the_length(kind):
+    """Transformers keeps such frequencies on the module."""
+    more = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, **more}
+    model = Causal(
+        config={
+            "model_type": "llama",
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 50,
+            "max_position_embeddings": 64,
+            "eos_token_id": 1,
+            "rope_parameters": rope | {"original_max_position_embeddings": 64},
+        }
+    ).eval()
+    inside, most, body = [], [], model.model.base_model.forward
+
+    def forward(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        found = body(*args, **options)
+        inside.pop()
+        return found
+
+    model.model.base_model.forward = forward
+
+    def work(count):
+        with torch.no_grad():
+            for _ in range(4):
+                model(torch.randn(1, count, 64), torch.arange(count)[None], Context())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (40, 100)))
+    assert set(most) == {1} and len(most) == 8

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,33 @@ class TestBatches:
         assert records(tmp_path) == records(whole)
         assert seen == [(8, 1), (8, 1)]
         assert (after, later) == (2, [2])
+
+    def test_a_part_that_is_interrupted_stops_the_other(self, model, data, tmp_path, monkeypatch):
+        answer, started, steps = diffa.Model.answer, threading.Event(), []
+
+        def slow(self, audio, question, on_step, **options):
+            def watch(step):
+                started.set()
+                steps.append(1)
+                time.sleep(0.02)
+                on_step(step)
+
+            if threading.current_thread().name.endswith("_0"):
+                started.wait(20)
+                raise KeyboardInterrupt
+            return answer(self, audio, question, on_step=watch, **options)
+
+        monkeypatch.setattr(diffa.Model, "answer", slow)
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            settings = Settings(batch=16, max_tokens=64, block=64)
+            with pytest.raises(KeyboardInterrupt):
+                run(model, suite("mmsu"), Table(data), tmp_path, settings)
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+        assert 0 < len(steps) < 20  # of 64
 
     def test_shards_give_the_same_records_as_one_process(self, model, data, whole, tmp_path):
         for rank in (1, 0):

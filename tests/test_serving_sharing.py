@@ -168,11 +168,11 @@ def test_lanes_run_beside_each_other_and_split_what_there_is(model, lanes):
             for index, asked in enumerate(jobs):
                 engine.submit(Ticket(asked, lambda event, i=index: ends.put((i, event)), 60))
         found = dict(ends.get(timeout=60) for _ in range(2 * len(jobs)))  # begun, then done
-        load = engine.load()
     finally:
         engine.close()
         del model.backbone.forward
-    assert len(seen) == lanes and max(rows) == 2
+    load = engine.load()
+    assert len(seen) == lanes and max(rows) == 2 and not meet.broken
     assert [(found[i].tokens.tolist(), found[i].forwards) for i in range(len(jobs))] == expected
     assert (load.forwards, load.rows) == (len(rows), sum(rows))
     assert not engine.alive
@@ -183,38 +183,90 @@ def test_as_many_lanes_as_cores_but_none_of_few_rows(model, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
         engine = Engine(model, rows=rows, **options)
         engine.close()
-        return len(engine._lanes), engine._most
+        return [lane.most for lane in engine._lanes]
 
-    assert lanes(1, 16) == (1, 16)
-    assert lanes(2, 16) == (2, 8)
-    assert lanes(8, 16) == (4, 4)
-    assert lanes(2, 7) == (1, 7)
-    assert lanes(2, 3, lanes=9) == (3, 1)
+    assert lanes(1, 16) == [16]
+    assert lanes(2, 16) == [8, 8]
+    assert lanes(8, 16) == [4] * 4
+    assert lanes(2, 7) == [7]
+    assert lanes(2, 9) == [4, 5]
+    assert lanes(2, 3, lanes=9) == [1, 1, 1]
     monkeypatch.setattr(model, "device", torch.device("cuda"))
-    assert lanes(8, 16) == (1, 16)
+    assert lanes(8, 16) == [16]
 
 
 def test_a_lane_has_the_cores_that_no_other_uses(model, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    used, slow = [], Held(model.backbone.vocab)
-    monkeypatch.setattr(torch, "set_num_threads", used.append)
-    engine, ends = Engine(model, rows=8, lanes=2), SimpleQueue()
+    used: dict[int, list[int]] = {}
+
+    def note(count):
+        if threading.current_thread().name == "lane":
+            used.setdefault(threading.get_ident(), []).append(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", note)
+    slow = Held(model.backbone.vocab)
+    engine, ends, other = Engine(model, rows=8, lanes=2), SimpleQueue(), SimpleQueue()
     rng = random.Random(4)
     try:
         engine.submit(Ticket(job(slow, "slow", 1, rng, 12), ends.put, 60))
         while engine.load().forwards < 2:
             pass
-        alone_ = used[-1]
-        other = made(model, "plain")
-        engine.submit(Ticket(job(other, "plain", 2, rng, 12), lambda event: None, 60))
-        while engine.load().forwards < 6:
+        (first,) = used
+        assert set(used[first]) == {4}
+        plain = made(model, "plain")
+        engine.submit(Ticket(job(plain, "plain", 2, rng, 12), other.put, 60))
+        while not isinstance(other.get(timeout=60), Done):
             pass
+        (second,) = set(used) - {first}
+        assert set(used[second]) == {2}  # the first waits at its gate, and counts
         slow.gate.set()
         while not isinstance(ends.get(timeout=60), Done):
             pass
     finally:
         engine.close()
-    assert alone_ == 4 and 2 in used
+    assert used[first][-1] == 4
+
+
+def test_requests_do_not_wait_while_both_lanes_have_room(model):
+    class Running:
+        rows, tickets = 1, ()
+
+    engine = Engine(model, rows=16, lanes=2)
+    engine.close()  # its threads are gone: what they would take is asked below
+    sampler, rng = made(model, "plain"), random.Random(9)
+    for lane in engine._lanes:
+        lane.cohorts.append(Running())
+    waiting = [Ticket(job(sampler, "plain", i, rng, 6), print, 60) for i in range(5)]
+    engine._queue.extend(waiting[:2])
+    assert [engine._admitted(lane) for lane in engine._lanes] == [waiting[:1], waiting[1:2]]
+    for lane in engine._lanes:
+        lane.cohorts[0].rows = 7  # room for one each: not worth a canvas while two wait
+    engine._queue.extend(waiting[2:])
+    assert [engine._admitted(lane) for lane in engine._lanes] == [[], []]
+
+
+def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog):
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    calls = []
+
+    def fail(rows, seconds):
+        calls.append(rows)
+        raise ValueError("a fault of whoever listens")
+
+    engine, ends = Engine(model, rows=4, on_forward=fail), SimpleQueue()
+    try:
+        asked = job(made(model, "plain"), "plain", 3, random.Random(3), 6)
+        engine.submit(Ticket(asked, ends.put, 60))
+        assert ends.get(timeout=20) == Begun()
+        end = ends.get(timeout=20)
+        assert isinstance(end, Failed) and "whoever listens" in str(end.error)
+        engine._lanes[0].thread.join(20)
+        assert not engine.alive and calls == [1]
+        with pytest.raises(Refusal):
+            engine.submit(Ticket(asked, ends.put, 60))
+    finally:
+        engine.close()
+    assert logged(caplog, "a lane ends") == [True]
 
 
 class Fake:

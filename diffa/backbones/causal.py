@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from diffa.memory import Context
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+
+# Transformers keeps RoPE's frequencies on the module and changes them with the length of the input
+# where they depend on it: threads that share such a model take turns.
+_TURN = threading.Lock()
 
 
 class Causal(nn.Module):
@@ -76,6 +82,8 @@ class Causal(nn.Module):
         adaptation.adapt(self.model, lora)
         self._scale = _scale(settings)
         self._cap = getattr(settings, "final_logit_softcapping", None)
+        rope = getattr(settings, "rope_parameters", None) or {}
+        self._changes = "dynamic" in str(rope) or "longrope" in str(rope)
 
     @property
     def lora(self) -> nn.Module:
@@ -100,13 +108,15 @@ class Causal(nn.Module):
         assert seen is not None
         lowest = torch.finfo(embeds.dtype).min
         bias = torch.zeros(seen.shape, dtype=embeds.dtype, device=embeds.device)
-        out = self.model.base_model(
-            inputs_embeds=embeds,
-            attention_mask=bias.masked_fill(~seen, lowest)[:, None],
-            position_ids=positions,
-            past_key_values=None if context.memory is None else _Slots(context),
-            use_cache=False,
-        )
+        turn: AbstractContextManager[Any] = _TURN if self._changes else nullcontext()
+        with turn:
+            out = self.model.base_model(
+                inputs_embeds=embeds,
+                attention_mask=bias.masked_fill(~seen, lowest)[:, None],
+                position_ids=positions,
+                past_key_values=None if context.memory is None else _Slots(context),
+                use_cache=False,
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -91,21 +92,30 @@ class Asking:
         parts = min(cores, rows // _ROWS) if model.device.type == "cpu" else 1
         if parts < 2:
             return self._generate(model, questions, waves)
-        ends = [rows * part // parts for part in range(parts + 1)]
-        with ThreadPoolExecutor(
-            parts, initializer=torch.set_num_threads, initargs=(cores // parts,)
-        ) as pool:
-            asked = [
-                pool.submit(self._generate, model, questions[a:b], waves[a:b])
-                for a, b in pairwise(ends)
-            ]
-        torch.set_num_threads(cores)  # else threads that begin later would take the parts' number
-        return [answer for one in asked for answer in one.result()]
+        ends, stop = [rows * part // parts for part in range(parts + 1)], threading.Event()
+        try:
+            with ThreadPoolExecutor(
+                parts, initializer=torch.set_num_threads, initargs=(cores // parts,)
+            ) as pool:
+                asked = [
+                    pool.submit(self._generate, model, questions[a:b], waves[a:b], stop)
+                    for a, b in pairwise(ends)
+                ]
+                try:
+                    return [answer for one in asked for answer in one.result()]
+                finally:
+                    stop.set()  # a fault of one part, or Ctrl-C, ends the others at their next step
+        finally:  # threads that begin later would take the parts' number
+            torch.set_num_threads(cores)
 
     def _generate(
-        self, model: Any, questions: list[Question], waves: list[Any]
+        self,
+        model: Any,
+        questions: list[Question],
+        waves: list[Any],
+        stop: threading.Event | None = None,
     ) -> list[tuple[str | None, int, str | None]]:
-        passes = Passes(len(questions))
+        passes = Passes(len(questions), stop)
         answer = model.answer(
             waves,
             [question.text for question in questions],
@@ -132,13 +142,19 @@ class Asking:
 
 
 class Passes:
-    """Counts each row's own passes: those until all of its tokens were final."""
+    """Counts each row's own passes: those until all of its tokens were final.
 
-    def __init__(self, rows: int) -> None:
-        self.counts, self._open = [0] * rows, [True] * rows
+    Raises:
+        CancelledError: from the next pass on once ``stop`` is set.
+    """
+
+    def __init__(self, rows: int, stop: threading.Event | None = None) -> None:
+        self.counts, self._open, self._stop = [0] * rows, [True] * rows, stop
 
     def __call__(self, step: Step) -> None:
         """Note one pass."""
+        if self._stop is not None and self._stop.is_set():
+            raise CancelledError
         final = step.final.all(dim=1).tolist()
         for row, closed in enumerate(final):
             self.counts[row] += self._open[row]

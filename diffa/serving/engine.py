@@ -70,23 +70,23 @@ class Engine:
         if lanes is None:
             lanes = min(self._cores, rows // _LANE) if model.device.type == "cpu" else 1
         lanes = max(1, min(lanes, rows))
-        self._most = -(-rows // lanes)
         each = max(1, self._cores // lanes)
         self._hands = ThreadPoolExecutor(
-            self._most * lanes, "cohort", initializer=torch.set_num_threads, initargs=(each,)
+            rows, "cohort", initializer=torch.set_num_threads, initargs=(each,)
         )
         ears = Ears(model, remember)
         self._lanes = [
             Lane(
                 model,
                 ears,
+                (rows + lane) // lanes,
                 self._hands,
                 take=self._take,
                 threads=self._threads,
                 on_forward=self._note,
                 on_end=self._ended,
             )
-            for _ in range(lanes)
+            for lane in range(lanes)
         ]
         for lane in self._lanes:
             lane.thread.start()
@@ -98,7 +98,7 @@ class Engine:
             Refusal: the queue is full (429), or the engine is closing (503).
         """
         with self._change:
-            if self._closed:
+            if self._closed or not any(lane.thread.is_alive() for lane in self._lanes):
                 raise closing()
             self.check_room()
             self._queue.append(ticket)
@@ -145,12 +145,15 @@ class Engine:
     def _take(self, lane: Lane) -> Sequence[Ticket] | None:
         """Wait until a lane has something to do; what it is to begin with."""
         with self._change:
+            lane.idle = not lane.cohorts
             while not (self._queue or lane.cohorts or self._closed):
                 self._change.wait()
             self._purge()
             if self._closed and not (self._queue or lane.cohorts):
                 return None
-            return self._admitted(lane)
+            fresh = self._admitted(lane)
+            lane.idle = not (fresh or lane.cohorts)
+            return fresh
 
     def _purge(self) -> None:
         """Forget requests in the queue that nobody waits for, or that are too late."""
@@ -167,15 +170,16 @@ class Engine:
         taken = {one: max(one.rows, len(one.cohorts)) for one in self._lanes}
         if not any(taken.values()):
             self._last = time.monotonic()
-        fair = -(-(len(self._queue) + sum(taken.values())) // len(self._lanes))
-        room = max(0, min(self._most, fair) - taken[lane])
-        if lane.rows and room < min(len(self._queue), max(1, self._most // 4)):
+        free = lane.most - taken[lane]
+        if lane.rows and free < min(len(self._queue), max(1, lane.most // 4)):
             return []
+        fair = -(-(len(self._queue) + sum(taken.values())) // len(self._lanes))
+        room = max(0, min(free, fair - taken[lane]))
         return [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
 
     def _threads(self) -> int:
-        """Cores for a lane's next forward: its part of those that no other lane uses."""
-        return max(1, self._cores // max(1, sum(bool(lane.cohorts) for lane in self._lanes)))
+        """Cores for a lane that is at work: its part of those that no other lane uses."""
+        return max(1, self._cores // max(1, sum(not lane.idle for lane in self._lanes)))
 
     def _note(self, rows: int, seconds: float) -> None:
         with self._change:

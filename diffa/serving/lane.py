@@ -29,10 +29,11 @@ class Lane:
     Args:
         model: what answers.
         ears: hear the recordings.
+        most: requests that it answers at a time.
         hands: where the canvases' threads come from.
         take: waits for requests and gives those that this lane is to begin with, which may be
             none while it has others; None when there is nothing left to do.
-        threads: of PyTorch's operations, asked before every forward.
+        threads: of PyTorch's operations, asked before the lane listens and before every forward.
         on_forward: told the rows of every forward and its seconds.
         on_end: told of every request that ended here.
     """
@@ -41,6 +42,7 @@ class Lane:
         self,
         model: Any,
         ears: Ears,
+        most: int,
         hands: Executor,
         *,
         take: Callable[[Lane], Sequence[Ticket] | None],
@@ -48,7 +50,8 @@ class Lane:
         on_forward: Callable[[int, float], None],
         on_end: Callable[[int], None],
     ) -> None:
-        self.model, self.cohorts = model, list[Cohort]()
+        self.model, self.cohorts, self.idle = model, list[Cohort](), True
+        self.most = most
         self._ears, self._hands, self._take = ears, hands, take
         self._threads, self._on_forward, self._on_end = threads, on_forward, on_end
         self._arrivals: SimpleQueue[tuple[Cohort, Call | None]] = SimpleQueue()
@@ -62,10 +65,20 @@ class Lane:
     def _loop(self) -> None:
         with torch.no_grad():
             while (fresh := self._take(self)) is not None:
-                torch.set_num_threads(self._threads())  # PyTorch keeps the number for each thread
-                self._open(fresh)
-                if self.cohorts:
-                    self._forward()
+                try:
+                    self._share_cores()
+                    self._open(fresh)
+                    if self.cohorts:
+                        self._share_cores()
+                        self._forward()
+                except Exception as error:  # a fault of the lane's own: nobody is to hang on it
+                    record(_log, "a lane ends", error)
+                    for ticket in [*fresh, *(t for one in self.cohorts for t in one.tickets)]:
+                        ticket.end(Failed(error))
+                    raise
+
+    def _share_cores(self) -> None:
+        torch.set_num_threads(self._threads())  # PyTorch keeps the number for each thread
 
     def _open(self, fresh: Sequence[Ticket]) -> None:
         """Listen to the newcomers' recordings and start their canvases."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,19 +193,24 @@ def pedant(reference: str, response: str, prompt: str) -> bool | None:
 
 @lru_cache
 def _pedant() -> tuple[Any, str]:
-    """The judge, and why there is none."""
+    """The judge, once it has judged something, and why there is none."""
     try:
-        return import_module("qa_metrics.pedant").PEDANT(), ""
+        judge = import_module("qa_metrics.pedant").PEDANT()
+        judge.evaluate(["a"], "a", "a")
     except ImportError:
         return None, "not installed: no official score (pip install qa_metrics)"
     except Exception as error:  # its classifiers are fetched when it begins: anything may go wrong
         return None, f"PEDANT does not begin: no official score ({error})".replace("\n", " ")
+    return judge, ""
 
 
 def qa_metrics_version() -> str:
     """The version of qa_metrics, which moves PEDANT's scores by tens of points."""
-    scorer, fault = _pedant()
-    return version("qa_metrics") if scorer is not None else fault
+    fault = _pedant()[1] if _pedant.cache_info().currsize else ""  # asked only where it judged
+    try:
+        return fault or version("qa_metrics")
+    except PackageNotFoundError:
+        return "not installed: no official score (pip install qa_metrics)"
 
 
 def overall(folder: Path, seed: int = 0) -> dict[str, Any]:
