@@ -21,7 +21,7 @@ SMALL = [
     "stages.1.data.0.options.growth=[]",
     "stages.1.data.0.options.most=3",
     "stages.1.data.0.options.kinds=[transcribe]",
-    "stages.2.steps=4",
+    "stages.2.steps=10",
     "stages.3.steps=8",
     "stages.4.steps=4",
     "stages.5.steps=4",
@@ -46,7 +46,7 @@ def test_the_whole_recipe_runs_and_its_stages_learn(tmp_path: Path) -> None:
     assert listen[-1] < 0.7 * listen[0]
     assert language[-1] < 2.5 < language[0]  # 6.5 nats would be a guess among 677 words
     (log,) = (tmp_path / "nano").glob("3-whole/log.jsonl")
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == 4
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 10
     model = diffa.load(tmp_path / "nano" / "model")
     answer = model.answer(torch.zeros(16_000), "What can you hear?", max_tokens=8)
     assert answer.tokens.shape == (8,)
