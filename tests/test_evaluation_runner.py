@@ -16,6 +16,7 @@ from evaluating import COUNT, Stub, answers, records, row, write_benchmark
 
 import diffa
 from diffa.errors import SpecError
+from diffa.evaluation.asking import Asking
 from diffa.evaluation.batches import Clip, batches, mine, pending
 from diffa.evaluation.files import Table
 from diffa.evaluation.items import EvaluationError, Question
@@ -143,6 +144,35 @@ class TestBatches:
         assert records(tmp_path) == records(whole)
         assert seen == [(8, 1), (8, 1)]
         assert (after, later) == (2, [2])
+
+    @pytest.mark.parametrize("cores", [1, 2, 3])
+    def test_batches_are_answered_in_their_order_and_one_is_read_ahead(
+        self, model, monkeypatch, cores
+    ):
+        heard, told = [], []
+        stub = Stub(model)
+        clips = [Clip(n, Question("", (), 4, None), 1.0) for n in range(45)]
+        asking = Asking(stub, mode="generate", samples=1, seed=0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+        monkeypatch.setattr(stub, "answer", lambda waves, questions, **options: told_by(waves))
+
+        def told_by(waves):
+            time.sleep(0.001 * (len(waves) % 3))
+            return diffa.Answer([str(int(wave[0])) for wave in waves], [], 1)
+
+        def hear(number):
+            heard.append(number)
+            return "nothing there" if number == 20 else torch.tensor([float(number)])
+
+        batches_ = [clips[i : i + 12] for i in range(0, 45, 12)]
+        for batch, waves, given in asking.through(batches_, hear, 12):
+            told += [(c.number, a.raw, a.error) for c, a in zip(batch, given, strict=True)]
+            assert len(waves) == len(batch)
+            assert len(heard) - len(told) <= (12 if cores > 1 else 0)
+        expected = [(n, str(n), None) for n in range(45)]
+        expected[20] = (20, None, "nothing there")
+        assert told == expected and heard == list(range(45))
 
     def test_a_part_that_is_interrupted_stops_the_other(self, model, data, tmp_path, monkeypatch):
         answer, started, steps = diffa.Model.answer, threading.Event(), []

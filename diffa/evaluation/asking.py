@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from diffa.building import swap
 from diffa.errors import DiffaError, SpecError
+from diffa.evaluation.batches import Clip
 from diffa.evaluation.items import Question
 from diffa.schema import schema
 from diffa.types import Step
@@ -31,6 +33,20 @@ class Asked(NamedTuple):
     spec: str
 
 
+class Answered(NamedTuple):
+    """A batch with its waves (text says why there is none) and its answers."""
+
+    batch: list[Clip]
+    waves: list[Tensor | str]
+    answers: list[Asked]
+
+
+def _ended(
+    batch: list[Clip], waves: list[Tensor | str], parts: list[Future[list[Asked]]]
+) -> Answered:
+    return Answered(batch, waves, [answer for part in parts for answer in part.result()])
+
+
 class Asking:
     """Asks one model, with the block that each question wants.
 
@@ -44,12 +60,66 @@ class Asking:
         self.model, self.mode, self.samples, self.seed = model, mode, samples, seed
         self._models: dict[int | None, Any] = {}
 
-    def __call__(self, questions: Sequence[Question], waves: Sequence[Tensor | str]) -> list[Asked]:
+    def through(
+        self, batches: Iterable[list[Clip]], hear: Callable[[int], Tensor | str], most: int
+    ) -> Generator[Answered, None, None]:
+        """Answer batches of at most ``most`` rows in their order; ``hear`` gives a row's wave.
+
+        On a CPU with several cores the rows of a batch are divided over threads with a core each,
+        and the next batch is read while they work.
+        """
+        cores = torch.get_num_threads()
+        wide = self.mode == "generate" and self.model.device.type == "cpu"
+        workers = min(cores, most // _ROWS) if wide else 1
+        if workers > 1:
+            yield from self._beside(batches, hear, workers, cores)
+            return
+        for batch in batches:
+            waves = [hear(clip.number) for clip in batch]
+            yield Answered(batch, waves, self([clip.question for clip in batch], waves))
+
+    def _beside(
+        self,
+        batches: Iterable[list[Clip]],
+        hear: Callable[[int], Tensor | str],
+        workers: int,
+        cores: int,
+    ) -> Generator[Answered, None, None]:
+        pool = ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(cores // workers,)
+        )
+        begun: deque[tuple[list[Clip], list[Tensor | str], list[Future[list[Asked]]]]] = deque()
+        stop = threading.Event()
+        try:
+            for batch in batches:
+                asked, waves = [c.question for c in batch], [hear(c.number) for c in batch]
+                ends = [len(batch) * part // workers for part in range(workers + 1)]
+                parts = [
+                    pool.submit(self, asked[a:b], waves[a:b], stop)
+                    for a, b in pairwise(ends)
+                    if a < b
+                ]
+                begun.append((batch, waves, parts))
+                if len(begun) > 1:
+                    yield _ended(*begun.popleft())
+            while begun:
+                yield _ended(*begun.popleft())
+        finally:  # after a fault of one part, or Ctrl-C, the others end at their next step
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)  # else threads that begin later would take the parts'
+
+    def __call__(
+        self,
+        questions: Sequence[Question],
+        waves: Sequence[Tensor | str],
+        stop: threading.Event | None = None,
+    ) -> list[Asked]:
         """Answer a batch of one setting; a wave that is text says why there is none."""
         model = self.with_block(questions[0].block)
         name = model.spec.digest()
         sound = [i for i, wave in enumerate(waves) if not isinstance(wave, str)]
-        found = self._ask(model, [questions[i] for i in sound], [waves[i] for i in sound])
+        found = self._ask(model, [questions[i] for i in sound], [waves[i] for i in sound], stop)
         made = [Asked(None, 0, str(wave), name) for wave in waves]
         for place, (raw, forwards, error) in zip(sound, found, strict=True):
             made[place] = Asked(raw, forwards, error, name)
@@ -66,7 +136,7 @@ class Asking:
         return self._models[block]
 
     def _ask(
-        self, model: Any, questions: list[Question], waves: list[Any]
+        self, model: Any, questions: list[Question], waves: list[Any], stop: threading.Event | None
     ) -> list[tuple[str | None, int, str | None]]:
         """Answer, or halve the batch where something in it fails or memory runs out."""
         if not questions:
@@ -74,46 +144,22 @@ class Asking:
         try:
             if self.mode == "likelihood":
                 return [self._weigh(model, q, w) for q, w in zip(questions, waves, strict=True)]
-            return self._beside(model, questions, waves)
+            return self._generate(model, questions, waves, stop)
         except (DiffaError, torch.OutOfMemoryError) as error:
             if len(questions) == 1:
                 return [(None, 0, str(error).partition("\n")[0])]
         half = len(questions) // 2
         return [
-            *self._ask(model, questions[:half], waves[:half]),
-            *self._ask(model, questions[half:], waves[half:]),
+            *self._ask(model, questions[:half], waves[:half], stop),
+            *self._ask(model, questions[half:], waves[half:], stop),
         ]
-
-    def _beside(
-        self, model: Any, questions: list[Question], waves: list[Any]
-    ) -> list[tuple[str | None, int, str | None]]:
-        """Generate; on a CPU with every core at work on rows of its own."""
-        cores, rows = torch.get_num_threads(), len(questions)
-        parts = min(cores, rows // _ROWS) if model.device.type == "cpu" else 1
-        if parts < 2:
-            return self._generate(model, questions, waves)
-        ends, stop = [rows * part // parts for part in range(parts + 1)], threading.Event()
-        try:
-            with ThreadPoolExecutor(
-                parts, initializer=torch.set_num_threads, initargs=(cores // parts,)
-            ) as pool:
-                asked = [
-                    pool.submit(self._generate, model, questions[a:b], waves[a:b], stop)
-                    for a, b in pairwise(ends)
-                ]
-                try:
-                    return [answer for one in asked for answer in one.result()]
-                finally:
-                    stop.set()  # a fault of one part, or Ctrl-C, ends the others at their next step
-        finally:  # threads that begin later would take the parts' number
-            torch.set_num_threads(cores)
 
     def _generate(
         self,
         model: Any,
         questions: list[Question],
         waves: list[Any],
-        stop: threading.Event | None = None,
+        stop: threading.Event | None,
     ) -> list[tuple[str | None, int, str | None]]:
         passes = Passes(len(questions), stop)
         answer = model.answer(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -219,22 +220,25 @@ def _answer(
     begin, fresh = time.perf_counter(), 0
     ids = {row.number: row.fields.get("id") for row in table.rows}
     noted = versions()
-    for batch in left:
-        waves = [hear(table, clip.number, model.encoder.sample_rate) for clip in batch]
-        start = time.perf_counter()
-        asked = asking([clip.question for clip in batch], waves)
-        seconds = (time.perf_counter() - start) / len(batch)
-        answers, times = [], []
-        for clip, one, wave in zip(batch, asked, waves, strict=True):
-            if clip.number in done:
-                continue
-            length = 0.0 if isinstance(wave, str) else len(wave) / model.encoder.sample_rate
-            answers.append(_line(clip, one, ids[clip.number], length, noted))
-            times.append({"row": clip.number, "seconds": round(seconds, 4), "batch": len(batch)})
-        folder.append(answers, times)
-        fresh += len(answers)
-        if on_progress is not None:
-            on_progress(Progress(before + fresh, total, fresh, time.perf_counter() - begin))
+    rate, start = model.encoder.sample_rate, begin
+    listen = lambda number: hear(table, number, rate)  # noqa: E731
+    with closing(asking.through(left, listen, settings.batch)) as answered:
+        for batch, waves, asked in answered:
+            now = time.perf_counter()
+            seconds, start = (now - start) / len(batch), now
+            answers, times = [], []
+            for clip, one, wave in zip(batch, asked, waves, strict=True):
+                if clip.number in done:
+                    continue
+                length = 0.0 if isinstance(wave, str) else len(wave) / rate
+                answers.append(_line(clip, one, ids[clip.number], length, noted))
+                times.append(
+                    {"row": clip.number, "seconds": round(seconds, 4), "batch": len(batch)}
+                )
+            folder.append(answers, times)
+            fresh += len(answers)
+            if on_progress is not None:
+                on_progress(Progress(before + fresh, total, fresh, time.perf_counter() - begin))
 
 
 def hear(table: Table, number: int, rate: int) -> Tensor | str:
