@@ -19,6 +19,7 @@ from diffa.data.nano.utterances import LONGEST, Utterances
 from diffa.data.nano.voices import accent_audible
 from diffa.data.nano.words import BLANK, SYSTEM, vocabulary, write_tokenizer
 from diffa.data.sample import DataError
+from diffa.data.sources import open_source
 from diffa.errors import AudioError, SpecError
 
 
@@ -209,6 +210,12 @@ def test_rewording_would_make_held_out_phrases_if_it_did_not_look(monkeypatch):
     kinds = [kind for kind in PHRASES for _ in range(40) for p in phrases(kind)
              if reworded(p, kind, draw) in phrases(kind, held_out=True)]  # fmt: skip
     assert kinds
+
+
+@pytest.mark.parametrize("rewording", [-0.1, 1.1, float("nan")])
+def test_a_share_of_rewording_is_a_share(rewording):
+    with pytest.raises(DataError, match="rewording is a share from 0 to 1"):
+        open_source("nano-text", {"rewording": rewording})
 
 
 def test_a_share_of_the_questions_is_reworded_and_the_answers_stay():

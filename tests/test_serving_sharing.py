@@ -25,6 +25,7 @@ from diffa.samplers.wino import Wino
 from diffa.serving.engine import Engine
 from diffa.serving.faults import Refusal
 from diffa.serving.hearing import Ears
+from diffa.serving.lane import Lane
 from diffa.serving.sharing import _PASS, groups
 from diffa.serving.tickets import Begun, Done, Failed, Job, Moment, Ticket
 from diffa.types import Embeds
@@ -245,14 +246,18 @@ def test_requests_do_not_wait_while_both_lanes_have_room(model):
     assert [engine._admitted(lane) for lane in engine._lanes] == [[], []]
 
 
-def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog):
+@pytest.mark.parametrize("before", [False, True])
+def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog, before):
+    """Whether its canvases have their forward by then, or wait for it."""
     monkeypatch.setattr(threading, "excepthook", lambda told: None)
     calls = []
 
-    def fail(rows, seconds):
-        calls.append(rows)
+    def fail(*_):
+        calls.append(1)
         raise ValueError("a fault of whoever listens")
 
+    if before:
+        monkeypatch.setattr(Lane, "_hidden", fail)
     engine, ends = Engine(model, rows=4, on_forward=fail), SimpleQueue()
     try:
         asked = job(made(model, "plain"), "plain", 3, random.Random(3), 6)
@@ -261,11 +266,14 @@ def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog):
         end = ends.get(timeout=20)
         assert isinstance(end, Failed) and "whoever listens" in str(end.error)
         engine._lanes[0].thread.join(20)
-        assert not engine.alive and calls == [1]
+        assert not engine.alive and len(calls) == 1
         with pytest.raises(Refusal):
             engine.submit(Ticket(asked, ends.put, 60))
     finally:
         engine.close()
+    for thread in engine._hands._threads:
+        thread.join(20)
+        assert not thread.is_alive(), "a canvas waits for ever, and the process with it"
     assert logged(caplog, "a lane ends") == [True]
 
 

@@ -126,6 +126,8 @@ class NanoText:
 
         self._imitate, self._seed = Imitations, seed
         self._fixed: dict[str, Any] = {"acoustic": acoustic, "kinds": tuple(kinds or WEIGHTS)}
+        if not 0.0 <= rewording <= 1.0:
+            raise ValueError(f"rewording is a share from 0 to 1, got {rewording}")
         self._fixed |= {"per": questions, "rewording": rewording}
         self.count, self.most = count, most
         self._growth = [(float(start), float(pace), int(top)) for start, pace, top in growth]

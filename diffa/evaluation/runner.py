@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -221,7 +222,7 @@ def _answer(
     ids = {row.number: row.fields.get("id") for row in table.rows}
     noted = versions()
     rate, start = model.encoder.sample_rate, begin
-    listen = lambda number: hear(table, number, rate)  # noqa: E731
+    listen = partial(hear, table, rate=rate)
     with closing(asking.through(left, listen, settings.batch)) as answered:
         for batch, waves, asked in answered:
             now = time.perf_counter()

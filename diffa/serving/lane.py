@@ -73,7 +73,9 @@ class Lane:
                         self._forward()
                 except Exception as error:  # a fault of the lane's own: nobody is to hang on it
                     record(_log, "a lane ends", error)
-                    for ticket in [*fresh, *(t for one in self.cohorts for t in one.tickets)]:
+                    for cohort in self.cohorts:
+                        cohort.reply(error)  # its thread waits for a forward that will not come
+                    for ticket in fresh:
                         ticket.end(Failed(error))
                     raise
 
