@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --requests 2000 --clients 64
 
-Short, long, streamed and cancelled requests about recordings of the nano corpus go to a server in
-this process; every answer is compared with what the library gives for that request alone. The two
-take turns, a portion of the requests at a time. Where texts differ, the request is decoded again
+Short, long, streamed and cancelled requests about recordings of the nano corpus go from a process
+of clients to a server in this one; every answer is compared with what the library gives for that
+request alone. The library, the server with one client and the server with all of them take turns,
+a portion of the requests at a time. Where texts differ, the request is decoded again
 in float64: it counts as undecided when some choice on the way was closer than 1e-5.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import base64
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import platform
@@ -23,7 +25,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,13 +64,14 @@ class Got(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a portion by the clock, and of this process's CPU time: what counts where other
-    processes share the cores."""
+    """Seconds of a portion by the clock; ``single`` is the server with one client, who cancels
+    nothing. What the server ran for all clients: ``forwards``, and ``rows`` in them."""
 
     alone: float
+    single: float
     together: float
-    cpu_alone: float
-    cpu_together: float
+    forwards: int
+    rows: int
 
 
 def ratio(one: list[float], many: list[float]) -> float:
@@ -189,16 +193,35 @@ def margin(spec: Any, asked: Asked) -> float:
     return closest[0]
 
 
+def crowd(port: int, part: list[Asked], clients: int) -> list[Got]:
+    """Send requests, so many at a time; runs in the clients' own process."""
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(lambda asked: ask(port, asked), part))
+
+
 def portion(
-    port: int, models: dict[str, Any], part: list[Asked], clients: int, pool: ThreadPoolExecutor
-) -> tuple[list[str | None], list[Got], Times]:
-    """Answer a portion alone, then with all clients at once; cancelled ones are not done alone."""
-    begun, cpu = time.perf_counter(), time.process_time()
-    expected = [None if asked.how == "cancel" else alone(models, asked) for asked in part]
-    middle, half = time.perf_counter(), time.process_time()
-    got = list(pool.map(lambda asked: ask(port, asked), part))
-    end, rest = time.perf_counter(), time.process_time()
-    return expected, got, Times(middle - begun, end - middle, half - cpu, rest - half)
+    service: Service,
+    port: int,
+    models: dict[str, Any],
+    part: list[Asked],
+    clients: int,
+    outside: Executor,
+) -> tuple[list[str | None], list[Got], list[Got], Times]:
+    """Texts of a portion alone, what one client got, what all of them got, and the times; the
+    first two leave out what will be cancelled."""
+    kept = [asked for asked in part if asked.how != "cancel"]
+    clock = [time.perf_counter()]
+    texts = {asked.number: alone(models, asked) for asked in kept}
+    clock.append(time.perf_counter())
+    single = outside.submit(crowd, port, kept, 1).result()
+    clock.append(time.perf_counter())
+    before = service.engine.load()
+    got = outside.submit(crowd, port, part, clients).result()
+    clock.append(time.perf_counter())
+    load = service.engine.load()
+    seconds = [b - a for a, b in itertools.pairwise(clock)]
+    took = Times(*seconds, load.forwards - before.forwards, load.rows - before.rows)
+    return [texts.get(asked.number) for asked in part], single, got, took
 
 
 def summary(got: list[Got]) -> dict[str, float]:
@@ -219,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=Limits().rows)
     parser.add_argument("--per", type=int, default=1, help="Questions about the same recording.")
     parser.add_argument("--remember", type=int, default=0, help="Audio embeddings to keep.")
     parser.add_argument("--portion", type=int, default=250)
@@ -236,22 +259,22 @@ def main() -> None:
         remember=chosen.remember,
     )
     expected: list[str | None] = []
+    single: list[Got] = []
     got: list[Got] = []
     times: list[Times] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(chosen.clients) as pool,
+        ProcessPoolExecutor(1, get_context("spawn")) as outside,
         served(model, limits) as (service, port),
     ):
         asked = mix(chosen.requests, Path(folder), settings, 0, chosen.per)
-        portion(port, models, asked[: chosen.rows], chosen.clients, pool)  # warm
-        before = service.engine.load()
+        portion(service, port, models, asked[: chosen.rows], chosen.clients, outside)  # warm
         for start in range(0, len(asked), chosen.portion):
             part = asked[start : start + chosen.portion]
-            e, g, took = portion(port, models, part, chosen.clients, pool)
-            expected, got, times = expected + e, got + g, [*times, took]
+            e, one, g, took = portion(service, port, models, part, chosen.clients, outside)
+            single, expected, got = single + one, expected + e, got + g
+            times.append(took)
             print(f"{start + len(part)}: {took}", flush=True)
-        load = service.engine.load()
         pairs = list(zip(asked, expected, got, strict=True))
         kept = [pair for pair in pairs if pair[0].how != "cancel"]
         lost = [a.number for a, _, g in kept if g.text is None]
@@ -274,14 +297,23 @@ def main() -> None:
         "wrong": [number for number, value in margins.items() if value >= CLOSE],
         "margins": margins,
         "alone_per_s": round(len(kept) / sum(took.alone for took in times), 3),
+        "one_client_per_s": round(len(kept) / sum(took.single for took in times), 3),
         "together_per_s": round(len(kept) / sum(took.together for took in times), 3),
         "ratio": ratio([took.alone for took in times], [took.together for took in times]),
-        "ratio_cpu_time": ratio(
-            [took.cpu_alone for took in times], [took.cpu_together for took in times]
+        "ratio_to_one_client": ratio(
+            [took.single for took in times], [took.together for took in times]
         ),
         "ratio_median": round(statistics.median(t.alone / t.together for t in times), 3),
+        "ratio_to_one_client_median": round(
+            statistics.median(t.single / t.together for t in times), 3
+        ),
         "times_s": [took._asdict() for took in times],
-        "rows_per_forward": round((load.rows - before.rows) / (load.forwards - before.forwards), 2),
+        "rows_per_forward": round(
+            sum(took.rows for took in times) / sum(took.forwards for took in times), 2
+        ),
+        "one_client_differing": sum(
+            one.text != e for one, (_, e, _) in zip(single, kept, strict=True)
+        ),
         **summary(got),
     }
     write(report, chosen.out)

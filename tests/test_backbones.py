@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import diffa
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
+from diffa.backbones.transformer import gated, rotate, turns
 from diffa.errors import CheckpointError, SpecError
 from diffa.memory import Context
 
@@ -136,6 +137,30 @@ def test_padding_does_not_leak() -> None:
     alone = run(backbone, tokens[1:, :6])
     batch = run(backbone, tokens, Context(valid=valid))
     torch.testing.assert_close(batch[1, :6], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_gate_is_the_same_with_gradients_and_in_place() -> None:
+    gate, up = torch.randn(3, 5), torch.randn(3, 5)
+    expected, kept = gated(gate, up), up.clone()
+    with torch.no_grad():
+        assert torch.equal(gated(gate.clone(), up), expected) and torch.equal(up, kept)
+    leaf = gate.clone().requires_grad_()
+    gated(leaf, up).sum().backward()
+    assert torch.equal(leaf.detach(), gate) and leaf.grad is not None
+
+
+def test_rotated_keys_meet_by_distance_alone() -> None:
+    shape = LLaDA(config=LLADA).transformer.shape
+    states = torch.randn(1, 6, 2, shape.head, dtype=torch.float64)
+    near, far = (turns(torch.arange(at, at + 6)[None], shape) for at in (0, 40))
+    scores = [
+        torch.einsum("bkhd,bshd->bhks", rotate(states, turn), rotate(states, turn))
+        for turn in (near, far)
+    ]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate(states, near)[:, 0], states[:, 0])
+    plain = torch.einsum("bkhd,bshd->bhks", states, states)
+    assert not torch.allclose(scores[0], plain, rtol=1e-2), "nothing was rotated"
 
 
 @pytest.mark.parametrize("causal", [False, True])

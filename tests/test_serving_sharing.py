@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+import time
 from queue import SimpleQueue
 
 import pytest
@@ -144,6 +145,30 @@ def test_different_samplers_share_forwards_and_still_decode_as_alone(model):
     for asked, end in zip(jobs, ends, strict=True):
         assert (end.tokens.tolist(), end.forwards) == alone(model, asked), asked.kind
     assert load.rows > 4 * load.forwards, "forwards were hardly shared"
+
+
+def test_the_canvases_of_a_lane_take_turns_between_forwards(model, monkeypatch):
+    now, most, steps = [], [], []
+
+    def head(self, hidden):
+        now.append(1)
+        time.sleep(0.003)  # long enough for another canvas to come, if it may
+        most.append(len(now))
+        steps.append(len(hidden))
+        now.pop()
+        return self._backbone.head(hidden)
+
+    monkeypatch.setattr("diffa.serving.cohort.Shared.head", head)
+    rng, names = random.Random(4), ["plain", "steps", "drawn", "prefix"]
+    jobs = [job(made(model, name), name, 1, rng) for name in names]
+    engine = Engine(model, rows=8, lanes=1)
+    try:
+        answered(engine, jobs)
+        shared = engine.load().rows
+    finally:
+        engine.close()
+    assert sum(steps) == shared > len(jobs), "the four did not share one lane"
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize("lanes", [2, 3])

@@ -133,8 +133,16 @@ def closed(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
     """What leaves a block: x (B, R, W) plus what was attended to, plus the feed-forward."""
     x = x + block.attn_out(mixed)
     h = block.ff_norm(x)
-    out: Tensor = x + block.ff_out(nn.functional.silu(block.ff_proj(h)) * block.up_proj(h))
+    out: Tensor = x + block.ff_out(gated(block.ff_proj(h), block.up_proj(h)))
     return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU's silu(gate) * up. Without gradients it is made in the gate's memory: the widest
+    tensors of a layer do not fit a CPU core's cache twice."""
+    if torch.is_grad_enabled():
+        return nn.functional.silu(gate) * up
+    return nn.functional.silu(gate, inplace=True).mul_(up)
 
 
 Parts = tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]
@@ -202,14 +210,15 @@ class Transformer(nn.Module):
 
 
 def turns(positions: Tensor, shape: Shape) -> Tensor:
-    """Cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D)."""
+    """Cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D); the sines of the
+    first half of each head are negative, which is what ``rotate`` adds there."""
     even = torch.arange(0, shape.head, 2, device=positions.device, dtype=torch.float32)
     frequencies = shape.theta ** (-even / shape.head)
     if shape.scaling is not None:
         frequencies = scaled(frequencies, shape.scaling)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-    return torch.stack([angles.cos(), angles.sin()])
+    angles = (positions[..., None].float() * frequencies)[:, :, None]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)])
 
 
 def scaled(frequencies: Tensor, rule: Mapping[str, Any]) -> Tensor:
@@ -224,8 +233,8 @@ def scaled(frequencies: Tensor, rule: Mapping[str, Any]) -> Tensor:
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate queries or keys (B, K, H, D) by RoPE, halves paired, in float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * turn[0] + torch.cat([-right, left], dim=-1) * turn[1]).to(x.dtype)
+    other = wide.roll(wide.shape[-1] // 2, dims=-1)  # what each element is paired with
+    return torch.addcmul(wide * turn[0], other, turn[1]).to(x.dtype)
 
 
 def load(

@@ -28,7 +28,7 @@ def log_mel(audio: Tensor, mel: Mel) -> Tensor:
     with torch.autocast(audio.device.type, enabled=False):
         window, filters = _constants(mel, audio.device)
         spectrum = torch.stft(audio.float(), mel.fft, mel.hop, window=window, return_complex=True)
-        power = spectrum[..., :-1].abs().square()
+        power = torch.view_as_real(spectrum[..., :-1]).square().sum(-1)
         features = (filters @ power).clamp(min=1e-10).log10()
         peak = features.amax(dim=(1, 2), keepdim=True)
         return torch.maximum(features, peak - 8) / 4 + 1

@@ -52,7 +52,7 @@ class Engine:
         self,
         model: Any,
         *,
-        rows: int = 16,
+        rows: int = 32,
         waiting: int = 64,
         remember: int = 0,
         lanes: int | None = None,

@@ -55,6 +55,7 @@ class Lane:
         self._ears, self._hands, self._take = ears, hands, take
         self._threads, self._on_forward, self._on_end = threads, on_forward, on_end
         self._arrivals: SimpleQueue[tuple[Cohort, Call | None]] = SimpleQueue()
+        self._waiting: list[tuple[Cohort, Call]] = []
         self.thread = threading.Thread(target=self._loop, name="lane", daemon=True)
 
     @property
@@ -94,6 +95,7 @@ class Lane:
             cohort = Cohort(self.model.backbone, tickets, heard_, self._arrive)
             self.cohorts.append(cohort)
             self._hands.submit(cohort.run)
+            self._await()
 
     def _heard(self, fresh: Sequence[Ticket]) -> list[tuple[Ticket, Tensor | None]]:
         """Each newcomer with its audio's embeddings (N, W); those that cannot be heard are told."""
@@ -125,26 +127,33 @@ class Lane:
     def _arrive(self, cohort: Cohort, call: Call | None) -> None:
         self._arrivals.put((cohort, call))
 
+    def _await(self) -> None:
+        """Wait until the one cohort that runs now waits for its forward, or is over.
+
+        They take turns: of threads that run at the same time, all but one would wait for Python's
+        lock, and each of a step's many small operations would hand it on.
+        """
+        cohort, call = self._arrivals.get()
+        if call is None:
+            self.cohorts.remove(cohort)
+            self._on_end(len(cohort.tickets))
+        else:
+            self._waiting.append((cohort, call))
+
     def _forward(self) -> None:
-        """Wait until every cohort waits for its forward or is over, and run what they wait for."""
+        """Run what the cohorts wait for, and let each go on until it waits again or is over."""
         begun = time.monotonic()
-        waiting: list[tuple[Cohort, Call]] = []
-        for _ in range(len(self.cohorts)):
-            cohort, call = self._arrivals.get()
-            if call is None:
-                self.cohorts.remove(cohort)
-                self._on_end(len(cohort.tickets))
-            else:
-                waiting.append((cohort, call))
+        waiting, self._waiting = self._waiting, []
         if not waiting:
             return
         calls = [call for _, call in waiting]
         rows = sum(len(call.embeds) for call in calls)
-        for (cohort, _), hidden in zip(waiting, self._hidden(calls), strict=True):
-            cohort.reply(hidden)
+        found = self._hidden(calls)
         now = time.monotonic()
         self._on_forward(rows, now - begun)
-        for cohort, _ in waiting:
+        for (cohort, _), hidden in zip(waiting, found, strict=True):
+            cohort.reply(hidden)
+            self._await()
             for ticket in cohort.tickets:
                 if ticket.open and now > ticket.until:
                     ticket.end(Failed(late(ticket.deadline)))
