@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=Limits().rows)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--per", type=int, default=1, help="Questions about the same recording.")
     parser.add_argument("--remember", type=int, default=0, help="Audio embeddings to keep.")
     parser.add_argument("--portion", type=int, default=250)

@@ -28,7 +28,7 @@ def serve(
     name: Annotated[str, typer.Option("--name", help="What clients call the model.")] = "",
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests at a time.")] = 32,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests at a time.")] = 16,
     waiting: Annotated[
         int, typer.Option("--waiting", min=1, help="Requests that may wait; more get 429.")
     ] = 64,

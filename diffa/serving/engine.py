@@ -52,7 +52,7 @@ class Engine:
         self,
         model: Any,
         *,
-        rows: int = 32,
+        rows: int = 16,
         waiting: int = 64,
         remember: int = 0,
         lanes: int | None = None,

@@ -23,7 +23,7 @@ class Limits(NamedTuple):
         drain: seconds that requests in flight get to finish at shutdown.
     """
 
-    rows: int = 32
+    rows: int = 16
     waiting: int = 64
     connections: int = 256
     bytes: int = 32 * 2**20
