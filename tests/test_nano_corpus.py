@@ -308,3 +308,19 @@ class TestTokenizer:
             ":",
             "▁<audio>",
         ]
+
+
+@pytest.mark.fsdd
+def test_an_utterance_is_planned_once_for_all_its_questions(monkeypatch):
+    source, drawn = open_source("nano", {"count": 40, "per": 4, "synthetic": False}), []
+    scene = source._examples.utterances.scene
+
+    def counted(index):
+        drawn.append(index)
+        return scene(index)
+
+    monkeypatch.setattr(source._examples.utterances, "scene", counted)
+    seconds = [source.seconds(index) for index in (*range(40), *range(40))]
+    assert sorted(drawn) == list(range(10))
+    assert seconds[:40] == seconds[40:] and len(set(seconds)) > 1
+    assert all(len(set(seconds[i : i + 4])) == 1 for i in range(0, 40, 4))

@@ -51,6 +51,7 @@ class Nano:
         )
         self._growth = [(float(start), int(top)) for start, top in growth]
         self._grown: dict[int, Examples] = {}
+        self._lengths: dict[int, float] = {}  # an epoch's order asks for every sample's
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -60,8 +61,11 @@ class Nano:
 
     def seconds(self, index: int) -> float:
         """Guess a sample's duration from its plan; enough to group samples by length."""
-        plan = self._examples.utterances.scene(self._examples.clip(index))
-        return 0.6 * len(plan.digits) if plan.digits else 2.0
+        clip = self._examples.clip(index)
+        if clip not in self._lengths:
+            plan = self._examples.utterances.scene(clip)
+            self._lengths[clip] = 0.6 * len(plan.digits) if plan.digits else 2.0
+        return self._lengths[clip]
 
     def at(self, index: int, progress: float) -> Sample:
         """Return sample ``index`` with as many digits as the curriculum allows by now."""
