@@ -271,6 +271,22 @@ def test_requests_do_not_wait_while_both_lanes_have_room(model):
     assert [engine._admitted(lane) for lane in engine._lanes] == [[], []]
 
 
+def test_requests_that_one_canvas_can_hold_begin_together(model):
+    engine = Engine(model, rows=8, lanes=1)
+    engine.close()
+    (lane,), rng = engine._lanes, random.Random(2)
+    shapes = [("plain", 6), ("plain", 9), ("drawn", 6), ("plain", 6), ("plain", 9), ("plain", 6)]
+    queue = [
+        Ticket(job(made(model, name), name, i, rng, tokens), print, 60)
+        for i, (name, tokens) in enumerate(shapes)
+    ]
+    lane.most = 4
+    engine._queue.extend(queue)
+    assert engine._admitted(lane) == [queue[i] for i in (0, 3, 5, 1)]
+    assert list(engine._queue) == [queue[2], queue[4]], "who waits longest is not first any more"
+    assert engine._admitted(lane) == [queue[2], queue[4]] and not engine._queue
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog, before):
     """Whether its canvases have their forward by then, or wait for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -165,8 +165,9 @@ class Engine:
             self._queue = deque(ticket for ticket in self._queue if ticket.open)
 
     def _admitted(self, lane: Lane) -> list[Ticket]:
-        """Take a lane's share off the queue: a few at once rather than each by itself, because a
-        canvas of several rows costs its sampler hardly more than one of a single row."""
+        """Take a lane's share off the queue: a few at once rather than each by itself, and such as
+        one canvas can hold, which costs its sampler hardly more than a canvas of a single row. Who
+        waits longest always comes first, so that nobody is overtaken for ever."""
         taken = {one: max(one.rows, len(one.cohorts)) for one in self._lanes}
         if not any(taken.values()):
             self._last = time.monotonic()
@@ -175,7 +176,13 @@ class Engine:
             return []
         fair = -(-(len(self._queue) + sum(taken.values())) // len(self._lanes))
         room = max(0, min(free, fair - taken[lane]))
-        return [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+        alike: dict[Hashable, list[Ticket]] = {}
+        for ticket in self._queue:
+            alike.setdefault(ticket.job.shape, []).append(ticket)
+        ordered = [ticket for tickets in alike.values() for ticket in tickets]
+        chosen = set(map(id, ordered[:room]))
+        self._queue = deque(ticket for ticket in self._queue if id(ticket) not in chosen)
+        return ordered[:room]
 
     def _threads(self) -> int:
         """Cores for a lane that is at work: its part of those that no other lane uses."""

@@ -88,8 +88,7 @@ class Lane:
         kinds: dict[Any, list[tuple[Ticket, Tensor | None]]] = {}
         for ticket, heard in self._heard(fresh):
             ticket.tell(Begun())
-            job = ticket.job
-            kinds.setdefault((job.kind, job.max_tokens), []).append((ticket, heard))
+            kinds.setdefault(ticket.job.shape, []).append((ticket, heard))
         for pairs in kinds.values():
             tickets, heard_ = zip(*pairs, strict=True)
             cohort = Cohort(self.model.backbone, tickets, heard_, self._arrive)

@@ -19,7 +19,7 @@ class Job(NamedTuple):
         audio_at: index in the prompt before which the audio goes.
         max_tokens: length of the answer.
         sampler: what decodes it.
-        kind: equal for requests that one canvas may hold: the sampler's options.
+        kind: equal for equal samplers: their options.
         seed: of the sampler's draws.
         watched: whether every step is wanted, not the answer alone.
     """
@@ -32,6 +32,11 @@ class Job(NamedTuple):
     kind: Hashable
     seed: int = 0
     watched: bool = False
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for requests that one canvas may hold."""
+        return self.kind, self.max_tokens
 
 
 class Begun(NamedTuple):
