@@ -51,6 +51,8 @@ def checked(tail: float | None) -> float | None:
 
 def _stacked(parts: Sequence[Features], order: Sequence[int]) -> Features:
     """Join batches, whose rows stand in ``order``, to one whose rows stand in their own."""
+    if len(parts) == 1:
+        return parts[0]
     back = torch.tensor(order).argsort().to(parts[0].lengths.device)
     most = max(part.states[0].shape[1] for part in parts)
     states = (
