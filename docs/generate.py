@@ -21,6 +21,7 @@ PAGES = (  # in the order of the navigation; one that is not written yet is left
     ("Concepts", "concepts.md"),
     ("The page", "page.md"),
     ("Samplers compared", "samplers.md"),
+    ("Objectives compared", "objectives.md"),
     ("Data", "data.md"),
     ("Recipes", "recipes.md"),
     ("Evaluation", "evaluation.md"),
