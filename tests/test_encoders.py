@@ -202,8 +202,10 @@ def test_a_tail_is_as_if_the_window_were_so_short(brief):
         assert one.equal(other)
 
 
-def test_batch_equals_single_with_a_tail(brief):
-    waves = [noise(n, seed=n) for n in (40_000, 700, SECOND, 50_000, 900)]
+@pytest.mark.parametrize("lengths", [(40_000, 700, SECOND, 50_000, 900), (SECOND, 700), (900, 700)])
+def test_batch_equals_single_with_a_tail(brief, lengths):
+    """Rows of three windows, of two, and of one."""
+    waves = [noise(n, seed=n) for n in lengths]
     batch = hear(brief, *waves, garbage=float("nan"))
     for row, wave in enumerate(waves):
         alone = hear(brief, wave)
