@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import http.client
-import itertools
 import json
 import os
 import platform
@@ -109,8 +109,8 @@ def served(model: Any, limits: Limits) -> Iterator[tuple[Service, int]]:
     thread.join(30)
 
 
-def ask(port: int, asked: Asked) -> Got:
-    """Send one request, and read its answer as its kind is read."""
+def body_of(asked: Asked) -> str:
+    """What is sent."""
     audio = {"data": base64.b64encode(asked.clip.read_bytes()).decode(), "format": "wav"}
     parts = [
         {"type": "input_audio", "input_audio": audio},
@@ -122,10 +122,15 @@ def ask(port: int, asked: Asked) -> Got:
         "max_tokens": asked.tokens,
         "stream": asked.how != "whole",
     }
+    return json.dumps(body)
+
+
+def ask(port: int, asked: Asked, body: str) -> Got:
+    """Send one request, and read its answer as its kind is read."""
     begun = time.perf_counter()
     made = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
-        made.request("POST", "/v1/chat/completions", json.dumps(body))
+        made.request("POST", "/v1/chat/completions", body)
         if asked.how == "cancel":
             time.sleep(random.Random(asked.number).uniform(0, 2))
             return Got(None, time.perf_counter() - begun, None)
@@ -193,10 +198,14 @@ def margin(spec: Any, asked: Asked) -> float:
     return closest[0]
 
 
-def crowd(port: int, part: list[Asked], clients: int) -> list[Got]:
-    """Send requests, so many at a time; runs in the clients' own process."""
+def crowd(port: int, part: list[Asked], clients: int) -> tuple[list[Got], float]:
+    """Send requests, so many at a time, and count the seconds from the first to the last; runs in
+    the clients' own process. What is sent is written before."""
+    bodies = [body_of(asked) for asked in part]
+    begun = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda asked: ask(port, asked), part))
+        got = list(pool.map(functools.partial(ask, port), part, bodies))
+    return got, time.perf_counter() - begun
 
 
 def portion(
@@ -210,17 +219,15 @@ def portion(
     """Texts of a portion alone, what one client got, what all of them got, and the times; the
     first two leave out what will be cancelled."""
     kept = [asked for asked in part if asked.how != "cancel"]
-    clock = [time.perf_counter()]
+    begun = time.perf_counter()
     texts = {asked.number: alone(models, asked) for asked in kept}
-    clock.append(time.perf_counter())
-    single = outside.submit(crowd, port, kept, 1).result()
-    clock.append(time.perf_counter())
+    by_itself = time.perf_counter() - begun
+    single, one_by_one = outside.submit(crowd, port, kept, 1).result()
     before = service.engine.load()
-    got = outside.submit(crowd, port, part, clients).result()
-    clock.append(time.perf_counter())
+    got, all_at_once = outside.submit(crowd, port, part, clients).result()
     load = service.engine.load()
-    seconds = [b - a for a, b in itertools.pairwise(clock)]
-    took = Times(*seconds, load.forwards - before.forwards, load.rows - before.rows)
+    ran = load.forwards - before.forwards, load.rows - before.rows
+    took = Times(by_itself, one_by_one, all_at_once, *ran)
     return [texts.get(asked.number) for asked in part], single, got, took
 
 

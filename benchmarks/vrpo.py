@@ -35,7 +35,6 @@ from diffa.trainers.parts import release
 from diffa.trainers.preferences import Prefers
 
 RESULTS = Path(__file__).parent / "results"
-TRAIN = ["adapters", "backbone.lora"]
 SHOWN = ("loss", "accuracy", "margin", "chosen", "rejected")
 
 
@@ -43,7 +42,9 @@ def spec_of(chosen: argparse.Namespace, **objective: Any) -> Spec:
     """The named spec with LoRA on its backbone and the preference objective."""
     rule = {"name": "vrpo", "samples": chosen.samples, "beta": chosen.beta, **objective}
     lora = {"rank": chosen.rank, "alpha": 2.0 * chosen.rank}
-    return Spec.read(chosen.spec).change({"backbone.lora": lora, "objective": rule, "train": TRAIN})
+    return Spec.read(chosen.spec).change(
+        {"backbone.lora": lora, "objective": rule, "train": chosen.parts}
+    )
 
 
 # --- variance -----------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def variance(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     data = manifest(chosen, folder, "train", chosen.pairs)
     torch.manual_seed(0)
     model = diffa.build(spec_of(chosen))
-    release(model, TRAIN)
+    release(model, chosen.parts)
     learner = Prefers(model).train()
     learning = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=chosen.lr)
@@ -101,6 +102,7 @@ def variance(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 key: apart[key] / max(shared[key], 1e-30) for key in ("margin", "loss", "gradient")
             }
             row = {"steps": away, "samples": chosen.samples, "beta": shared["beta"]}
+            row |= {"pairs": chosen.pairs, "draws": chosen.draws, "parts": chosen.parts}
             found.append(row | {"shared": shared, "apart": apart, "apart_over_shared": ratios})
             print(json.dumps(row | ratios))
     return found
@@ -155,14 +157,18 @@ class Scores(NamedTuple):
 
 
 def train(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run a preference stage and measure before and after."""
+    """Run a preference stage and measure before and after.
+
+    LoRA alone learns unless ``--parts`` says otherwise: adapters of this size that learn along are
+    moved by the noise of a small batch, and .78 of held-out pairs were right after 300 such steps.
+    """
     held = manifest(chosen, folder, "test", chosen.held)
     manifest(chosen, folder, "train", chosen.count)
     stage = {
         "name": "prefer",
         "kind": "preferences",
         "data": [{"path": str(folder / "train-preferences.jsonl"), "unique": False}],
-        "train": TRAIN,
+        "train": chosen.parts,
         "steps": chosen.steps,
         "batch": chosen.batch,
         "grouped": False,
@@ -184,6 +190,11 @@ def train(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     log = [json.loads(line) for line in (out / "run/1-prefer/log.jsonl").read_text().splitlines()]
     curve = [{key: row[key] for key in ("step", *SHOWN)} for row in log if "margin" in row]
     return {
+        "parts": chosen.parts,
+        "lr": chosen.lr,
+        "samples": chosen.samples,
+        "beta": chosen.beta,
+        "sft_weight": chosen.sft,
         "steps": chosen.steps,
         "batch": chosen.batch,
         "train_pairs": chosen.count,
@@ -262,7 +273,8 @@ def main() -> None:
         "--betas", type=float, nargs="+", default=[0.1, 0.2, 1.0, 5.0], help="whose variance"
     )
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--parts", nargs="+", default=["backbone.lora"], help="that learn")
     parser.add_argument("--pairs", type=int, default=12, help="whose variance is measured")
     parser.add_argument("--draws", type=int, default=24, help="of masks, for each pair")
     parser.add_argument(
@@ -280,11 +292,11 @@ def main() -> None:
     path = chosen.json or RESULTS / f"vrpo-{Path(chosen.spec).stem}.json"
     held = json.loads(path.read_text()) if path.is_file() else {}
     report = held | {"spec": chosen.spec, "digest": Spec.read(chosen.spec).digest()}
-    report |= {"samples": chosen.samples, "beta": chosen.beta, "lr": chosen.lr}
     with tempfile.TemporaryDirectory() as folder:
         if chosen.variance:
-            report["variance"] = variance(chosen, Path(folder) / "variance")
-            report |= {"pairs": chosen.pairs, "draws": chosen.draws}
+            found = variance(chosen, Path(folder) / "variance")
+            kept = [row for row in held.get("variance", []) if row["samples"] != chosen.samples]
+            report["variance"] = sorted(kept + found, key=lambda row: row["samples"])
         if chosen.train:
             report["training"] = train(chosen, Path(folder) / "train")
             print(json.dumps({k: v for k, v in report["training"].items() if k != "curve"}))

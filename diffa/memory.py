@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Context(NamedTuple):
         write: whether the memory keeps what is computed now.
         asked: which of the K places will be read, (B, R); a backbone that is ``partial`` may leave
             the hidden states of the others unfinished.
+        lengths: of the rows that a backbone has laid end to end to one, which see themselves alone.
     """
 
     valid: Tensor | None = None
@@ -33,6 +35,7 @@ class Context(NamedTuple):
     rows: Tensor | None = None
     write: bool = False
     asked: Tensor | None = None
+    lengths: Sequence[int] | None = None
 
     def mask(self, positions: Tensor, *, causal: bool) -> Tensor | None:
         """Return what queries at ``positions`` (B, K) may see, (B, K or 1, S) bool, or None."""

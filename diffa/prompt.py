@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -72,10 +73,11 @@ class Chat:
     def decode(self, tokens: Tensor) -> str:
         """Return the text of an answer (L,) up to its first end of turn or of text."""
         ids = tokens.tolist()
-        ends = [ids.index(end) for end in self._ends() if end in ids]
+        ends = [ids.index(end) for end in self._ends if end in ids]
         kept = ids[: min(ends)] if ends else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
+    @cached_property
     def _ends(self) -> set[int]:
         """Ids that close an answer: the tokenizer's EOS, and what ends a turn of the template."""
         turn = [{"role": "assistant", "content": "x"}]

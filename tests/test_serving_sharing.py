@@ -323,7 +323,7 @@ class Fake:
 
     def __init__(self, wide: int, slots: int | None = None, rows: int = 1) -> None:
         self.embeds, self.context = torch.zeros(rows, wide, 2), self
-        self.slots = slots
+        self.slots, self.branch, self.sees = slots, None, None
 
 
 def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():
@@ -336,6 +336,15 @@ def test_calls_are_padded_only_while_that_is_cheaper_than_another_pass():
     assert groups([Fake(100), Fake(195)]) == [[1, 0]]  # 95 slots of padding
     assert groups([Fake(100), Fake(197)]) == [[1], [0]]  # 97
     assert groups([Fake(100, rows=3), Fake(140)]) == [[1], [0]]  # 120 for the three together
+
+
+def test_whole_canvases_share_one_pass_where_padding_costs_nothing():
+    calls = [Fake(10), Fake(400), Fake(4, 1), Fake(90)]
+    with torch.no_grad():
+        assert groups(calls, ragged=True) == [[0, 1, 3], [2]]
+        calls[1].sees = torch.ones(1)  # its mask cannot be packed
+        assert groups(calls, ragged=True) == [[0, 3], [1], [2]]
+    assert groups(calls, ragged=True) == groups(calls)  # gradients are wanted: nothing is packed
 
 
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 4)), min_size=1, max_size=7))

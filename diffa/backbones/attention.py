@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -37,11 +38,13 @@ class Plan(NamedTuple):
         mask: what each query may see, (B, 1, K or 1, S) bool; None for everything.
         causal: the mask is the plain causal one and need not be written out.
         packing: set when rows are packed for xformers.
+        lengths: queries and keys of each row where rows stand end to end in one; None elsewhere.
     """
 
     mask: Tensor | None
     causal: bool
     packing: Packing | None
+    lengths: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
@@ -50,6 +53,8 @@ def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -
     Raises:
         SpecError: xformers is asked for where it cannot run.
     """
+    if context.lengths is not None:
+        return Plan(None, causal=False, packing=None, lengths=(context.lengths, context.lengths))
     alone = context.slots is None and context.branch is None and context.sees is None
     if chosen(kernel, positions.device) == "xformers" and context.branch is None:
         simple = context.sees is None and (alone or not causal)
@@ -65,6 +70,9 @@ def narrow(how: Plan, rows: Tensor) -> Plan | None:
     """Keep the queries at ``rows`` (B, R) alone; None where this plan cannot."""
     if how.packing is not None or how.causal:
         return None
+    if how.lengths is not None:
+        each = rows.shape[1] // len(how.lengths[1])
+        return how._replace(lengths=([each] * len(how.lengths[1]), how.lengths[1]))
     if how.mask is None or how.mask.shape[2] == 1:
         return how
     wide = (len(rows), 1, rows.shape[1], how.mask.shape[3])
@@ -122,6 +130,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, how: Plan) -> Tensor:
     """
     if how.packing is not None:
         return _packed(queries, keys, values, how.packing)
+    if how.lengths is not None:
+        return _end_to_end(queries[0], keys[0], values[0], *how.lengths)
     heads, groups = queries.shape[2], keys.shape[2]
     mixed = scaled_dot_product_attention(
         queries.transpose(1, 2),
@@ -132,6 +142,21 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, how: Plan) -> Tensor:
         enable_gqa=heads != groups,
     )
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _end_to_end(
+    queries: Tensor, keys: Tensor, values: Tensor, asking: Sequence[int], seen: Sequence[int]
+) -> Tensor:
+    """One row after another; their lengths sum up to the queries' and the keys' first axis."""
+    whole = Plan(None, causal=False, packing=None)
+    asking, seen = list(asking), list(seen)
+    rows = zip(
+        torch.split(queries, asking),
+        torch.split(keys, seen),
+        torch.split(values, seen),
+        strict=True,
+    )
+    return torch.cat([attend(q[None], k[None], v[None], whole) for q, k, v in rows], dim=1)
 
 
 def _packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:

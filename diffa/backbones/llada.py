@@ -55,6 +55,7 @@ class LLaDA(nn.Module):
     """
 
     decoding: Literal["masked"] = "masked"
+    ragged = True  # padding costs nothing on a CPU: see ``backbones.ragged``
     partial = True  # the last layer is computed for the slots that are asked for
 
     def __init__(

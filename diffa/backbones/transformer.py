@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
 from diffa.backbones.compiling import compiled
+from diffa.backbones.ragged import ragged
 from diffa.linear import Linear
 
 if TYPE_CHECKING:
@@ -190,6 +191,10 @@ class Transformer(nn.Module):
 
     def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W)."""
+        packed = None if self.causal else ragged(context, embeds)
+        if packed is not None:
+            inner = packed.context(context)
+            return packed.spread(self.forward(packed.pack(embeds), packed.pack(positions), inner))
         how = plan(context, positions, causal=self.causal, kernel=self.kernel)
         turn = turns(positions, self.shape).to(embeds.device)
         again = self.checkpointing and self.training and torch.is_grad_enabled()

@@ -28,7 +28,8 @@ def log_mel(audio: Tensor, mel: Mel) -> Tensor:
     with torch.autocast(audio.device.type, enabled=False):
         window, filters = _constants(mel, audio.device)
         spectrum = torch.stft(audio.float(), mel.fft, mel.hop, window=window, return_complex=True)
-        power = torch.view_as_real(spectrum[..., :-1]).square().sum(-1)
+        real, imaginary = torch.view_as_real(spectrum[..., :-1]).unbind(-1)
+        power = real.square().add_(imaginary.square())  # a sum over two takes six times as long
         features = (filters @ power).clamp(min=1e-10).log10()
         peak = features.amax(dim=(1, 2), keepdim=True)
         return torch.maximum(features, peak - 8) / 4 + 1

@@ -47,6 +47,7 @@ class Samplers:
 
     def __init__(self, model: Any) -> None:
         self._model, self._lock = model, threading.Lock()
+        self._spec: dict[str, Any] = model.spec.data
         self._made: OrderedDict[str, Chosen] = OrderedDict()
 
     def choose(self, asked: object, temperature: object, param: str) -> Chosen:
@@ -76,11 +77,10 @@ class Samplers:
 
     def _wanted(self, asked: object, param: str) -> dict[str, Any]:
         """Options as a spec would give them."""
-        spec = self._model.spec.data
-        own: dict[str, Any] = spec["sampler"]
+        own: dict[str, Any] = self._spec["sampler"]
         if asked is None:
             return dict(own)
-        settings: Mapping[str, Any] = spec.get("settings") or {}
+        settings: Mapping[str, Any] = self._spec.get("settings") or {}
         if isinstance(asked, str):
             if asked not in settings:
                 raise bad(f"{param}: no setting {asked!r}; known: {', '.join(settings)}", param)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from diffa.errors import AudioError, DiffaError, SpecError
 from diffa.serving.engine import Engine
 from diffa.serving.faults import Refusal, bad, closing
@@ -57,12 +59,17 @@ class Service:
         self.model, self.name, self.keys, self.hosts = model, name, tuple(keys), tuple(hosts)
         self.limits = limits or Limits()
         self.chat = model.chat
+        spec = model.spec.data
+        self.settings: list[str] = list(spec.get("settings") or {})  # MODEL:SETTING chooses one
+        self._max_tokens = min(spec["prompt"]["max_tokens"], self.limits.tokens)
         self.started = int(time.time())
         self.samplers = Samplers(model)
         self.metrics = Metrics(lambda: self.engine)
         self.draining = False
         self.inflight = 0
-        self._hands = ThreadPoolExecutor(_HANDS, thread_name_prefix="decode")
+        self._hands = ThreadPoolExecutor(
+            _HANDS, "decode", initializer=torch.set_num_threads, initargs=(1,)
+        )  # many at a time: each with a team of its own would wait for the lanes' cores
         self._tokenizer = threading.Lock()
         self.engine: Engine = Engine(
             model,
@@ -71,11 +78,6 @@ class Service:
             remember=self.limits.remember,
             on_forward=lambda rows, _: self.metrics.rows.observe(rows),
         )
-
-    @property
-    def settings(self) -> list[str]:
-        """Names of the spec's settings, which ``MODEL:SETTING`` chooses."""
-        return list(self.model.spec.data.get("settings") or {})
 
     def setting(self, name: object) -> str | None:
         """The setting that a request's ``model`` names, or None; raises Refusal (404)."""
@@ -107,12 +109,11 @@ class Service:
             wave = decode(asked.recording, rate, self.limits, "the recording")
         with self._tokenizer:
             prompt = self.chat.encode(asked.question, system=asked.system, audio=wave is not None)
-        own = self.model.spec.data["prompt"]["max_tokens"]
         job = Job(
             prompt.tokens,
             wave,
             prompt.audio_at or 0,
-            asked.max_tokens or min(own, self.limits.tokens),
+            asked.max_tokens or self._max_tokens,
             chosen.sampler,
             chosen.kind,
             seed=asked.seed,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffa.backbones.ragged import lays_end_to_end, supported
 from diffa.memory import Context
 
 # Slots whose work takes as long as a pass of none: 90 for nano on one core of a Xeon (1 to 16 rows
@@ -43,7 +44,7 @@ def together(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Ten
     more pass (``groups``).
     """
     found: dict[int, Tensor] = {}
-    for group in groups(calls):
+    for group in groups(calls, ragged=getattr(backbone, "ragged", False)):
         if len(group) == 1:
             found[group[0]] = backbone(*calls[group[0]])
             continue
@@ -51,15 +52,21 @@ def together(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Ten
     return [found[index] for index in range(len(calls))]
 
 
-def groups(calls: Sequence[Call]) -> list[list[int]]:
+def groups(calls: Sequence[Call], *, ragged: bool = False) -> list[list[int]]:
     """Indices of the calls that share a pass, longest first.
 
     Padding costs what slots cost, and every pass costs ``_PASS`` slots besides: the cheapest
-    division of the calls, in the order of their lengths, is chosen.
+    division of the calls, in the order of their lengths, is chosen. A ``ragged`` backbone computes
+    nothing for padding, where it can: such calls share one pass.
     """
     made: list[list[int]] = []
+    free = ragged and all(supported(call.embeds) for call in calls)
+    packed = [i for i, call in enumerate(calls) if free and lays_end_to_end(call.context)]
+    if packed:
+        made.append(packed)
+    padded = [i for i in range(len(calls)) if i not in packed]
     for whole in (True, False):
-        alike = [i for i, call in enumerate(calls) if (call.context.slots is None) == whole]
+        alike = [i for i in padded if (calls[i].context.slots is None) == whole]
         made += _cheapest(sorted(alike, key=lambda i: -calls[i].embeds.shape[1]), calls)
     return made
 
