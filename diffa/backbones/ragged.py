@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffa.memory import Context
+if TYPE_CHECKING:
+    from diffa.memory import Context
 
 
 class Ragged(NamedTuple):
@@ -36,7 +37,10 @@ class Ragged(NamedTuple):
     def context(self, context: Context) -> Context:
         """The context of the rows as one; a memory gets keys and values as the canvas has them."""
         memory: Any = None if context.memory is None else _Spread(self, context)
-        return Context(memory=memory, asked=self._asked(context.asked), lengths=self.lengths)
+        asked = self._asked(context.asked)
+        return context._replace(
+            valid=None, positions=None, memory=memory, rows=None, asked=asked, lengths=self.lengths
+        )
 
     def _asked(self, asked: Tensor | None) -> Tensor | None:
         """Where the places ``asked`` (B, R) stand among the real slots, (1, B * R); padding, which
