@@ -12,6 +12,8 @@ from diffa.backbones.llama import Llama
 from diffa.backbones.ragged import ragged
 from diffa.memory import Context, Memory
 
+FIRST = torch.zeros(3, 1, dtype=torch.long)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -83,37 +85,38 @@ def test_padding_meets_no_weight(model):
         lambda _, given, out: seen.append(out.shape[:-1].numel())
     )
     with torch.no_grad():
-        model(embeds, positions, Context(valid=valid))
-    padded(model, embeds, positions, Context(valid=valid))
+        model(embeds, positions, Context(valid=valid, asked=FIRST))
+        model(embeds, positions, Context(valid=valid))  # every state may be read, or watched
+    padded(model, embeds, positions, Context(valid=valid, asked=FIRST))
     hook.remove()
-    assert seen == [19, 30]
+    assert seen == [19, 30, 30]
+
+
+GAP = torch.tensor([[True] * 4, [True, False, True, True]])
+SOME = torch.zeros(2, 1, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
     "context",
     [
-        Context(),
-        Context(valid=torch.ones(2, 4, dtype=torch.bool)),
-        Context(valid=torch.tensor([[True] * 4, [False] * 4])),
-        Context(
-            valid=torch.tensor([[True] * 4, [True, False, True, True]]), slots=torch.zeros(2, 4)
-        ),
-        Context(
-            valid=torch.tensor([[True] * 4, [True, False, True, True]]), branch=torch.zeros(2, 4)
-        ),
-        Context(
-            valid=torch.tensor([[True] * 4, [True, False, True, True]]), sees=torch.zeros(2, 4)
-        ),
+        Context(asked=SOME),
+        Context(valid=torch.ones(2, 4, dtype=torch.bool), asked=SOME),
+        Context(valid=torch.tensor([[True] * 4, [False] * 4]), asked=SOME),
+        Context(valid=GAP, asked=SOME, slots=torch.zeros(2, 4)),
+        Context(valid=GAP, asked=SOME, branch=torch.zeros(2, 4)),
+        Context(valid=GAP, asked=SOME, sees=torch.zeros(2, 4)),
+        Context(valid=GAP),
     ],
-    ids=["unknown", "full", "an empty row", "slots", "branches", "sees"],
+    ids=["unknown", "full", "an empty row", "slots", "branches", "sees", "all are read"],
 )
 def test_what_cannot_be_packed_or_need_not_be_is_left_alone(context):
     with torch.no_grad():
+        assert ragged(Context(valid=GAP, asked=SOME), torch.zeros(2, 4, 8)) is not None
         assert ragged(context, torch.zeros(2, 4, 8)) is None
 
 
 def test_training_and_other_devices_keep_their_batches():
-    context = Context(valid=torch.tensor([[True, True], [True, False]]))
+    context = Context(valid=torch.tensor([[True, True], [True, False]]), asked=SOME)
     assert ragged(context, torch.zeros(2, 2, 8)) is None  # gradients are wanted
     with torch.no_grad():
         assert ragged(context, torch.zeros(2, 2, 8)) is not None
@@ -129,22 +132,23 @@ def test_a_causal_transformer_keeps_its_mask():
         }
     ).double().eval()  # fmt: skip
     valid = torch.arange(5) < torch.tensor([[5], [3]])
+    ask = torch.arange(3).expand(2, -1)
     embeds, positions = inputs(valid)
     with torch.no_grad():
-        both = model(embeds, positions, Context(valid=valid))
+        both = model(embeds, positions, Context(valid=valid, asked=ask))
         embeds[:, 4] += 1  # the future
-        later = model(embeds, positions, Context(valid=valid))
-    assert torch.equal(both[0, :4], later[0, :4])
+        later = model(embeds, positions, Context(valid=valid, asked=ask))
+    assert torch.equal(both[:, :3], later[:, :3])
 
 
 def test_a_batch_of_ragged_rows_is_each_row_alone():
     model = LLaDA(config=CONFIG, seed=5).double().eval()
     valid = torch.arange(9) < torch.tensor([[4], [9], [7]])
     embeds, positions = inputs(valid)
+    ask = torch.tensor([[0, 3], [8, 2], [6, 6]])
     with torch.no_grad():
-        together = model(embeds, positions, Context(valid=valid))
+        together = model(embeds, positions, Context(valid=valid, asked=ask))
         for row, length in enumerate([4, 9, 7]):
-            alone = model(
-                embeds[row : row + 1, :length], positions[row : row + 1, :length], Context()
-            )
-            assert torch.allclose(together[row, :length], alone[0], atol=1e-10)
+            mine = slice(row, row + 1), slice(length)
+            alone = model(embeds[mine], positions[mine], Context())
+            assert torch.allclose(together[row, ask[row]], alone[0, ask[row]], atol=1e-10)

@@ -323,7 +323,7 @@ class Fake:
 
     def __init__(self, wide: int, slots: int | None = None, rows: int = 1) -> None:
         self.embeds, self.context = torch.zeros(rows, wide, 2), self
-        self.slots, self.branch, self.sees = slots, None, None
+        self.slots, self.branch, self.sees, self.asked = slots, None, None, 1
 
 
 def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():

@@ -47,7 +47,6 @@ class Dream(nn.Module):
     """
 
     decoding: Literal["masked"] = "masked"
-    ragged = True  # padding costs nothing on a CPU: see ``backbones.ragged``
 
     def __init__(
         self,

@@ -69,7 +69,6 @@ class LLaDAMoE(nn.Module):
     """
 
     decoding: Literal["masked"] = "masked"
-    ragged = True  # padding costs nothing on a CPU: see ``backbones.ragged``
 
     def __init__(
         self,

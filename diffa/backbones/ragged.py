@@ -96,5 +96,7 @@ def supported(embeds: Tensor) -> bool:
 
 
 def lays_end_to_end(context: Context) -> bool:
-    """Whether all slots are computed and each sees its whole row: nothing else is packed."""
-    return context.slots is None and context.branch is None and context.sees is None
+    """Whether all slots are computed, each sees its whole row, and who calls has said which states
+    are read: whoever watches a layer finds rows as they are, and nothing else is packed."""
+    alone = context.slots is None and context.branch is None and context.sees is None
+    return alone and context.asked is not None
