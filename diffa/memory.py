@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ class Context(NamedTuple):
     rows: Tensor | None = None
     write: bool = False
     asked: Tensor | None = None
-    lengths: Sequence[int] | None = None
+    lengths: list[int] | None = None
 
     def mask(self, positions: Tensor, *, causal: bool) -> Tensor | None:
         """Return what queries at ``positions`` (B, K) may see, (B, K or 1, S) bool, or None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ class Plan(NamedTuple):
     mask: Tensor | None
     causal: bool
     packing: Packing | None
-    lengths: tuple[Sequence[int], Sequence[int]] | None = None
+    lengths: tuple[list[int], list[int]] | None = None
 
 
 def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
@@ -145,11 +144,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, how: Plan) -> Tensor:
 
 
 def _end_to_end(
-    queries: Tensor, keys: Tensor, values: Tensor, asking: Sequence[int], seen: Sequence[int]
+    queries: Tensor, keys: Tensor, values: Tensor, asking: list[int], seen: list[int]
 ) -> Tensor:
     """One row after another; their lengths sum up to the queries' and the keys' first axis."""
     whole = Plan(None, causal=False, packing=None)
-    asking, seen = list(asking), list(seen)
     rows = zip(
         torch.split(queries, asking),
         torch.split(keys, seen),

@@ -37,16 +37,15 @@ class Ragged(NamedTuple):
     def context(self, context: Context) -> Context:
         """The context of the rows as one; a memory gets keys and values as the canvas has them."""
         memory: Any = None if context.memory is None else _Spread(self, context)
-        asked = self._asked(context.asked)
+        assert context.asked is not None  # see ``lays_end_to_end``
+        asked = self._among_real(context.asked)
         return context._replace(
             valid=None, positions=None, memory=memory, rows=None, asked=asked, lengths=self.lengths
         )
 
-    def _asked(self, asked: Tensor | None) -> Tensor | None:
+    def _among_real(self, asked: Tensor) -> Tensor:
         """Where the places ``asked`` (B, R) stand among the real slots, (1, B * R); padding, which
         nobody reads, stands where the real slot before it does."""
-        if asked is None:
-            return None
         real = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long, device=asked.device)
         real[self.places] = 1
         place = real.cumsum(0).sub(1).clamp(min=0).view(self.shape)
