@@ -4,9 +4,10 @@
 
 Short, long, streamed and cancelled requests about recordings of the nano corpus go from a process
 of clients to a server in this one; every answer is compared with what the library gives for that
-request alone. The library, the server with one client and the server with all of them take turns,
-a portion of the requests at a time. Where texts differ, the request is decoded again
-in float64: it counts as undecided when some choice on the way was closer than 1e-5.
+request alone, in a process where nothing else has computed. The library, the server with one client
+and the server with all of them take turns, a portion of the requests at a time. Where texts differ,
+the request is decoded again in float64: it counts as undecided when some choice on the way was
+closer than 1e-5.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from reports import write
 
 import diffa
 from diffa.data.sources import Nano
+from diffa.hands import passing
 from diffa.serving.limits import Limits
 from diffa.serving.running import configured
 from diffa.serving.service import Service
 
 RESULTS = Path(__file__).parent / "results"
 CLOSE = 1e-5
+_MODELS: dict[str, Any] = {}  # of the library's process
 
 
 class Asked(NamedTuple):
@@ -162,9 +165,22 @@ def streamed(reply: http.client.HTTPResponse, begun: float) -> Got:
     return Got(text if ended else None, time.perf_counter() - begun, first)
 
 
-def alone(models: dict[str, Any], asked: Asked) -> str:
-    """The library's answer to one request by itself."""
-    model = models[asked.setting]
+def alone(part: list[Asked]) -> tuple[dict[int, str], float]:
+    """The library's answers to requests by themselves, and the seconds; runs in the library's own
+    process."""
+    if not _MODELS:
+        model = diffa.build("nano")
+        known = model.spec.data["settings"]
+        _MODELS.update({name: diffa.swap(model, sampler=known[name]) for name in known})
+        answer(part[0])
+    begun = time.perf_counter()
+    found = {asked.number: answer(asked) for asked in part}
+    return found, time.perf_counter() - begun
+
+
+def answer(asked: Asked) -> str:
+    """The library's answer to one request."""
+    model = _MODELS[asked.setting]
     found: str = model.answer(asked.clip, asked.question, max_tokens=asked.tokens).text
     return found
 
@@ -211,17 +227,15 @@ def crowd(port: int, part: list[Asked], clients: int) -> tuple[list[Got], float]
 def portion(
     service: Service,
     port: int,
-    models: dict[str, Any],
     part: list[Asked],
     clients: int,
+    library: Executor,
     outside: Executor,
 ) -> tuple[list[str | None], list[Got], list[Got], Times]:
     """Texts of a portion alone, what one client got, what all of them got, and the times; the
     first two leave out what will be cancelled."""
     kept = [asked for asked in part if asked.how != "cancel"]
-    begun = time.perf_counter()
-    texts = {asked.number: alone(models, asked) for asked in kept}
-    by_itself = time.perf_counter() - begun
+    texts, by_itself = library.submit(alone, kept).result()
     single, one_by_one = outside.submit(crowd, port, kept, 1).result()
     before = service.engine.load()
     got, all_at_once = outside.submit(crowd, port, part, clients).result()
@@ -256,9 +270,8 @@ def main() -> None:
     parser.add_argument("--settings", default="exact,balanced,fast")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     chosen = parser.parse_args()
-    model = diffa.build("nano")
+    model = passing(diffa.build, "nano")
     settings = chosen.settings.split(",")
-    models = {n: diffa.swap(model, sampler=model.spec.data["settings"][n]) for n in settings}
     limits = Limits(
         rows=chosen.rows,
         waiting=max(64, 2 * chosen.clients),
@@ -271,14 +284,15 @@ def main() -> None:
     times: list[Times] = []
     with (
         tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, get_context("spawn")) as library,
         ProcessPoolExecutor(1, get_context("spawn")) as outside,
         served(model, limits) as (service, port),
     ):
-        asked = mix(chosen.requests, Path(folder), settings, 0, chosen.per)
-        portion(service, port, models, asked[: chosen.rows], chosen.clients, outside)  # warm
+        asked = passing(mix, chosen.requests, Path(folder), settings, 0, chosen.per)
+        portion(service, port, asked[: chosen.rows], chosen.clients, library, outside)  # warm
         for start in range(0, len(asked), chosen.portion):
             part = asked[start : start + chosen.portion]
-            e, one, g, took = portion(service, port, models, part, chosen.clients, outside)
+            e, one, g, took = portion(service, port, part, chosen.clients, library, outside)
             single, expected, got = single + one, expected + e, got + g
             times.append(took)
             print(f"{start + len(part)}: {took}", flush=True)

@@ -238,7 +238,8 @@ def test_a_lane_has_the_cores_that_no_other_uses(model, monkeypatch):
         while engine.load().forwards < 2:
             pass
         (first,) = used
-        assert set(used[first]) == {4}
+        assert first == engine._lanes[0].thread.ident
+        assert set(used[first]) == {3}  # the other lane's two are a team of its own
         plain = made(model, "plain")
         engine.submit(Ticket(job(plain, "plain", 2, rng, 12), other.put, 60))
         while not isinstance(other.get(timeout=60), Done):
@@ -250,7 +251,43 @@ def test_a_lane_has_the_cores_that_no_other_uses(model, monkeypatch):
             pass
     finally:
         engine.close()
-    assert used[first][-1] == 4
+    assert used[first][-1] == 3
+    for lane in engine._lanes:
+        lane.idle = True
+    assert [engine._threads(number) for number in range(2)] == [3, 2], "the second's team grows"
+
+
+def test_one_request_at_a_time_is_always_the_first_lanes(model, monkeypatch):
+    """Threads that compute on several cores slow each other down, even while they wait."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    used: dict[str, set[int]] = {}
+
+    def note(count):
+        used.setdefault(threading.current_thread().name.split("_")[0], set()).add(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", note)
+    engine, rng, plain = Engine(model, rows=8), random.Random(5), made(model, "plain")
+    assert [lane.most for lane in engine._lanes] == [4, 4]
+    begun = set[Lane]()
+    opened = Lane._open
+
+    def note_lane(lane, fresh):
+        begun.add(lane)
+        opened(lane, fresh)
+
+    monkeypatch.setattr(Lane, "_open", note_lane)
+    try:
+        for seed in range(12):
+            ends = SimpleQueue()
+            engine.submit(Ticket(job(plain, "plain", seed, rng, 6), ends.put, 60))
+            while not isinstance(ends.get(timeout=60), Done):
+                pass
+            while engine.load().running or not engine._lanes[0].idle:
+                time.sleep(0.001)
+    finally:
+        engine.close()
+    assert begun == {engine._lanes[0]}
+    assert used["lane"] == {2} and used["cohort"] == {1}
 
 
 def test_requests_do_not_wait_while_both_lanes_have_room(model):

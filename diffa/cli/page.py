@@ -8,6 +8,7 @@ import typer
 
 from diffa.cli.answers import DEVICE, DTYPE, SPEC, load_model
 from diffa.cli.specs import SET, SETTING
+from diffa.hands import passing
 
 
 def ui(
@@ -26,5 +27,5 @@ def ui(
     from diffa.ui.launch import launch, require
 
     require()  # before weights are read
-    model, name = load_model(spec, changes, setting, device, dtype)
+    model, name = passing(load_model, spec, changes, setting, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

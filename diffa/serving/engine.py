@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ class Engine:
     Each request keeps its own canvas, memory and draws; ``sharing.together`` lets the backbone see
     them side by side. Requests join as soon as there is room, and leave when their answer is final.
     On a CPU of several cores they are spread over lanes, whose forwards run beside each other:
-    small matrices keep one core busy, but not many.
+    small matrices keep one core busy, but not many. The first lane takes what there is for one
+    alone, and alone it uses all cores: a second thread that did would slow both (``diffa.hands``).
 
     Args:
         model: what answers.
@@ -70,10 +72,10 @@ class Engine:
         if lanes is None:
             lanes = min(self._cores, rows // _LANE) if model.device.type == "cpu" else 1
         lanes = max(1, min(lanes, rows))
-        each = max(1, self._cores // lanes)
+        self._each = max(1, self._cores // lanes)
         self._hands = ThreadPoolExecutor(
-            rows, "cohort", initializer=torch.set_num_threads, initargs=(each,)
-        )
+            rows, "cohort", initializer=torch.set_num_threads, initargs=(1,)
+        )  # one thread: samplers compute little, and a team for each would slow the lanes'
         ears = Ears(model, remember)
         self._lanes = [
             Lane(
@@ -82,7 +84,7 @@ class Engine:
                 (rows + lane) // lanes,
                 self._hands,
                 take=self._take,
-                threads=self._threads,
+                threads=partial(self._threads, lane),
                 on_forward=self._note,
                 on_end=self._ended,
             )
@@ -102,7 +104,7 @@ class Engine:
                 raise closing()
             self.check_room()
             self._queue.append(ticket)
-            self._change.notify()
+            self._change.notify_all()  # one would do, but it may be one that leaves it to another
 
     def check_room(self) -> None:
         """Raise Refusal (429) while the queue is full."""
@@ -146,14 +148,20 @@ class Engine:
         """Wait until a lane has something to do; what it is to begin with."""
         with self._change:
             lane.idle = not lane.cohorts
-            while not (self._queue or lane.cohorts or self._closed):
+            while not ((self._queue and self._may_begin(lane)) or lane.cohorts or self._closed):
                 self._change.wait()
             self._purge()
             if self._closed and not (self._queue or lane.cohorts):
                 return None
             fresh = self._admitted(lane)
             lane.idle = not (fresh or lane.cohorts)
+            if self._queue:
+                self._change.notify_all()  # the other lanes may begin
             return fresh
+
+    def _may_begin(self, lane: Lane) -> bool:
+        """Whether a lane that has nothing to do takes requests: the first always comes first."""
+        return lane is self._lanes[0] or not self._lanes[0].idle
 
     def _purge(self) -> None:
         """Forget requests in the queue that nobody waits for, or that are too late."""
@@ -184,9 +192,12 @@ class Engine:
         self._queue = deque(ticket for ticket in self._queue if id(ticket) not in chosen)
         return ordered[:room]
 
-    def _threads(self) -> int:
-        """Cores for a lane that is at work: its part of those that no other lane uses."""
-        return max(1, self._cores // max(1, sum(not lane.idle for lane in self._lanes)))
+    def _threads(self, lane: int) -> int:
+        """Cores for a lane that is at work. Alone, the first has all but those that the others'
+        teams count for: with more threads in teams than cores none of them would be fast."""
+        if lane or not all(other.idle for other in self._lanes[1:]):
+            return self._each
+        return max(1, self._cores - (len(self._lanes) - 1) * (self._each - 1))
 
     def _note(self, rows: int, seconds: float) -> None:
         with self._change:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffa.errors import DiffaError, SpecError
+from diffa.hands import passing
 from diffa.serving.app import create_app
 from diffa.serving.gate import Receive, Scope, Send
 from diffa.serving.limits import Limits
@@ -51,7 +52,7 @@ class Served(NamedTuple):
     def service(self) -> Service:
         """Load the model and start its engine."""
         more: Any = {"limits": self.limits, "keys": self.keys, "hosts": self.hosts}
-        return Service(self.load(), self.name, **more)
+        return Service(passing(self.load), self.name, **more)
 
 
 class Signed:

@@ -11,6 +11,7 @@ import gradio as gr
 
 from diffa.demo import describe, recordings
 from diffa.errors import DiffaError, SpecError
+from diffa.hands import Hand
 from diffa.ui import drawing, settings
 from diffa.ui.controls import Controls, controls
 from diffa.ui.frames import Replay, Request, ask
@@ -60,7 +61,8 @@ class Asked(NamedTuple):
 
 
 def page(model: Model, name: str) -> gr.Blocks:
-    """Lay out the page of a model that goes by a name."""
+    """Lay out the page of a model that goes by a name. One thread answers, whoever is told."""
+    hand = Hand()
     spec, decoding = model.spec, model.backbone.decoding
     known = list(settings.named(spec))
     with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
@@ -89,10 +91,10 @@ def page(model: Model, name: str) -> gr.Blocks:
             queue=False, **_QUIET,
         )  # fmt: skip
         audio.change(
-            lambda path: _look(model, path), audio, [sound, status], concurrency_id="model",
+            lambda path: hand(_look, model, path), audio, [sound, status], concurrency_id="model",
             **_QUIET,
         )  # fmt: skip
-        run = _runner(model, asked, (first, second), (one, two), status, table)
+        run = _runner(model, hand, asked, (first, second), (one, two), status, table)
         for trigger in (button.click, question.submit):
             run(trigger)
         for label, task in tasks.items():
@@ -193,6 +195,7 @@ def _example(label: str) -> tuple[str, str]:
 
 def _runner(
     model: Model,
+    hand: Hand,
     asked: Asked,
     chosen: tuple[Controls, Controls],
     shown: tuple[Shown, Shown],
@@ -208,12 +211,12 @@ def _runner(
         yield {status: "", table: "", **_cleared(shown)}
         done: list[Replay] = []
         try:
-            request = _request(model, values)
+            request = hand(_request, model, values)
             for part, place in zip(parts, shown, strict=False):
                 replay, wanted = None, Chosen(*part[1:])
                 name = settings.title(model.spec, str(part[0]), wanted)
                 told = 0.0
-                for replay in ask(model, name, settings.write(wanted), request):
+                for replay in hand.each(ask(model, name, settings.write(wanted), request)):
                     if time.perf_counter() - told > OFTEN:  # the browser shares the cores
                         yield _update(place, replay)
                         told = time.perf_counter()
