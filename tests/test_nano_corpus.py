@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from diffa.data.nano import voices
 from diffa.data.nano.corpus import Examples, questions_for_trial, write_corpus
 from diffa.data.nano.imitation import Imitations, facts
 from diffa.data.nano.phrases import PHRASES, phrases, reworded
@@ -129,6 +130,18 @@ class TestUtterances:
 def test_missing_recordings_are_named(tmp_path):
     with pytest.raises(AudioError, match="--fsdd"):
         fsdd_folder(tmp_path)
+
+
+def test_without_espeak_a_warning_says_once_what_is_missing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    voices._warn.cache_clear()
+    try:
+        made = [voices.Synthesis("train", tmp_path) for _ in range(2)]
+    finally:
+        voices._warn.cache_clear()
+    assert [one.voices for one in made] == [[], []]
+    (told,) = caplog.messages
+    assert "espeak-ng is not installed" in told and "apt-get install" in told
 
 
 def test_stretching_changes_duration_and_not_pitch():

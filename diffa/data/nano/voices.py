@@ -1,9 +1,10 @@
 """Synthetic spoken digits: espeak-ng in many voices, rendered once into a folder."""
 
+import logging
 import os
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def cache_folder() -> Path:
 
 
 class Synthesis:
-    """Spoken digits of espeak-ng; without the program there are no voices."""
+    """Spoken digits of espeak-ng; without the program there are no voices, and a warning says so."""
 
     def __init__(self, split: Split, folder: Path | None = None) -> None:
         self.program = shutil.which("espeak-ng")
@@ -60,11 +61,22 @@ class Synthesis:
             for variant, pitch in product(VARIANTS[gender], PITCHES[split])
             if self.program
         ]
+        if not self.program:
+            _warn()
 
     def take(self, voice: Voice, digit: int, draw: float) -> Wave:
         """One rendering of `digit`; `draw` in [0, 1) chooses the rate."""
         rate = self.rates[int(draw * len(self.rates))]
         return _render(str(self.program), self.folder, voice.name, digit, rate)
+
+
+@cache
+def _warn() -> None:
+    """Say it once: what is made without the program is another corpus, of men alone."""
+    logging.getLogger(__name__).warning(
+        "espeak-ng is not installed: the nano corpus has the recorded speakers alone, no women and "
+        "hardly an accent. To have all voices: apt-get install espeak-ng"
+    )
 
 
 @lru_cache(maxsize=8192)
