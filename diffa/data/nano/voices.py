@@ -49,7 +49,7 @@ def cache_folder() -> Path:
 
 
 class Synthesis:
-    """Spoken digits of espeak-ng; without the program there are no voices, and a warning says so."""
+    """Spoken digits of espeak-ng; without the program there are no voices: a warning says so."""
 
     def __init__(self, split: Split, folder: Path | None = None) -> None:
         self.program = shutil.which("espeak-ng")
