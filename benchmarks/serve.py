@@ -37,7 +37,7 @@ from reports import write
 
 import diffa
 from diffa.data.sources import Nano
-from diffa.hands import passing
+from diffa.hands import one_core
 from diffa.serving.limits import Limits
 from diffa.serving.running import configured
 from diffa.serving.service import Service
@@ -270,7 +270,8 @@ def main() -> None:
     parser.add_argument("--settings", default="exact,balanced,fast")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     chosen = parser.parse_args()
-    model = passing(diffa.build, "nano")
+    with one_core():
+        model = diffa.build("nano")
     settings = chosen.settings.split(",")
     limits = Limits(
         rows=chosen.rows,
@@ -288,7 +289,8 @@ def main() -> None:
         ProcessPoolExecutor(1, get_context("spawn")) as outside,
         served(model, limits) as (service, port),
     ):
-        asked = passing(mix, chosen.requests, Path(folder), settings, 0, chosen.per)
+        with one_core():
+            asked = mix(chosen.requests, Path(folder), settings, 0, chosen.per)
         portion(service, port, asked[: chosen.rows], chosen.clients, library, outside)  # warm
         for start in range(0, len(asked), chosen.portion):
             part = asked[start : start + chosen.portion]

@@ -3,16 +3,18 @@
 Every Python thread that runs PyTorch's operations on several cores starts a team of OpenMP threads
 and keeps it as long as it lives. While all teams of a process together have no more threads than
 there are cores, those that wait for each other spin; beyond that libgomp puts them to sleep, at
-every one of an answer's many small operations. On two cores an answer of nano takes 1.6 times as
-long once a second thread has computed anything (``benchmarks/teams.py``).
+every one of an answer's many small operations. On two cores an answer of nano takes twice as long
+once a second thread has computed anything (``benchmarks/teams.py``).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
+
+from diffa.errors import DiffaError
 
 T = TypeVar("T")
 
@@ -20,14 +22,26 @@ _END = object()
 
 
 class Hand:
-    """One thread, in which all that a process computes is done in turn."""
+    """One thread, in which all that a process computes is done in turn, on as many cores as
+    PyTorch would use where the hand is made."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "hand")
+        import torch
+
+        cores = torch.get_num_threads()  # a new thread's own may be what another thread set last
+        self._pool = ThreadPoolExecutor(1, "hand", torch.set_num_threads, (cores,))
 
     def __call__(self, work: Callable[..., T], *given: object) -> T:
-        """What ``work(*given)`` returns or raises, there."""
-        return self._pool.submit(work, *given).result()
+        """What ``work(*given)`` returns or raises, there.
+
+        Raises:
+            DiffaError: the process is about to end.
+        """
+        try:
+            told = self._pool.submit(work, *given)
+        except RuntimeError as error:
+            raise DiffaError("the process ends: nothing more is computed") from error
+        return told.result()
 
     def each(self, made: Iterator[T]) -> Iterator[T]:
         """Yield what an iterator makes there, one at a time."""
@@ -35,18 +49,14 @@ class Hand:
             yield found
 
 
-def passing(work: Callable[..., T], *given: object) -> T:
-    """What ``work(*given)`` returns or raises, in a thread whose team ends with it."""
-    told: Future[T] = Future()
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Compute on one core for a while, so that this thread starts no team, for another is to."""
+    import torch
 
-    def run() -> None:
-        try:
-            told.set_result(work(*given))
-        except BaseException as error:
-            told.set_exception(error)
-
-    thread = threading.Thread(target=run, name="passing", daemon=True)  # Ctrl-C does not wait
-    thread.start()
-    found = told.result()
-    thread.join()  # its team is gone when this returns
-    return found
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)

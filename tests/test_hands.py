@@ -1,4 +1,4 @@
-"""One thread that computes, and threads whose teams end with them."""
+"""One thread that computes on several cores, and others that do not."""
 
 import os
 import subprocess
@@ -6,8 +6,10 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from diffa.hands import Hand, passing
+from diffa.errors import DiffaError
+from diffa.hands import Hand, one_core
 
 
 def test_a_hand_is_one_thread_in_which_an_iterator_goes_on():
@@ -38,44 +40,61 @@ def test_a_hand_passes_arguments_and_errors_on():
         next(made)
 
 
-def test_what_passes_returns_or_raises_and_is_gone():
-    seen = []
-
-    def work(given):
-        seen.append(threading.current_thread())
-        return given + 1
-
-    assert passing(work, 1) == 2
-    assert seen[0] is not threading.current_thread() and not seen[0].is_alive()
-    with pytest.raises(SystemExit):
-        passing(sys.exit, 3)
+def test_a_hand_has_the_cores_of_whoever_makes_it():
+    """Not those that some other thread has set last, which is what new threads get."""
+    done = _run(_CORES)
+    assert done == ["2", "2"]
 
 
-_TEAMS = """
-import os, time, torch
-from diffa.hands import passing
+def test_one_core_for_a_while(monkeypatch):
+    counts = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    with pytest.raises(KeyError), one_core():
+        assert counts == [3, 1]
+        raise KeyError
+    assert counts == [3, 1, 3]
+
+
+def test_a_hand_says_that_the_process_ends():
+    hand = Hand()
+    hand._pool.shutdown()  # as Python does when it exits
+    with pytest.raises(DiffaError, match="the process ends"):
+        hand(print)
+
+
+_CORES = """
+import threading, torch
+from diffa.hands import Hand
 torch.set_num_threads(2)
-def threads():
-    return len(os.listdir("/proc/self/task"))
+assert torch.get_num_threads() == 2  # asked once, a thread keeps its number
+thread = threading.Thread(target=torch.set_num_threads, args=(1,))
+thread.start()
+thread.join()
+print(torch.get_num_threads(), Hand()(torch.get_num_threads))
+"""
+_TEAMS = """
+import os, torch
+from diffa.hands import one_core
+torch.set_num_threads(2)
 def work():
     torch.ones(512, 512).mm(torch.ones(512, 512)).exp()
-    return threads()
-before, during = threads(), passing(work)
-until = time.monotonic() + 10
-while threads() > before and time.monotonic() < until:
-    time.sleep(0.01)  # the system's threads end a moment after Python's
-after = threads()
-print(before, during, after, work())
+    return len(os.listdir("/proc/self/task"))
+before = len(os.listdir("/proc/self/task"))
+with one_core():
+    narrow = work()
+print(before, narrow, work())
 """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
-def test_a_team_ends_with_the_thread_that_started_it():
-    """The main thread's own stays, which is why a server computes nothing there."""
+def test_a_thread_has_a_team_once_it_computes_on_several_cores():
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core: there are no teams")
-    program = [sys.executable, "-c", _TEAMS]
-    done = subprocess.run(program, capture_output=True, text=True, check=True)
-    before, during, after, stays = map(int, done.stdout.split())
-    assert during >= before + 2, "the thread and one more of its team"
-    assert after == before < stays
+    before, narrow, wide = map(int, _run(_TEAMS))
+    assert before == narrow < wide
+
+
+def _run(program: str) -> list[str]:
+    words = [sys.executable, "-c", program]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()

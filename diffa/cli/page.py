@@ -8,7 +8,7 @@ import typer
 
 from diffa.cli.answers import DEVICE, DTYPE, SPEC, load_model
 from diffa.cli.specs import SET, SETTING
-from diffa.hands import passing
+from diffa.hands import one_core
 
 
 def ui(
@@ -27,5 +27,6 @@ def ui(
     from diffa.ui.launch import launch, require
 
     require()  # before weights are read
-    model, name = passing(load_model, spec, changes, setting, device, dtype)
+    with one_core():  # the page answers in a thread of its own
+        model, name = load_model(spec, changes, setting, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

@@ -16,6 +16,7 @@ from diffa.building import swap
 from diffa.errors import DiffaError, SpecError
 from diffa.evaluation.batches import Clip
 from diffa.evaluation.items import Question
+from diffa.hands import one_core
 from diffa.schema import schema
 from diffa.types import Step
 
@@ -90,24 +91,24 @@ class Asking:
         )
         begun: deque[tuple[list[Clip], list[Tensor | str], list[Future[list[Asked]]]]] = deque()
         stop = threading.Event()
-        try:
-            for batch in batches:
-                asked, waves = [c.question for c in batch], [hear(c.number) for c in batch]
-                ends = [len(batch) * part // workers for part in range(workers + 1)]
-                parts = [
-                    pool.submit(self, asked[a:b], waves[a:b], stop)
-                    for a, b in pairwise(ends)
-                    if a < b
-                ]
-                begun.append((batch, waves, parts))
-                if len(begun) > 1:
+        with one_core():  # the parts have the cores; threads that begin later get them all again
+            try:
+                for batch in batches:
+                    asked, waves = [c.question for c in batch], [hear(c.number) for c in batch]
+                    ends = [len(batch) * part // workers for part in range(workers + 1)]
+                    parts = [
+                        pool.submit(self, asked[a:b], waves[a:b], stop)
+                        for a, b in pairwise(ends)
+                        if a < b
+                    ]
+                    begun.append((batch, waves, parts))
+                    if len(begun) > 1:
+                        yield _ended(*begun.popleft())
+                while begun:
                     yield _ended(*begun.popleft())
-            while begun:
-                yield _ended(*begun.popleft())
-        finally:  # after a fault of one part, or Ctrl-C, the others end at their next step
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(cores)  # else threads that begin later would take the parts'
+            finally:  # after a fault of one part, or Ctrl-C, the others end at their next step
+                stop.set()
+                pool.shutdown(cancel_futures=True)
 
     def __call__(
         self,

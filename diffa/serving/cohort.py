@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ from diffa.types import Step
 _log = logging.getLogger(__name__)
 
 
+class Work(NamedTuple):
+    """Something large that a cohort wants done by its lane, at once and for itself alone."""
+
+    function: Callable[[Tensor], Tensor]
+    given: Tensor
+
+    def result(self) -> Tensor | Exception:
+        """What comes of it; an error is the cohort's."""
+        try:
+            return self.function(self.given)
+        except Exception as error:
+            return error
+
+
+Arrival = Call | Work | None  # what a cohort waits for; None: it is over
+
+
 class Cohort:
     """Requests with the same sampler and answer length, admitted at the same moment.
 
@@ -29,8 +46,8 @@ class Cohort:
         backbone: answers the calls.
         tickets: the requests.
         heard: embeddings of each one's audio (N, W), or None.
-        arrive: told when the cohort waits for a forward, with its call, and when it is over,
-            with None.
+        arrive: told when the cohort waits for a forward, with its call, or for other work of the
+            lane's, and when it is over, with None.
     """
 
     def __init__(
@@ -38,7 +55,7 @@ class Cohort:
         backbone: Any,
         tickets: Sequence[Ticket],
         heard: Sequence[Tensor | None],
-        arrive: Callable[[Cohort, Call | None], None],
+        arrive: Callable[[Cohort, Arrival], None],
     ) -> None:
         self.tickets = tickets
         self._backbone, self._heard, self._arrive = backbone, heard, arrive
@@ -52,9 +69,9 @@ class Cohort:
         pairs = zip(self.tickets, self._left, strict=True)
         return sum(ticket.open and left for ticket, left in pairs)
 
-    def reply(self, hidden: Tensor | Exception) -> None:
-        """Give the hidden states that the cohort waits for, or what went wrong."""
-        self._replies.put(hidden)
+    def reply(self, found: Tensor | Exception) -> None:
+        """Give what the cohort waits for, or what went wrong."""
+        self._replies.put(found)
 
     def run(self) -> None:
         """Answer; to be called in a thread of its own. Never raises: tickets hear of errors."""
@@ -82,7 +99,7 @@ class Cohort:
 
     def _decode(self, canvas: Canvas) -> None:
         sampler = self.tickets[0].job.sampler
-        shared: Any = Shared(self._backbone, self._call)  # offers what a Denoiser calls, no more
+        shared: Any = Shared(self._backbone, self._wait)  # offers what a Denoiser calls, no more
         denoise = Denoiser(shared, canvas)
         for step in sampler(canvas, denoise):
             self.steps += 1
@@ -92,13 +109,13 @@ class Cohort:
         for row in range(len(self.tickets)):
             self._finish(row, canvas.answer[row])
 
-    def _call(self, call: Call) -> Tensor:
-        """Wait for a shared forward."""
-        self._arrive(self, call)
-        hidden = self._replies.get()
-        if isinstance(hidden, Exception):
-            raise hidden
-        return hidden
+    def _wait(self, wanted: Call | Work) -> Tensor:
+        """Wait for a shared forward, or for work of the cohort's own."""
+        self._arrive(self, wanted)
+        found = self._replies.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _publish(self, step: Step, canvas: Canvas) -> None:
         """Tell each request what became of its row; let go of rows that nobody waits for."""
@@ -130,16 +147,16 @@ class Cohort:
 
 
 class Shared:
-    """A backbone whose body is run for several canvases at once; the head is each one's own."""
+    """A backbone whose body is run for several canvases at once; the head is each one's own, but
+    the same thread runs it."""
 
-    def __init__(self, backbone: Any, call: Callable[[Call], Tensor]) -> None:
-        self._backbone, self._run = backbone, call
+    def __init__(self, backbone: Any, run: Callable[[Call | Work], Tensor]) -> None:
+        self._backbone, self._run = backbone, run
         self.partial = getattr(backbone, "partial", False)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., W) -> logits (..., V)."""
-        logits: Tensor = self._backbone.head(hidden)
-        return logits
+        return self._run(Work(self._backbone.head, hidden))
 
     def __call__(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Hidden states (B, K, W), when the forward that they share has run."""

@@ -37,8 +37,9 @@ class Engine:
     Each request keeps its own canvas, memory and draws; ``sharing.together`` lets the backbone see
     them side by side. Requests join as soon as there is room, and leave when their answer is final.
     On a CPU of several cores they are spread over lanes, whose forwards run beside each other:
-    small matrices keep one core busy, but not many. The first lane takes what there is for one
-    alone, and alone it uses all cores: a second thread that did would slow both (``diffa.hands``).
+    small matrices keep one core busy, but not many. Where the others have nothing to do, the first
+    takes what comes, and uses the cores that their teams leave it: in sum no more threads compute
+    than there are cores (``diffa.hands``).
 
     Args:
         model: what answers.
@@ -75,7 +76,7 @@ class Engine:
         self._each = max(1, self._cores // lanes)
         self._hands = ThreadPoolExecutor(
             rows, "cohort", initializer=torch.set_num_threads, initargs=(1,)
-        )  # one thread: samplers compute little, and a team for each would slow the lanes'
+        )  # what is large is computed by the lane; a team for each canvas would slow it
         ears = Ears(model, remember)
         self._lanes = [
             Lane(
@@ -155,13 +156,15 @@ class Engine:
                 return None
             fresh = self._admitted(lane)
             lane.idle = not (fresh or lane.cohorts)
+            lane.worked = lane.worked or not lane.idle
             if self._queue:
                 self._change.notify_all()  # the other lanes may begin
             return fresh
 
     def _may_begin(self, lane: Lane) -> bool:
         """Whether a lane that has nothing to do takes requests: the first always comes first."""
-        return lane is self._lanes[0] or not self._lanes[0].idle
+        first = self._lanes[0]
+        return lane is first or not first.idle or not first.thread.is_alive()
 
     def _purge(self) -> None:
         """Forget requests in the queue that nobody waits for, or that are too late."""
@@ -194,10 +197,11 @@ class Engine:
 
     def _threads(self, lane: int) -> int:
         """Cores for a lane that is at work. Alone, the first has all but those that the others'
-        teams count for: with more threads in teams than cores none of them would be fast."""
-        if lane or not all(other.idle for other in self._lanes[1:]):
+        teams count for, where they have one."""
+        others = self._lanes[1:]
+        if lane or not all(other.idle for other in others):
             return self._each
-        return max(1, self._cores - (len(self._lanes) - 1) * (self._each - 1))
+        return self._cores - sum(other.worked for other in others) * (self._each - 1)
 
     def _note(self, rows: int, seconds: float) -> None:
         with self._change:

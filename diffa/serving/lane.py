@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffa.inputs import check_context
-from diffa.serving.cohort import Cohort
+from diffa.serving.cohort import Arrival, Cohort, Work
 from diffa.serving.faults import late, record
 from diffa.serving.hearing import Ears
 from diffa.serving.sharing import Call, together
@@ -50,11 +50,12 @@ class Lane:
         on_forward: Callable[[int, float], None],
         on_end: Callable[[int], None],
     ) -> None:
-        self.model, self.cohorts, self.idle = model, list[Cohort](), True
+        self.model, self.cohorts = model, list[Cohort]()
+        self.idle, self.worked = True, False  # now; ever
         self.most = most
         self._ears, self._hands, self._take = ears, hands, take
         self._threads, self._on_forward, self._on_end = threads, on_forward, on_end
-        self._arrivals: SimpleQueue[tuple[Cohort, Call | None]] = SimpleQueue()
+        self._arrivals: SimpleQueue[tuple[Cohort, Arrival]] = SimpleQueue()
         self._waiting: list[tuple[Cohort, Call]] = []
         self.thread = threading.Thread(target=self._loop, name="lane", daemon=True)
 
@@ -123,21 +124,26 @@ class Lane:
             ticket.end(Failed(error))
         return ticket.open
 
-    def _arrive(self, cohort: Cohort, call: Call | None) -> None:
-        self._arrivals.put((cohort, call))
+    def _arrive(self, cohort: Cohort, arrival: Arrival) -> None:
+        self._arrivals.put((cohort, arrival))
 
     def _await(self) -> None:
-        """Wait until the one cohort that runs now waits for its forward, or is over.
+        """Wait until the one cohort that runs now waits for its forward, or is over; meanwhile do
+        its large work, for which this thread has the cores.
 
         They take turns: of threads that run at the same time, all but one would wait for Python's
         lock, and each of a step's many small operations would hand it on.
         """
-        cohort, call = self._arrivals.get()
-        if call is None:
+        while True:
+            cohort, arrival = self._arrivals.get()
+            if not isinstance(arrival, Work):
+                break
+            cohort.reply(arrival.result())
+        if arrival is None:
             self.cohorts.remove(cohort)
             self._on_end(len(cohort.tickets))
         else:
-            self._waiting.append((cohort, call))
+            self._waiting.append((cohort, arrival))
 
     def _forward(self) -> None:
         """Run what the cohorts wait for, and let each go on until it waits again or is over."""

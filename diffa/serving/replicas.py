@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffa.errors import DiffaError, SpecError
-from diffa.hands import passing
+from diffa.hands import one_core
 from diffa.serving.app import create_app
 from diffa.serving.gate import Receive, Scope, Send
 from diffa.serving.limits import Limits
@@ -52,7 +52,9 @@ class Served(NamedTuple):
     def service(self) -> Service:
         """Load the model and start its engine."""
         more: Any = {"limits": self.limits, "keys": self.keys, "hosts": self.hosts}
-        return Service(passing(self.load), self.name, **more)
+        with one_core():  # the engine answers in threads of its own
+            model = self.load()
+        return Service(model, self.name, **more)
 
 
 class Signed:
