@@ -355,6 +355,46 @@ def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog, before):
     assert logged(caplog, "a lane ends") == [True]
 
 
+def test_another_lane_answers_where_the_first_has_died(model, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    engine, ends = Engine(model, rows=8, lanes=2), SimpleQueue()
+    first, purge = engine._lanes[0].thread, engine._purge
+
+    def fail():
+        if threading.current_thread() is first:
+            raise ValueError("a fault while nothing was begun")
+        purge()
+
+    monkeypatch.setattr(engine, "_purge", fail)
+    try:
+        asked = job(made(model, "plain"), "plain", 3, random.Random(3), 6)
+        engine.submit(Ticket(asked, ends.put, 60))
+        while not isinstance(ends.get(timeout=20), Done):
+            pass
+        first.join(20)
+        assert not first.is_alive() and engine._lanes[0].idle
+        engine.submit(Ticket(asked, ends.put, 60))
+        while not isinstance(ends.get(timeout=20), Done):
+            pass
+    finally:
+        engine.close()
+
+
+def test_a_lane_computes_the_heads_of_its_canvases(model):
+    """It has the cores for what is large in a large model."""
+    seen = []
+    hook = model.backbone.head.register_forward_hook(
+        lambda *_: seen.append(threading.current_thread().name)
+    )
+    engine = Engine(model, rows=4)
+    try:
+        answered(engine, [job(made(model, "plain"), "plain", 3, random.Random(3), 6)])
+    finally:
+        engine.close()
+        hook.remove()
+    assert set(seen) == {"lane"}
+
+
 class Fake:
     """As much of a call as decides what it shares a pass with."""
 
