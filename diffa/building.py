@@ -200,3 +200,13 @@ def _free(place: torch.device) -> int | None:
         return None
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return kilobytes.get("MemAvailable", 0) * 1024 or None
+
+
+def usable(name: str | torch.device) -> torch.device:
+    """The device of a name; raises SpecError where there is none or it does not work."""
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)  # as it was named: of "cuda", each process takes its own
+    except Exception as error:  # torch raises several types, with long texts
+        reason = str(error).partition("\n")[0]
+        raise SpecError(f"{name}: {reason}; `diffa doctor` shows what is here") from error

@@ -21,6 +21,9 @@ GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = ("diffa1-tiny", "diffa2-tiny")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+BESIDE = Path(__file__).parents[2] / "shared" / "data" / "fsdd"  # where a workplace keeps them
+if BESIDE.is_dir():
+    os.environ.setdefault("DIFFA_FSDD", str(BESIDE))
 torch.set_num_threads(int(os.environ.get("DIFFA_TEST_THREADS", "1")))
 
 

@@ -13,6 +13,7 @@ import pytest
 from serving import recording
 
 import diffa
+from diffa.data.sample import DataError
 from diffa.errors import SpecError
 from diffa.mapping import pool
 from diffa.mapping.plan import Plan, Source
@@ -143,6 +144,12 @@ def test_a_manifest_that_has_changed_is_refused(manifest, saved, tmp_path):
     plan = planned(manifest, saved)._replace(digest="0" * 64)
     with pytest.raises(SpecError, match="has changed"):
         run(plan, tmp_path / "run")
+
+
+def test_only_manifests_are_read(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"rows.parquet is no .json or .jsonl.*convert"):
+        Asking(tmp_path / "rows.parquet", question=None)
 
 
 def test_a_question_for_all_rows_replaces_their_own(manifest, saved, tmp_path):

@@ -127,9 +127,12 @@ class TestUtterances:
         assert json.loads(listed.read_text()) == rows
 
 
-def test_missing_recordings_are_named(tmp_path):
-    with pytest.raises(AudioError, match="--fsdd"):
+def test_missing_recordings_are_named(tmp_path, monkeypatch):
+    with pytest.raises(AudioError, match=f"none in {tmp_path}.*DIFFA_FSDD.*--fsdd"):
         fsdd_folder(tmp_path)
+    monkeypatch.delenv("DIFFA_FSDD", raising=False)
+    with pytest.raises(AudioError, match=r"no folder is named.*DIFFA_FSDD"):
+        fsdd_folder()
 
 
 def test_without_espeak_a_warning_says_once_what_is_missing(tmp_path, monkeypatch, caplog):

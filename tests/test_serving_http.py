@@ -14,6 +14,7 @@ from serving import question, recording, serving, text64
 
 import diffa
 from diffa.serving.limits import Limits
+from diffa.serving.options import Samplers
 from diffa.serving.running import configured
 from diffa.serving.service import Service
 
@@ -84,6 +85,26 @@ def test_sampler_options_change_how_an_answer_is_decoded(client):
     few = ask(client, recording(), extra_body={"diffa": {"sampler": {"steps": 3, "block": 12}}})
     assert one.model_extra["diffa"]["forwards"] == 12
     assert few.model_extra["diffa"]["forwards"] == 3
+
+
+def test_sampler_options_change_the_setting_that_the_model_names(model):
+    settings, samplers = model.spec.data["settings"], Samplers(model)
+    for base, own in (("fast", settings["fast"]), (None, model.spec.data["sampler"])):
+        chosen = samplers.choose({"block": 6}, None, "sampler", base)
+        assert chosen.kind == repr(sorted({**own, "block": 6}.items()))
+        assert samplers.choose(None, None, "sampler", base).kind == repr(sorted(own.items()))
+
+
+def test_a_models_setting_stays_when_options_are_given(client, monkeypatch):
+    bases, known = [], Samplers.choose
+
+    def choose(samplers, asked, temperature, param, base=None):
+        bases.append((asked, base))
+        return known(samplers, asked, temperature, param, base)
+
+    monkeypatch.setattr(Samplers, "choose", choose)
+    ask(client, recording(), model="tiny:fast", extra_body={"diffa": {"sampler": {"block": 6}}})
+    assert bases == [({"block": 6}, "fast")]
 
 
 def test_the_seed_decides_what_a_temperature_draws(client):

@@ -43,6 +43,18 @@ def test_options_of_replicas_need_ray(said, words):
     assert code == 2 and "need --ray" in text
 
 
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(said, monkeypatch):
+    monkeypatch.setattr(replicas.Served, "service", lambda _: pytest.fail("it was loaded"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        code, text = said("--port", port)
+    assert code == 2 and f"cannot listen on 127.0.0.1:{port}: " in text
+    code, text = said("--host", "192.0.2.1")
+    assert code == 2 and "cannot listen on 192.0.2.1:8000: " in text
+
+
 def test_a_proxy_needs_a_port(said):
     code, text = said("--ray", "local", "--port", "0")
     assert code == 2 and "--port" in text

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from toy import QUIET
@@ -63,7 +64,7 @@ def recipe(world: Path, **changes: Any) -> dict[str, Any]:
 
 
 def go(made: dict[str, Any], out: Path, **options: Any) -> Report:
-    return run(made, out=out, console=QUIET, device="cpu", **options)
+    return run(made, out=out, **{"console": QUIET, "device": "cpu", **options})
 
 
 def weights(out: Path, stage: str = "1-align") -> dict[str, torch.Tensor]:
@@ -539,6 +540,28 @@ def test_a_folder_holds_one_run(world: Path, unbroken: Path) -> None:
         go(recipe(world), unbroken)
     with pytest.raises(TrainingError, match=r"differs in stages.0.steps"):
         go(recipe(world, steps=8), unbroken, resume=True)
+
+
+def test_a_run_that_never_began_does_not_keep_its_folder(world: Path, tmp_path: Path) -> None:
+    wrong = recipe(world)
+    wrong["stages"] = [{**wrong["stages"][0], "data": [{"path": str(tmp_path / "none.json")}]}]
+    with pytest.raises(DataError, match="there is no manifest"):
+        go(wrong, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.json").is_file()
+    go(recipe(world), tmp_path / "run")
+
+
+def test_a_device_that_is_none_is_named(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"cpuu: .*diffa doctor"):
+        go(recipe(world), tmp_path, device="cpuu")
+
+
+def test_resuming_nothing_says_so_and_begins(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(stderr=True, width=200)
+    go(recipe(world), tmp_path / "new", resume=True, console=console)
+    assert "holds no run to go on with" in capsys.readouterr().err
 
 
 def test_checkpoints_that_are_not_kept_go(world: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def load_model(
 
     name = name or default_spec()
     spec = read_spec(name, changes, setting)  # before torch: faults show at once
-    place = _device(device)
+    place = device_of(device)
     if not (Path(name) / "model.safetensors").is_file():
         return diffa.build(spec, device=place, dtype=dtype), name
     model = diffa.load(name, device=place, dtype=dtype)
@@ -126,14 +126,15 @@ def check_saved(old: dict[str, Any], new: dict[str, Any]) -> None:
         raise SpecError(f"only the sampler of a saved model can be set, not {', '.join(moved)}")
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The device that ``--device`` names; raises SpecError where it is none."""
     import torch
+
+    from diffa.building import usable
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except Exception as error:  # torch raises several types, with long texts
-        reason = str(error).partition("\n")[0]
-        raise SpecError(f"--device {name}: {reason}; `diffa doctor` shows what is here") from error
-    return name
+        return str(usable(name))
+    except SpecError as error:
+        raise SpecError(f"--device {error}") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffa.cli.answers import DEVICE, DTYPE, SPEC, check_saved
+from diffa.cli.answers import DEVICE, DTYPE, SPEC, check_saved, device_of
 from diffa.cli.output import print_json, say
 from diffa.cli.specs import SET, SETTING, default_spec, read_spec
 from diffa.errors import SpecError
@@ -58,7 +58,9 @@ def map_(
     from diffa.mapping.rows import Asking
     from diffa.mapping.running import run
 
-    source = find_source(spec or default_spec(), changes, setting, _place(device), dtype)
+    if ray is None and (replicas, gpus) != ("1:1", 0.0):
+        raise SpecError("--replicas and --gpus need --ray: an address, auto or local")
+    source = find_source(spec or default_spec(), changes, setting, device_of(device), dtype)
     asking = Asking(manifest, question=question, folder=folder)
     plan = Plan(
         manifest=str(manifest.resolve()),
@@ -111,11 +113,3 @@ def _bounds(text: str) -> tuple[int, int]:
     if not 1 <= found[0] <= found[1]:
         raise SpecError(f"--replicas is LEAST:MOST with 1 <= LEAST <= MOST, got {text!r}")
     return found
-
-
-def _place(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device

@@ -72,6 +72,7 @@ def serve(
     from diffa.serving.limits import Limits
     from diffa.serving.replicas import Replicas, Served
     from diffa.serving.replicas import serve as run_replicas
+    from diffa.serving.running import bind
     from diffa.serving.running import serve as run
 
     _check_ray(ray, port, alone=(replicas, threads, gpus) == (1, 1, 0.0))
@@ -84,14 +85,16 @@ def serve(
     options = (found, changes, setting, device, dtype)
     load = partial(_load, *options) if ray is None else _travelling(*options, gpus=gpus)
     served = Served(load, name or Path(found).stem, limits, keys, hosts)
-    shown = f"{served.name} at http://{host}:{port}/v1, {'with' if keys else 'without'} API keys"
+    shown = f"{served.name} at http://{host}:{{}}/v1, {'with' if keys else 'without'} API keys"
     if ray is not None:
         each = Replicas(replicas, threads, gpus)
-        run_replicas(served, host, port, ray, each, lambda: say(f"{shown}, {replicas} replicas"))
+        told = f"{shown.format(port)}, {replicas} replicas"
+        run_replicas(served, host, port, ray, each, lambda: say(told))
         return
+    taken = bind(host, port)  # before a model is loaded in vain
     service = served.service()
-    say(shown)
-    run(service, host, port)
+    say(shown.format(taken.getsockname()[1]))
+    run(service, taken)
 
 
 def read_keys(path: Path | None) -> list[str]:

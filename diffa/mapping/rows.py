@@ -44,6 +44,10 @@ class Asking:
         self, path: str | os.PathLike[str], *, question: str | None, folder: str | None = None
     ) -> None:
         self.path = Path(path).expanduser()
+        if self.path.suffix not in (".json", ".jsonl"):
+            raise DataError(
+                f"{self.path} is no .json or .jsonl manifest: `diffa data convert` makes one"
+            )
         self.question = question
         self.folder = Path(folder).expanduser() if folder else self.path.parent
         self._starts, self._ends = array("q"), array("q")

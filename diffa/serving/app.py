@@ -69,9 +69,7 @@ async def _chat(service: Service, request: Request) -> Response:
     def read() -> tuple[Asked, str, Prepared]:
         fields = read_json(body)
         setting = service.setting(fields.get("model"))
-        asked = read_chat(fields, service.limits, service.hosts)
-        if asked.setting is None:
-            asked = asked._replace(setting=setting)
+        asked = read_chat(fields, service.limits, service.hosts)._replace(base=setting)
         name = fields.get("model") or service.name
         return asked, name, service.prepare(asked, watched=asked.stream)
 
@@ -105,7 +103,7 @@ async def _transcribe(service: Service, request: Request) -> Response:
         check_text(fields.get("prompt") or TRANSCRIBE, "prompt", service.limits),
         recording,
         temperature=_number(fields.get("temperature")),
-        setting=service.setting(fields.get("model")),
+        base=service.setting(fields.get("model")),
     )
     prepared = await service.hand(partial(service.prepare, asked, watched=stream))
     if stream:

@@ -42,7 +42,7 @@ class Samplers:
     """The samplers of a model by what requests ask for: a setting's name, or options.
 
     A name is one of the spec's ``settings``; a mapping changes options of the model's own sampler,
-    or of the sampler that its ``name`` says, as in a spec.
+    or of the setting that the request's ``model`` names, or of the sampler that its ``name`` says.
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,13 +50,15 @@ class Samplers:
         self._spec: dict[str, Any] = model.spec.data
         self._made: OrderedDict[str, Chosen] = OrderedDict()
 
-    def choose(self, asked: object, temperature: object, param: str) -> Chosen:
-        """The sampler for a request.
+    def choose(
+        self, asked: object, temperature: object, param: str, base: str | None = None
+    ) -> Chosen:
+        """The sampler for a request; ``base`` is the setting that its options change.
 
         Raises:
             Refusal: unknown, out of range, or options that do not combine.
         """
-        wanted = self._wanted(asked, param)
+        wanted = self._wanted(asked, param, base)
         if temperature is not None:
             wanted = {**wanted, "temperature": number(temperature, 0.0, 2.0, "temperature")}
         key = repr(sorted(wanted.items()))
@@ -75,12 +77,12 @@ class Samplers:
                 self._made.popitem(last=False)
             return made
 
-    def _wanted(self, asked: object, param: str) -> dict[str, Any]:
+    def _wanted(self, asked: object, param: str, base: str | None) -> dict[str, Any]:
         """Options as a spec would give them."""
-        own: dict[str, Any] = self._spec["sampler"]
+        settings: Mapping[str, Any] = self._spec.get("settings") or {}
+        own: dict[str, Any] = self._spec["sampler"] if base is None else settings[base]
         if asked is None:
             return dict(own)
-        settings: Mapping[str, Any] = self._spec.get("settings") or {}
         if isinstance(asked, str):
             if asked not in settings:
                 raise bad(f"{param}: no setting {asked!r}; known: {', '.join(settings)}", param)
@@ -89,8 +91,8 @@ class Samplers:
             raise bad(f"{param} must be a setting's name or a mapping of options", param)
         for key, value in asked.items():
             _check(key, value, f"{param}.{key}")
-        base = own if asked.get("name") in (None, own["name"]) else {}
-        return _without_rivals(base, asked)
+        kept = own if asked.get("name") in (None, own["name"]) else {}
+        return _without_rivals(kept, asked)
 
 
 def _without_rivals(base: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

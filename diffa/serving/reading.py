@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     """A request: question, recording's bytes, and how to answer.
 
     ``drafts`` asks for the draft of every step while streaming; ``setting`` is a setting's name or
-    sampler options; None stands for what the model's spec says.
+    sampler options; None stands for what the model's spec says, or its setting ``base``.
     """
 
     question: str
@@ -35,6 +35,7 @@ class Asked(NamedTuple):
     drafts: bool = False
     setting: Any = None
     deadline: float | None = None
+    base: str | None = None
 
 
 def read_json(body: bytes) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from diffa.errors import SpecError
 from diffa.serving.app import create_app
 from diffa.serving.service import Service
 
@@ -56,7 +58,24 @@ def configured(service: Service, host: str, port: int, **more: Any) -> Server:
     return Server(config, service)
 
 
-def serve(service: Service, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, any free port where 0; connections are refused until ``serve`` listens.
+
+    Raises:
+        SpecError: the address is no one's here, or taken.
+    """
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise SpecError(f"cannot listen on {host}:{port}: {error}") from error
+    return made
+
+
+def serve(service: Service, taken: socket.socket) -> None:
+    """Serve at an address that ``bind`` has taken, until SIGTERM or SIGINT."""
     logging.getLogger("diffa.serving").setLevel(logging.INFO)
-    configured(service, host, port).run()
+    host, port = taken.getsockname()[:2]
+    configured(service, host, port).run(sockets=[taken])

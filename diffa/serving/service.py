@@ -102,7 +102,7 @@ class Service:
 
     def prepare(self, asked: Asked, *, watched: bool = False) -> Prepared:
         """Decode the recording, write the prompt, choose the sampler; raises Refusal."""
-        chosen = self.samplers.choose(asked.setting, asked.temperature, "sampler")
+        chosen = self.samplers.choose(asked.setting, asked.temperature, "sampler", asked.base)
         wave = None
         if asked.recording is not None:
             rate = self.model.encoder.sample_rate

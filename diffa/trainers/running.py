@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from diffa.building import build
+from diffa.building import build, usable
 from diffa.data.sample import OnError
 from diffa.data.sources import Make
 from diffa.model import Model
@@ -96,7 +96,7 @@ def run(
         TrainingError: the run cannot start, go on or be saved.
     """
     checked = Recipe.read(recipe).change(overrides)
-    place = own(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    place = own(usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     setting = Setting(
         recipe=checked,
         out=Path(out).expanduser(),
@@ -195,6 +195,10 @@ def _claim(setting: Setting, resume: bool) -> None:
     """Take the folder for this recipe; refuse one that holds another run."""
     path = setting.out / "recipe.json"
     held = read_json(path)
+    if not any(place.is_dir() for place in setting.out.glob("*/")):
+        held = None  # a run that failed before its first stage has left nothing to keep
+    if resume and held is None:
+        setting.console.print(f"{setting.out} holds no run to go on with: beginning one")
     if held is not None and not resume:
         raise TrainingError(
             f"{setting.out} holds a run already: go on with --resume, or choose another --out"

@@ -35,18 +35,16 @@ class Voice(NamedTuple):
 
 
 def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of recordings: `path`, else $DIFFA_FSDD, else ../shared/data/fsdd."""
-    places: list[str | os.PathLike[str] | None] = [path]
-    if not path:
-        places = [os.environ.get("DIFFA_FSDD"), "../shared/data/fsdd"]
-    for place in [place for place in places if place]:
-        for folder in (Path(place), Path(place) / "recordings"):
-            if next(folder.glob("*_*_*.wav"), None):
-                return folder
+    """The folder of recordings: `path`, else $DIFFA_FSDD; raises AudioError without recordings."""
+    place = path or os.environ.get("DIFFA_FSDD")
+    for folder in (Path(place), Path(place) / "recordings") if place else ():
+        if next(folder.glob("*_*_*.wav"), None):
+            return folder
+    where = f"there are none in {place}" if place else "no folder is named"
     raise AudioError(
-        f"no digits named {{digit}}_{{speaker}}_{{index}}.wav in {places[0] or places[-1]!s}: "
-        "clone github.com/Jakobovski/free-spoken-digit-dataset and name its folder with --fsdd "
-        "or DIFFA_FSDD"
+        f"recordings {{digit}}_{{speaker}}_{{index}}.wav are needed, and {where}: clone "
+        "github.com/Jakobovski/free-spoken-digit-dataset and name its folder, as DIFFA_FSDD in the "
+        "environment or with the option fsdd (--fsdd)"
     )
 
 
