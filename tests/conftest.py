@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import toy
@@ -24,6 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BESIDE = Path(__file__).parents[2] / "shared" / "data" / "fsdd"  # where a workplace keeps them
 if BESIDE.is_dir():
     os.environ.setdefault("DIFFA_FSDD", str(BESIDE))
+hypothesis.settings.register_profile("shared", deadline=None)  # others use the machine, too
+hypothesis.settings.load_profile("shared")
 torch.set_num_threads(int(os.environ.get("DIFFA_TEST_THREADS", "1")))
 
 

@@ -356,28 +356,30 @@ def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog, before):
 
 
 def test_another_lane_answers_where_the_first_has_died(model, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda told: None)
-    engine, ends = Engine(model, rows=8, lanes=2), SimpleQueue()
-    first, purge = engine._lanes[0].thread, engine._purge
+    engine, rng = Engine(model, rows=8, lanes=2), random.Random(3)
+    engine.close()  # its threads are gone: their turns are taken below
+    engine._closed = False
+    first, second = engine._lanes
+    first.idle = True
+    main, purge = threading.current_thread(), engine._purge
 
     def fail():
-        if threading.current_thread() is first:
+        if threading.current_thread() is main:
             raise ValueError("a fault while nothing was begun")
         purge()
 
     monkeypatch.setattr(engine, "_purge", fail)
-    try:
-        asked = job(made(model, "plain"), "plain", 3, random.Random(3), 6)
-        engine.submit(Ticket(asked, ends.put, 60))
-        while not isinstance(ends.get(timeout=20), Done):
-            pass
-        first.join(20)
-        assert not first.is_alive() and engine._lanes[0].idle
-        engine.submit(Ticket(asked, ends.put, 60))
-        while not isinstance(ends.get(timeout=20), Done):
-            pass
-    finally:
-        engine.close()
+    ticket = Ticket(job(made(model, "plain"), "plain", 3, rng, 6), print, 60)
+    engine._queue.append(ticket)
+    taken = SimpleQueue()
+    other = threading.Thread(target=lambda: taken.put(engine._take(second)), daemon=True)
+    other.start()
+    while not engine._change._waiters:  # it leaves what comes to the first
+        time.sleep(0.001)
+    with pytest.raises(ValueError, match="nothing was begun"):
+        engine._take(first)
+    assert taken.get(timeout=20) == [ticket]
+    other.join()
 
 
 def test_a_lane_computes_the_heads_of_its_canvases(model):

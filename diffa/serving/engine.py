@@ -148,23 +148,30 @@ class Engine:
     def _take(self, lane: Lane) -> Sequence[Ticket] | None:
         """Wait until a lane has something to do; what it is to begin with."""
         with self._change:
-            lane.idle = not lane.cohorts
-            while not ((self._queue and self._may_begin(lane)) or lane.cohorts or self._closed):
-                self._change.wait()
-            self._purge()
-            if self._closed and not (self._queue or lane.cohorts):
-                return None
-            fresh = self._admitted(lane)
-            lane.idle = not (fresh or lane.cohorts)
-            lane.worked = lane.worked or not lane.idle
-            if self._queue:
-                self._change.notify_all()  # the other lanes may begin
-            return fresh
+            try:
+                return self._next(lane)
+            except BaseException:  # it ends: what comes from now on is the others'
+                lane.idle = False
+                self._change.notify_all()
+                raise
+
+    def _next(self, lane: Lane) -> Sequence[Ticket] | None:
+        lane.idle = not lane.cohorts
+        while not ((self._queue and self._may_begin(lane)) or lane.cohorts or self._closed):
+            self._change.wait()
+        self._purge()
+        if self._closed and not (self._queue or lane.cohorts):
+            return None
+        fresh = self._admitted(lane)
+        lane.idle = not (fresh or lane.cohorts)
+        lane.worked = lane.worked or not lane.idle
+        if self._queue:
+            self._change.notify_all()  # the other lanes may begin
+        return fresh
 
     def _may_begin(self, lane: Lane) -> bool:
         """Whether a lane that has nothing to do takes requests: the first always comes first."""
-        first = self._lanes[0]
-        return lane is first or not first.idle or not first.thread.is_alive()
+        return lane is self._lanes[0] or not self._lanes[0].idle
 
     def _purge(self) -> None:
         """Forget requests in the queue that nobody waits for, or that are too late."""
