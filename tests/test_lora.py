@@ -109,7 +109,8 @@ def test_dropout_is_in_training_before_the_pairs_alone() -> None:
     layer, x = adapted(rank=4, dropout=0.5), torch.ones(256, 6)
     assert layer.lora_dropout["default"].p == 0.5
     assert layer.train()(x).unique(dim=0).shape[0] > 8  # rows are alike until inputs are dropped
-    assert layer.eval()(x).unique(dim=0).shape[0] == 1
+    rows = layer.eval()(x)  # up to rounding: some processors' products differ by the row
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
     none = adapted(rank=4, dropout=0.0)
     assert torch.equal(none.train()(x), none.eval()(x))
 
