@@ -111,6 +111,8 @@ def test_dropout_is_in_training_before_the_pairs_alone() -> None:
     assert layer.train()(x).unique(dim=0).shape[0] > 8  # rows are alike until inputs are dropped
     rows = layer.eval()(x)  # up to rounding: some processors' products differ by the row
     torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    layer.lora_dropout["default"].p = 0.0
+    assert torch.equal(layer.train()(x), rows)  # to the bit: nothing was dropped
     none = adapted(rank=4, dropout=0.0)
     assert torch.equal(none.train()(x), none.eval()(x))
 
