@@ -172,8 +172,9 @@ def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if place.type == "cuda" else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SpecError(f"dtype must be a floating-point one such as 'bfloat16', got {dtype!r}")
+    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not isinstance(found, torch.dtype) or found not in usual:
+        raise SpecError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     return found
 
 
@@ -183,10 +184,11 @@ def _check_memory(part: Chosen, place: torch.device, dtype: torch.dtype) -> None
         count = sum(weight.numel() for weight in make(part).parameters())
     need = count * dtype.itemsize
     free = _free(place)
+    half = "dtype='bfloat16', " if dtype.itemsize > 2 else ""
     if free is not None and need > free:
         raise CheckpointError(
             f"backbone {part.name!r} needs {need / _GIB:.1f} GiB in {dtype} and {place} has "
-            f"{free / _GIB:.1f} GiB free: try dtype='bfloat16', another device, or a smaller "
+            f"{free / _GIB:.1f} GiB free: try {half}another device, or a smaller "
             "checkpoint (device='meta' builds without weights)"
         )
 

@@ -187,8 +187,12 @@ def presets() -> tuple[str, ...]:
 def _locate(spec: str | os.PathLike[str]) -> Path:
     """Find the file that a path or the name of a preset stands for."""
     path = Path(spec)
-    if path.is_dir() and (path / "spec.json").is_file():
-        return path / "spec.json"
+    if path.is_dir():
+        if (path / "spec.json").is_file():
+            return path / "spec.json"
+        inner = path / "model"
+        hint = f"; say {inner}" if (inner / "spec.json").is_file() else ""
+        raise SpecError(f"the folder {path} holds no spec.json{hint}")
     named = isinstance(spec, str) and path.name == spec and spec.strip()
     if not named or path.suffix in (".yaml", ".yml", ".json"):
         return path

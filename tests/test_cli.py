@@ -148,6 +148,7 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
         (["ask", "a.wav", "?", "--set", "sampler.block=x"], 2, "expected int, got 'x'"),
         (["ask", "a.wav", "?", "--device", "cpuu"], 2, "--device cpuu: "),
         (["ask", "a.wav", "?", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["ask", "a.wav", "?", "--spec", "tests"], 2, "tests holds no spec.json"),
         (["map", "a.json", "--out", "o", "--device", "cpuu"], 2, "--device cpuu: "),
         (["map", "a.json", "--out", "o", "--replicas", "2"], 2, "need --ray"),
         (["map", "a.json", "--out", "o", "--gpus", "1"], 2, "need --ray"),
@@ -159,7 +160,7 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
     ],
 )
 def test_a_users_error_is_one_message_on_stderr(diffa_, fake, mine, words, code, message):
-    words = [*words, "--spec", mine] if words[0] == "ask" else words
+    words = [*words, "--spec", mine] if words[0] == "ask" and "--spec" not in words else words
     done = diffa_(*words)
     assert done.code == code and done.out == ""
     assert message in done.err and "Traceback" not in done.err

@@ -132,6 +132,20 @@ def test_nothing_usable_is_an_error(manifest: Path, tmp_path: Path) -> None:
     assert "nothing to write" in str(failed.exception)
 
 
+def test_files_without_a_row_are_refused(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "prose.jsonl").write_text("no rows here\n")
+    for words in (("convert", tmp_path / "prose.jsonl", tmp_path / "a.json"),
+                  ("stats", tmp_path / "prose.jsonl")):  # fmt: skip
+        refused = data(*words)
+        assert isinstance(refused.exception, DiffaError) and "no usable row" in str(
+            refused.exception
+        )
+    assert not (tmp_path / "a.json").exists()
+    order = ("manifest", "fsdd", manifest.parent, "--out", tmp_path / "b.json")
+    refused = data(*order, "--instructions", tmp_path / "none.txt")
+    assert "none.txt cannot be read" in str(refused.exception)
+
+
 def test_preferences_come_from_labels_or_from_an_endpoint(manifest: Path, tmp_path: Path) -> None:
     assert data("preferences", manifest, "--out", tmp_path / "a.jsonl").exit_code == 0
     made = read(tmp_path / "a.jsonl")

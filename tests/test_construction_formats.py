@@ -170,6 +170,19 @@ def test_a_manifest_is_judged_row_by_row(tmp_path: Path) -> None:
     assert {warning.row for warning in report.warnings} == {5, 6, 8}
 
 
+def test_a_shared_id_is_warned_of_and_an_empty_file_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [a_row(tmp_path, 0), a_row(tmp_path, 0, input="What else?")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    report = validate(path)
+    assert report.faults == []
+    (warning,) = report.warnings
+    assert warning.row == 2 and "audio_id of row 1" in warning.reason
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"a.jsonl holds no row"):
+        validate(path)
+
+
 def test_long_recordings_are_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     soundfile.write(path, np.zeros(8000 * 31, dtype=np.float32), 8000)

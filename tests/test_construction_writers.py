@@ -167,6 +167,17 @@ def test_answers_of_one_who_has_not_listened_are_left_out(text: str, reason: str
     assert faults[0].row == 1
 
 
+def test_rows_that_give_nothing_to_write_from_are_not_asked_about() -> None:
+    bare = {key: value for key, value in a_row(1).items() if key != "seed_transcript"}
+    faults: list[Fault] = []
+    with ChatServer(lambda body: "A man speaks.") as server:
+        made = caption([bare, a_row(0)], remote(server), ["What?"], faults)
+    assert len(made) == len(server.asked) == 1
+    assert [(fault.row, fault.reason) for fault in faults] == [
+        (1, "has no seed_transcript to write from")
+    ]
+
+
 @pytest.mark.parametrize(
     "text", ["She notes that it rains.", "The description is his.", "I hear rain."]
 )

@@ -148,6 +148,15 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, says: str) ->
         Manifest(path, on_error="skip")
 
 
+def test_what_has_to_be_converted_says_so(tones: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows.parquet is no .json or .jsonl.*data convert"):
+        Manifest(tmp_path / "rows.parquet")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [], "audios": []}\n')
+    with pytest.raises(DataError, match=r"row 1: is a conversation .*data convert"):
+        Manifest(path)
+
+
 def test_a_missing_manifest_and_an_unknown_field_are_named(tones: Path) -> None:
     with pytest.raises(DataError, match="there is no manifest"):
         Manifest(tones.with_name("absent.json"))

@@ -286,6 +286,15 @@ class TestModes:
             run(model, suite("mmsu"), Table(data), tmp_path, Settings(prompt="mmsu@2025"))
 
 
+def test_another_run_is_told_by_the_field_in_which_it_differs(tmp_path):
+    Folder(tmp_path).begin({"spec": {"encoder": {"width": 8, "path": "x" * 400}}, "seed": 1})
+    with pytest.raises(EvaluationError) as caught:
+        Folder(tmp_path).begin({"spec": {"encoder": {"width": 9, "path": "x" * 400}}, "seed": 1})
+    assert "(spec.encoder.width: 8, now 9)" in str(caught.value)
+    with pytest.raises(EvaluationError, match=r"spec: \{'encoder.{40,60}\.\.\., now None"):
+        Folder(tmp_path).begin({"seed": 1})
+
+
 @pytest.mark.slow
 def test_accelerate_starts_processes_that_share_a_run(model, data, whole, tmp_path):
     import subprocess

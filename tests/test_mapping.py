@@ -11,8 +11,10 @@ import time
 import pyarrow.parquet as pq
 import pytest
 from serving import recording
+from typer.testing import CliRunner
 
 import diffa
+from diffa.cli import app
 from diffa.data.sample import DataError
 from diffa.errors import SpecError
 from diffa.mapping import pool
@@ -138,6 +140,26 @@ def test_another_question_needs_another_folder(whole, manifest, saved, tmp_path)
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(SpecError, match="holds no run"):
         run(planned(manifest, saved), tmp_path)
+
+
+def test_the_command_goes_on_with_the_threads_it_began_with(manifest, saved, tmp_path):
+    def ask(*more):
+        words = ["map", manifest, "--out", tmp_path / "run", "--spec", saved, "--max-tokens", 8]
+        return CliRunner().invoke(app, [str(word) for word in [*words, *more]])
+
+    assert ask("--threads", 1).exit_code == 0
+    (tmp_path / "run" / "part-00000-of-00001.parquet").unlink()
+    assert ask("--workers", 1).exit_code == 0  # which alone would mean all cores
+    refused = ask("--threads", 5)
+    assert "differs in threads" in str(refused.exception)
+
+
+def test_a_run_that_answers_nothing_exits_with_1(saved, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"audio_filepath": "none.wav", "input": "?"}\n')
+    words = ["map", tmp_path / "rows.jsonl", "--out", tmp_path / "run", "--spec", saved]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 1 and "1 of 1 rows have no answer" in done.stderr
+    assert len(table(tmp_path / "run")) == 1
 
 
 def test_a_manifest_that_has_changed_is_refused(manifest, saved, tmp_path):

@@ -255,6 +255,14 @@ def test_a_backbone_that_memory_cannot_hold_is_refused_before_it_is_read(
     monkeypatch.setattr("diffa.building._free", lambda place: 1000)
     with pytest.raises(CheckpointError, match=r"needs .* GiB .*bfloat16"):
         diffa.build(golden_spec("diffa1-tiny"))
+    with pytest.raises(CheckpointError, match=r"needs .* GiB in torch.bfloat16 .*try another dev"):
+        diffa.build(golden_spec("diffa1-tiny"), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bf16", "tensor"])
+def test_a_precision_that_nothing_computes_in_is_refused(dtype: str) -> None:
+    with pytest.raises(SpecError, match=r"dtype must be float32, bfloat16, .*got"):
+        diffa.build("tiny", dtype=dtype)
 
 
 def test_a_spec_of_golden_folders_resolves_and_digests() -> None:

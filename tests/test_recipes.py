@@ -336,6 +336,12 @@ def test_a_stage_asks_the_questions_that_it_names(world: Path) -> None:
     assert len(asked) > 10 and asked <= set(read_questions("transcribe", made))
 
 
+def test_a_plan_says_which_manifests_it_took_on_trust(capsys: pytest.CaptureFixture[str]) -> None:
+    run("diffa-1", out="none", dry_run=True, device="cpu")
+    told = capsys.readouterr().err
+    assert "librispeech.json is not here: planned with the 281,241 rows" in told
+
+
 def test_expectations_are_checked(world: Path) -> None:
     with pytest.raises(SpecError, match=r"stages.0.data.0.expects: give rows and hours"):
         Recipe.read("diffa-2").change(["stages.0.data.0.expects={rows: 0, hours: 1}"])

@@ -118,7 +118,7 @@ def test_a_stage_cannot_train_what_it_does_not_use(world: Path) -> None:
     [
         ({"match": ["semantic"]}, "aids.match: rescales 'semantic', which the stage does not"),
         ({"start": True}, "aids.start: draws the backbone anew, which the stage does not"),
-        ({"packed": 6}, "aids.packed: is a share of the batches, 0 to 1, got 6"),
+        ({"packed": 6}, "aids.packed: must be from 0 to 1, got 6"),
         ({"through": "head", "pull": 1.0}, "aids.pull: is for through: embeddings"),
         ({"through": "head", "sharpness": 9.0}, "aids.sharpness: is for through: embeddings"),
     ],
@@ -148,6 +148,32 @@ def test_recipes_are_changed_by_paths(world: Path) -> None:
     for wrong in ("stages.alig.steps=9", "stages.0.stepz=1", "seed", "spec.encode.width=1"):
         with pytest.raises(SpecError):
             Recipe(recipe(world)).change([wrong])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("seed=-1", "seed: must be from 0 to 4294967295, got -1"),
+        ("workers=-1", "workers: must be at least 0, got -1"),
+        ("stages.0.optimizer.lr=-1", "stages.0.optimizer.lr: must be at least 0, got -1.0"),
+        ("stages.0.optimizer.betas=[0.9, 1.0]", "betas: must be at least 0 and below 1"),
+        ("stages.0.optimizer.betas=[0.9]", "betas: are two numbers, got 1"),
+        ("stages.0.schedule.warmup=-5", "schedule.warmup: must be at least 0, got -5.0"),
+        ("stages.0.schedule.floor=2", "schedule.floor: must be from 0 to 1, got 2.0"),
+        ("stages.0.evaluate={by: [x], every: 0}", "evaluate.every: must be at least 1, got 0"),
+        ("stages.0.evaluate={every: 5}", "evaluate.data: missing"),
+        ("stages.0.answer_length=[8, 0]", r"answer_length: must be at least 1, got \[8, 0\]"),
+        ("stages.0.data.0.weight=0", "data.0.weight: must be above 0, got 0.0"),
+        ("stages.0.aids={say: {semantic: -1}}", "aids.say: must be at least 0"),
+        ("stages.0=3", "stages.0: expected mapping, got 3"),
+        ("stages.0.data.5.path=x", "there is no 5; the list holds 0 to 0"),
+        ("stages.0.data.last.path=x", "there is no last; the list holds 0 to 0"),
+        ("stages.7.steps=1", "there is no stage '7'"),
+    ],
+)
+def test_a_change_out_of_range_is_told(world: Path, change: str, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        Recipe(recipe(world)).change([change])
 
 
 def test_shipped_recipes_are_sound() -> None:
@@ -533,6 +559,16 @@ def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert all(torch.allclose(two[key], one[key], atol=2e-5) for key in one)
     assert (tmp_path / "two" / "1-align" / "checkpoint-2" / "rng_state_1.pth").is_file()
+
+
+def test_a_dry_run_opens_what_is_evaluated_and_finds_the_checkpoint(
+    world: Path, tmp_path: Path
+) -> None:
+    made = recipe(world, evaluate={"data": [{"path": str(tmp_path / "none.json")}]})
+    with pytest.raises(DataError, match=r"there is no manifest .*none.json"):
+        go(made, tmp_path / "run", dry_run=True)
+    with pytest.raises(TrainingError, match="zzz is no checkpoint of the run"):
+        go(recipe(world), tmp_path / "run", dry_run=True, resume="zzz")
 
 
 def test_a_folder_holds_one_run(world: Path, unbroken: Path) -> None:

@@ -200,14 +200,21 @@ def _written(manifest: Path, out: Path, asked: Any, cache: Path | None, make: An
 
 
 def all_rows(manifests: Iterable[Path]) -> list[dict[str, Any]]:
-    """Read manifests one after another; rows that are not rows are told on stderr."""
+    """Read manifests one after another; rows that are not rows are told on stderr.
+
+    Raises:
+        DataError: a file cannot be read, or there is no row in any.
+    """
     from diffa.data.construction.formats import read_rows
+    from diffa.data.sample import DataError
 
     rows: list[dict[str, Any]] = []
     for path in manifests:
         found, faults = read_rows(path)
         tell([f"{path} {fault}" for fault in faults], "rows left out")
         rows += found
+    if not rows:
+        raise DataError(f"no usable row in {', '.join(str(path) for path in manifests)}")
     return rows
 
 

@@ -139,7 +139,10 @@ def attributes(
 
 @app.command()
 def check(manifests: MANIFESTS, audio: AUDIO = True, as_json: JSON = False) -> None:
-    """Check every row of manifests; exit 1 where training could not use one."""
+    """Check every row of manifests; exit 1 where training could not use one.
+
+    Parquet and conversations are read as `diffa data convert` would write them for training.
+    """
     from diffa.data.construction.validation import validate
 
     reports = {str(path): validate(path, listen=audio) for path in manifests}
@@ -226,8 +229,11 @@ def convert(
 ) -> None:
     """Convert a manifest between JSON, JSONL and Parquet, and to or from messages + audios."""
     from diffa.data.construction.formats import read_rows, write_rows
+    from diffa.data.sample import DataError, listed
 
     rows, faults = read_rows(source)
+    if not rows:
+        raise DataError(f"{source} holds no usable row\n{listed(faults, 3)}".rstrip())
     print(write_rows(out, rows, messages=messages))
     construction.tell([str(fault) for fault in faults], "rows left out")
     say(f"{len(rows)} rows")

@@ -52,9 +52,12 @@ def map_(
     ] = "1:1",
     gpus: GPUS = 0.0,
 ) -> None:
-    """Answer a question about every recording of a manifest; the same command goes on with it."""
+    """Answer a question about every recording of a manifest; the same command goes on with it.
+
+    Exits with 1 where no row could be answered.
+    """
     from diffa.mapping.cluster import Replicas
-    from diffa.mapping.plan import Plan
+    from diffa.mapping.plan import Plan, begun
     from diffa.mapping.rows import Asking
     from diffa.mapping.running import run
 
@@ -73,7 +76,8 @@ def map_(
         shard=shard,
         batch=batch,
         source=source,
-        threads=threads or max(1, (os.cpu_count() or 1) // workers),
+        # as the run began: an answer's last digits depend on it
+        threads=threads or begun(out) or max(1, (os.cpu_count() or 1) // workers),
     )
     least, most = _bounds(replicas)
     done = run(
@@ -85,6 +89,10 @@ def map_(
         on_progress=lambda progress: say(str(progress)),
     )
     print_json({"out": str(out), **done._asdict(), "rows_in_all": plan.rows})
+    if done.errors:
+        say(f"{done.errors} of {done.rows} rows have no answer: the column error says why")
+    if done.rows and done.errors == done.rows:
+        raise typer.Exit(1)
 
 
 def find_source(

@@ -46,7 +46,8 @@ class Manifest:
         questions: asked in place of ``question``, one drawn for each row and epoch.
 
     Raises:
-        DataError: the file cannot be read, no row is usable, or a row is not and ``stop``.
+        DataError: the file ends otherwise or cannot be read, no row is usable, or a row is not
+            and ``stop``.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class Manifest:
         questions: Sequence[str] = (),
     ) -> None:
         self.path = Path(path).expanduser()
+        if self.path.suffix not in (".json", ".jsonl"):
+            raise DataError(
+                f"{self.path} is no .json or .jsonl manifest: `diffa data convert` makes one"
+            )
         if target not in FIELDS:
             raise DataError(f"{self.path}: rows have no field {target!r}{suggest(target, FIELDS)}")
         self.target, self.question, self.probe, self.unique = target, question, probe, unique
@@ -151,6 +156,8 @@ class Manifest:
         """Return what is wrong with a row (nothing: ``""``) and its duration in seconds."""
         if not isinstance(row, dict):
             return f"is {type(row).__name__}, not a mapping", 0.0
+        if "messages" in row:
+            return "is a conversation (messages): `diffa data convert` makes rows of it", 0.0
         name, answer, given = (row.get(k) for k in ("audio_filepath", self.target, "audio_id"))
         if not isinstance(name, str) or not name:
             return "has no audio_filepath", 0.0

@@ -141,8 +141,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     found = sorted(file for kind in _KINDS for file in path.rglob(f"*{kind}"))
     if not found:
-        what = "holds no" if path.is_dir() else "is no"
-        raise EvaluationError(f"{path} {what} {', '.join(_KINDS)} file")
+        if not path.is_dir():
+            raise EvaluationError(f"there is no file or folder {path}")
+        raise EvaluationError(f"{path} holds no {', '.join(_KINDS)} file")
     suffix = found[0].suffix
     if any(file.suffix != suffix for file in found):
         names = ", ".join(str(file.relative_to(path)) for file in found[:6])

@@ -44,7 +44,7 @@ class Folder:
         found = json.loads(file.read_text(encoding="utf-8"))
         differing = sorted(k for k in {*found, *header} if found.get(k) != header.get(k))
         if differing:
-            told = "; ".join(f"{k}: {found.get(k)!r}, now {header.get(k)!r}" for k in differing[:4])
+            told = "; ".join(_apart(k, found.get(k), header.get(k)) for k in differing[:4])
             raise EvaluationError(
                 f"{self.path} holds another run ({told}): finish it as it was begun, "
                 "or choose another --out"
@@ -91,6 +91,15 @@ class Folder:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(file)
         return file
+
+
+def _apart(name: str, old: Any, new: Any) -> str:
+    """Say where two values of a header differ, down to the first such field of a mapping."""
+    while isinstance(old, Mapping) and isinstance(new, Mapping):
+        key = min(str(k) for k in {*old, *new} if old.get(k) != new.get(k))
+        name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+    shown = [text if len(text) <= 60 else f"{text[:57]}..." for text in (repr(old), repr(new))]
+    return f"{name}: {shown[0]}, now {shown[1]}"
 
 
 def whole_lines(file: Path) -> Iterable[dict[str, Any]]:

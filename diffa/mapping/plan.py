@@ -90,6 +90,15 @@ class Plan(NamedTuple):
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def begun(out: Path) -> int | None:
+    """Return the threads of the run that a folder holds; None where it holds none."""
+    file = out / PLAN
+    if not file.is_file():
+        return None
+    threads: int = json.loads(file.read_text(encoding="utf-8"))["threads"]
+    return threads
+
+
 def keep(plan: Plan, out: Path) -> None:
     """Write the plan into a new folder, or check that a begun run is of the same plan.
 

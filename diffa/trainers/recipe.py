@@ -24,7 +24,9 @@ from diffa.trainers.sections import (
     Head,
     Optimizer,
     Schedule,
+    Section,
     Stage,
+    check_limits,
     read,
 )
 
@@ -119,15 +121,20 @@ class Recipe:
             return
         if top == "stages" and rest:
             name, _, rest = rest.partition(".")
-            where: Any = data["stages"][self._index(name, path)]
+            number = self._index(name, path)
+            rest = f"stages.{number}.{rest}" if rest else f"stages.{number}"
         else:
-            where, rest = data, path
+            rest = path
+        where: Any = data
         *inner, last = rest.split(".")
         for key in inner:
-            where = where[int(key)] if isinstance(where, list) else where.setdefault(key, {})
+            if isinstance(where, list):
+                where = where[_place(where, key, path)]
+            else:
+                where = where.setdefault(key, {})
             if not isinstance(where, dict | list):
                 raise SpecError(f"{path}: {key!r} holds a single value")
-        where[int(last) if isinstance(where, list) else last] = value
+        where[_place(where, last, path) if isinstance(where, list) else last] = value
 
     def _index(self, name: str, path: str) -> int:
         names = [stage.name for stage in self.stages]
@@ -138,6 +145,14 @@ class Recipe:
         raise SpecError(f"{path}: there is no stage {name!r}{suggest(name, names)}")
 
 
+def _place(held: list[Any], key: str, path: str) -> int:
+    """Return where in a list a path points; raises SpecError."""
+    if key.isdigit() and int(key) < len(held):
+        return int(key)
+    numbers = f"0 to {len(held) - 1}" if held else "nothing"
+    raise SpecError(f"{path}: there is no {key}; the list holds {numbers}")
+
+
 def recipes() -> tuple[str, ...]:
     """Names of the recipes that diffa ships."""
     return tuple(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
@@ -146,13 +161,16 @@ def recipes() -> tuple[str, ...]:
 def _stage(raw: Any, path: str, spec: Spec | None, report: Report) -> Stage:
     """Check one stage, the sections within it, and what they ask of the spec."""
     stage = read(Stage, raw, path, report)
-    read(Optimizer, stage.optimizer, f"{path}.optimizer", report)
-    read(Schedule, stage.schedule, f"{path}.schedule", report)
-    read(Aids, stage.aids, f"{path}.aids", report)
+    check_limits(stage, path, report)
+    _section(Optimizer, stage.optimizer, f"{path}.optimizer", report)
+    _section(Schedule, stage.schedule, f"{path}.schedule", report)
+    _section(Aids, stage.aids, f"{path}.aids", report)
     if stage.cache is not None:
-        read(Cache, stage.cache, f"{path}.cache", report)
+        _section(Cache, stage.cache, f"{path}.cache", report)
     if stage.evaluate is not None:
-        held = read(Evaluation, stage.evaluate, f"{path}.evaluate", report)
+        held = _section(Evaluation, stage.evaluate, f"{path}.evaluate", report)
+        if not held.data and not held.by:
+            report(f"{path}.evaluate.data", "missing; give a list of manifests or sources")
         _check_data(held.data, f"{path}.evaluate.data", report)
     if stage.augment is not None:
         _check_options(stage.augment, Augment, f"{path}.augment", report)
@@ -165,9 +183,16 @@ def _stage(raw: Any, path: str, spec: Spec | None, report: Report) -> Stage:
     return stage
 
 
+def _section(cls: type[Section], data: Any, path: str, report: Report) -> Section:
+    """Read a section and check its numbers."""
+    section = read(cls, data, path, report)
+    check_limits(section, path, report)
+    return section
+
+
 def _check_data(entries: Sequence[Mapping[str, Any]], path: str, report: Report) -> None:
     for i, raw in enumerate(entries):
-        entry = read(Data, raw, f"{path}.{i}", report)
+        entry = _section(Data, raw, f"{path}.{i}", report)
         if (entry.path is None) == (entry.source is None):
             report(f"{path}.{i}", "give either path (a manifest) or source (a generator)")
         if entry.target not in FIELDS:
@@ -180,19 +205,11 @@ def _check_data(entries: Sequence[Mapping[str, Any]], path: str, report: Report)
             and min(expects.values()) > 0
         ):
             report(f"{path}.{i}.expects", "give rows and hours, and tokens if known, above 0")
-        if not entry.weight > 0:
-            report(f"{path}.{i}.weight", f"must be above 0, got {entry.weight}")
 
 
 def _check_numbers(stage: Stage, path: str, report: Report) -> None:
     if (stage.epochs is None) == (stage.steps is None):
         report(path, "give either epochs or steps")
-    for name in ("batch", "accumulate", "save", "log", "steps", "answer_length", "longest"):
-        value = getattr(stage, name)
-        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
-            report(f"{path}.{name}", f"must be at least 1, got {value}")
-    if stage.epochs is not None and stage.epochs <= 0:
-        report(f"{path}.epochs", f"must be above 0, got {stage.epochs}")
     if stage.cache is not None and (stage.augment or "encoder" in stage.train):
         report(f"{path}.cache", "needs a frozen encoder and unaltered audio")
     if stage.take == "best" and stage.evaluate is None:
@@ -232,8 +249,6 @@ def _check_aids(stage: Stage, path: str, used: Sequence[str], report: Report) ->
             report(f"{path}.aids.match", f"rescales {name!r}, which the stage does not train")
     if aids.start and "backbone" not in stage.train:
         report(f"{path}.aids.start", "draws the backbone anew, which the stage does not train")
-    if not 0 <= aids.packed <= 1:
-        report(f"{path}.aids.packed", f"is a share of the batches, 0 to 1, got {aids.packed}")
     for name in {"pull", "sharpness"} & stage.aids.keys() if aids.through == "head" else ():
         report(f"{path}.aids.{name}", "is for through: embeddings")
 
@@ -275,10 +290,7 @@ def _check_head(head: Head, stages: Sequence[Stage], faults: list[str]) -> None:
             faults.append(f"stages.{i}.name: letters, digits, - and _ make a name, got {name!r}")
         elif name in names[:i]:
             faults.append(f"stages.{i}.name: {name!r} is taken")
-    if head.devices is not None and head.devices < 1:
-        faults.append(f"devices: must be at least 1, got {head.devices}")
-    if head.keep < 1:
-        faults.append(f"keep: must be at least 1, got {head.keep}")
+    check_limits(head, "", lambda w, t: faults.append(f"{w}: {t}"))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, str]:

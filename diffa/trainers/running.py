@@ -31,9 +31,9 @@ from diffa.trainers.folder import (
 )
 from diffa.trainers.loop import Loop, restore
 from diffa.trainers.parts import count, learned, staged
-from diffa.trainers.recipe import Recipe
-from diffa.trainers.sections import Stage
-from diffa.trainers.setting import Setting, mixture, steps_of
+from diffa.trainers.recipe import Recipe, stage_part
+from diffa.trainers.sections import Evaluation, Stage
+from diffa.trainers.setting import Setting, mixture, open_data, steps_of
 from diffa.trainers.shards import is_split, leads, own, wait
 from diffa.trainers.stages import loop
 
@@ -106,12 +106,12 @@ def run(
         sources=sources or {},
         evaluators=evaluators or {},
     )
+    chosen = Path(resume) if isinstance(resume, str | os.PathLike) else None
+    back = None if chosen is None else _stage_of(setting, chosen)
     if dry_run:
         model = prepare(setting, torch.device("meta"))
         model.backbone.tokenizer = tokenizer_of(model)
         return Report(_plan(setting, model), None, setting.out)
-    chosen = Path(resume) if isinstance(resume, str | os.PathLike) else None
-    back = None if chosen is None else _stage_of(setting, chosen)
     if leads():
         _claim(setting, bool(resume))
     model = prepare(setting, place)
@@ -174,6 +174,9 @@ def _plan(setting: Setting, model: Model) -> list[StageReport]:
     reports = []
     for number, stage in enumerate(setting.recipe.stages):
         mixed = mixture(stage, setting, number, planning=True)
+        if stage.evaluate is not None:
+            held = stage_part(Evaluation, stage.evaluate)
+            open_data(held.data, setting, pairs=stage.kind == "preferences", planning=True)
         per_step = stage.batch * stage.accumulate * setting.planned
         seen = staged(model, stage)
         reports.append(

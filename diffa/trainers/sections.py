@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -178,6 +178,28 @@ class Head:
 
 Section = TypeVar("Section")
 
+_SHARE = ("from 0 to 1", lambda v: 0 <= v <= 1)
+_COUNT = ("at least 1", lambda v: v >= 1)
+_ABOVE = ("above 0", lambda v: v > 0)
+_FROM = ("at least 0", lambda v: v >= 0)
+_DECAY = ("at least 0 and below 1", lambda v: 0 <= v < 1)
+_SEED = ("from 0 to 4294967295", lambda v: 0 <= v < 2**32)  # what numpy takes
+
+_LIMITS: dict[type, dict[str, tuple[str, Callable[[float], bool]]]] = {
+    Data: {"weight": _ABOVE},
+    Optimizer: {"lr": _FROM, "matrix_lr": _FROM, "eps": _ABOVE, "weight_decay": _FROM}
+    | {"betas": _DECAY, "momentum": _DECAY},
+    Schedule: {"warmup": _FROM, "hold": _SHARE, "floor": _SHARE},
+    Evaluation: dict.fromkeys(("every", "rows", "batch", "max_tokens"), _COUNT),
+    Cache: {"gigabytes": _ABOVE},
+    Aids: {"say": _FROM, "sharpness": _ABOVE, "pull": _FROM, "noise": _FROM}
+    | dict.fromkeys(("blur", "roomy", "header", "packed"), _SHARE),
+    Stage: {"epochs": _ABOVE, "clip": _FROM}
+    | dict.fromkeys(("batch", "accumulate", "steps", "answer_length", "longest"), _COUNT)
+    | dict.fromkeys(("save", "log"), _COUNT),
+    Head: {"seed": _SEED, "workers": _FROM, "devices": _COUNT, "keep": _COUNT},
+}
+
 
 def read(cls: type[Section], data: Any, path: str, report: Report) -> Section:
     """Return a section from a mapping, reporting every option that is unknown or does not fit."""
@@ -202,3 +224,15 @@ def read(cls: type[Section], data: Any, path: str, report: Report) -> Section:
         if not any(fault.startswith(where) for fault in faults):
             values[key] = fitted
     return cls(**values)
+
+
+def check_limits(section: Any, path: str, report: Report) -> None:
+    """Report the numbers of a section that are out of range, those in lists and mappings too."""
+    for name, (rule, within) in _LIMITS[type(section)].items():
+        value = getattr(section, name)
+        held = list(value.values()) if isinstance(value, Mapping) else value
+        numbers = held if isinstance(held, list) else [] if held is None else [held]
+        if not all(within(number) for number in numbers):  # NaN is within nothing
+            report(f"{path}.{name}".lstrip("."), f"must be {rule}, got {value}")
+    if isinstance(section, Optimizer) and len(section.betas) != 2:
+        report(f"{path}.betas", f"are two numbers, got {len(section.betas)}")

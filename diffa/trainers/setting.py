@@ -80,6 +80,10 @@ def open_data(
             continue
         path = setting.recipe.path(str(entry.path))
         if planning and entry.expects and not path.is_file():
+            told = (
+                f"{path} is not here: planned with the {entry.expects['rows']:,g} rows it expects"
+            )
+            setting.console.print(told, markup=False, highlight=False, soft_wrap=True)
             sources.append(Expected(path.name, **entry.expects))
             continue
         manifest = Manifest(

@@ -61,15 +61,26 @@ def answer_rows(
     writer: Writer,
     turns: Callable[[Row], Conversation],
     faults: list[Fault],
+    needs: Sequence[str] = (),
 ) -> list[Row]:
     """Return rows with the writer's answers; rows without a usable one are listed in ``faults``.
+
+    Args:
+        needs: fields that ``turns`` reads; a row in which one is empty is not asked about.
 
     Raises:
         DataError: the writer as a whole fails.
     """
     made: list[Row] = []
-    replies = write_all(writer, [turns(row) for row in rows])
-    for number, (row, reply) in enumerate(zip(rows, replies, strict=True), start=1):
+    asked: list[tuple[int, Row]] = []
+    for number, row in enumerate(rows, start=1):
+        absent = [name for name in needs if not str(row.get(name) or "").strip()]
+        if absent:
+            faults.append(Fault(number, f"has no {' and no '.join(absent)} to write from"))
+        else:
+            asked.append((number, row))
+    replies = write_all(writer, [turns(row) for _, row in asked])
+    for (number, row), reply in zip(asked, replies, strict=True):
         text = tidy(reply.text)
         reason = reply.fault or unfit(text)
         if reason:
@@ -89,10 +100,12 @@ def caption(
     asked = [{**row, "input": question} for row in rows for question in questions]
     if len(questions) > 1:
         for index, row in enumerate(asked):
-            row["audio_id"] = f"{row['audio_id']}-{index % len(questions)}"
-    return answer_rows(asked, writer, lambda row: caption_turns(row, row["input"]), faults)
+            if row.get("audio_id") is not None:  # which no two rows may share
+                row["audio_id"] = f"{row['audio_id']}-{index % len(questions)}"
+    needs = ("seed_transcript", "input")
+    return answer_rows(asked, writer, lambda row: caption_turns(row, row["input"]), faults, needs)
 
 
 def rewrite(rows: Sequence[Row], writer: Writer, faults: list[Fault]) -> list[Row]:
     """Let a writer put every answer in its own words (self-distillation by the backbone)."""
-    return answer_rows(rows, writer, rewrite_turns, faults)
+    return answer_rows(rows, writer, rewrite_turns, faults, ("input", "target"))

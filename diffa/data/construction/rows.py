@@ -12,7 +12,7 @@ from diffa.data.construction.attributes import Bands, describe, seed_line
 from diffa.data.construction.clips import Clip
 from diffa.data.construction.measures import RATE, Measures, measure
 from diffa.data.manifest import probe
-from diffa.data.sample import seed_of
+from diffa.data.sample import DataError, seed_of
 from diffa.errors import AudioError
 
 Row = dict[str, Any]
@@ -116,6 +116,17 @@ def spread(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:
 
 
 def read_instructions(path: Path) -> list[str]:
-    """Read instructions, one per line; blank lines and those that begin with # say nothing."""
-    kept: Iterable[str] = (line.strip() for line in path.read_text("utf-8").splitlines())
-    return [line for line in kept if line and not line.startswith("#")]
+    """Read instructions, one per line; blank lines and those that begin with # say nothing.
+
+    Raises:
+        DataError: the file cannot be read, or says nothing.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"instructions: {path} cannot be read: {error}") from error
+    kept: Iterable[str] = (line.strip() for line in text.splitlines())
+    found = [line for line in kept if line and not line.startswith("#")]
+    if not found:
+        raise DataError(f"instructions: {path} holds none; write one per line")
+    return found

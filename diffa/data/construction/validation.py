@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from diffa.data.construction.captions import unfit
 from diffa.data.construction.formats import PUBLISHED, numbered_rows
 from diffa.data.manifest import probe
-from diffa.data.sample import Fault
+from diffa.data.sample import DataError, Fault
 
 LONGEST = 30.0
 """Seconds that DIFFA's encoder hears; the rest of a longer recording is cut."""
@@ -38,10 +38,11 @@ def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
         listen: open every recording's header, to compare durations and find broken files.
 
     Raises:
-        DataError: the file as a whole cannot be read.
+        DataError: the file as a whole cannot be read, or holds no row.
     """
     count, faults, warnings = 0, list[Fault](), list[Fault]()
     seen: dict[tuple[str, ...], int] = {}
+    named: dict[str, int] = {}
     for number, row in numbered_rows(path):
         count += 1
         if isinstance(row, Fault):
@@ -56,8 +57,15 @@ def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
         if not wrong and identity in seen:
             wrong = f"repeats row {seen[identity]}"
         seen.setdefault(identity, number)
+        given = row.get("audio_id")
+        if given is not None and named.setdefault(str(given), number) != number:
+            odd.append(
+                f"has the audio_id of row {named[str(given)]}: recipes need unique: false for that"
+            )
         faults += [Fault(number, wrong)] if wrong else []
         warnings += [Fault(number, reason) for reason in odd] if not wrong else []
+    if not count:
+        raise DataError(f"{path} holds no row")
     return Report(count, faults, warnings)
 
 
