@@ -112,7 +112,12 @@ _LIBRARIES = (
     _Library("timm", "import timm", "timm"),
     _Library("accelerate", "import accelerate", "train"),
     _Library("peft", "import peft", "train"),
+    _Library("tensorboard", "import torch.utils.tensorboard", "train"),
     _Library("av", "import av", "audio"),
+    _Library("pyarrow", "import pyarrow.parquet", "data"),
+    _Library("fastapi", "import fastapi, uvicorn", "serve"),
+    _Library("gradio", "import gradio", "ui"),
+    _Library("ray", "import ray", "ray"),
 )
 
 
