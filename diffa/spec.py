@@ -187,9 +187,9 @@ def presets() -> tuple[str, ...]:
 def _locate(spec: str | os.PathLike[str]) -> Path:
     """Find the file that a path or the name of a preset stands for."""
     path = Path(spec)
-    if path.is_dir():
-        if (path / "spec.json").is_file():
-            return path / "spec.json"
+    if (path / "spec.json").is_file():
+        return path / "spec.json"
+    if path.is_dir() and spec not in presets():  # a run's folder may be called as a preset is
         inner = path / "model"
         hint = f"; say {inner}" if (inner / "spec.json").is_file() else ""
         raise SpecError(f"the folder {path} holds no spec.json{hint}")

@@ -327,6 +327,19 @@ def test_files_are_read(tmp_path, suffix):
     assert Spec.read(tmp_path) == spec
 
 
+def test_a_runs_folder_points_to_its_model_and_hides_no_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano" / "model").mkdir(parents=True)
+    assert Spec.read("nano").data["encoder"]["name"] == "whisper"
+    (tmp_path / "nano").rename("mine")
+    with pytest.raises(SpecError, match=r"mine holds no spec.json$"):
+        Spec.read("mine")
+    (tmp_path / "mine" / "model" / "spec.json").write_text(Spec.read("tiny").resolve().to_json())
+    with pytest.raises(SpecError, match=r"mine holds no spec.json; say mine/model"):
+        Spec.read("mine")
+    assert Spec.read("mine/model").data["encoder"]["name"] == "tiny"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

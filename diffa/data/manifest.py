@@ -64,10 +64,7 @@ class Manifest:
         questions: Sequence[str] = (),
     ) -> None:
         self.path = Path(path).expanduser()
-        if self.path.suffix not in (".json", ".jsonl"):
-            raise DataError(
-                f"{self.path} is no .json or .jsonl manifest: `diffa data convert` makes one"
-            )
+        check_form(self.path)
         if target not in FIELDS:
             raise DataError(f"{self.path}: rows have no field {target!r}{suggest(target, FIELDS)}")
         self.target, self.question, self.probe, self.unique = target, question, probe, unique
@@ -205,6 +202,12 @@ def probe(path: Path) -> tuple[str, float]:
     if not found.frames:
         return f"audio file {path} holds no samples", 0.0
     return "", found.frames / found.samplerate
+
+
+def check_form(path: Path) -> None:
+    """Raise DataError for a manifest that is not ``.json`` or ``.jsonl``."""
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"{path} is no .json or .jsonl manifest: `diffa data convert` makes one")
 
 
 def lines(file: Any) -> Iterator[tuple[int, int, Any]]:

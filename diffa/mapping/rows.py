@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.data.manifest import Broken, lines, list_items
+from diffa.data.manifest import Broken, check_form, lines, list_items
 from diffa.data.sample import DataError
 
 
@@ -44,10 +44,7 @@ class Asking:
         self, path: str | os.PathLike[str], *, question: str | None, folder: str | None = None
     ) -> None:
         self.path = Path(path).expanduser()
-        if self.path.suffix not in (".json", ".jsonl"):
-            raise DataError(
-                f"{self.path} is no .json or .jsonl manifest: `diffa data convert` makes one"
-            )
+        check_form(self.path)
         self.question = question
         self.folder = Path(folder).expanduser() if folder else self.path.parent
         self._starts, self._ends = array("q"), array("q")
