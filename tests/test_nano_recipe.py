@@ -36,10 +36,10 @@ SMALL = [
 ]
 
 
-def losses(folder: Path, stage: int) -> list[float]:
+def losses(folder: Path, stage: int, name: str = "loss") -> list[float]:
     (log,) = folder.glob(f"{stage}-*/log.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[name] for row in rows if name in row]
 
 
 def test_the_whole_recipe_runs_and_its_stages_learn(tmp_path: Path) -> None:
@@ -68,8 +68,9 @@ def test_the_adapters_stages_learn_and_stage_1_beats_shuffled_audio(tmp_path: Pa
     run("nano-adapters", out=tmp_path / "run", overrides=overrides)
     transcribe, align, instruct = (losses(tmp_path / "run", stage) for stage in (1, 2, 3))
     assert transcribe[-1] < 0.6 * transcribe[0]
-    assert align[-1] < 0.6 * align[0]
-    assert max(align[-1], instruct[-1]) < 1.0 < transcribe[0]
+    words = losses(tmp_path / "run", 2, "auxiliary")  # what the acoustic adapter learns them by
+    assert words[-1] < 0.6 * words[0]
+    assert instruct[-1] < 0.35 < max(align) < 1.0 < transcribe[0]
     trained = diffa.load(tmp_path / "run" / "model")
     model = diffa.swap(trained, adapters={"semantic": trained.spec.data["adapters"]["semantic"]})
     model.adapters["semantic"].load_state_dict(trained.adapters["semantic"].state_dict())
