@@ -74,7 +74,7 @@ class TestFaultyFiles:
         assert ["a.parquet" in row.fault for row in Table(tmp_path).rows] == [True, False]
 
     def test_no_rows_and_no_files_are_errors(self, tmp_path):
-        with pytest.raises(EvaluationError, match=r"is no \.json"):
+        with pytest.raises(EvaluationError, match=r"there is no file or folder .*none"):
             Table(tmp_path / "none")
         (tmp_path / "empty.jsonl").write_text("")
         with pytest.raises(EvaluationError, match="has no rows"):

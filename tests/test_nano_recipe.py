@@ -1,6 +1,8 @@
 """The recipe of nano in minutes: every stage learns, and stage 1 needs its own audio."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from diffa.trainers import run
 from diffa.trainers.evaluate import compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.fsdd]
+PACK = Path(__file__).parent.parent / "benchmarks" / "pack_nano.py"
 SMALL = [
     "spec.encoder.width=96",
     "stages.0.steps=60",
@@ -26,7 +29,6 @@ SMALL = [
     "stages.3.steps=8",
     "stages.4.steps=4",
     "stages.5.steps=4",
-    "stages.6.steps=4",
     "stages.3.data.0.options.keep=64",
     "stages.3.data.0.options.count=1536",
     "stages.4.data.0.options.keep=64",
@@ -42,7 +44,9 @@ def losses(folder: Path, stage: int, name: str = "loss") -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-def test_the_whole_recipe_runs_and_its_stages_learn(tmp_path: Path) -> None:
+def test_the_whole_recipe_runs_and_its_stages_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("nano", out=tmp_path / "nano", overrides=SMALL)
     listen, language = losses(tmp_path / "nano", 1), losses(tmp_path / "nano", 2)
     assert listen[-1] < 0.7 * listen[0]
@@ -51,6 +55,14 @@ def test_the_whole_recipe_runs_and_its_stages_learn(tmp_path: Path) -> None:
     model = diffa.load(tmp_path / "nano" / "model")
     answer = model.answer(torch.zeros(16_000), "What can you hear?", max_tokens=8)
     assert answer.tokens.shape == (8,)
+
+    monkeypatch.chdir(tmp_path)  # as the header of nano-captions says
+    subprocess.run([sys.executable, str(PACK), "nano/model", "packed"], check=True)
+    run("nano-captions", out="captions", overrides=["stages.0.steps=2"])
+    again = diffa.load("captions/model")
+    assert not torch.equal(again.backbone.head.weight, model.backbone.head.weight)
+    for ours, theirs in zip(again.adapters.parameters(), model.adapters.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)  # packed in float16
 
 
 def test_the_adapters_stages_learn_and_stage_1_beats_shuffled_audio(tmp_path: Path) -> None:

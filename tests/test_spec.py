@@ -367,9 +367,9 @@ def test_what_is_no_spec_is_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for given_, message in (
         ("difa-1", "there is no preset 'difa-1', did you mean 'diffa-1'"),
-        ("", "cannot be read"),
+        ("", r"the folder \. holds no spec.json"),
         (str(tmp_path / "none.yaml"), "there is no file"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "the folder .* holds no spec.json"),
         (tmp_path / "binary.yaml", "cannot be read as text"),
         (3, "a spec is a mapping, a path or the name of a preset, not a int"),
     ):
