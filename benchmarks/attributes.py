@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from reports import write
 
-from diffa.data.construction.attributes import word
-from diffa.data.construction.measures import RATE, measure
-from diffa.data.nano.utterances import Utterances
+from diffa.data.synthesis.attributes import word
+from diffa.data.synthesis.measures import RATE, measure
+from diffa.nano.corpus.utterances import Utterances
 
 VOLUME = (-33.0, -21.0)  # the bands of diffa data manifest
 # nano names digits per second; syllables are 1.2 times as many

@@ -22,9 +22,9 @@ from reports import write
 from torch import Tensor
 
 import diffa
-from diffa.canvas import Canvas, interleave
-from diffa.denoise import Denoiser
-from diffa.spec import Spec
+from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.denoiser import Denoiser
+from diffa.spec.spec import Spec
 
 RESULTS = Path(__file__).parent / "results"
 AUDIO, PROMPT, AT, LENGTH, BLOCK = 439, 64, 16, 32, 32

@@ -14,9 +14,9 @@ from reports import write
 
 import diffa
 from diffa.evaluation.files import Table
-from diffa.evaluation.nano import write_suite
 from diffa.evaluation.runner import Settings, run
 from diffa.evaluation.suites import suite
+from diffa.nano.suite_files import write_suite
 
 RESULTS = Path(__file__).parent / "results"
 

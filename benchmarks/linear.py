@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from reports import write
 
-from diffa.linear import Linear
+from diffa.runtime.cpu_linear import Linear
 
 SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (1024, 126_464))
 

@@ -13,10 +13,10 @@ import torch
 from reports import write
 
 import diffa
-from diffa.data.nano.corpus import questions_for_trial
-from diffa.data.nano.recordings import ACCENTS
-from diffa.data.nano.utterances import Utterances
-from diffa.evaluation.words import edits
+from diffa.evaluation.word_errors import edits
+from diffa.nano.corpus.examples import questions_for_trial
+from diffa.nano.corpus.recordings import ACCENTS
+from diffa.nano.corpus.utterances import Utterances
 
 LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens
 

@@ -15,9 +15,9 @@ from nano import wilson
 from reports import write
 
 import diffa
-from diffa.data.nano.corpus import questions_for_trial
-from diffa.data.nano.utterances import Utterances
-from diffa.evaluation.words import edits
+from diffa.evaluation.word_errors import edits
+from diffa.nano.corpus.examples import questions_for_trial
+from diffa.nano.corpus.utterances import Utterances
 
 LENGTHS, BLOCKS = (24, 32, 48), (1, 4, 8, 12, 16, 24, 32, 48)
 

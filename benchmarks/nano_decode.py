@@ -21,7 +21,7 @@ from reports import write
 
 import diffa
 from diffa.data.manifest import Manifest
-from diffa.data.sample import Sample
+from diffa.data.samples import Sample
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = 16

@@ -16,10 +16,10 @@ import torch
 from reports import write
 
 import diffa
-from diffa.data.nano.shaping import RATE
-from diffa.data.nano.utterances import Utterances
-from diffa.data.nano.voices import WORDS
-from diffa.evaluation.words import edits
+from diffa.evaluation.word_errors import edits
+from diffa.nano.corpus.shaping import RATE
+from diffa.nano.corpus.utterances import Utterances
+from diffa.nano.corpus.voices import WORDS
 
 ASKED = "Please transcribe the audio to text."
 

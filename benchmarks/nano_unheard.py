@@ -20,9 +20,9 @@ from typing import Any
 
 from reports import write
 
-from diffa.data.nano.recordings import ACCENTS
-from diffa.trainers.recipe import Recipe
-from diffa.trainers.running import run
+from diffa.nano.corpus.recordings import ACCENTS
+from diffa.trainers.config import Recipe
+from diffa.trainers.run import train
 
 RESULTS = Path(__file__).parent / "results" / "nano-unheard.json"
 SHOWN = ("digit error 2-5", "digit error 6-8", "open count", "open accent", "choice all")
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="test utterances of each speaker")
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    run(recipe(chosen), out=chosen.out / "run", resume=(chosen.out / "run").is_dir())
+    train(recipe(chosen), out=chosen.out / "run", resume=(chosen.out / "run").is_dir())
     people = {"left out": chosen.speaker, "heard": chosen.beside}
     models = {"without the speaker": str(chosen.out / "run" / "model"), "nano": "nano"}
     report: dict[str, Any] = {

@@ -20,7 +20,7 @@ from reports import write
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
-from diffa.learning import measure
+from diffa.canvas.training import measure
 from diffa.objectives.masked import Masked
 from diffa.types import Vocab
 

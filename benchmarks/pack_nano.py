@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffa.backbones import llama
-from diffa.checkpoint import find
+from diffa.checkpoints.read import find
 
 _CONNECTORS = {"semantic": "semantic_connector", "acoustic": "acoustic_connector"}
 

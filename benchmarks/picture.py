@@ -8,8 +8,8 @@ from pathlib import Path
 
 import diffa
 from diffa.audio import prepare
+from diffa.runtime.render import END, MASK, SURE, spell
 from diffa.types import Step
-from diffa.watch import END, MASK, SURE, spell
 
 WIDE, LINE, LETTER = 860, 34, 9.6
 SECONDS = 0.55  # per step; the last one stays three times as long

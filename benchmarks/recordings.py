@@ -8,12 +8,12 @@ import numpy as np
 import soundfile
 
 import diffa
-from diffa.data.nano.scenes import Scene
-from diffa.data.nano.shaping import RATE
-from diffa.data.nano.sounds import Melody
-from diffa.data.nano.utterances import Utterances
+from diffa.nano.corpus.scenes import Scene
+from diffa.nano.corpus.shaping import RATE
+from diffa.nano.corpus.sounds import Melody
+from diffa.nano.corpus.utterances import Utterances
 
-FOLDER = Path(diffa.__file__).parent / "recordings"
+FOLDER = Path(diffa.__file__).parent / "assets" / "recordings"
 
 
 def main() -> None:

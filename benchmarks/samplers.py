@@ -17,7 +17,7 @@ from nano_decode import SAMPLERS
 from reports import write
 
 import diffa
-from diffa.demo import recordings
+from diffa.nano.demo import recordings
 
 RESULTS = Path(__file__).parent / "results" / "samplers.json"
 QUESTIONS = (

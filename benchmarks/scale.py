@@ -19,8 +19,8 @@ from reports import write
 from rich.console import Console
 
 import diffa
-from diffa.trainers import Recipe, run
-from diffa.trainers.sections import Stage
+from diffa.trainers import Recipe, train
+from diffa.trainers.config_sections import Stage
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 GPUS = (1, 8, 64)
@@ -53,7 +53,7 @@ def estimates(name: str, rate: float) -> list[dict[str, Any]]:
     for gpus in GPUS:
         os.environ["WORLD_SIZE"] = str(gpus)
         quiet = Console(file=io.StringIO())
-        report = run(name, out="unused", dry_run=True, console=quiet)
+        report = train(name, out="unused", dry_run=True, console=quiet)
         for stage, foreseen in zip(recipe.stages, report.stages, strict=True):
             work = operations(model, recipe, stage, foreseen)
             rows.append(row(name, stage, foreseen, gpus, work / (gpus * rate)))

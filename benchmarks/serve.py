@@ -37,9 +37,9 @@ from reports import write
 
 import diffa
 from diffa.data.sources import Nano
-from diffa.hands import one_core
+from diffa.runtime.threads import one_core
 from diffa.serving.limits import Limits
-from diffa.serving.running import configured
+from diffa.serving.run import configured
 from diffa.serving.service import Service
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,7 +33,7 @@ import torch
 
 import diffa
 from diffa.serving.limits import Limits
-from diffa.serving.running import configured
+from diffa.serving.run import configured
 from diffa.serving.service import Service
 
 RESULTS = Path(__file__).parent / "results"

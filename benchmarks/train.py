@@ -30,14 +30,14 @@ from reports import write
 from torch import Tensor
 
 import diffa
-from diffa.canvas import interleave
+from diffa.canvas.batch import split
+from diffa.canvas.canvas import interleave
+from diffa.canvas.kv_cache import Context
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import Row
-from diffa.inputs import split
-from diffa.memory import Context
-from diffa.spec import Spec
-from diffa.trainers.learner import Answers
+from diffa.spec.spec import Spec
+from diffa.trainers.learners.answers import Answers
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, PROMPT, AT = 126464, 64, 16

@@ -23,16 +23,16 @@ from torch import Tensor
 
 import diffa
 from diffa.data.collate import Batch, Collate
-from diffa.data.construction.nano_preferences import write_preferences
 from diffa.data.manifest import Manifest
-from diffa.data.pairs import Preferring
+from diffa.data.preference_rows import Preferring
 from diffa.data.rows import Answering, Hearing
-from diffa.data.sample import seed_of
-from diffa.spec import Spec
-from diffa.trainers import run
+from diffa.data.samples import seed_of
+from diffa.nano.preferences import write_preferences
+from diffa.spec.spec import Spec
+from diffa.trainers import train
 from diffa.trainers.evaluate import compare
-from diffa.trainers.parts import release
-from diffa.trainers.preferences import Prefers
+from diffa.trainers.learners.preferences import Prefers
+from diffa.trainers.trainable import release
 
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("loss", "accuracy", "margin", "chosen", "rejected")
@@ -156,7 +156,7 @@ class Scores(NamedTuple):
     word_error: float
 
 
-def train(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def train_preferences(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run a preference stage and measure before and after.
 
     LoRA alone learns unless ``--parts`` says otherwise: adapters of this size that learn along are
@@ -183,7 +183,7 @@ def train(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = Scores(0.5, 0.0, word_error(first, spoken))
     out = Path(tempfile.mkdtemp(dir=folder))
     start = time.perf_counter()
-    report = run(recipe, out=out / "run", console=Console(stderr=True))
+    report = train(recipe, out=out / "run", console=Console(stderr=True))
     seconds = time.perf_counter() - start
     assert report.model is not None
     after = score(first, report.model, held, chosen, spoken)
@@ -228,7 +228,7 @@ def score(
 
 def heard(chosen: argparse.Namespace) -> list[Any]:
     """Freshly composed test utterances with digits in them."""
-    from diffa.data.nano.utterances import Utterances
+    from diffa.nano.corpus.utterances import Utterances
 
     speech = Utterances("test", chosen.seed + 7)
     made = (speech[i] for i in range(20 * chosen.spoken))
@@ -239,7 +239,7 @@ def heard(chosen: argparse.Namespace) -> list[Any]:
 @torch.no_grad()
 def word_error(model: Any, spoken: list[Any]) -> float:
     """Word errors per word when asked to transcribe."""
-    from diffa.data.nano.voices import WORDS
+    from diffa.nano.corpus.voices import WORDS
 
     model = diffa.swap(model, sampler=model.spec.data["settings"]["exact"])
     wanted = [" ".join(WORDS[d] for d in u.labels.digits) for u in spoken]
@@ -298,7 +298,7 @@ def main() -> None:
             kept = [row for row in held.get("variance", []) if row["samples"] != chosen.samples]
             report["variance"] = sorted(kept + found, key=lambda row: row["samples"])
         if chosen.train:
-            report["training"] = train(chosen, Path(folder) / "train")
+            report["training"] = train_preferences(chosen, Path(folder) / "train")
             print(json.dumps({k: v for k, v in report["training"].items() if k != "curve"}))
     write(report, path)
 

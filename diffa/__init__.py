@@ -5,27 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffa import errors
+from diffa.build import build, swap
+from diffa.save import load, save
+
 if TYPE_CHECKING:
-    from diffa import errors
-    from diffa.building import build, swap
     from diffa.model import Model
-    from diffa.registry import available
-    from diffa.spec import Spec
-    from diffa.store import load, save
+    from diffa.spec.registry import available
+    from diffa.spec.spec import Spec
     from diffa.types import Answer, Generation
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_LAZY = {  # public names whose modules import torch, or are not needed by most programs
     "Answer": "diffa.types",
     "Generation": "diffa.types",
     "Model": "diffa.model",
-    "Spec": "diffa.spec",
-    "available": "diffa.registry",
-    "build": "diffa.building",
-    "load": "diffa.store",
-    "save": "diffa.store",
-    "swap": "diffa.building",
+    "Spec": "diffa.spec.spec",
+    "available": "diffa.spec.registry",
 }
 
 __all__ = [
@@ -44,10 +41,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import diffa`` needs no torch."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "errors":
-        return importlib.import_module("diffa.errors")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'diffa' has no attribute {name!r}")
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from diffa.audio import as_batch, pad, prepare
-from diffa.canvas import Canvas
-from diffa.denoise import Denoiser
+from diffa.canvas.batch import Asked, Rows, check, check_context, join, lay_out, read, split
+from diffa.canvas.canvas import Canvas
+from diffa.canvas.denoiser import Denoiser
+from diffa.canvas.kv_cache import Context
+from diffa.canvas.likelihood import Score, score
+from diffa.canvas.training import measure
+from diffa.chat import Chat
 from diffa.errors import SpecError
-from diffa.inputs import Asked, Rows, check, check_context, join, lay_out, read, split
-from diffa.learning import measure
-from diffa.memory import Context
-from diffa.prompt import Chat
-from diffa.scoring import Score, score
-from diffa.spec import Spec
+from diffa.spec.spec import Spec
 from diffa.types import Answer, Embeds, Features, Generation, Loss, Step
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffa.canvas import Canvas
-    from diffa.memory import Context
+    from diffa.canvas.canvas import Canvas
+    from diffa.canvas.kv_cache import Context
 
 Decoding = Literal["masked", "causal"]
 
@@ -116,7 +116,7 @@ class Loss(NamedTuple):
 
 
 class Denoise(Protocol):
-    """One pass of the backbone over some slots of the canvas (see ``diffa.denoise``)."""
+    """One pass of the backbone over some slots of the canvas (see ``diffa.canvas.denoiser``)."""
 
     def __call__(
         self,

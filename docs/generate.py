@@ -68,7 +68,7 @@ def generated() -> Iterator[tuple[str, str]]:
 
 def kind_page(kind: str) -> Iterator[str]:
     """Every installed part of a kind with its options, as its constructor declares them."""
-    from diffa import registry
+    from diffa.spec import registry
 
     yield f"# {TITLES[kind]}\n"
     written = "{name: NAME, OPTION: VALUE}"
@@ -81,9 +81,9 @@ def kind_page(kind: str) -> Iterator[str]:
 
 def part_section(kind: str, part: Any) -> Iterator[str]:
     """One part: what it does, its options, types, defaults and meanings."""
-    from diffa import registry
-    from diffa.meanings import meanings
-    from diffa.schema import describe, schema
+    from diffa.spec import registry
+    from diffa.spec.docstrings import meanings
+    from diffa.spec.schema import describe, schema
 
     cls = registry.load(kind, part.name)
     yield f"## {part.name}\n"
@@ -125,8 +125,8 @@ def sections() -> Iterator[str]:
     import dataclasses
     import typing
 
-    from diffa.schema import describe
-    from diffa.trainers import sections as held
+    from diffa.spec.schema import describe
+    from diffa.trainers import config_sections as held
 
     titles = {
         "Head": "The recipe", "Stage": "A stage", "Data": "Data of a stage",

@@ -6,45 +6,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
 import torch
-import toy
+from helpers import GOLDEN, ROOT, toy
+from helpers.golden import golden_spec
 from safetensors.torch import load_file
 
 import diffa
-from diffa.data.nano.recordings import fsdd_folder
 from diffa.errors import AudioError
+from diffa.nano.corpus.recordings import fsdd_folder
 
-GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = ("diffa1-tiny", "diffa2-tiny")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-BESIDE = Path(__file__).parents[2] / "shared" / "data" / "fsdd"  # where a workplace keeps them
-if BESIDE.is_dir():
-    os.environ.setdefault("DIFFA_FSDD", str(BESIDE))
+# Recorded digits in a folder beside the checkout; tests that need them are skipped without.
+DATA = ROOT.parent / "shared" / "data" / "fsdd"
+if DATA.is_dir():
+    os.environ.setdefault("DIFFA_FSDD", str(DATA))
 hypothesis.settings.register_profile("shared", deadline=None)  # others use the machine, too
 hypothesis.settings.load_profile("shared")
 torch.set_num_threads(int(os.environ.get("DIFFA_TEST_THREADS", "1")))
-
-
-def golden_spec(name: str, **parts: Any) -> dict[str, Any]:
-    """The spec of a golden folder in the published layouts."""
-    folder = GOLDEN / name
-    backbone: dict[str, Any] = {"name": "llada", "checkpoint": str(folder / "llada")}
-    if name == "diffa2-tiny":
-        backbone["lora"] = {"checkpoint": str(folder / "diffa"), "merge": True}
-    return {
-        "encoder": {"name": "whisper", "checkpoint": str(folder / "whisper")},
-        "adapters": {
-            "acoustic": {"name": "qformer", "checkpoint": str(folder / "diffa")},
-            "semantic": {"name": "conv", "checkpoint": str(folder / "diffa")},
-        },
-        "backbone": backbone,
-        **parts,
-    }
 
 
 @pytest.fixture(scope="session", params=FOLDERS)

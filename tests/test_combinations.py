@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import CONFIGS
-from test_breadth_backbones import DREAM, MODELS
+from backbones.test_transformers_backbones import DREAM, MODELS
+from helpers.families import CONFIGS
 
 import diffa
-from diffa import registry
 from diffa.errors import PluginError, SpecError
+from diffa.spec import registry
 
 LLADA = {
     "d_model": 16,

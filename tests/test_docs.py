@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from diffa import cli
-from diffa.data.nano.recordings import fsdd_folder
-from diffa.demo import recordings
 from diffa.errors import AudioError
+from diffa.nano.corpus.recordings import fsdd_folder
+from diffa.nano.demo import recordings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -99,8 +99,8 @@ def test_a_block_that_fails_is_noticed() -> None:
 
 def test_pages_of_parts_write_specs_as_they_are_read() -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is the extra docs")
-    from diffa import registry
-    from diffa.spec import Spec
+    from diffa.spec import registry
+    from diffa.spec.spec import Spec
 
     found = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert found is not None and found.loader is not None
@@ -139,8 +139,8 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(site: Path) ->
 
 @pytest.mark.slow
 def test_every_part_is_listed_with_its_options(site: Path) -> None:
-    from diffa import registry
-    from diffa.schema import schema
+    from diffa.spec import registry
+    from diffa.spec.schema import schema
 
     for kind in registry.KINDS:
         text = (site / "parts" / f"{kind}s.html").read_text(encoding="utf-8")

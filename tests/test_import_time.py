@@ -36,7 +36,7 @@ def test_import_takes_less_than_a_fifth_of_a_second():
         "import diffa; dir(diffa); diffa.errors.SpecError",
         "import diffa; diffa.available('adapter')",
         "import diffa.cli",
-        "import diffa.doctor",
+        "import diffa.cli.doctor",
     ],
 )
 def test_light_imports_stay_light(code):

@@ -17,7 +17,7 @@ PLUGIN = HERE / "plugin"
 USE = """
 import json, sys
 import diffa
-from diffa import registry
+from diffa.spec import registry
 
 assert "average" in diffa.available("adapter") and "crashing" in diffa.available("adapter")
 plugins = ("acme_diffa", "broken_diffa")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy
+from helpers import toy
 
 import diffa
-from diffa import registry
 from diffa.errors import SpecError
+from diffa.spec import registry
 from diffa.testing import SamplerSuite, failures
 
 SOURCE = '''

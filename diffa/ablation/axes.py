@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.document import parse_yaml, read_mapping
 from diffa.errors import SpecError
+from diffa.spec.yaml import parse_yaml, read_mapping
 
 _OPEN, _CLOSE, _QUOTES = "[{(", "]})", "'\""
 

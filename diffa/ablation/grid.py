@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from diffa.ablation.axes import Axis
-from diffa.ablation.changes import changed
+from diffa.ablation.overrides import changed
 from diffa.errors import DiffaError, SpecError
-from diffa.spec import Spec
-from diffa.trainers.recipe import Recipe
+from diffa.spec.spec import Spec
+from diffa.trainers.config import Recipe
 
 # Numbers of ``evaluate`` that come from writing answers, which a sampler has a say in.
 _WRITTEN = ("exact", "error")

@@ -15,8 +15,8 @@ from diffa.ablation.axes import Axis, read_axes
 from diffa.ablation.grid import Cell, cells, training
 from diffa.ablation.worker import Job, work
 from diffa.errors import DiffaError, SpecError
-from diffa.trainers.folder import read_json, write_json
-from diffa.trainers.recipe import Recipe
+from diffa.trainers.checkpoints import read_json, write_json
+from diffa.trainers.config import Recipe
 
 
 class Study(NamedTuple):
@@ -61,7 +61,7 @@ def ablate(
 
     Args:
         recipe: a mapping, a file, or a recipe that diffa ships.
-        vary: axes such as ``backbone=llada,llama`` (see ``diffa.ablation.changes``).
+        vary: axes such as ``backbone=llada,llama`` (see ``diffa.ablation.overrides``).
         out: the study's folder; a training that was stopped goes on at its last checkpoint.
         seeds: repetitions: the recipe's seed and the next ones.
         overrides: changes to the recipe that all runs share, such as ``stages.0.steps=100``.
@@ -90,7 +90,7 @@ def ablate(
 
 def check(grid: Sequence[Cell]) -> None:
     """Build every spec of a grid without weights; SpecError where parts do not fit each other."""
-    from diffa.building import build
+    from diffa.build import build
 
     for cell in {cell.digest: cell for cell in grid}.values():
         try:

@@ -15,7 +15,7 @@ from diffa.errors import DiffaError
 
 if TYPE_CHECKING:
     from diffa.model import Model
-    from diffa.trainers.recipe import Recipe
+    from diffa.trainers.config import Recipe
 
 
 class AblationError(DiffaError):
@@ -46,13 +46,13 @@ class Job(NamedTuple):
 
 def work(job: Job) -> None:
     """Train, or go on where a training stopped, then measure the cells that have no result."""
-    from diffa.trainers.folder import write_json
-    from diffa.trainers.recipe import Recipe
-    from diffa.trainers.running import run
+    from diffa.trainers.checkpoints import write_json
+    from diffa.trainers.config import Recipe
+    from diffa.trainers.run import train
 
     folder, results = Path(job.folder), Path(job.results)
     begin = time.perf_counter()
-    report = run(Recipe(job.recipe, folder), out=job.out, resume=True, device=job.device)
+    report = train(Recipe(job.recipe, folder), out=job.out, resume=True, device=job.device)
     assert report.model is not None  # it was no dry run
     seconds = time.perf_counter() - begin
     trained = {name: value for name, value in report.stages[-1].metrics.items() if name == "loss"}
@@ -79,8 +79,8 @@ def work(job: Job) -> None:
 
 def decoding_as(model: Model, recipe: Recipe) -> Model:
     """Return a trained model with a recipe's sampler and prompt; weights are shared."""
-    from diffa.building import swap
-    from diffa.spec import Spec
+    from diffa.build import swap
+    from diffa.spec.spec import Spec
 
     assert recipe.spec is not None  # the recipe was checked
     wanted = recipe.spec.resolve().data
@@ -94,8 +94,8 @@ def measure(model: Model, recipe: Recipe, out: Path) -> dict[str, float]:
     import torch
     from rich.console import Console
 
-    from diffa.trainers.setting import Setting, mixture
-    from diffa.trainers.stages import held_out, learner
+    from diffa.trainers.session import Setting, mixture
+    from diffa.trainers.stage import held_out, learner
 
     stage, number = recipe.stages[-1], len(recipe.stages) - 1
     if stage.evaluate is None:
@@ -111,7 +111,7 @@ def measure(model: Model, recipe: Recipe, out: Path) -> dict[str, float]:
 
 def scored(model: Model, command: str, folder: Path) -> dict[str, float]:
     """Save a model, run a command on it, and return every number in the JSON that it writes."""
-    from diffa.store import save
+    from diffa.save import save
 
     save(model, folder)
     file = folder / "score.json"

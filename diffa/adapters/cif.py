@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffa.adapters.mixing import Reading, inside_of
+from diffa.adapters.layer_mixing import Reading, inside_of
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 

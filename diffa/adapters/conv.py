@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
-from diffa.adapters.mixing import Reading
+from diffa.adapters.layer_mixing import Reading
 from diffa.adapters.numbering import Numbering
+from diffa.checkpoints import read as ckpt
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.adapters.mixing import Reading
+from diffa.adapters.layer_mixing import Reading
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 

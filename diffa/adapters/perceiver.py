@@ -6,8 +6,8 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from diffa.adapters.mixing import Reading, inside_of
-from diffa.adapters.reader import Attention, FeedForward, bank, check
+from diffa.adapters.cross_attention import Attention, FeedForward, bank, check
+from diffa.adapters.layer_mixing import Reading, inside_of
 from diffa.types import Embeds, Features, FeatureSpec
 
 

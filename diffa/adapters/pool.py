@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from diffa.adapters.mixing import Reading, inside_of
+from diffa.adapters.layer_mixing import Reading, inside_of
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 

@@ -6,7 +6,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
+from diffa.checkpoints import read as ckpt
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features
 

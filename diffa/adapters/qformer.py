@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
+from diffa.checkpoints import read as ckpt
 from diffa.errors import CheckpointError, SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffa.errors import SpecError
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 Kernel = Literal["auto", "sdpa", "xformers"]
 

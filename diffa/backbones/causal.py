@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint as weights
 from diffa.backbones import lora as adaptation
 from diffa.backbones.tokenizer import read_tokenizer
+from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError, SpecError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 

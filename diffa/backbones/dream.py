@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint as weights
 from diffa.backbones import llama
 from diffa.backbones import lora as adaptation
 from diffa.backbones.attention import Kernel
 from diffa.backbones.tokenizer import read_tokenizer
 from diffa.backbones.transformer import Shape, Transformer, load
+from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 
 class Dream(nn.Module):

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint as weights
 from diffa.backbones import llama
 from diffa.backbones import lora as adaptation
 from diffa.backbones.attention import Kernel, Plan, attend
 from diffa.backbones.tokenizer import read_tokenizer
 from diffa.backbones.transformer import Block, RMSNorm, Shape, Transformer, load, rotate
+from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 # What is computed here; a checkpoint that asks for anything else is refused.
 _ASSUMED: dict[str, tuple[Any, ...]] = {

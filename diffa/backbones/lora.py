@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint
+from diffa.checkpoints import read as checkpoint
 from diffa.errors import CheckpointError, SpecError, suggest
 
 # Where pairs stand: in DIFFA-2's checkpoint, and in a model that diffa saved.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 
 class Ragged(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffa import checkpoint
+from diffa.checkpoints import read as checkpoint
 from diffa.errors import CheckpointError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffa import checkpoint as weights
 from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
-from diffa.backbones.compiling import compiled
+from diffa.backbones.compile import compiled
 from diffa.backbones.ragged import ragged
-from diffa.linear import Linear
+from diffa.checkpoints import read as weights
+from diffa.runtime.cpu_linear import Linear
 
 if TYPE_CHECKING:
-    from diffa.memory import Context
+    from diffa.canvas.kv_cache import Context
 
 
 class Shape(NamedTuple):

@@ -9,10 +9,36 @@ from typing import Annotated
 
 import typer
 
-from diffa.cli import ablation, answers, corpora, evaluation, mapping, page, plugins, serving, specs
+from diffa.cli import (
+    ablate as ablation,
+)
+from diffa.cli import (
+    ask as answers,
+)
+from diffa.cli import (
+    data as corpora,
+)
+from diffa.cli import (
+    eval as evaluation,
+)
+from diffa.cli import (
+    map as mapping,
+)
+from diffa.cli import (
+    plugins,
+)
+from diffa.cli import (
+    serve as serving,
+)
+from diffa.cli import (
+    spec as specs,
+)
+from diffa.cli import (
+    ui as page,
+)
 from diffa.cli.output import print_json, print_table, say
+from diffa.cli.train import train
 from diffa.errors import DiffaError, SpecError
-from diffa.trainers.command import train
 
 app = typer.Typer(
     help="Large audio-language models whose language model is a masked-diffusion one.",
@@ -58,13 +84,13 @@ def demo() -> None:
     """Show a model at work on a recording that ships with diffa."""
     import importlib
 
-    importlib.import_module("diffa.demo").run()
+    importlib.import_module("diffa.nano.demo").run()
 
 
 @app.command()
 def doctor(as_json: specs.JSON = False) -> None:
     """Show which libraries work here; exit 1 where a required one does not."""
-    from diffa.doctor import examine
+    from diffa.cli.doctor import examine
 
     findings = examine()
     rows = [finding.row() for finding in findings]

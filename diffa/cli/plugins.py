@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from diffa import registry
 from diffa.cli.output import print_json, print_table, say
-from diffa.cli.specs import JSON
+from diffa.cli.spec import JSON
 from diffa.errors import DiffaError, SpecError
+from diffa.spec import registry
 
 app = typer.Typer(
     help="List and check the parts that are installed.",
@@ -48,7 +48,7 @@ def check(
     as_json: JSON = False,
 ) -> None:
     """Import one part, check it against its kind's contract and show its schema."""
-    from diffa.schema import describe, schema
+    from diffa.spec.schema import describe, schema
 
     kind, colon, name = part.partition(":")
     if not colon or not name:
@@ -80,7 +80,7 @@ def new(
     kind: Annotated[str, typer.Option("--kind", help=", ".join(registry.KINDS))] = "adapter",
 ) -> None:
     """Write a package NAME in this folder, with one part that passes its own tests."""
-    from diffa import scaffold
+    from diffa.cli import scaffold
 
     made = scaffold.new(name, kind, Path())
     for path in made.files:

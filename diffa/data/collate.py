@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffa.audio import pad
 from diffa.data.rows import Row
-from diffa.data.sample import DataError
+from diffa.data.samples import DataError
 from diffa.types import Vocab
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffa.data.sample import DataError, Fault, OnError, Sample, listed, seed_of
+from diffa.data.samples import DataError, Fault, OnError, Sample, listed, seed_of
 from diffa.errors import suggest
 
 FIELDS = (

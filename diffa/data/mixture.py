@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffa.data.sample import DataError, Source, seed_of
+from diffa.data.samples import DataError, Source, seed_of
 
 _POOL = 64  # batches that are sorted by length together
 

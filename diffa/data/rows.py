@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffa.audio import prepare, resample
+from diffa.chat import Chat
 from diffa.data.augment import Augment
 from diffa.data.mixture import Mixture
-from diffa.data.sample import DataError, OnError, Sample, seed_of
+from diffa.data.samples import DataError, OnError, Sample, seed_of
 from diffa.errors import DiffaError
-from diffa.prompt import Chat
 from diffa.types import Vocab
 
 _TRIES = 50  # rows in a row that may be unusable before the data as a whole is

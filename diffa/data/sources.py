@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from diffa.data.sample import DataError, Sample, Source
+from diffa.data.samples import DataError, Sample, Source
 from diffa.errors import suggest
 
 Make = Callable[..., Source]
@@ -39,9 +39,9 @@ class Nano:
         keep: int = 0,
         growth: Sequence[Sequence[float]] = (),
     ) -> None:
-        from diffa.data.nano.corpus import Examples
-        from diffa.data.nano.questions import WEIGHTS
-        from diffa.data.nano.utterances import Utterances
+        from diffa.nano.corpus.examples import Examples
+        from diffa.nano.corpus.questions import WEIGHTS
+        from diffa.nano.corpus.utterances import Utterances
 
         chosen = tuple(kinds) if kinds else tuple(WEIGHTS)
         utterances = Utterances(split, seed, fsdd, tuple(leave_out), synthetic, most, keep)
@@ -81,7 +81,7 @@ class Nano:
         return self._grown[most]
 
     def _sample(self, examples: Any, index: int) -> Sample:
-        from diffa.data.nano.shaping import RATE
+        from diffa.nano.corpus.shaping import RATE
 
         made = examples[index]
         return Sample(
@@ -98,8 +98,8 @@ class Nano:
     @staticmethod
     def _spoken(labels: Any) -> dict[str, str]:
         """What each adapter could say: the words, and how they sound."""
-        from diffa.data.nano.imitation import facts
-        from diffa.data.nano.voices import WORDS
+        from diffa.nano.corpus.text import facts
+        from diffa.nano.corpus.voices import WORDS
 
         words = " ".join(WORDS[digit] for digit in labels.digits)
         return {"semantic": words, "acoustic": " ".join(facts(labels))}
@@ -125,8 +125,8 @@ class NanoText:
         rewording: float = 0.0,
         growth: Sequence[Sequence[float]] = (),
     ) -> None:
-        from diffa.data.nano.imitation import Imitations
-        from diffa.data.nano.questions import WEIGHTS
+        from diffa.nano.corpus.questions import WEIGHTS
+        from diffa.nano.corpus.text import Imitations
 
         self._imitate, self._seed = Imitations, seed
         self._fixed: dict[str, Any] = {"acoustic": acoustic, "kinds": tuple(kinds or WEIGHTS)}

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from diffa.encoders import fronts
-from diffa.encoders.pieces import read
+from diffa.encoders import frontends as fronts
+from diffa.encoders.chunking import read
 from diffa.errors import SpecError
 from diffa.types import Features, FeatureSpec
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
-from diffa.encoders.images import Ast, Clap
-from diffa.encoders.pieces import read
-from diffa.encoders.towers import Omni, Tower
-from diffa.encoders.waves import Bert, Parakeet, Waves
+from diffa.checkpoints import read as ckpt
+from diffa.encoders.audio_towers import Omni, Tower
+from diffa.encoders.chunking import read
+from diffa.encoders.spectrogram_models import Ast, Clap
+from diffa.encoders.waveform_models import Bert, Parakeet, Waves
 from diffa.errors import CheckpointError, SpecError, suggest
 from diffa.types import Features, FeatureSpec
 

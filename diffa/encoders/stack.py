@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffa import registry
-from diffa.encoders.fronts import torchaudio
+from diffa.encoders.frontends import torchaudio
 from diffa.errors import SpecError, suggest
-from diffa.schema import schema
+from diffa.spec import registry
+from diffa.spec.schema import schema
 from diffa.types import Features, FeatureSpec
 
 

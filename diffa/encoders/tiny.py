@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint
+from diffa.checkpoints import read as checkpoint
 from diffa.encoders.mel import Mel
 from diffa.encoders.windows import checked, listen
 from diffa.errors import SpecError

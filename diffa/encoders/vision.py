@@ -10,9 +10,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
-from diffa.encoders.images import spectrograms
-from diffa.encoders.pieces import read
+from diffa.checkpoints import read as ckpt
+from diffa.encoders.chunking import read
+from diffa.encoders.spectrogram_models import spectrograms
 from diffa.errors import PluginError, SpecError
 from diffa.types import Features, FeatureSpec
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffa import checkpoint as ckpt
+from diffa.checkpoints import read as ckpt
 from diffa.encoders.mel import Mel
 from diffa.encoders.windows import checked, listen
 from diffa.errors import CheckpointError

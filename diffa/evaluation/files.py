@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.data.manifest import Broken, lines, list_items
-from diffa.data.sample import DataError
+from diffa.data.samples import DataError
 from diffa.errors import AudioError
 from diffa.evaluation.items import EvaluationError, Row
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from diffa.endpoint import Endpoint, NoReply
 from diffa.evaluation.items import EvaluationError, Fields, Row, text_of
-from diffa.replies import Replies
+from diffa.llm.cache import Replies
+from diffa.llm.client import Endpoint, NoReply
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "max_tokens": 1024}
 SAMPLES = 3

@@ -21,7 +21,7 @@ from diffa.evaluation.scores import score
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffa.evaluation.asking import Asked
+    from diffa.evaluation.batched_model import Asked
 
 Mode = Literal["generate", "likelihood"]
 
@@ -211,7 +211,7 @@ def _answer(
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     """Ask what is not answered yet and append it, batch by batch."""
-    from diffa.evaluation.asking import Asking
+    from diffa.evaluation.batched_model import Asking
 
     done = folder.done()
     total = sum(len(batch) for batch in share)

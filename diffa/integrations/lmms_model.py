@@ -60,7 +60,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         super().__init__()
         from accelerate import Accelerator
 
-        from diffa.cli.answers import load_model
+        from diffa.cli.ask import load_model
 
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise SpecError(f"batch_size must be a number of at least 1, got {batch_size!r}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.data.manifest import Broken, check_form, lines, list_items
-from diffa.data.sample import DataError
+from diffa.data.samples import DataError
 
 
 class Row(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffa.draws import GOLDEN, shifted
-from diffa.objectives.draws import uniform
+from diffa.objectives.rng import uniform
+from diffa.runtime.rng import GOLDEN, shifted
 
 Levels = Literal["independent", "antithetic", "spread"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffa.linear import Linear
+from diffa.runtime.cpu_linear import Linear
 
 # Logits held at once when no chunk is given: 128 MiB in float32, 265 rows of LLaDA's vocabulary.
 LOGITS = 1 << 25

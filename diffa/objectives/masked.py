@@ -12,10 +12,10 @@ from diffa.errors import SpecError
 from diffa.objectives import masking as hiding
 from diffa.objectives import schedules
 from diffa.objectives.cart import cart as by_context
-from diffa.objectives.draws import uniform
 from diffa.objectives.levels import Levels, times
 from diffa.objectives.likelihood import rows_entropy, rows_nll
 from diffa.objectives.measure import Measure, pooled
+from diffa.objectives.rng import uniform
 from diffa.types import Decoding, Noised, Vocab
 
 

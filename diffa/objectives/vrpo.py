@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.draws import GOLDEN, mixed
 from diffa.errors import SpecError
 from diffa.objectives.likelihood import rows_nll
 from diffa.objectives.masked import Masked
+from diffa.runtime.rng import GOLDEN, mixed
 from diffa.types import Decoding, Noised, Vocab
 
 _APART = 1 << 40  # draws counted from here share nothing with those counted from 0

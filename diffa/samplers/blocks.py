@@ -10,7 +10,7 @@ from torch import Tensor
 from diffa.types import Step
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Place(NamedTuple):

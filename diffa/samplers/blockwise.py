@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import slots
+from diffa.samplers import recompute as slots
+from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place
 from diffa.samplers.credit import Credit
-from diffa.samplers.guess import Guess, Order, clean, guided, read
 from diffa.samplers.loop import unmask
-from diffa.samplers.rules import Rule, positive
+from diffa.samplers.predictions import Guess, Order, clean, guided, read
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Blockwise:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import Place
-from diffa.samplers.guess import Guess, clean
-from diffa.samplers.rules import Rule
+from diffa.samplers.predictions import Guess, clean
 from diffa.types import Denoise
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Draft(NamedTuple):

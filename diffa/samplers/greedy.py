@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers.draws import categorical, uniform
+from diffa.samplers.rng import categorical, uniform
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Greedy:

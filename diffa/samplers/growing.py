@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
+from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import Place, snapshot
-from diffa.samplers.guess import Guess, clean
 from diffa.samplers.lengths import insert, resize
 from diffa.samplers.loop import Loop
-from diffa.samplers.rules import Rule
+from diffa.samplers.predictions import Guess, clean
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Growing:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
-from diffa.samplers.guess import Guess, Order, clean, read
-from diffa.samplers.slots import Cache, Slots, cached
+from diffa.samplers.predictions import Guess, Order, clean, read
+from diffa.samplers.recompute import Cache, Slots, cached
 from diffa.types import Denoise, Step
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 def unmask(

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place
-from diffa.samplers.guess import Guess
 from diffa.samplers.loop import Loop
-from diffa.samplers.rules import Rule, positive
-from diffa.samplers.slots import Cache
+from diffa.samplers.predictions import Guess
+from diffa.samplers.recompute import Cache
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Prophet:

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import select
+from diffa.samplers import selection as select
+from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place, snapshot
-from diffa.samplers.draws import uniform
-from diffa.samplers.guess import Guess, Order
 from diffa.samplers.loop import Loop
-from diffa.samplers.quota import per_block
-from diffa.samplers.rules import Rule, positive
-from diffa.samplers.slots import Cache
+from diffa.samplers.predictions import Guess, Order
+from diffa.samplers.recompute import Cache
+from diffa.samplers.rng import uniform
+from diffa.samplers.transfer_schedule import per_block
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class ReMDM:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from diffa.errors import SpecError
+from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import asked, snapshot
-from diffa.samplers.guess import clean
 from diffa.samplers.loop import Loop
-from diffa.samplers.rules import Rule
-from diffa.samplers.slots import Cache
+from diffa.samplers.predictions import clean
+from diffa.samplers.recompute import Cache
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Revise:

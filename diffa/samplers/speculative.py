@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
+from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
 from diffa.samplers.drafts import Draft, extend, look
-from diffa.samplers.guess import Guess, Order, read
-from diffa.samplers.rules import Rule, positive
+from diffa.samplers.predictions import Guess, Order, read
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Speculative:

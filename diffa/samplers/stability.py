@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffa.samplers.blocks import Place
-from diffa.samplers.guess import Guess
+from diffa.samplers.predictions import Guess
 
 
 class Stability:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import select
+from diffa.samplers import selection as select
+from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
-from diffa.samplers.guess import clean, read
-from diffa.samplers.rules import Rule
+from diffa.samplers.predictions import clean, read
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas import Canvas
+    from diffa.canvas.canvas import Canvas
 
 
 class Wino:

@@ -15,11 +15,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from diffa.serving import answers
-from diffa.serving.faults import Refusal, bad, error_body
-from diffa.serving.gate import Gate
-from diffa.serving.reading import Asked, check_text, read_chat, read_json
+from diffa.serving import responses as answers
+from diffa.serving.errors import Refusal, bad, error_body
+from diffa.serving.middleware import Gate
 from diffa.serving.service import Prepared, Service, Session
+from diffa.serving.validation import Asked, check_text, read_chat, read_json
 
 TRANSCRIBE = "Please transcribe the audio to text."
 FORMS = ("json", "text", "verbose_json")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffa.serving.faults import busy, closing, late
-from diffa.serving.hearing import Ears
-from diffa.serving.lane import Lane
-from diffa.serving.tickets import Failed, Ticket
+from diffa.serving.encoder_cache import Ears
+from diffa.serving.errors import busy, closing, late
+from diffa.serving.requests import Failed, Ticket
+from diffa.serving.worker import Lane
 
 # Rows that are worth a lane of their own: for nano on two cores, two forwards of 8 rows beside
 # each other take three quarters of the time of one forward of 16 rows on both.
@@ -39,7 +39,7 @@ class Engine:
     On a CPU of several cores they are spread over lanes, whose forwards run beside each other:
     small matrices keep one core busy, but not many. Where the others have nothing to do, the first
     takes what comes, and uses the cores that their teams leave it: in sum no more threads compute
-    than there are cores (``diffa.hands``).
+    than there are cores (``diffa.runtime.threads``).
 
     Args:
         model: what answers.

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from diffa.errors import AudioError, DiffaError, SpecError
+from diffa.serving.audio import decode
 from diffa.serving.engine import Engine
-from diffa.serving.faults import Refusal, bad, closing
+from diffa.serving.errors import Refusal, bad, closing
 from diffa.serving.limits import Limits
 from diffa.serving.metrics import Metrics
-from diffa.serving.options import Samplers
-from diffa.serving.reading import Asked
-from diffa.serving.sound import decode
-from diffa.serving.tickets import Done, Event, Failed, Job, Ticket
+from diffa.serving.requests import Done, Event, Failed, Job, Ticket
+from diffa.serving.sampler_options import Samplers
+from diffa.serving.validation import Asked
 
 T = TypeVar("T")
 _HANDS = 4  # threads that decode recordings

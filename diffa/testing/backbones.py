@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffa.memory import Context, Memory
+from diffa.canvas.kv_cache import Context, Memory
 from diffa.testing.parts import ModuleSuite, close, ensure, noise
 from diffa.types import Backbone
 

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from diffa import registry
 from diffa.errors import suggest
-from diffa.schema import fit, schema
+from diffa.spec import registry
+from diffa.spec.schema import fit, schema
 
 HEAVY = ("transformers", "torchaudio", "timm", "xformers", "peft", "accelerate", "datasets")
 """Packages that are slow or fragile to import: a part imports them inside its constructor."""

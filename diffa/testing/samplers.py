@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffa.canvas import Canvas
-from diffa.schema import schema
+from diffa.canvas.canvas import Canvas
+from diffa.spec.schema import schema
 from diffa.testing.parts import PartSuite, ensure, seeded
 from diffa.testing.toy import CAUSAL, MASKED, Chaos, Joint, Law, Sure, ToyDenoise, toy_canvas
 from diffa.types import Step, Vocab

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.canvas import GIVEN, Canvas
+from diffa.canvas.canvas import GIVEN, Canvas
 from diffa.types import Embeds, Vocab
 
 MASKED = Vocab(size=8, eos=5, pad=6, mask=7)

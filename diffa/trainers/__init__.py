@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffa.trainers.recipe import Recipe
-    from diffa.trainers.running import Report, run
+    from diffa.trainers.config import Recipe
+    from diffa.trainers.run import Report, train
 
-__all__ = ["Recipe", "Report", "run"]
+__all__ = ["Recipe", "Report", "train"]
 
 _HOMES = {
-    "Recipe": "diffa.trainers.recipe",
-    "Report": "diffa.trainers.running",
-    "run": "diffa.trainers.running",
+    "Recipe": "diffa.trainers.config",
+    "Report": "diffa.trainers.run",
+    "train": "diffa.trainers.run",
 }
 
 

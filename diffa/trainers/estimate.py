@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from diffa.backbones.tokenizer import read_tokenizer
-from diffa.checkpoint import find
+from diffa.canvas.kv_cache import Context
+from diffa.checkpoints.read import find
 from diffa.data.mixture import Mixture
-from diffa.data.sample import Sample
+from diffa.data.samples import Sample
 from diffa.errors import CheckpointError
-from diffa.memory import Context
 from diffa.model import Model
 from diffa.objectives.likelihood import LOGITS
-from diffa.trainers.sections import Stage
+from diffa.trainers.config_sections import Stage
 from diffa.types import Features
 
 _ROWS = 64  # of each source that are looked at

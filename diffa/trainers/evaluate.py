@@ -10,9 +10,9 @@ import torch
 
 from diffa.data.collate import Collate
 from diffa.data.rows import Stream
-from diffa.data.sample import Sample
-from diffa.evaluation.words import edits
-from diffa.trainers.folder import (
+from diffa.data.samples import Sample
+from diffa.evaluation.word_errors import edits
+from diffa.trainers.checkpoints import (
     WEIGHTS,
     TrainingError,
     read_json,
@@ -20,10 +20,10 @@ from diffa.trainers.folder import (
     save_weights,
     write_json,
 )
-from diffa.trainers.loop import Tally
-from diffa.trainers.parts import learned
-from diffa.trainers.sections import Evaluation
-from diffa.trainers.shards import agreed, leads, wait
+from diffa.trainers.config_sections import Evaluation
+from diffa.trainers.distributed import agreed, leads, wait
+from diffa.trainers.trainable import learned
+from diffa.trainers.trainer import Tally
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 _FALLING = ("loss", "error")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffa.canvas.kv_cache import Context
 from diffa.errors import SpecError
-from diffa.memory import Context
 
 
 class Pack(NamedTuple):

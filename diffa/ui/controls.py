@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from diffa.spec import Spec
-from diffa.ui import settings
-from diffa.ui.settings import CACHES, ONE, PLAIN, Chosen
+from diffa.spec.spec import Spec
+from diffa.ui import sampler_options as settings
+from diffa.ui.sampler_options import CACHES, ONE, PLAIN, Chosen
 
 
 class Controls(NamedTuple):

@@ -54,7 +54,7 @@ def launch(
     require()
     import gradio as gr
 
-    from diffa.demo import recordings
+    from diffa.nano.demo import recordings
     from diffa.ui.page import page
     from diffa.ui.style import CSS
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from diffa.demo import describe, recordings
 from diffa.errors import DiffaError, SpecError
-from diffa.hands import Hand
-from diffa.ui import drawing, settings
+from diffa.nano.demo import describe, recordings
+from diffa.runtime.threads import Hand
+from diffa.ui import html as drawing
+from diffa.ui import sampler_options as settings
+from diffa.ui.audio import listen, picture
 from diffa.ui.controls import Controls, controls
-from diffa.ui.frames import Replay, Request, ask
-from diffa.ui.settings import Chosen
-from diffa.ui.sound import listen, picture
+from diffa.ui.sampler_options import Chosen
+from diffa.ui.steps import Replay, Request, ask
 
 if TYPE_CHECKING:
     from diffa.model import Model

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffa.objectives import schedules
-from diffa.objectives.draws import uniform
 from diffa.objectives.masked import Masked
+from diffa.objectives.rng import uniform
 from diffa.types import Noised, Vocab
 
 VOCAB = Vocab(size=11, eos=8, pad=8, mask=10)

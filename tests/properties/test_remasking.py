@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
-from diffa.canvas import Canvas, interleave
-from diffa.denoise import Denoiser
-from diffa.samplers import select
+from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.denoiser import Denoiser
+from diffa.samplers import selection as select
 from diffa.samplers.blockwise import Blockwise
-from diffa.samplers.draws import categorical, uniform
+from diffa.samplers.rng import categorical, uniform
 from diffa.testing import Chaos, ToyDenoise, toy_canvas
 from diffa.testing.parts import noise
 from diffa.testing.toy import MASKED as VOCAB

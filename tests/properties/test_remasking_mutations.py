@@ -6,12 +6,30 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_remasking as properties
 import torch
 from hypothesis import Phase, settings
+from properties import test_remasking as properties
 from torch import Tensor
 
-from diffa.samplers import blocks, draws, guess, loop, quota, rules, select
+from diffa.samplers import (
+    acceptance as rules,
+)
+from diffa.samplers import (
+    blocks,
+    loop,
+)
+from diffa.samplers import (
+    predictions as guess,
+)
+from diffa.samplers import (
+    rng as draws,
+)
+from diffa.samplers import (
+    selection as select,
+)
+from diffa.samplers import (
+    transfer_schedule as quota,
+)
 from diffa.testing import toy_canvas
 
 BROKEN = settings(

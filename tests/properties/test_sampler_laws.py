@@ -12,10 +12,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffa import registry
-from diffa.samplers import select
+from diffa.samplers import selection as select
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.speculative import Speculative
+from diffa.spec import registry
 from diffa.testing import Chaos, Joint, ToyDenoise, toy_canvas
 from diffa.testing.toy import CAUSAL, MASKED
 from diffa.types import Step
@@ -77,7 +77,7 @@ def test_every_sampler_and_policy_is_under_these_laws() -> None:
     shipped = {part.name for part in registry.parts("sampler") if part.dist == "diffa"}
     assert {name for name, _ in WAYS.values()} == shipped
     used = {option for name, options in WAYS.values() if name == "blockwise" for option in options}
-    from diffa.schema import schema
+    from diffa.spec.schema import schema
 
     assert set(schema(Blockwise).options) - used == {"block"}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import ModuleDict
 
-from diffa.spec import Spec
+from diffa.spec.spec import Spec
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -8,13 +8,13 @@ from diffa.errors import SpecError, suggest
 from diffa.evaluation.items import Suite
 
 SUITES = {
-    "mmsu": "mmsu:MMSU",
-    "mmau": "matched:MMAU",
-    "mmar": "matched:MMAR",
-    "voicebench": "voicebench:VoiceBench",
-    "asr": "asr:ASR",
-    "spokenqa": "spokenqa:SpokenQA",
-    "nano-suite": "nano:Nano",
+    "mmsu": "diffa.evaluation.suites.mmsu:MMSU",
+    "mmau": "diffa.evaluation.suites.matched:MMAU",
+    "mmar": "diffa.evaluation.suites.matched:MMAR",
+    "voicebench": "diffa.evaluation.suites.voicebench:VoiceBench",
+    "asr": "diffa.evaluation.suites.asr:ASR",
+    "spokenqa": "diffa.evaluation.suites.spokenqa:SpokenQA",
+    "nano-suite": "diffa.nano.suite:Nano",
 }
 
 
@@ -23,7 +23,7 @@ def suite(name: str, subset: str = "") -> Suite:
     if name not in SUITES:
         raise SpecError(f"there is no suite {name!r}{suggest(name, SUITES)}")
     module, _, found = SUITES[name].partition(":")
-    made = getattr(importlib.import_module(f"diffa.evaluation.suites.{module}"), found)
+    made = getattr(importlib.import_module(module), found)
     if subset and name != "voicebench":
         raise SpecError(f"--subset is for voicebench; {name} has none")
     suite: Suite = made(subset) if name == "voicebench" else made()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffa.evaluation import words
+from diffa.evaluation import word_errors as words
 from diffa.evaluation.files import as_jsonl
 from diffa.evaluation.items import (
     EvaluationError,

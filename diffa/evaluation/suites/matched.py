@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffa.evaluation import prompts
+from diffa.evaluation.choice_parser import chosen
 from diffa.evaluation.files import as_jsonl
 from diffa.evaluation.items import Fields, Question, Reading, Readings, Row, text_of
-from diffa.evaluation.letters import chosen
 from diffa.evaluation.prompts import LETTERS
 
 

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.document import parse_yaml
+from diffa.evaluation.choice_parser import chosen, plain
 from diffa.evaluation.items import Reading, Readings
-from diffa.evaluation.letters import chosen, plain
+from diffa.spec.yaml import parse_yaml
 
 _RULES = Path(__file__).parent.parent / "rules" / "voicebench.yaml"
 TRUTHS = {"no": 0, "yes": 1, "(a)": 0, "(b)": 1}

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from diffa.evaluation import words
+from diffa.evaluation import word_errors as words
 from diffa.evaluation.files import as_jsonl
 from diffa.evaluation.items import Fields, Question, Reading, Readings, Row, text_of
 from diffa.evaluation.prompts import VOICEBENCH_DIFFA

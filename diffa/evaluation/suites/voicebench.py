@@ -219,7 +219,7 @@ def overall(folder: Path, seed: int = 0) -> dict[str, Any]:
 
     Of judged subsets the files with judgements (``result-...``) are taken.
     """
-    from diffa.evaluation.scoring import subset_of
+    from diffa.evaluation.score_file import subset_of
 
     files: dict[str, Path] = {}
     for file in sorted(folder.rglob("*.jsonl"), key=lambda f: f.name.startswith("result-")):

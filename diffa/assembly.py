@@ -1,0 +1,157 @@
+"""Wire a resolved spec: construct its parts, give each what it asks for, check that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffa.errors import CheckpointError, SpecError
+from diffa.model import Model
+from diffa.spec.schema import schema
+from diffa.spec.spec import Chosen, Spec, mismatch
+
+_GIB = 2**30
+
+
+def assemble(
+    spec: Spec,
+    device: torch.device,
+    dtype: torch.dtype | str | None,
+    *,
+    stored: Container[str] = (),
+    shared: Mapping[str, Any] | None = None,
+) -> Model:
+    """Build a resolved spec.
+
+    Args:
+        spec: names every part.
+        device: where the parts go; ``meta`` builds without weights.
+        dtype: of the backbone; bfloat16 on a GPU and float32 elsewhere where None.
+        stored: paths of parts whose weights ``load`` fills in afterwards.
+        shared: parts that exist already, by kind; they are used as they are.
+    """
+    shared = shared or {}
+
+    def part_of(kind: str, **wires: Any) -> Any:
+        return shared[kind] if kind in shared else make(chosen[kind], **wires)
+
+    dtype = _dtype(dtype, device)
+    chosen = spec.choices()
+    meta = device.type == "meta"
+    if "backbone" not in shared:
+        _await_lora(chosen["backbone"], stored)
+        if not meta and chosen["backbone"].options.get("checkpoint"):
+            _check_memory(chosen["backbone"], device, dtype)
+    with torch.device("meta" if meta else "cpu"):
+        encoder = part_of("encoder")
+        backbone = part_of("backbone")
+        adapters = shared.get("adapters")
+        if adapters is None:
+            adapters = {}
+            for path, part in chosen.items():
+                if part.kind != "adapter":
+                    continue
+                if path in stored and "checkpoint" in part.options:
+                    part.options["checkpoint"] = None
+                key = path.partition(".")[2]
+                adapters[key] = make(part, source=encoder.out, width=backbone.width)
+    rules = {kind: part_of(kind, vocab=backbone.vocab) for kind in ("sampler", "objective")}
+    for kind, rule in rules.items():
+        _check_decoding(kind, chosen, rule.decoding, backbone.decoding)
+    model = Model(encoder=encoder, adapters=adapters, backbone=backbone, spec=spec, **rules)
+    if not meta:
+        for kind in ("encoder", "adapters", "backbone"):
+            if kind not in shared:
+                module = model.get_submodule(kind)
+                module.to(device, dtype if kind == "backbone" else torch.float32)
+    learn(model, spec.data["train"])
+    if not meta and "backbone" not in shared and "backbone.lora" in spec.data["train"]:
+        model.get_submodule("backbone.lora").float()  # small steps need all their digits
+    return model.eval()
+
+
+def make(part: Chosen, **wires: Any) -> Any:
+    """Construct a part, giving it the wires that it asks for by name."""
+    cls = part.load()
+    try:
+        return cls(**{name: wires[name] for name in schema(cls).wires}, **part.options)
+    except Exception as error:
+        set_options = {key: value for key, value in part.options.items() if value is not None}
+        error.add_note(f"while building {part.kind} {part.name!r} with options {set_options}")
+        raise
+
+
+def learn(model: Model, train: list[str]) -> None:
+    """Let the parts that ``train`` names learn, and freeze the others."""
+    model.requires_grad_(False)
+    for name in train:
+        part = model.get_submodule(name)
+        if name == "backbone.lora" and not any(True for _ in part.parameters()):
+            raise SpecError("train: backbone.lora is folded in; set backbone.lora.merge to false")
+        part.requires_grad_(True)
+
+
+def _await_lora(part: Chosen, stored: Container[str]) -> None:
+    """Leave LoRA's weights to ``load`` where they are stored, with the backbone or alone."""
+    lora = part.options.get("lora")
+    if lora and ("backbone.lora" in stored or "backbone" in stored):
+        merged = lora.get("merge", bool(lora.get("checkpoint")))
+        fresh = {**lora, "checkpoint": None, "merge": False}
+        part.options["lora"] = None if merged and "backbone" in stored else fresh
+
+
+def _check_decoding(kind: str, chosen: Mapping[str, Chosen], own: str, rule: str) -> None:
+    if own != rule:
+        names = [
+            str(getattr(chosen[k].name, "__name__", chosen[k].name)) for k in (kind, "backbone")
+        ]
+        raise SpecError(mismatch(kind, names[0], own, names[1], rule))
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not isinstance(found, torch.dtype) or found not in usual:
+        raise SpecError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    return found
+
+
+def _check_memory(part: Chosen, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare what the backbone needs with what is free, before gigabytes are read."""
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in make(part).parameters())
+    need = count * dtype.itemsize
+    free = _free(device)
+    half = "dtype='bfloat16', " if dtype.itemsize > 2 else ""
+    if free is not None and need > free:
+        raise CheckpointError(
+            f"backbone {part.name!r} needs {need / _GIB:.1f} GiB in {dtype} and {device} has "
+            f"{free / _GIB:.1f} GiB free: try {half}another device, or a smaller "
+            "checkpoint (device='meta' builds without weights)"
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kilobytes.get("MemAvailable", 0) * 1024 or None
+
+
+def usable(name: str | torch.device) -> torch.device:
+    """The device of a name; raises SpecError where there is none or it does not work."""
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)  # as it was named: of "cuda", each process takes its own
+    except Exception as error:  # torch raises several types, with long texts
+        reason = str(error).partition("\n")[0]
+        raise SpecError(f"{name}: {reason}; `diffa doctor` shows what is here") from error

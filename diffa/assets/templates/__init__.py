@@ -1,0 +1,1 @@
+"""A working part of every kind, copied by ``diffa plugin new``."""

@@ -1,0 +1,1 @@
+"""Published checkpoints: find, download and read them."""

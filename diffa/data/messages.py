@@ -1,0 +1,78 @@
+"""Rows to and from ``messages`` + ``audios``: what ms-swift, LLaMA-Factory and others read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffa.chat import MARK
+from diffa.data.samples import DataError
+
+Row = dict[str, Any]
+_SAID = ("input", "target", "audio_filepath", "chosen", "rejected")  # stand elsewhere in messages
+
+
+def is_messages(row: Row) -> bool:
+    """Whether a row is of this form."""
+    return "messages" in row
+
+
+def to_messages(row: Row, *, system: str = "") -> Row:
+    """Return a row as a conversation: ``<audio>`` before the question, one path in ``audios``.
+
+    A preference row gets ``rejected_response`` (ms-swift's name). Every other field is kept under
+    its own name: trainers ignore it, and ``from_messages`` gives the row back.
+    """
+    turns = [{"role": "system", "content": system}] if system else []
+    heard = [row["audio_filepath"]] if row.get("audio_filepath") else []
+    turns += [
+        {"role": "user", "content": MARK * len(heard) + row.get("input", "")},
+        {"role": "assistant", "content": row.get("target", "")},
+    ]
+    made: Row = {"messages": turns, "audios": heard}
+    if "rejected" in row:
+        made["rejected_response"] = row["rejected"]
+    return made | {name: value for name, value in row.items() if name not in _SAID}
+
+
+def from_messages(row: Row) -> Row:
+    """Return a conversation of one question and one answer as a row of the published form.
+
+    Raises:
+        DataError: more turns or more recordings than the published form can hold, or no answer.
+    """
+    turns = _turns(row["messages"])
+    roles = [role for role, _ in turns if role != "system"]
+    if roles != ["user", "assistant"]:
+        found = ", ".join(roles) or "nobody"
+        raise DataError(f"is a conversation of {found}; a question and its answer are expected")
+    (_, question), (_, answer) = [turn for turn in turns if turn[0] != "system"]
+    audios = row.get("audios") or []
+    if len(audios) > 1 or question.count(MARK) > 1:
+        raise DataError(f"has {len(audios)} recordings; a row holds one")
+    if len(audios) != question.count(MARK):
+        raise DataError(f"has {len(audios)} recordings but {question.count(MARK)} {MARK} marks")
+    made: Row = {"input": question.replace(MARK, "").strip(), "target": answer}
+    if audios:
+        made["audio_filepath"] = _path(audios[0])
+    if "rejected_response" in row:
+        made |= {"chosen": answer, "rejected": row["rejected_response"]}
+    gone = ("messages", "audios", "rejected_response")
+    return {k: v for k, v in row.items() if k not in gone} | made
+
+
+def _turns(given: Any) -> list[tuple[str, str]]:
+    """Read turns as role and content; ``from``/``value`` are other names of the same."""
+    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
+        raise DataError("has messages that are not a list of turns")
+    names = {"human": "user", "gpt": "assistant"}
+    turns = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in given]
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        raise DataError("has a turn without role or without text")
+    return [(names.get(role, role), text) for role, text in turns]
+
+
+def _path(audio: Any) -> str:
+    path = audio.get("path") if isinstance(audio, dict) else audio
+    if not isinstance(path, str) or not path:
+        raise DataError("names no file in audios")
+    return path

@@ -1,0 +1,79 @@
+"""The ten attributes of a recording in words, and the bracketed line that carries them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from diffa.data.corpora.clips import ATTRIBUTES
+from diffa.data.synthesis.measures import Measures
+
+TITLES = {
+    "gender": "Gender",
+    "age": "Age",
+    "accent": "Accent",
+    "emotion": "Emotion",
+    "pitch": "Pitch",
+    "volume": "Volume",
+    "speed": "Speaking speed",
+    "duration": "Duration",
+    "intent": "Intent",
+}
+
+
+class Bands(NamedTuple):
+    """Where a measure's words change: below the first number, between the two, above the second.
+
+    The paper gives no thresholds; these are this library's, and a manifest keeps the numbers too.
+
+    Attributes:
+        man, woman, anyone: pitch in Hz, by the speaker's gender where it is known.
+        volume: dB below full scale.
+        speed: syllables per second, pauses included.
+    """
+
+    man: tuple[float, float] = (105.0, 145.0)
+    woman: tuple[float, float] = (175.0, 220.0)
+    anyone: tuple[float, float] = (125.0, 190.0)
+    volume: tuple[float, float] = (-33.0, -21.0)
+    speed: tuple[float, float] = (2.8, 4.4)
+
+
+def word(value: float | None, band: tuple[float, float], words: tuple[str, str, str]) -> str:
+    """Name the band that a value lies in; nothing for None."""
+    if value is None:
+        return ""
+    return words[0] if value < band[0] else words[2] if value > band[1] else words[1]
+
+
+def describe(
+    labels: Mapping[str, str], measures: Measures | None, text: str, bands: Bands | None = None
+) -> dict[str, str]:
+    """Put labels and measures together: attributes by name, in the order of ``ATTRIBUTES``.
+
+    A label wins over a measure of the same name (a corpus that says how loud it is knows better).
+    """
+    given, bands = {**labels, "text": text}, bands or Bands()
+    if measures is not None:
+        pitch = {"male": bands.man, "female": bands.woman}.get(labels.get("gender", ""))
+        measured = {
+            "pitch": word(measures.pitch, pitch or bands.anyone, ("low", "medium", "high")),
+            "volume": word(measures.level, bands.volume, ("quiet", "normal", "loud")),
+            "speed": word(measures.rate, bands.speed, ("slow", "normal", "fast")),
+            "duration": f"{measures.duration:.1f} seconds",
+        }
+        given = {**measured, **{name: value for name, value in given.items() if value}}
+    return {name: given[name] for name in ATTRIBUTES if given.get(name)}
+
+
+def seed_line(attributes: Mapping[str, str], seconds: float) -> str:
+    """Write ``[00:00-00:03] words (Gender: female, ...)``: what answers are written from.
+
+    The form of the published ``seed_transcript``; the end is rounded up to a whole second.
+    """
+    stop = max(math.ceil(seconds), 1)
+    said = attributes.get("text", "")
+    facts = [f"{TITLES[n]}: {attributes[n]}" for n in ATTRIBUTES if n in TITLES and n in attributes]
+    parts = [f"[00:00-{stop // 60:02d}:{stop % 60:02d}]", said, f"({', '.join(facts)})"]
+    return " ".join(part for part in parts if part not in ("", "()"))

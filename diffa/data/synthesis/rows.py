@@ -1,0 +1,132 @@
+"""From clips to rows: measured, described, with a question and, where it is known, its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffa.data.corpora.clips import Clip
+from diffa.data.manifest import probe
+from diffa.data.samples import DataError, seed_of
+from diffa.data.synthesis.attributes import Bands, describe, seed_line
+from diffa.data.synthesis.measures import RATE, Measures, measure
+from diffa.errors import AudioError
+
+Row = dict[str, Any]
+TRANSCRIBE = "Please transcribe the audio to text."
+DESCRIBE = "What can you hear from the audio?"
+"""The question of DIFFA's synthetic data."""
+
+
+class Heard(NamedTuple):
+    """A file's seconds and measures, or what is wrong with it."""
+
+    seconds: float
+    measures: Measures | None
+    fault: str = ""
+
+
+def hear(path: Path, measured: bool = True) -> Heard:
+    """Measure a recording, or read its duration alone; a file that cannot be read says why."""
+    if not measured:
+        fault, seconds = probe(path) if path.is_file() else (f"there is no file {path}", 0.0)
+        return Heard(seconds, None, fault)
+    from diffa.audio import prepare
+
+    try:
+        found = measure(prepare(path, RATE).numpy())
+    except AudioError as error:
+        return Heard(0.0, None, str(error))
+    return Heard(found.duration, found)
+
+
+def hear_all(clips: Sequence[Clip], *, measured: bool, workers: int) -> Iterator[Heard]:
+    """Hear every clip, in order, in ``workers`` processes (none for 1)."""
+    paths = [clip.path for clip in clips]
+    if workers == 1:
+        yield from (hear(path, measured) for path in paths)
+        return
+    # spawned: a fork of a process whose torch has begun threads can hang
+    with ProcessPoolExecutor(workers, get_context("spawn"), _alone) as pool:
+        yield from pool.map(hear, paths, [measured] * len(paths), chunksize=16)
+
+
+def _alone() -> None:
+    """Keep a worker to its own core."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def row_of(
+    clip: Clip, heard: Heard, *, bands: Bands | None = None, instructions: Sequence[str] = ()
+) -> Row:
+    """Write a clip as a row that asks for its transcript (DIFFA's stage 1).
+
+    A clip without a transcript has an empty answer, which captions fill in. One of several
+    ``instructions`` is drawn by the clip's id, whatever else is in the corpus.
+    """
+    attributes = describe(clip.labels, heard.measures, clip.transcription, bands)
+    asked = instructions or (TRANSCRIBE,)
+    question = asked[seed_of(clip.audio_id) % len(asked)] if clip.transcription else DESCRIBE
+    row: Row = {
+        "audio_id": clip.audio_id,
+        "audio_filepath": str(clip.path.absolute()),
+        "transcription": clip.transcription,
+        "input": question,
+        "target": clip.transcription,
+        "dataset": clip.dataset,
+        "duration": round(heard.seconds, 3),
+        "seed_transcript": seed_line(attributes, heard.seconds),
+        "speaker": clip.speaker,
+        "split": clip.split,
+        "attributes": attributes,
+    }
+    if heard.measures is not None:
+        named = heard.measures._asdict().items()
+        row["measures"] = {name: round(value, 3) for name, value in named if value is not None}
+    return row
+
+
+def rows_of(
+    clips: Sequence[Clip],
+    faults: list[str],
+    *,
+    measured: bool = True,
+    workers: int = 1,
+    bands: Bands | None = None,
+    instructions: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Write clips as rows; those that cannot be read are left out and listed in ``faults``."""
+    heard = hear_all(clips, measured=measured, workers=workers)
+    for clip, found in zip(clips, heard, strict=True):
+        if found.fault:
+            faults.append(found.fault)
+        else:
+            yield row_of(clip, found, bands=bands, instructions=instructions)
+
+
+def spread(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:
+    """Choose ``count`` clips at random, the same whatever order they come in; in file order."""
+    chosen = sorted(clips, key=lambda clip: seed_of(seed, clip.audio_id))[:count]
+    return sorted(chosen, key=lambda clip: str(clip.path))
+
+
+def read_instructions(path: Path) -> list[str]:
+    """Read instructions, one per line; blank lines and those that begin with # say nothing.
+
+    Raises:
+        DataError: the file cannot be read, or says nothing.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"instructions: {path} cannot be read: {error}") from error
+    kept: Iterable[str] = (line.strip() for line in text.splitlines())
+    found = [line for line in kept if line and not line.startswith("#")]
+    if not found:
+        raise DataError(f"instructions: {path} holds none; write one per line")
+    return found

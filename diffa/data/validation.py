@@ -1,0 +1,122 @@
+"""Is a manifest fit to train on? Every row is checked; nothing is left out silently."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffa.data.formats import PUBLISHED, numbered_rows
+from diffa.data.manifest import probe
+from diffa.data.samples import DataError, Fault
+from diffa.data.synthesis.captions import unfit
+
+LONGEST = 30.0
+"""Seconds that DIFFA's encoder hears; the rest of a longer recording is cut."""
+
+_TOLERANCE = 0.1  # seconds between what a row says and what its file holds
+
+
+class Report(NamedTuple):
+    """What was found.
+
+    Attributes:
+        rows: in the file, faulty ones included.
+        faults: rows that training cannot use.
+        warnings: rows that it can, but that probably are not what they should be.
+    """
+
+    rows: int
+    faults: list[Fault]
+    warnings: list[Fault]
+
+
+def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
+    """Check every row of a manifest (.json, .jsonl, .parquet; published or ``messages`` form).
+
+    Args:
+        listen: open every recording's header, to compare durations and find broken files.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or holds no row.
+    """
+    count, faults, warnings = 0, list[Fault](), list[Fault]()
+    seen: dict[tuple[str, ...], int] = {}
+    named: dict[str, int] = {}
+    for number, row in numbered_rows(path):
+        count += 1
+        if isinstance(row, Fault):
+            faults.append(row)
+            continue
+        wrong, odd = _judge(row)
+        seconds = 0.0
+        if not wrong:
+            wrong, seconds = _recording(Path(row["audio_filepath"]), listen)
+            odd += _durations(row, seconds)
+        identity = tuple(str(row.get(k)) for k in ("audio_id", "audio_filepath", "input", "target"))
+        if not wrong and identity in seen:
+            wrong = f"repeats row {seen[identity]}"
+        seen.setdefault(identity, number)
+        given = row.get("audio_id")
+        if given is not None and named.setdefault(str(given), number) != number:
+            odd.append(
+                f"has the audio_id of row {named[str(given)]}: recipes need unique: false for that"
+            )
+        faults += [Fault(number, wrong)] if wrong else []
+        warnings += [Fault(number, reason) for reason in odd] if not wrong else []
+    if not count:
+        raise DataError(f"{path} holds no row")
+    return Report(count, faults, warnings)
+
+
+def _judge(row: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return why a row's fields cannot be used, and what is odd about them."""
+    for name in ("audio_filepath", "input", "target"):
+        if not isinstance(row.get(name, ""), str):
+            return f"has a {name} that is not text", []
+    if not row.get("audio_filepath"):
+        return "has no audio_filepath", []
+    if not row.get("target", "").strip():
+        return "has no answer (target)", []
+    if "rejected" in row:
+        reason = _preference(row)
+        if reason:
+            return reason, []
+    absent = [name for name in PUBLISHED if name not in row]
+    odd = [f"has no {', '.join(absent)}"] if absent else []
+    if not row.get("input", "").strip():
+        odd.append("has no question (input)")
+    if reason := unfit(row["target"]):
+        odd.append(f"has an answer that {reason}")
+    return "", odd
+
+
+def _preference(row: dict[str, Any]) -> str:
+    rejected, chosen = row["rejected"], row.get("chosen", row["target"])
+    if not isinstance(rejected, str) or not rejected.strip():
+        return "has no rejected answer"
+    if rejected.strip() == row["target"].strip():
+        return "rejects the answer that it chooses"
+    # DIFFA-2's loader takes target, whatever chosen says
+    return "has a chosen answer that is not its target" if chosen != row["target"] else ""
+
+
+def _recording(path: Path, listen: bool) -> tuple[str, float]:
+    if not path.is_file():
+        return f"audio file {path} is missing", 0.0
+    return probe(path) if listen else ("", 0.0)
+
+
+def _durations(row: dict[str, Any], seconds: float) -> list[str]:
+    odd: list[str] = []
+    said = row.get("duration")
+    if "duration" in row and not (isinstance(said, int | float) and said > 0):
+        odd.append(f"has the duration {said!r}")
+    elif seconds and said is not None and abs(seconds - float(said)) > _TOLERANCE:
+        odd.append(f"says {float(said):.2f} s, but its file holds {seconds:.2f} s")
+    longest = max(seconds, float(said) if isinstance(said, int | float) else 0.0)
+    if longest > LONGEST:
+        odd.append(
+            f"is {longest:.1f} s long; Whisper-based encoders of one window hear {LONGEST:g}"
+        )
+    return odd

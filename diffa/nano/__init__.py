@@ -1,0 +1,1 @@
+"""What only the nano models need: their corpus, auxiliary losses, benchmark and demo."""

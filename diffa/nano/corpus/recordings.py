@@ -1,0 +1,78 @@
+"""Real spoken digits: the Free Spoken Digit Dataset, read once at 16 kHz."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffa.errors import AudioError
+from diffa.nano.corpus.shaping import RATE, resample, trim
+
+Wave = NDArray[np.float32]
+Split = Literal["train", "test"]
+Gender = Literal["man", "woman"]
+TEST_INDICES = range(5)  # the corpus' official split: 0-4 test, 5-49 training
+ACCENTS = {
+    "george": "greek",
+    "jackson": "american",
+    "lucas": "german",
+    "nicolas": "french",
+    "theo": "american",
+    "yweweler": "german",
+}
+
+
+class Voice(NamedTuple):
+    """One speaker: a person of the recordings, or a setting of the synthesiser."""
+
+    name: str
+    gender: Gender
+    accent: str
+    real: bool
+
+
+def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of recordings: `path`, else $DIFFA_FSDD; raises AudioError without recordings."""
+    place = path or os.environ.get("DIFFA_FSDD")
+    for folder in (Path(place), Path(place) / "recordings") if place else ():
+        if next(folder.glob("*_*_*.wav"), None):
+            return folder
+    where = f"there are none in {place}" if place else "no folder is named"
+    raise AudioError(
+        f"recordings {{digit}}_{{speaker}}_{{index}}.wav are needed, and {where}: clone "
+        "github.com/Jakobovski/free-spoken-digit-dataset and name its folder, as DIFFA_FSDD in the "
+        "environment or with the option fsdd (--fsdd)"
+    )
+
+
+class Recordings:
+    """Spoken digits of real people, by speaker and digit, resampled when first used."""
+
+    def __init__(self, folder: Path, split: Split, leave_out: tuple[str, ...] = ()) -> None:
+        self.files: dict[tuple[str, int], list[Path]] = {}
+        for path in sorted(folder.glob("*_*_*.wav")):
+            digit, speaker, index = path.stem.split("_")
+            if speaker not in leave_out and (int(index) in TEST_INDICES) == (split == "test"):
+                self.files.setdefault((speaker, int(digit)), []).append(path)
+        names = sorted({speaker for speaker, _ in self.files})
+        self.voices = [Voice(name, "man", ACCENTS.get(name, "american"), True) for name in names]
+        if not names:
+            raise AudioError(
+                f"{folder} holds no {split} recordings besides those left out: {leave_out}"
+            )
+
+    def take(self, voice: Voice, digit: int, draw: float) -> Wave:
+        """One recording of `digit`; `draw` in [0, 1) chooses which."""
+        files = self.files[voice.name, digit]
+        return _read(files[int(draw * len(files))])
+
+
+@lru_cache(maxsize=4096)
+def _read(path: Path) -> Wave:
+    import soundfile
+
+    wave, rate = soundfile.read(path, dtype="float32")
+    return trim(resample(wave, rate, RATE))

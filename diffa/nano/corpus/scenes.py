@@ -1,0 +1,142 @@
+"""What an utterance holds, drawn from (seed, index) alone, and which labels are audible."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from diffa.nano.corpus.recordings import Voice
+from diffa.nano.corpus.sounds import SOUNDS, Melody, draw_melody
+from diffa.nano.corpus.voices import accent_audible
+
+Draw = np.random.Generator
+Speed = Literal["slow", "medium", "fast"]
+Loudness = Literal["quiet", "normal", "loud"]
+# Digits per second from one onset to the next; between the bands speed has no name.
+SPEEDS: dict[Speed, tuple[float, float]] = {
+    "slow": (0.8, 1.4),
+    "medium": (1.6, 2.2),
+    "fast": (2.5, 4.5),
+}
+# Root mean square of what sounds, in dB below full scale; the classes lie 6 dB or more apart.
+LEVELS: dict[Loudness, tuple[float, float]] = {
+    "quiet": (-44, -36),
+    "normal": (-30, -24),
+    "loud": (-18, -13),
+}
+BEHIND = ("tone", "chirp", "noise", "clicks", "melody")
+
+
+class Scene(NamedTuple):
+    """The plan of an utterance, before anything sounds."""
+
+    digits: tuple[int, ...]
+    voices: tuple[Voice, ...]  # one per digit
+    speed: Speed | None  # None: irregular pauses
+    loudness: Loudness | None  # None: digits of uneven level
+    sound: str | None  # alone where there are no digits, else behind the speech
+    melody: Melody | None
+
+
+class Labels(NamedTuple):
+    """What can be heard. Every field is None (or empty) where it cannot be told by ear.
+
+    speed: digits per second between the first and the last onset, in bands (SPEEDS).
+    loudness: root mean square level of speech, or of a sound alone, in bands (LEVELS).
+    accents: per digit; a synthetic accent counts only if its digits tell it from the others.
+    """
+
+    digits: tuple[int, ...]
+    spans: tuple[tuple[float, float], ...]  # start and end of each digit in seconds
+    speakers: tuple[str, ...]
+    genders: tuple[str, ...]
+    accents: tuple[str | None, ...]
+    speed: Speed | None
+    loudness: Loudness | None
+    sound: str | None
+    melody: Melody | None  # only where it sounds alone
+    duration: float
+
+    @property
+    def voices(self) -> int:
+        """How many people speak."""
+        return len(set(self.speakers))
+
+
+def draw_scene(draw: Draw, voices: list[Voice], most: int = 8) -> Scene:
+    """A random scene with at most `most` digits."""
+    kind = draw.choice(["speech", "behind", "sound", "melody"], p=[0.56, 0.18, 0.1, 0.16])
+    loudness = list(LEVELS)[int(draw.integers(3))]
+    if kind == "melody":
+        return Scene((), (), None, loudness, "melody", draw_melody(draw))
+    if kind == "sound":
+        sound = list(SOUNDS)[int(draw.integers(len(SOUNDS)))]
+        return Scene((), (), None, None if sound == "silence" else loudness, sound, None)
+    count = int(draw.integers(1, most + 1))
+    digits = tuple(int(digit) for digit in draw.integers(0, 10, count))
+    behind = str(draw.choice(BEHIND)) if kind == "behind" else None
+    speed = list(SPEEDS)[int(draw.integers(3))] if draw.random() < 0.8 else None
+    even = loudness if draw.random() < 0.85 else None
+    melody = draw_melody(draw) if behind == "melody" else None
+    return Scene(digits, _cast(draw, voices, count, behind is None), speed, even, behind, melody)
+
+
+def _cast(draw: Draw, voices: list[Voice], count: int, duet: bool) -> tuple[Voice, ...]:
+    """One speaker, or two by turns (for at most 7 digits, to keep captions short)."""
+    first, second = _voice(draw, voices), _voice(draw, voices)
+    if not duet or count < 2 or count > 7 or draw.random() < 0.7 or not _distinct(first, second):
+        return (first,) * count
+    turn = int(draw.integers(1, count))
+    return (first,) * turn + (second,) * (count - turn)
+
+
+def _voice(draw: Draw, voices: list[Voice]) -> Voice:
+    """Real people half of the time, the synthesiser's voices otherwise."""
+    real = [voice for voice in voices if voice.real] or voices
+    made = [voice for voice in voices if not voice.real] or voices
+    pool = real if draw.random() < 0.5 else made
+    return pool[int(draw.integers(len(pool)))]
+
+
+def _distinct(one: Voice, other: Voice) -> bool:
+    """Two people are surely told apart when both are real, or when their genders differ."""
+    return one.name != other.name and ((one.real and other.real) or one.gender != other.gender)
+
+
+def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple[str | None, ...]:
+    """The accent of each digit's speaker, where that speaker's digits give it away."""
+    said = {
+        voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice)
+        for voice in set(voices)
+    }
+    heard = {v: v.accent if v.real or accent_audible(v.accent, said[v]) else None for v in said}
+    return tuple(heard[voice] for voice in voices)
+
+
+def speed_of(onsets: list[float]) -> Speed | None:
+    """The band of the rate between the first and last onset, if it lies in one."""
+    if len(onsets) < 2:
+        return None
+    rate = (len(onsets) - 1) / (onsets[-1] - onsets[0])
+    return next((name for name, (low, high) in SPEEDS.items() if low <= rate <= high), None)
+
+
+def text_labels(scene: Scene) -> Labels:
+    """The labels a scene would have, without its sound: for learning from text alone."""
+    accents = audible_accents(scene.digits, scene.voices)
+    names = tuple(voice.name for voice in scene.voices)
+    genders = tuple(voice.gender for voice in scene.voices)
+    speed = scene.speed if len(scene.digits) > 1 else None
+    melody = None if scene.digits else scene.melody
+    spans = tuple((float(i), i + 0.5) for i in range(len(scene.digits)))
+    return Labels(
+        scene.digits,
+        spans,
+        names,
+        genders,
+        accents,
+        speed,
+        scene.loudness,
+        scene.sound,
+        melody,
+        0.0,
+    )

@@ -1,0 +1,97 @@
+"""Synthetic spoken digits: espeak-ng in many voices, rendered once into a folder."""
+
+import logging
+import os
+import shutil
+import subprocess
+from functools import cache, lru_cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from diffa.nano.corpus.recordings import Gender, Split, Voice, Wave
+from diffa.nano.corpus.shaping import RATE, resample, trim
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LANGUAGES = {
+    "american": "en-us",
+    "british": "en-gb",
+    "scottish": "en-gb-scotland",
+    "caribbean": "en-029",
+}
+# How each accent says the digits 0-9, up to what can be told apart (espeak-ng's own phonemes).
+PRONOUNCED = {
+    "american": ("ou", "V", "u", "thr", "or", "ai", "i", "E", "ei", "ai"),
+    "british": ("Eu", "O", "u", "thr", "o:", "ai", "i", "E", "ei", "ai"),
+    "scottish": ("o:", "V", "U", "thR", "oR", "ai", "i", "E", "e:", "ai"),
+    "caribbean": ("ou", "O", "u", "tr", "oa", "ai", "i", "E", "ei", "ai"),
+}
+VARIANTS: dict[Gender, tuple[str, ...]] = {
+    "woman": ("f1", "f2", "f3", "f4"),
+    "man": ("m1", "m3", "m4", "m7"),
+}
+# Voices are tried out with pitches and rates between those of training.
+PITCHES: dict[Split, tuple[int, ...]] = {"train": (35, 50, 65), "test": (42, 58)}
+RATES: dict[Split, tuple[int, ...]] = {"train": (130, 165), "test": (145,)}
+
+
+def accent_audible(accent: str, digits: tuple[int, ...]) -> bool:
+    """Whether these digits alone tell this synthetic accent from every other."""
+    own = [PRONOUNCED[accent][digit] for digit in digits]
+    others = (table for name, table in PRONOUNCED.items() if name != accent)
+    return all(own != [table[digit] for digit in digits] for table in others)
+
+
+def cache_folder() -> Path:
+    """Where rendered digits are kept: $DIFFA_CACHE or ~/.cache/diffa."""
+    return Path(os.environ.get("DIFFA_CACHE", Path.home() / ".cache" / "diffa")) / "espeak"
+
+
+class Synthesis:
+    """Spoken digits of espeak-ng; without the program there are no voices: a warning says so."""
+
+    def __init__(self, split: Split, folder: Path | None = None) -> None:
+        self.program = shutil.which("espeak-ng")
+        self.folder = folder or cache_folder()
+        self.rates = RATES[split]
+        self.voices = [
+            Voice(f"{language}+{variant}@{pitch}", gender, accent, False)
+            for (accent, language), gender in product(LANGUAGES.items(), VARIANTS)
+            for variant, pitch in product(VARIANTS[gender], PITCHES[split])
+            if self.program
+        ]
+        if not self.program:
+            _warn()
+
+    def take(self, voice: Voice, digit: int, draw: float) -> Wave:
+        """One rendering of `digit`; `draw` in [0, 1) chooses the rate."""
+        rate = self.rates[int(draw * len(self.rates))]
+        return _render(str(self.program), self.folder, voice.name, digit, rate)
+
+
+@cache
+def _warn() -> None:
+    """Say it once: what is made without the program is another corpus, of men alone."""
+    logging.getLogger(__name__).warning(
+        "espeak-ng is not installed: the nano corpus has the recorded speakers alone, no women and "
+        "hardly an accent. To have all voices: apt-get install espeak-ng"
+    )
+
+
+@lru_cache(maxsize=8192)
+def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wave:
+    import soundfile
+
+    path = folder / f"{name}-{rate}-{digit}.wav"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        voice, pitch = name.split("@")
+        fresh = path.with_suffix(
+            f".{os.getpid()}.part"
+        )  # renamed when whole: several workers may render
+        order = [program, "-v", voice, "-p", pitch, "-s", str(rate), "-w", str(fresh), WORDS[digit]]
+        subprocess.run(order, check=True, capture_output=True)
+        fresh.replace(path)
+    wave, found = soundfile.read(path, dtype="float32")
+    return trim(resample(np.asarray(wave, dtype=np.float32), found, RATE))

@@ -1,0 +1,140 @@
+"""The demo: three recordings of the package are written down, described and asked about."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from diffa.runtime.render import canvas_text
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.types import Step
+
+NANO, UNTRAINED = "nano", "tiny"
+FAST = {"name": "blockwise", "block": 8, "threshold": 0.9, "cache": "none"}
+REFERENCE = {"name": "blockwise", "block": 8, "stop": False}  # DIFFA's loop: one token per forward
+
+
+class Ask(NamedTuple):
+    """A question about a recording, and how long its answer may be."""
+
+    recording: str
+    question: str
+    tokens: int
+
+
+ASKED = (
+    Ask("digits.flac", "Please transcribe the audio to text.", 16),
+    Ask("digits.flac", "What can you hear from the audio?", 24),
+    Ask("digits.flac", "How many digits are spoken?", 8),
+    Ask("two_speakers.flac", "Please transcribe the audio to text.", 16),
+    Ask("two_speakers.flac", "What can you hear from the audio?", 24),
+    Ask("melody.flac", "What can you hear from the audio?", 24),
+)
+
+
+def recordings() -> Path:
+    """Folder of the recordings that ship with diffa: synthesised, of no corpus."""
+    return Path(str(files("diffa") / "assets" / "recordings"))
+
+
+def run(console: Console | None = None) -> None:
+    """Answer, and show every answer forming, forwards and seconds, beside the reference loop."""
+    import diffa
+    from diffa.spec.spec import presets
+
+    console = console or Console(highlight=False)
+    trained = NANO in presets()
+    begin = time.perf_counter()
+    model = diffa.build(NANO if trained else UNTRAINED)
+    seconds = time.perf_counter() - begin
+    console.print(f"diffa {diffa.__version__}: {describe(model)}, built in {seconds:.1f} s")
+    if not trained:
+        console.print(
+            "[yellow]These weights are random: the wiring is real, the words are noise. Trained "
+            "ones: diffa ask FILE QUESTION --spec diffa-1 (needs the published weights)[/]"
+        )
+    for recording in sorted({ask.recording for ask in ASKED}):
+        console.print(hear(model, recording))
+    table = Table("recording", "question", "answer", "forwards", "s", "reference: forwards", "s")
+    for ask in ASKED if trained else ASKED[2:3]:
+        table.add_row(*answer(model, ask, console))
+    console.print(table)
+    console.print("Ask about a file of your own:\n  diffa ask FILE 'What can you hear?' --watch")
+
+
+def describe(model: Model) -> str:
+    """Parts and sizes in one line."""
+    sizes = {
+        "encoder": model.encoder,
+        **dict(model.adapters.items()),
+        "backbone": model.backbone,
+    }
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in sizes.items()}
+    return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counted.items())
+
+
+def hear(model: Model, recording: str) -> str:
+    """What a recording becomes on its way to the backbone, in one line."""
+    from diffa.audio import prepare
+
+    rate = model.encoder.sample_rate
+    wave = prepare(recordings() / recording, rate)
+    count = int(model.listen(wave).lengths[0])
+    prompt = model.chat.encode("")
+    return (
+        f"  {recording}: {len(wave) / rate:.1f} s -> {count} embeddings of width "
+        f"{model.backbone.width}, put before token {prompt.audio_at} of the prompt"
+    )
+
+
+def answer(model: Model, ask: Ask, console: Console) -> list[str]:
+    """Answer one question fast while it is watched, then by the reference loop; a table's row."""
+    import diffa
+
+    console.print(f"\n[bold]{ask.recording}[/]  {ask.question}")
+    fast = diffa.swap(model, sampler=FAST)
+    text, forwards, seconds = watch(fast, recordings() / ask.recording, ask, console)
+    slow = diffa.swap(model, sampler=REFERENCE)
+    begin = time.perf_counter()
+    loop = slow.answer(recordings() / ask.recording, ask.question, max_tokens=ask.tokens)
+    slow_seconds = time.perf_counter() - begin
+    told = text if text == loop.text else f"{text}\n(reference: {loop.text})"
+    return [
+        ask.recording,
+        ask.question,
+        told,
+        str(forwards),
+        f"{seconds:.2f}",
+        str(loop.forwards),
+        f"{slow_seconds:.2f}",
+    ]
+
+
+def watch(model: Model, audio: Path, ask: Ask, console: Console) -> tuple[str, int, float]:
+    """Show the canvas after every forward; return the text, forwards and seconds."""
+    tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
+    with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:
+        shown: list[Text] = []
+
+        def show(step: Step) -> None:
+            count = Text(f"{len(shown) + 1:3d}  ", style="dim")
+            shown.append(count + canvas_text(step, 0, tokenizer, vocab))
+            if console.is_terminal:
+                live.update(shown[-1], refresh=True)
+            else:
+                console.print(shown[-1])
+
+        begin = time.perf_counter()
+        answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)
+        seconds = time.perf_counter() - begin
+    console.print(f"  -> {answer.text}   [dim]({answer.forwards} forwards, {seconds:.2f} s)[/]")
+    return answer.text, answer.forwards, seconds

@@ -1,0 +1,192 @@
+"""Preference pairs about the nano corpus: its labels say what is right, so they say what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from diffa.data.formats import write_rows
+from diffa.data.synthesis.preferences import Corruption, pair_of
+from diffa.nano.corpus.examples import Example, Examples, row_of
+from diffa.nano.corpus.questions import CHOICES, caption, spell
+from diffa.nano.corpus.recordings import ACCENTS, Split
+from diffa.nano.corpus.scenes import BEHIND, LEVELS, SPEEDS, Draw, Labels
+from diffa.nano.corpus.shaping import RATE
+from diffa.nano.corpus.sounds import DIRECTIONS, NOTES, SOUNDS, Direction
+from diffa.nano.corpus.utterances import Utterances
+from diffa.nano.corpus.voices import LANGUAGES, WORDS
+
+SOURCE = "labels_nano_v1"
+ACCENT_NAMES = tuple(sorted({*LANGUAGES, *ACCENTS.values()}))
+
+
+class Pair(NamedTuple):
+    """An example whose answer is to be chosen, and what is wrong with the rejected one."""
+
+    example: Example
+    corruption: Corruption
+
+
+def other(value: str, values: tuple[str, ...], draw: Draw) -> str:
+    """Draw one of the other values."""
+    left = [v for v in values if v != value]
+    return left[int(draw.integers(len(left)))]
+
+
+def corrupt(example: Example, seed: int = 0) -> Corruption | None:
+    """Get one audible attribute of an example's answer wrong; None where there is none to.
+
+    A choice's letter is exchanged together with its text. The draw follows from the seed, the id
+    and the question.
+    """
+    key = (seed, *f"{example.audio_id} {example.question}".encode())
+    draw = np.random.default_rng(key)
+    if example.kind == "transcribe":
+        return _digit(example.labels, draw)
+    if example.kind == "caption":
+        return _caption(example.labels, draw)
+    letter, dot, text = example.answer.partition(". ")
+    if not dot:
+        wrong = other(example.answer, _values(example), draw)
+        return Corruption(wrong, example.kind, _reason(example.kind, wrong, example.answer))
+    choices = _choices(example.question)
+    wrong = other(letter, tuple(choices), draw)
+    told = _reason(example.kind, choices[wrong], text)
+    return Corruption(f"{wrong}. {choices[wrong]}", example.kind, told)
+
+
+def _values(example: Example) -> tuple[str, ...]:
+    """What an open question could have been answered with, heard another recording of its sort."""
+    labels, kind = example.labels, example.kind
+    if kind == "sum":
+        right = sum(labels.digits)
+        return tuple(spell(n) for n in range(max(right - 4, 0), min(right + 5, 28)))
+    if kind == "accent":
+        return ACCENT_NAMES
+    if kind == "gender" and labels.digits:
+        return ("man", "woman")
+    if kind == "same" and labels.digits:
+        return ("same", "different")
+    if kind in ("speed", "loudness") and labels.digits:
+        return tuple(SPEEDS if kind == "speed" else LEVELS)
+    return tuple(CHOICES[kind])
+
+
+def _choices(question: str) -> dict[str, str]:
+    """Letters and texts of ``... A. one B. two C. three D. four``."""
+    found: dict[str, str] = {}
+    rest = question
+    for letter, after in zip("ABCD", "BCD ", strict=True):
+        rest = rest.partition(f" {letter}. ")[2]
+        found[letter] = rest.partition(f" {after}. ")[0].strip()
+    return found
+
+
+def _reason(attribute: str, wrong: str, right: str) -> str:
+    return f"{attribute}: {wrong}, not {right}"
+
+
+def _digit(labels: Labels, draw: Draw) -> Corruption | None:
+    if not labels.digits:
+        return None
+    words = [WORDS[digit] for digit in labels.digits]
+    place = int(draw.integers(len(words)))
+    right, words[place] = words[place], other(words[place], WORDS, draw)
+    return Corruption(" ".join(words), "text", _reason("text", words[place], right))
+
+
+def _caption(labels: Labels, draw: Draw) -> Corruption | None:
+    """Change one label and write the caption anew: fluent, and wrong in one thing."""
+    ways = _ways(labels, draw)
+    name, right, values, change = ways[int(draw.integers(len(ways)))]
+    wrong = other(right, values, draw)
+    text = caption(labels._replace(**change(wrong)))
+    return None if text is None else Corruption(text, name, _reason(name, wrong, right))
+
+
+class Way(NamedTuple):
+    """An attribute that a caption names, its value, all its values, and the labels of another."""
+
+    name: str
+    right: str
+    values: tuple[str, ...]
+    change: Callable[[str], dict[str, Any]]
+
+
+def _ways(labels: Labels, draw: Draw) -> list[Way]:
+    if labels.melody:
+        old, notes = labels.melody, tuple(WORDS[n] for n in NOTES)
+        return [
+            Way("melody", old.direction, DIRECTIONS,
+                lambda new: {"melody": old._replace(direction=cast(Direction, new))}),
+            Way("notes", WORDS[old.notes], notes,
+                lambda new: {"melody": old._replace(notes=WORDS.index(new))}),
+        ]  # fmt: skip
+    if not labels.digits:
+        return [Way("sound", str(labels.sound), tuple(SOUNDS), lambda new: {"sound": new})]
+    digits, place = labels.digits, int(draw.integers(len(labels.digits)))
+    ways = [
+        Way("text", WORDS[digits[place]], WORDS,
+            lambda new: {"digits": (*digits[:place], WORDS.index(new), *digits[place + 1 :])}),
+        Way("accent", str(labels.accents[0]), ACCENT_NAMES,
+            lambda new: {"accents": _of_first(labels, labels.accents, new)}),
+        Way("gender", labels.genders[0], ("man", "woman"),
+            lambda new: {"genders": _of_first(labels, labels.genders, new)}),
+        Way("loudness", str(labels.loudness), tuple(LEVELS), lambda new: {"loudness": new}),
+    ]  # fmt: skip
+    if labels.speed:
+        ways.append(Way("speed", labels.speed, tuple(SPEEDS), lambda new: {"speed": new}))
+    if labels.sound:
+        ways.append(Way("sound", labels.sound, BEHIND, lambda new: {"sound": new}))
+    return ways
+
+
+def _of_first(labels: Labels, values: Sequence[str | None], new: str) -> tuple[str | None, ...]:
+    """Change what is said of the first speaker, wherever they speak."""
+    both = zip(labels.speakers, values, strict=True)
+    return tuple(new if who == labels.speakers[0] else value for who, value in both)
+
+
+def pairs(examples: Examples, seed: int = 0) -> Iterator[Pair]:
+    """Yield the examples that have something to get wrong, each with its corruption."""
+    for index in range(len(examples)):
+        example = examples[index]
+        made = corrupt(example, seed)
+        if made is not None:
+            yield Pair(example, made)
+
+
+def write_preferences(
+    folder: str | Path,
+    split: Split,
+    seed: int,
+    count: int,
+    *,
+    fsdd: str | Path | None = None,
+    leave_out: tuple[str, ...] = (),
+    form: Literal["json", "jsonl", "parquet"] = "json",
+) -> Path:
+    """Write ``count`` pairs: audio/*.wav and {split}-preferences.json, returned.
+
+    Raises:
+        AudioError: there are no recordings of digits.
+        DataError: the folder cannot be written.
+    """
+    import soundfile
+
+    folder = Path(folder).expanduser()
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    # examples without a pair (silence has no words to change) are replaced by later ones
+    examples = Examples(Utterances(split, seed, fsdd, leave_out), count * 2)
+    rows = []
+    for number, pair in enumerate(islice(pairs(examples, seed), count)):
+        path = folder / "audio" / f"{split}-{pair.example.audio_id}.wav"
+        soundfile.write(path, pair.example.wave, RATE, subtype="FLOAT")
+        row = row_of(pair.example, path.absolute()) | {"split": split}
+        row["audio_id"] = f"{pair.example.audio_id}-p{number}"
+        rows.append(pair_of(row, pair.corruption, SOURCE))
+    return write_rows(folder / f"{split}-preferences.{form}", rows)

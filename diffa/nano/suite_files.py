@@ -1,0 +1,151 @@
+"""Make nano-suite: questions in MMSU's shape about recordings that nano never learned from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffa.evaluation.items import EvaluationError
+from diffa.nano.corpus.phrases import ORDINALS, phrases
+from diffa.nano.corpus.questions import answer_to, options
+from diffa.nano.corpus.recordings import Voice
+from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Draw, Scene
+from diffa.nano.corpus.shaping import RATE
+from diffa.nano.corpus.utterances import Utterance, Utterances
+
+MANIFEST = "nano-suite.jsonl"
+_TRIES = 200  # scenes drawn for one item before its task is given up
+
+
+class Task(NamedTuple):
+    """One kind of question: how MMSU would file it, and the scenes it needs.
+
+    Attributes:
+        kind: the kind of ``diffa.nano.corpus.questions``.
+        category, area: MMSU's Perception or Reasoning, and its linguistic side.
+        digits: how many are said, fewest and most.
+        answers: what the true answers go through in turn, where they are few.
+    """
+
+    kind: str
+    category: str
+    area: str
+    digits: tuple[int, int]
+    answers: tuple[str, ...] = ()
+
+
+TASKS = {
+    "digit identity": Task("place", "Perception", "Phonology", (1, 1)),
+    "accent": Task(
+        "accent", "Perception", "Paralinguistics", (3, 5), ("american", "french", "german", "greek")
+    ),
+    "speed": Task("speed", "Perception", "Paralinguistics", (3, 6), tuple(SPEEDS)),
+    "loudness": Task("loudness", "Perception", "Paralinguistics", (2, 5), tuple(LEVELS)),
+    "speaker": Task("same", "Perception", "Paralinguistics", (2, 5), ("same", "different")),
+    "digit order": Task("place", "Reasoning", "Semantics", (3, 6)),
+    "count": Task("count", "Reasoning", "Semantics", (1, 7)),
+    "sum": Task("sum", "Reasoning", "Semantics", (2, 3)),
+    "largest": Task("largest", "Reasoning", "Semantics", (2, 5)),
+}
+
+
+def write_suite(
+    folder: str | Path,
+    *,
+    fsdd: str | Path | None = None,
+    seed: int = 20_261_121,
+    per_task: int = 50,
+    on_item: Callable[[int], None] | None = None,
+) -> Path:
+    """Write ``audio/*.wav`` and the JSONL, with MMSU's columns; return the JSONL.
+
+    Digits are those of the official test split (indices 0 to 4) of the Free Spoken Digit Dataset,
+    of real people only. An item depends on the seed, its task and its number alone.
+
+    Raises:
+        AudioError: the recordings are not there.
+        EvaluationError: a task cannot be made from them.
+    """
+    import soundfile
+
+    speech = Utterances("test", seed, fsdd, synthetic=False)
+    folder = Path(folder).expanduser()
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for place, name in enumerate(TASKS):
+        for number in range(per_task):
+            draw = np.random.default_rng((seed, place, number))
+            utterance, question, answer, choices = make(speech, name, number, draw)
+            file = f"audio/{name.replace(' ', '-')}-{number:04d}.wav"
+            soundfile.write(folder / file, utterance.wave, RATE, subtype="PCM_16")
+            rows.append(row_of(name, number, file, question, answer, choices))
+            if on_item is not None:
+                on_item(len(rows))
+    manifest = folder / MANIFEST
+    fresh = manifest.with_suffix(".part")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fresh.replace(manifest)
+    return manifest
+
+
+def make(
+    speech: Utterances, name: str, number: int, draw: Draw
+) -> tuple[Utterance, str, str, tuple[str, ...]]:
+    """One item: its sound, question, answer and four choices; raises EvaluationError."""
+    task = TASKS[name]
+    wanted = task.answers[number % len(task.answers)] if task.answers else None
+    for _ in range(_TRIES):
+        scene = _scene(task, wanted, speech.recordings.voices, draw)
+        utterance = speech.perform(scene, draw)
+        place = int(draw.integers(len(utterance.labels.digits)))
+        answer = answer_to(task.kind, utterance.labels, place)
+        whole = len(utterance.labels.digits) == len(scene.digits)
+        if whole and answer is not None and wanted in (None, answer):
+            stems = phrases(task.kind)
+            question = stems[int(draw.integers(len(stems)))].format(nth=ORDINALS[place])
+            return utterance, question, answer, options(task.kind, answer, draw)
+    raise EvaluationError(
+        f"no {name} item with the answer {wanted!r} in {_TRIES} tries: are all six speakers there?"
+    )
+
+
+def row_of(
+    name: str, number: int, file: str, question: str, answer: str, choices: Sequence[str]
+) -> dict[str, Any]:
+    """An item in MMSU's columns."""
+    task = TASKS[name]
+    slots = {f"choice_{slot}": text for slot, text in zip("abcd", choices, strict=True)}
+    return {
+        "id": f"{name.replace(' ', '-')}-{number:04d}",
+        "task_name": name,
+        "audio_path": file,
+        "question": question,
+        **slots,
+        "answer_gt": answer,
+        "category": task.category,
+        "sub-category": task.area,
+        "sub-sub-category": name,
+        "linguistics_sub_discipline": task.area,
+    }
+
+
+def _scene(task: Task, wanted: str | None, voices: list[Voice], draw: Draw) -> Scene:
+    """A scene of real speech that may have the wanted answer."""
+    count = int(draw.integers(task.digits[0], task.digits[1] + 1))
+    digits = tuple(int(digit) for digit in draw.integers(0, 10, count))
+    pool = [voice for voice in voices if task.kind != "accent" or voice.accent == wanted] or voices
+    first = pool[int(draw.integers(len(pool)))]
+    cast = (first,) * count
+    if wanted == "different":
+        others = [voice for voice in voices if voice != first]
+        turn = int(draw.integers(1, count))
+        cast = (first,) * turn + (others[int(draw.integers(len(others)))],) * (count - turn)
+    speed = next((name for name in SPEEDS if name == wanted), None)
+    level = next((name for name in LEVELS if name == wanted), None)
+    speed = speed or tuple(SPEEDS)[int(draw.integers(len(SPEEDS)))]
+    level = level or tuple(LEVELS)[int(draw.integers(len(LEVELS)))]
+    return Scene(digits, cast, speed, level, None, None)

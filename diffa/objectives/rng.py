@@ -1,0 +1,20 @@
+"""Uniform draws keyed by a row's own seed: the same on any device and in any batch.
+
+A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014) instead of a stream:
+draw k of a row depends on (seed, k) alone, so neither batch mates nor padding can shift it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffa.runtime.rng import GOLDEN, mixed, shifted
+
+
+def uniform(seeds: Tensor, counter: Tensor) -> Tensor:
+    """Return float32 draws strictly between 0 and 1 for seeds and counters that broadcast."""
+    state = mixed(seeds.to(torch.int64) * GOLDEN + GOLDEN)
+    bits = shifted(mixed(state + counter.to(torch.int64) * GOLDEN), 41)
+    # 23 bits and a half: the largest float32 below 1 is 1 - 2^-24
+    return (bits.to(torch.float32) + 0.5) * 2.0**-23

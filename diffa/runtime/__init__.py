@@ -1,0 +1,1 @@
+"""Process-level services: threads, random numbers, file writes, terminal rendering."""

@@ -1,0 +1,99 @@
+"""The rule of a sampler: which masked tokens to accept, from its options."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffa.errors import SpecError
+from diffa.samplers import selection as select
+from diffa.samplers.blocks import Place
+from diffa.samplers.predictions import Guess, Order
+from diffa.samplers.stability import Stability
+from diffa.samplers.transfer_schedule import even
+
+
+class Rule:
+    """One of steps, threshold, factor and entropy; a threshold may be refined by one of leap,
+    spread and stable. See ``Blockwise`` for their meaning.
+
+    Raises:
+        SpecError: more than one rule, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        block: int,
+        steps: int | None = None,
+        threshold: float | None = None,
+        factor: float | None = None,
+        entropy: float | None = None,
+        leap: float | None = None,
+        spread: float | None = None,
+        stable: float | None = None,
+    ) -> None:
+        self.block, self.steps = block, steps
+        self.threshold, self.factor, self.entropy = threshold, factor, entropy
+        self.leap, self.spread, self.stable = leap, spread, stable
+        rules = {"steps": steps, "threshold": threshold, "factor": factor, "entropy": entropy}
+        self.kind = _one({k: v for k, v in rules.items() if v is not None}) or "steps"
+        finer = {"leap": leap, "spread": spread, "stable": stable}
+        self.finer = _one({k: v for k, v in finer.items() if v is not None})
+        if self.finer and threshold is None:
+            raise SpecError(f"{self.finer} refines a threshold: set threshold as well")
+        for name, value in {"block": block, "steps": 1 if steps is None else steps}.items():
+            if value < 1:
+                raise SpecError(f"{name} must be at least 1, got {value}")
+        for name, share in {"threshold": threshold, "leap": leap, "spread": spread}.items():
+            if share is not None and not 0 <= share <= 1:
+                raise SpecError(f"{name} must lie between 0 and 1, got {share}")
+        for name, number in {"factor": factor, "entropy": entropy, "stable": stable}.items():
+            positive(name, number)
+
+    def check_order(self, order: Order) -> None:
+        """Refuse an order that gives the rule nothing to test."""
+        if self.kind in ("threshold", "factor") and order in ("entropy", "random"):
+            raise SpecError(f"order {order!r} gives no probability for {self.kind} to test")
+        if self.kind == "entropy" and order not in ("confidence", "entropy"):
+            raise SpecError(f"order {order!r} has no part in the entropy rule; leave it out")
+
+    def memory(self, count: int, length: int, device: torch.device) -> Stability | None:
+        """What the rule remembers between the steps of one answer."""
+        return None if self.stable is None else Stability(count, length, device)
+
+    def take(self, guess: Guess, place: Place, length: int, memory: Stability | None) -> Tensor:
+        """Which of the asked slots to accept now, (B, R) bool."""
+        score, masked = guess.score, place.masked
+        if self.threshold is not None:
+            if self.leap is not None:
+                return select.leap(score, masked, place.places, self.threshold, self.leap)
+            if self.spread is not None:
+                return select.spread(score, masked, place.places, self.threshold, self.spread)
+            if memory is not None and self.stable is not None:
+                moved = memory.observe(guess, place)
+                return select.stable(score, masked, moved, self.threshold, self.stable)
+            return select.threshold(score, masked, self.threshold)
+        if self.factor is not None:
+            return select.factor(score, masked, self.factor)
+        if self.entropy is not None:
+            return select.entropy_bound(-score, masked, self.entropy)
+        return select.fixed(score, masked, self.quota(place, length))
+
+    def quota(self, place: Place, length: int) -> Tensor:
+        """Tokens per row (B,) by the fixed schedule."""
+        return even(
+            place.block, place.since, place.due, steps=self.steps, length=length, width=self.block
+        )
+
+
+def positive(name: str, value: float | None) -> None:
+    """Refuse a number that is negative, infinite or not a number."""
+    if value is not None and not 0 <= value < float("inf"):
+        raise SpecError(f"{name} must be 0 or more, got {value}")
+
+
+def _one(options: dict[str, float]) -> str | None:
+    if len(options) > 1:
+        raise SpecError(f"choose one of {' and '.join(options)}: each decides how many tokens")
+    return next(iter(options), None)

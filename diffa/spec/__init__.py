@@ -1,0 +1,1 @@
+"""Specs: name the parts of a model, check them against the installed plugins, fill in defaults."""

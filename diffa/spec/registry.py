@@ -1,0 +1,219 @@
+"""Find a part among the installed packages' entry points; import it only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from typing import Any, NamedTuple
+
+from diffa.errors import PluginError, SpecError, suggest
+from diffa.spec.schema import schema
+
+KINDS = ("encoder", "adapter", "backbone", "sampler", "objective")
+
+WIRES: dict[str, tuple[str, ...]] = {
+    "encoder": (),
+    "adapter": ("source", "width"),
+    "backbone": (),
+    "sampler": ("vocab",),
+    "objective": ("vocab",),
+}
+"""What ``build`` offers each kind; a part asks for the ones it wants, by name."""
+
+_MEMBERS: dict[str, tuple[str, ...]] = {
+    "encoder": ("__call__",),
+    "adapter": ("__call__", "out_lengths"),
+    "backbone": ("__call__", "embed", "head"),
+    "sampler": ("__call__", "decoding"),
+    "objective": ("corrupt", "loss", "decoding"),
+}
+
+
+class Part(NamedTuple):
+    """An entry point: who offers which part, and where it lives."""
+
+    kind: str
+    name: str
+    dist: str
+    version: str
+    target: str
+    extras: tuple[str, ...]
+
+    @property
+    def origin(self) -> str:
+        """The part as errors name it."""
+        return f"{self.kind} {self.name!r} from {self.dist} ({self.target})"
+
+
+class _Scan(NamedTuple):
+    parts: dict[str, tuple[Part, ...]]
+    faults: tuple[str, ...]
+
+
+_cached: _Scan | None = None
+
+
+def available(kind: str) -> tuple[str, ...]:
+    """Names of the installed parts of a kind, "package:name" where two packages share one."""
+    return tuple(sorted(handle(part) for part in parts(kind)))
+
+
+def parts(kind: str) -> tuple[Part, ...]:
+    """Every installed part of a kind, diffa's own first; nothing is imported."""
+    if kind not in KINDS:
+        raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, KINDS)}")
+    return _scan().parts[kind]
+
+
+def faults() -> tuple[str, ...]:
+    """What is wrong with installed packages whose entry points cannot be read."""
+    return _scan().faults
+
+
+def find(kind: str, name: str) -> Part:
+    """Return the part a name stands for; SpecError where it is unknown or ambiguous."""
+    known = parts(kind)
+    if not known:
+        raise SpecError(
+            f"no {kind} is installed: diffa is not installed here; run pip install -e ."
+        )
+    package, _, short = name.rpartition(":")
+    found = [part for part in known if part.name == short]
+    if package:
+        found = [part for part in found if _normal(part.dist) == _normal(package)]
+    elif any(part.dist == "diffa" for part in found):
+        found = [part for part in found if part.dist == "diffa"]
+    if not found:
+        raise SpecError(f"there is no {kind} {name!r}{suggest(name, available(kind))}")
+    if len({part.dist for part in found}) > 1:
+        choices = " or ".join(repr(f"{part.dist}:{part.name}") for part in found)
+        raise SpecError(f"{kind} {name!r} is ambiguous: write {choices}")
+    if len(found) > 1:
+        targets = " and ".join(part.target for part in found)
+        raise PluginError(f"{kind} {name!r} is declared twice by {found[0].dist}: {targets}")
+    return found[0]
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """Import the class a name stands for; PluginError where it fails or breaks the contract."""
+    part = find(kind, name)
+    module, _, attribute = part.target.partition(":")
+    try:
+        cls: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"{part.origin} failed to import: {_reason(error)}{_remedy(part, error)}"
+        ) from error
+    for step in attribute.split("."):
+        cls = getattr(cls, step, None)
+    if cls is None:
+        raise PluginError(f"{part.origin} does not exist: {module} has no {attribute!r}")
+    try:
+        check(kind, cls)
+    except PluginError as error:
+        raise PluginError(f"{error}; it is {part.origin}") from error
+    return cls  # type: ignore[no-any-return]
+
+
+def check(kind: str, cls: Any) -> None:
+    """Raise PluginError unless a class has the members, wires and options its kind must have."""
+    if not isinstance(cls, type):
+        raise PluginError(f"{kind} {cls!r} is not a class")
+    missing = [member for member in _MEMBERS[kind] if not _has(cls, member)]
+    if missing:
+        raise PluginError(f"{kind} {cls.__name__} lacks {', '.join(missing)}")
+    offered = WIRES[kind]
+    for wire in schema(cls).wires:
+        if wire not in offered:
+            raise PluginError(
+                f"{kind} {cls.__name__} asks for the wire {wire!r}{suggest(wire, offered)} "
+                "(options are keyword-only: put them after `*`)"
+            )
+
+
+def refresh() -> None:
+    """Forget the scan of installed packages, after one was installed or removed."""
+    global _cached
+    _cached = None
+    importlib.invalidate_caches()
+
+
+def _scan() -> _Scan:
+    """Read the entry points of every installed package once; keep the answer only if whole."""
+    global _cached
+    if _cached is not None:
+        return _cached
+    found: dict[str, list[Part]] = {kind: [] for kind in KINDS}
+    seen: set[str] = set()
+    broken: list[str] = []
+    for dist in importlib.metadata.distributions():
+        try:
+            _collect(dist, seen, found)
+        except Exception as error:  # one package's damage must not hide the others
+            folder = getattr(dist, "_path", dist)
+            broken.append(f"the entry points of {folder} cannot be read: {_reason(error)}")
+    order = {
+        k: sorted(v, key=lambda p: (p.dist != "diffa", p.name, p.dist)) for k, v in found.items()
+    }
+    scan = _Scan({kind: tuple(order[kind]) for kind in KINDS}, tuple(broken))
+    if not broken:
+        _cached = scan
+    return scan
+
+
+def _collect(
+    dist: importlib.metadata.Distribution, seen: set[str], found: dict[str, list[Part]]
+) -> None:
+    text = dist.read_text("entry_points.txt")
+    if not text or "diffa." not in text:
+        return  # most packages: not even their metadata is read
+    name, version = dist.metadata["Name"], dist.version
+    if not name:
+        raise ValueError("the package has no name")
+    if _normal(name) in seen:
+        return  # an editable install shows twice; the first on the path is the one imported
+    seen.add(_normal(name))
+    for point in dist.entry_points:
+        kind = point.group.removeprefix("diffa.").removesuffix("s")
+        if kind in KINDS and point.group == f"diffa.{kind}s":
+            target = point.value.partition("[")[0].strip()
+            part = Part(kind, point.name, name, version, target, tuple(point.extras))
+            if part not in found[kind]:
+                found[kind].append(part)
+
+
+def handle(part: Part) -> str:
+    """The shortest text that ``find`` understands as this part."""
+    if part.dist == "diffa":
+        return part.name
+    rivals = [other for other in parts(part.kind) if other.name == part.name]
+    return part.name if len(rivals) == 1 else f"{part.dist}:{part.name}"
+
+
+def _has(cls: type, member: str) -> bool:
+    """Whether a class itself, not Python's or torch's bases, offers or declares a member."""
+    names = ("forward", "__call__") if member == "__call__" else (member,)
+    own = [base for base in cls.__mro__ if base is not object and base.__module__[:6] != "torch."]
+    return any(
+        name in vars(base) or name in vars(base).get("__annotations__", {})
+        for base in own
+        for name in names
+    )
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or "no reason given"
+    return text if isinstance(error, ImportError) else f"{type(error).__name__}: {text}"
+
+
+def _remedy(part: Part, error: BaseException) -> str:
+    if part.extras:
+        return f"; it needs pip install '{part.dist}[{','.join(part.extras)}]'"
+    if part.dist != "diffa":
+        return f"; mend it with pip install --force-reinstall {part.dist}, or uninstall it"
+    return "; `diffa doctor` shows what works here" if isinstance(error, ImportError) else ""
+
+
+def _normal(dist: str) -> str:
+    return re.sub(r"[-_.]+", "-", dist).lower()

@@ -1,0 +1,242 @@
+"""Check a written spec against the parts it names and fill in every default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffa.errors import DiffaError, PluginError, SpecError, suggest
+from diffa.spec import registry
+from diffa.spec.schema import Schema, fit, schema
+
+FORMAT = 1
+KEYS = (
+    "format",
+    "encoder",
+    "adapters",
+    "backbone",
+    "objective",
+    "sampler",
+    "train",
+    "prompt",
+    "settings",
+)
+PROMPT: dict[str, str | int] = {
+    "system": "You are a helpful voice assistant.",
+    "user": "This is the audio: <audio>. {question}",
+    "max_tokens": 128,  # of an answer, unless the caller says otherwise
+}
+_DEFAULTS = {
+    "masked": {"sampler": "blockwise", "objective": "masked"},
+    "causal": {"sampler": "greedy", "objective": "autoregressive"},
+}
+
+
+def complete(written: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
+    """Return the spec with every default filled in; SpecError lists all of its faults at once."""
+    task = _Completion(written)
+    done = task.run()
+    if task.faults:
+        spec_faults = [line for line, error in task.faults if not isinstance(error, PluginError)]
+        kind = SpecError if spec_faults else PluginError
+        if kind is PluginError and len(task.faults) == 1:
+            line, error = task.faults[0]
+            raise PluginError(line) from error
+        lines = "\n".join(f"  {line}" for line, _ in task.faults)
+        raise kind(f"invalid spec{source and ' ' + source}:\n{lines}")
+    return done
+
+
+def mismatch(path: str, name: str, decoding: str, backbone: str, rule: str) -> str:
+    """Say that a sampler or objective of one decoding meets a backbone of another."""
+    remedy = _DEFAULTS.get(rule, {}).get(path.partition(".")[0])
+    hint = f"; use {remedy!r}" if remedy else ""
+    return f"{path}: {name!r} is for {decoding} backbones, but {backbone!r} is {rule}{hint}"
+
+
+class _Completion:
+    """One pass over a written spec, which goes on after a fault to find the others."""
+
+    def __init__(self, written: Mapping[Any, Any]) -> None:
+        self.written = written
+        self.faults: list[tuple[str, Exception | None]] = []
+        self.classes: dict[str, type[Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        number = self.written.get("format", FORMAT)
+        if type(number) is not int or number != FORMAT:
+            self.fault(
+                "format",
+                f"{number!r} is not known; this diffa reads format {FORMAT}"
+                + ("; upgrade diffa" if isinstance(number, int) and number > FORMAT else ""),
+            )
+            return {}  # what the rest means is not known either
+        for key in self.written:
+            if key not in KEYS:
+                self.fault(str(key), f"unknown key{suggest(str(key), KEYS)}")
+        done: dict[str, Any] = {"format": FORMAT}
+        done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
+        done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
+        done["backbone"] = self.part("backbone", "backbone", self.required("backbone"))
+        done["objective"] = self.part("objective", "objective", self.chosen("objective"))
+        done["settings"] = self.named("settings", "sampler", self.written.get("settings") or {})
+        done["sampler"] = self.sampler(done["settings"])
+        done["train"] = self.train()
+        done["prompt"] = self.prompt()
+        self.decodings(done)
+        return {key: done[key] for key in KEYS}
+
+    def fault(self, path: str, text: str, error: Exception | None = None) -> None:
+        self.faults.append((f"{path}: {text}" if path else text, error))
+
+    def required(self, key: str) -> Any:
+        value = self.written.get(key)
+        if value is None:
+            kind = key.removesuffix("s")
+            self.fault(key, f"is missing; known: {', '.join(registry.available(kind))}")
+        return value
+
+    def chosen(self, key: str) -> Any:
+        """The written sampler or objective, or the usual one under the backbone's decoding."""
+        if self.written.get(key) is not None:
+            return self.written[key]
+        decoding = getattr(self.classes.get("backbone"), "decoding", "masked")
+        return _DEFAULTS.get(decoding, _DEFAULTS["masked"])[key]
+
+    def part(self, path: str, kind: str, value: Any) -> dict[str, Any]:
+        """Complete one part: its name and every option in the order of its constructor."""
+        if value is None:
+            return {}
+        if isinstance(value, str | type):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            self.fault(path, f"expected a name or a mapping with a name, got {value!r}")
+            return {}
+        name = value.get("name")
+        if not isinstance(name, str | type):
+            wrong = "needs a name" if name is None else f"expected a name, got {name!r}"
+            self.fault(path, f"{wrong}; known: {', '.join(registry.available(kind))}")
+            return {}
+        found = self.load(path, kind, name)
+        return {} if found is None else self.options(path, name, value, found)
+
+    def load(self, path: str, kind: str, name: str | type) -> Schema | None:
+        try:
+            if isinstance(name, type):
+                registry.check(kind, name)
+            cls = registry.load(kind, name) if isinstance(name, str) else name
+            self.classes[path] = cls
+            return schema(cls)
+        except DiffaError as error:
+            self.fault(path, str(error), error)
+            return None
+
+    def options(
+        self, path: str, name: str | type, value: Mapping[Any, Any], known: Schema
+    ) -> dict[str, Any]:
+        done = {"name": name, **{key: option.default for key, option in known.options.items()}}
+        for key, given in value.items():
+            if key == "name":
+                continue
+            if key in known.options:
+                place = f"{path}.{key}"
+                done[key] = fit(given, known.options[key].hint, place, self.fault)
+            elif key in known.wires:
+                self.fault(f"{path}.{key}", "is wired by build, never written in a spec; remove it")
+            else:
+                self.fault(f"{path}.{key}", f"unknown option{suggest(str(key), known.options)}")
+        return done
+
+    def named(self, key: str, kind: str, value: Any) -> dict[str, Any]:
+        """Complete an ordered mapping of names to parts: the adapters, or the settings."""
+        if not isinstance(value, Mapping):
+            if value is not None:
+                self.fault(key, f"expected a mapping of names to {kind}s, got {value!r}")
+            return {}
+        if key == "adapters" and not value:
+            self.fault(key, f"at least one is needed; known: {', '.join(registry.available(kind))}")
+        done = {}
+        for name, part in value.items():
+            path = f"{key}.{name}"
+            if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+                self.fault(path, "a name is made of letters, digits, '-' and '_'")
+            elif key == "adapters" and _taken(name):
+                self.fault(path, "the name is taken by torch's ModuleDict; choose another")
+            elif key == "settings" and name in registry.available("sampler"):
+                self.fault(path, "is the name of a sampler; give the setting another")
+            elif part is None:
+                self.fault(path, f"needs a name; known: {', '.join(registry.available(kind))}")
+            done[name] = self.part(path, kind, part)
+        return done
+
+    def sampler(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the sampler, which may be the name of a setting."""
+        value = self.chosen("sampler")
+        if isinstance(value, str) and value in settings:
+            if f"settings.{value}" in self.classes:
+                self.classes["sampler"] = self.classes[f"settings.{value}"]
+            return dict(settings[value])
+        if isinstance(value, str) and settings and ":" not in value:
+            known = registry.available("sampler")
+            if not any(name.rpartition(":")[2] == value for name in known):
+                names = [*settings, *known]
+                self.fault("sampler", f"no setting or sampler {value!r}{suggest(value, names)}")
+                return {}
+        return self.part("sampler", "sampler", value)
+
+    def train(self) -> list[str]:
+        """Check which parts learn; by default the adapters."""
+        value = self.written.get("train")
+        value = ["adapters"] if value is None else value
+        if not isinstance(value, list):
+            self.fault("train", f"expected a list such as [adapters], got {value!r}")
+            return []
+        adapters = self.written.get("adapters")
+        keys = adapters if isinstance(adapters, Mapping) else {}
+        known = ["adapters", "backbone", "encoder", *(f"adapters.{key}" for key in keys)]
+        backbone = self.written.get("backbone")
+        if isinstance(backbone, Mapping) and backbone.get("lora"):
+            known.append("backbone.lora")
+        for index, entry in enumerate(value):
+            if entry not in known:
+                self.fault(f"train.{index}", f"unknown part {entry!r}{suggest(str(entry), known)}")
+            elif entry in value[:index]:
+                self.fault(f"train.{index}", f"{entry!r} is given twice")
+        return value
+
+    def prompt(self) -> dict[str, Any]:
+        """Complete the chat's turns; the user's holds the places of audio and question."""
+        value = self.written.get("prompt") or {}
+        if not isinstance(value, Mapping):
+            self.fault("prompt", f"expected a mapping with {', '.join(PROMPT)}, got {value!r}")
+            return {}
+        done: dict[str, Any] = dict(PROMPT)
+        for key, text in value.items():
+            if key in PROMPT:
+                done[key] = fit(text, type(PROMPT[key]), f"prompt.{key}", self.fault)
+            else:
+                self.fault(f"prompt.{key}", f"unknown key{suggest(str(key), PROMPT)}")
+        length = done["max_tokens"]
+        if isinstance(length, int) and length < 1:
+            self.fault("prompt.max_tokens", f"must be at least 1, got {length}")
+        for place in ("<audio>", "{question}"):
+            if isinstance(done["user"], str) and done["user"].count(place) != 1:
+                self.fault("prompt.user", f"must hold {place} exactly once, got {done['user']!r}")
+        return done
+
+    def decodings(self, done: Mapping[str, Any]) -> None:
+        """Report a sampler or objective that cannot drive this backbone, where classes say so."""
+        rule = getattr(self.classes.get("backbone"), "decoding", None)
+        for path in ("objective", "sampler"):
+            own = getattr(self.classes.get(path), "decoding", None)
+            if isinstance(own, str) and isinstance(rule, str) and own != rule:
+                name, backbone = done[path]["name"], done["backbone"]["name"]
+                names = [n if isinstance(n, str) else n.__name__ for n in (name, backbone)]
+                self.fault("", mismatch(path, names[0], own, names[1], rule))
+
+
+def _taken(name: str) -> bool:
+    """Whether torch's ModuleDict, which will hold the adapters, has an attribute of this name."""
+    from torch.nn import ModuleDict
+
+    return hasattr(ModuleDict(), name)

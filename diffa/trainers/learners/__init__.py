@@ -1,0 +1,1 @@
+"""Learners: what a training stage optimizes."""

@@ -1,0 +1,144 @@
+"""An answer's canvas, its numbers and a comparison as HTML that a screen reader can read too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from diffa.ui.steps import Frame, Replay, Token
+
+# From doubtful to sure, and from early to late: light enough for dark letters, told apart by
+# lightness as well as by hue.
+_DOUBT, _SURE = (255, 196, 112), (150, 222, 205)
+_EARLY, _LATE = (68, 1, 84), (94, 201, 98)
+
+
+def mix(first: tuple[int, int, int], last: tuple[int, int, int], share: float) -> str:
+    """A colour between two, ``share`` of the way to the last."""
+    share = min(1.0, max(0.0, share))
+    return "#" + "".join(
+        f"{round(a + (b - a) * share):02x}" for a, b in zip(first, last, strict=True)
+    )
+
+
+def canvas(frame: Frame, forward: int, forwards: int) -> str:
+    """Draw one canvas: background by confidence, line and number by the step of becoming final."""
+    if not frame:
+        return ""
+    shown, behind = _cut(frame)
+    inner = "".join(_token(token, forwards) for token in shown)
+    rest = f'<span class="d-rest">+ {behind} behind the end</span>' if behind else ""
+    said = f"Canvas after forward {forward} of {forwards}"
+    return (
+        f'<div class="d-canvas" role="img" aria-label="{said}: {escape(_read(shown), quote=True)}">'
+        f'{inner}{rest}</div><p class="d-note">{said}</p>{_table(shown)}'
+    )
+
+
+def legend() -> str:
+    """What the colours mean."""
+    sure = f"linear-gradient(90deg,{mix(_DOUBT, _SURE, 0)},{mix(_DOUBT, _SURE, 1)})"
+    step = f"linear-gradient(90deg,{mix(_EARLY, _LATE, 0)},{mix(_EARLY, _LATE, 1)})"
+    return (
+        '<p class="d-note d-legend">'
+        f'<span>Background: confidence, 0 <i style="background:{sure}"></i> 1</span>'
+        f"<span>Line and number: forward at which it became final, first "
+        f'<i style="background:{step}"></i> last</span>'
+        '<span><b class="d-mask"></b> undecided</span><span><b class="d-end">·</b> end</span></p>'
+    )
+
+
+def numbers(replay: Replay) -> str:
+    """Forwards, tokens per forward and seconds in a line."""
+    return (
+        f'<p class="d-note"><b>{escape(replay.name)}</b>: {replay.forwards} forwards, '
+        f"{replay.pace:.2f} tokens per forward, {replay.seconds:.2f} s</p>"
+    )
+
+
+def comparison(replays: Sequence[Replay]) -> str:
+    """A table of two settings; the answers are compared as well."""
+    if len(replays) < 2:
+        return ""
+    first, second = replays
+    cells = ""
+    for label, values in (
+        ("Forwards", [f"{replay.forwards}" for replay in replays]),
+        ("Tokens of the answer", [f"{replay.tokens}" for replay in replays]),
+        ("Tokens per forward", [f"{replay.pace:.2f}" for replay in replays]),
+        ("Seconds", [f"{replay.seconds:.2f}" for replay in replays]),
+    ):
+        row = "".join(f"<td>{value}</td>" for value in values)
+        cells += f'<tr><th scope="row">{label}</th>{row}</tr>'
+    heads = "".join(f'<th scope="col">{escape(replay.name)}</th>' for replay in replays)
+    same = "The two answers are the same." if first.text == second.text else "The answers differ."
+    faster = first.seconds / max(second.seconds, 1e-9)
+    ratio = (
+        f"The second took {1 / faster:.1f} times as long."
+        if faster < 1
+        else f"The second was {faster:.1f} times as fast."
+    )
+    return (
+        f'<table class="d-table"><caption>Two settings side by side</caption><thead><tr><td></td>'
+        f'{heads}</tr></thead><tbody>{cells}</tbody></table><p class="d-note">{same} {ratio}</p>'
+    )
+
+
+def complaint(text: str) -> str:
+    """A fault as a sentence, announced by screen readers."""
+    if not text:
+        return ""
+    sentence = text[0].upper() + text[1:]
+    sentence += "" if sentence.endswith((".", "!", "?")) else "."
+    return f'<div class="d-error" role="alert">{escape(sentence)}</div>'
+
+
+def _cut(frame: Frame) -> tuple[Frame, int]:
+    """Leave out what only fills the canvas behind the end; say how much that was."""
+    last = max((i for i, token in enumerate(frame) if token.kind != "end"), default=-1)
+    keep = min(len(frame), last + 2)
+    return frame[:keep], len(frame) - keep
+
+
+def _token(token: Token, forwards: int) -> str:
+    if token.kind == "mask":
+        return '<span class="d-mask"></span>'
+    style = f"background:{mix(_DOUBT, _SURE, token.confidence)}"
+    number = ""
+    if token.step:
+        late = (token.step - 1) / max(1, forwards - 1)
+        style += f";border-bottom-color:{mix(_EARLY, _LATE, late)}"
+        number = f"<sup>{token.step}</sup>"
+    text = escape(token.text) if token.kind == "word" else "·"
+    told = escape(_tell(token), quote=True)
+    return f'<span class="d-{token.kind}" style="{style}" title="{told}">{text}{number}</span>'
+
+
+def _tell(token: Token) -> str:
+    if token.kind == "mask":
+        return "undecided"
+    when = f"final at forward {token.step}" if token.step else "may still change"
+    return f"confidence {token.confidence:.2f}, {when}"
+
+
+def _read(shown: Frame) -> str:
+    """The canvas as words, for who cannot see it."""
+    words = {"mask": " undecided ", "end": ""}
+    text = "".join(words.get(token.kind, token.text) for token in shown)
+    return " ".join(text.split()) or "nothing decided yet"
+
+
+def _table(shown: Frame) -> str:
+    """Every token with its numbers, folded away."""
+    rows = ""
+    for place, token in enumerate(shown, start=1):
+        text = {"mask": "undecided", "end": "end"}.get(token.kind, escape(repr(token.text)[1:-1]))
+        sure = "" if token.kind == "mask" else f"{token.confidence:.3f}"
+        rows += f"<tr><td>{place}</td><td>{text}</td><td>{sure}</td><td>{token.step or ''}</td>"
+        rows += "</tr>"
+    heads = "".join(f'<th scope="col">{h}</th>' for h in ("place", "token", "confidence", "final"))
+    return (
+        "<details><summary>Tokens as a table</summary>"
+        f'<table class="d-table"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        "</details>"
+    )

@@ -1,0 +1,141 @@
+"""What the page shows of an answer: its canvas after every forward, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from diffa.runtime.render import spell
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.types import Step
+
+
+class Token(NamedTuple):
+    """One place of the canvas.
+
+    Attributes:
+        text: as it is written; "" where the place is undecided or behind the end.
+        kind: ``mask`` while undecided, ``end`` for the end of the text, else ``word``.
+        confidence: probability of the token when it was chosen, 0 to 1.
+        step: the forward, counted from 1, at which it became final; 0 while it may change.
+    """
+
+    text: str
+    kind: Literal["mask", "end", "word"]
+    confidence: float
+    step: int
+
+
+Frame = tuple[Token, ...]
+
+
+class Replay(NamedTuple):
+    """An answer with every canvas on the way to it.
+
+    Attributes:
+        name: of the setting.
+        text: the answer so far.
+        frames: the canvas after each forward.
+        tokens: tokens of the answer up to its end, the end included.
+        seconds: spent in the model so far, without the page's own work.
+    """
+
+    name: str
+    text: str
+    frames: tuple[Frame, ...]
+    tokens: int
+    seconds: float
+
+    @property
+    def forwards(self) -> int:
+        """Calls of the backbone so far."""
+        return len(self.frames)
+
+    @property
+    def pace(self) -> float:
+        """Tokens of the answer per forward."""
+        return self.tokens / max(1, self.forwards)
+
+
+class Request(NamedTuple):
+    """What is asked: a waveform at the encoder's rate, a question, and how the answer is made."""
+
+    wave: Any
+    question: str
+    max_tokens: int = 24
+    system: str | None = None
+    seed: int = 0
+
+
+def ask(
+    model: Model, name: str, sampler: Mapping[str, Any] | str, request: Request
+) -> Iterator[Replay]:
+    """Answer under a sampler, yielding what there is to show after every forward.
+
+    Raises:
+        SpecError: the sampler's options are wrong.
+        AudioError: the recording is too long for the backbone's context.
+    """
+    from diffa.build import swap
+
+    begun = time.perf_counter()
+    asked = swap(model, sampler=sampler)
+    prompt = asked.chat.encode(request.question, system=request.system)
+    steps = asked.stream(
+        prompt.tokens,
+        request.wave,
+        audio_at=prompt.audio_at or 0,
+        max_tokens=request.max_tokens,
+        seeds=request.seed,
+    )
+    frames: list[Frame] = []
+    since: list[int] = [0] * request.max_tokens
+    spent = time.perf_counter() - begun
+    while True:
+        begun = time.perf_counter()
+        step = next(steps, None)
+        spent += time.perf_counter() - begun  # not while the browser is being told
+        if step is None:
+            return
+        frames.append(frame(step, len(frames) + 1, since, asked))
+        text = _text(asked, step.tokens[0])
+        yield Replay(name, text, tuple(frames), length(frames[-1]), spent)
+
+
+def frame(step: Step, number: int, since: list[int], model: Model) -> Frame:
+    """Return the canvas of a step; ``since`` is told which places became final at it."""
+    vocab, tokenizer = model.backbone.vocab, model.backbone.tokenizer
+    tokens: list[int] = step.tokens[0].tolist()
+    shown: list[Token] = []
+    for place, token in enumerate(tokens):
+        settled = bool(step.final[0, place])
+        since[place] = (since[place] or number) if settled else 0
+        if token == vocab.mask:
+            shown.append(Token("", "mask", 0.0, 0))
+            continue
+        sure = float(step.confidence[0, place])
+        if token in (vocab.eos, vocab.pad):
+            shown.append(Token("", "end", sure, since[place]))
+        else:
+            text = spell(token, tokens, place, tokenizer)
+            shown.append(Token(text, "word" if text else "end", sure, since[place]))
+    return tuple(shown)
+
+
+def _text(model: Model, tokens: Any) -> str:
+    """The text decided so far: masks are left out."""
+    kept = tokens[tokens != model.backbone.vocab.mask]
+    return str(model.chat.decode(kept.cpu()))
+
+
+def length(frame: Frame) -> int:
+    """Count the tokens decided up to the first end of the text, which counts."""
+    count = 0
+    for token in frame:
+        count += token.kind != "mask"
+        if token.kind == "end":
+            break
+    return count

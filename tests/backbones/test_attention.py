@@ -1,0 +1,118 @@
+"""One place attends: packed rows see what the dense mask lets them see."""
+
+import pytest
+import torch
+
+from diffa.backbones.attention import Plan, attend, chosen, pack, plan
+from diffa.canvas.kv_cache import Context
+from diffa.errors import SpecError
+
+xformers = pytest.importorskip("xformers.ops", reason="xformers is not installed")
+
+VALID = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]]).bool()
+ALL = torch.arange(6).expand(3, 6)
+
+
+def allowed(packing, shape, keys):
+    """What the bias lets every place see, (B, K, S) bool; places without a real query see none."""
+    bias = packing.bias.materialize((len(packing.queries), len(packing.keys)))
+    flat = torch.zeros(shape[0] * shape[1], shape[0] * keys, dtype=torch.bool)
+    flat[packing.queries[:, None], packing.keys] = bias == 0
+    return flat.view(shape[0], shape[1], shape[0], keys)
+
+
+def dense(context, positions, causal):
+    mask = context.mask(positions, causal=causal)
+    keys = positions.shape[1] if context.positions is None else context.positions.shape[1]
+    mask = torch.ones(1, 1, keys, dtype=torch.bool) if mask is None else mask
+    return mask.expand(len(positions), positions.shape[1], keys)
+
+
+def agree(context, positions, *, causal, real):
+    packed = allowed(
+        pack(context, positions, causal=causal),
+        positions.shape,
+        dense(context, positions, causal).shape[2],
+    )
+    expected = dense(context, positions, causal)
+    for row in range(len(positions)):
+        for other in range(len(positions)):
+            seen = packed[row, :, other][real[row]]
+            wanted = expected[row][real[row]] if row == other else torch.zeros_like(seen)
+            assert torch.equal(seen, wanted)
+
+
+def test_packed_rows_see_their_own_valid_slots():
+    agree(Context(valid=VALID), ALL, causal=False, real=VALID)
+    packing = pack(Context(valid=VALID), ALL, causal=False)
+    assert len(packing.queries) == len(packing.keys) == int(VALID.sum())  # no padding is carried
+
+
+def test_rows_without_padding_pack_too():
+    agree(Context(), ALL, causal=False, real=torch.ones_like(VALID))
+
+
+def test_packed_queries_over_a_memory_see_all_valid_slots():
+    slots = torch.tensor([[4, 5], [1, 2], [2, 3]])
+    context = Context(valid=VALID, positions=ALL, slots=slots)
+    real = torch.ones(3, 2, dtype=torch.bool)
+    agree(context, ALL.gather(1, slots), causal=False, real=real)
+
+
+def test_packed_causal_rows_see_no_later_slot():
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    positions = torch.arange(4).expand(2, 4)
+    agree(Context(valid=valid), positions, causal=True, real=valid)
+
+
+def test_packed_attention_equals_masked_attention():
+    generator = torch.Generator().manual_seed(1)
+    queries, keys, values = (torch.randn(3, 6, 2, 8, generator=generator) for _ in range(3))
+    context = Context(valid=VALID)
+    mask = context.mask(ALL, causal=False)
+    reference = attend(queries, keys, values, Plan(mask[:, None], False, None))
+    packing = pack(context, ALL, causal=False)
+    bias = packing.bias.materialize((len(packing.queries), len(packing.keys)))
+    flat = [x.flatten(0, 1)[i] for x, i in ((queries, packing.queries), (keys, packing.keys))]
+    scores = torch.einsum("qhd,khd->hqk", *flat) / 8**0.5 + bias
+    mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.flatten(0, 1)[packing.keys])
+    assert torch.allclose(mixed.flatten(1), reference.flatten(0, 1)[packing.queries], atol=1e-5)
+
+
+def test_grouped_queries_share_their_keys():
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(1, 5, 4, 8, generator=generator)
+    keys, values = (torch.randn(1, 5, 2, 8, generator=generator) for _ in range(2))
+    grouped = attend(queries, keys, values, Plan(None, False, None))
+    wide = attend(
+        queries,
+        keys.repeat_interleave(2, 2),
+        values.repeat_interleave(2, 2),
+        Plan(None, False, None),
+    )
+    assert torch.allclose(grouped, wide, atol=1e-6)
+
+
+def test_the_plain_cases_write_no_mask():
+    assert plan(Context(), ALL, causal=False, kernel="auto").mask is None
+    causal = plan(Context(), ALL, causal=True, kernel="auto")
+    assert causal.mask is None and causal.causal
+    assert plan(Context(valid=VALID), ALL, causal=True, kernel="auto").mask.shape == (3, 1, 6, 6)
+
+
+def test_xformers_is_refused_where_it_has_no_kernels():
+    assert chosen("auto", torch.device("cpu")) == "sdpa"
+    with pytest.raises(SpecError, match="needs a CUDA device"):
+        chosen("xformers", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_packed_rows_equal_masked_rows_on_a_gpu():
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(3, 6, 4, 64), (3, 6, 2, 64), (3, 6, 2, 64)]
+    made = [torch.randn(s, generator=generator).cuda().half() for s in sizes]
+    context = Context(valid=VALID.cuda())
+    packed = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="xformers"))
+    masked = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="sdpa"))
+    assert (packed - masked).abs()[VALID.cuda()].max() < 5e-3

@@ -1,0 +1,342 @@
+"""The nano corpus: random access, audible labels, true answers, the tokenizer, files on disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffa.data.samples import DataError
+from diffa.data.sources import open_source
+from diffa.errors import AudioError, SpecError
+from diffa.nano.corpus import voices
+from diffa.nano.corpus.examples import Examples, questions_for_trial, write_corpus
+from diffa.nano.corpus.phrases import PHRASES, phrases, reworded
+from diffa.nano.corpus.questions import LETTERS, WEIGHTS, answer_to, ask, caption, spell, transcript
+from diffa.nano.corpus.recordings import Recordings, fsdd_folder
+from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Labels, speed_of
+from diffa.nano.corpus.shaping import RATE, decibels, stretch
+from diffa.nano.corpus.sounds import DIRECTIONS, SOUNDS, Melody, play
+from diffa.nano.corpus.text import Imitations, facts
+from diffa.nano.corpus.utterances import LONGEST, Utterances
+from diffa.nano.corpus.vocabulary import BLANK, SYSTEM, vocabulary, write_tokenizer
+from diffa.nano.corpus.voices import accent_audible
+
+
+def labels(digits: tuple[int, ...] = (3, 5, 9), **changes: object) -> Labels:
+    count = len(digits)
+    plain = Labels(
+        digits,
+        tuple((i * 0.5, i * 0.5 + 0.4) for i in range(count)),
+        ("lucas",) * count,
+        ("man",) * count,
+        ("german",) * count,
+        "medium",
+        "loud",
+        None,
+        None,
+        count * 0.5,
+    )
+    return plain._replace(**changes)
+
+
+@pytest.fixture(scope="module")
+def utterances() -> Utterances:
+    return Utterances("train", 7)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("words")))
+
+
+@pytest.mark.fsdd
+class TestUtterances:
+    def test_an_utterance_is_a_pure_function_of_seed_and_index(self, utterances):
+        again = Utterances("train", 7)
+        for index in (3, 11, 5):
+            assert again[index].labels == utterances[index].labels
+            np.testing.assert_array_equal(again[index].wave, utterances[index].wave)
+
+    def test_seeds_differ(self, utterances):
+        other = Utterances("train", 8)
+        assert [other.scene(i) for i in range(5)] != [utterances.scene(i) for i in range(5)]
+
+    def test_utterances_fit_the_window_and_full_scale(self, utterances):
+        for index in range(60):
+            wave = utterances[index].wave
+            assert 0 < len(wave) <= (LONGEST + 0.2) * RATE
+            assert wave.dtype == np.float32 and np.abs(wave).max() <= 1
+
+    def test_digits_lie_where_their_boundaries_say(self, utterances):
+        for index in range(60):
+            wave, heard = utterances[index]
+            if heard.sound or not heard.digits:
+                continue
+            inside = np.concatenate([wave[int(a * RATE) : int(b * RATE)] for a, b in heard.spans])
+            before = wave[: int(heard.spans[0][0] * RATE)]
+            assert decibels(inside) > decibels(before) + 10
+
+    def test_named_loudness_is_the_level_of_the_speech(self, utterances):
+        for index in range(60):
+            wave, heard = utterances[index]
+            if not heard.loudness or not heard.digits or np.abs(wave).max() >= 1:
+                continue
+            inside = np.concatenate([wave[int(a * RATE) : int(b * RATE)] for a, b in heard.spans])
+            low, high = LEVELS[heard.loudness]
+            assert low - 1.5 <= decibels(inside) <= high + 1.5
+
+    def test_named_speed_is_the_rate_of_onsets(self, utterances):
+        for index in range(60):
+            heard = utterances[index].labels
+            assert heard.speed == speed_of([start for start, _ in heard.spans])
+
+    def test_test_recordings_never_meet_training(self):
+        train, test = (Recordings(fsdd_folder(), split) for split in ("train", "test"))
+        taken = {path for paths in train.files.values() for path in paths}
+        assert not taken & {path for paths in test.files.values() for path in paths}
+        assert all(int(p.stem.split("_")[2]) < 5 for ps in test.files.values() for p in ps)
+
+    def test_a_speaker_can_be_left_out(self):
+        left = Utterances("train", 7, leave_out=("theo",))
+        assert "theo" not in {voice.name for voice in left.voices}
+
+    def test_without_the_synthesiser_only_people_speak(self):
+        assert all(voice.real for voice in Utterances("train", 7, synthetic=False).voices)
+
+    def test_examples_share_an_utterance_and_stay_pure(self, utterances):
+        examples = Examples(utterances, 12, per=3)
+        ids = [examples[i].audio_id for i in range(6)]
+        assert len(set(ids)) == 2 and examples[4].answer == examples[4].answer
+
+    def test_unknown_kinds_are_refused(self, utterances):
+        with pytest.raises(SpecError, match="colour"):
+            Examples(utterances, 3, kinds=("colour",))
+
+    def test_files_hold_the_published_fields(self, tmp_path):
+        manifest = write_corpus(tmp_path, "test", 5, 6, per=2)
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        fields = (
+            "audio_id audio_filepath transcription input target dataset duration seed_transcript"
+        )
+        assert len(rows) == 6 and all(set(row) == set(fields.split()) for row in rows)
+        assert len({row["audio_id"] for row in rows}) == 6
+        assert all((tmp_path / row["audio_filepath"]).exists() for row in rows)
+        listed = write_corpus(tmp_path, "test", 5, 6, per=2, form="json")
+        assert json.loads(listed.read_text()) == rows
+
+
+def test_missing_recordings_are_named(tmp_path, monkeypatch):
+    with pytest.raises(AudioError, match=f"none in {tmp_path}.*DIFFA_FSDD.*--fsdd"):
+        fsdd_folder(tmp_path)
+    monkeypatch.delenv("DIFFA_FSDD", raising=False)
+    with pytest.raises(AudioError, match=r"no folder is named.*DIFFA_FSDD"):
+        fsdd_folder()
+
+
+def test_without_espeak_a_warning_says_once_what_is_missing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    voices._warn.cache_clear()
+    try:
+        made = [voices.Synthesis("train", tmp_path) for _ in range(2)]
+    finally:
+        voices._warn.cache_clear()
+    assert [one.voices for one in made] == [[], []]
+    (told,) = caplog.messages
+    assert "espeak-ng is not installed" in told and "apt-get install" in told
+
+
+def test_stretching_changes_duration_and_not_pitch():
+    wave = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE).astype(np.float32)
+    slow = stretch(wave, 0.8)
+    assert len(slow) / RATE == pytest.approx(1.25, abs=0.06)
+    assert np.argmax(np.abs(np.fft.rfft(slow))) * RATE / len(slow) == pytest.approx(440, abs=5)
+
+
+def test_sounds_are_as_long_as_asked_and_distinct():
+    waves = [make(1.0, np.random.default_rng(0)) for make in SOUNDS.values()]
+    assert {len(wave) for wave in waves} == {RATE}
+    assert len({wave.tobytes() for wave in waves}) == len(SOUNDS)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_melodies_sound(direction):
+    wave = play(Melody(direction, 4), np.random.default_rng(1))
+    assert 0.8 < len(wave) / RATE < 2 and decibels(wave) > -30
+
+
+def test_an_accent_counts_only_where_its_digits_give_it_away():
+    assert accent_audible("british", (4, 6)) and not accent_audible("british", (6, 7))
+
+
+def test_speed_has_no_name_between_the_bands_or_for_one_digit():
+    assert speed_of([0.0]) is None and speed_of([0.0, 1 / 1.5]) is None
+    assert [speed_of([0.0, 1 / rate]) for rate in (1.2, 1.9, 3.0)] == list(SPEEDS)
+
+
+def test_answers_are_true():
+    heard = labels()
+    wanted = {"count": "three", "sum": "seventeen", "largest": "nine", "gender": "man"}
+    wanted |= {"speed": "medium", "loudness": "loud", "accent": "german", "sound": "nothing"}
+    assert {kind: answer_to(kind, heard) for kind in wanted} == wanted
+    assert answer_to("place", heard, 1) == "five" and answer_to("place", heard, 3) is None
+    assert transcript(heard) == "three five nine" and answer_to("same", heard) == "same"
+    assert caption(heard) == "Loud, medium speech: a german man says three five nine."
+
+
+def test_what_cannot_be_heard_is_not_asked():
+    heard = labels(accents=(None,) * 3, speed=None, loudness=None)
+    for kind in ("accent", "speed", "loudness", "caption", "melody", "notes"):
+        assert answer_to(kind, heard) is None
+
+
+def test_nobody_speaks_in_silence():
+    silent = labels((), sound="silence", loudness=None)
+    assert answer_to("transcribe", silent) == "nothing"
+    assert answer_to("gender", silent) == "nobody" and answer_to("loudness", silent) == "silent"
+    assert caption(silent) == "Only silence."
+
+
+def test_the_letter_names_the_answer():
+    draw = np.random.default_rng(3)
+    for kind in ("count", "sum", "gender", "accent", "sound"):
+        for _ in range(20):
+            made = ask(kind, labels(), draw, choice=True)
+            letter, answer = made.answer.split(". ")
+            assert made.choices[LETTERS.index(letter)] == answer == answer_to(kind, labels())
+            assert len(set(made.choices)) == 4 and f"{letter}. {answer}" in made.question
+
+
+@pytest.mark.parametrize("kind", sorted(PHRASES))
+def test_a_reworded_phrase_is_never_a_held_out_one_and_keeps_its_place(kind):
+    draw, held = np.random.default_rng(0), phrases(kind, held_out=True)
+    for phrase in phrases(kind):
+        for _ in range(100):
+            made = reworded(phrase, kind, draw)
+            assert made not in held
+            assert made[-1] == phrase[-1] and made.count("{nth}") == phrase.count("{nth}")
+
+
+def test_rewording_would_make_held_out_phrases_if_it_did_not_look(monkeypatch):
+    """Otherwise the test above would tell nothing."""
+    monkeypatch.setattr("diffa.nano.corpus.phrases.phrases", lambda kind, held_out=False: ())
+    draw = np.random.default_rng(0)
+    assert any(
+        reworded(phrase, kind, draw) in phrases(kind, held_out=True)
+        for kind in PHRASES for phrase in phrases(kind) for _ in range(100)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rewording", [-0.1, 1.1, float("nan")])
+def test_a_share_of_rewording_is_a_share(rewording):
+    with pytest.raises(DataError, match="rewording is a share from 0 to 1"):
+        open_source("nano-text", {"rewording": rewording})
+
+
+def test_a_share_of_the_questions_is_reworded_and_the_answers_stay():
+    def rows(rewording):
+        imitations = Imitations(3, per=4, rewording=rewording)
+        return [imitations[i] for i in range(60)]
+
+    def known(made):
+        stems = {text.split("{nth}")[0] for texts in PHRASES.values() for text in texts}
+        asked = [one.question for row in made for one in row.instructions]
+        return sum(any(q.startswith(stem) for stem in stems) for q in asked) / len(asked)
+
+    plain, half, all_ = rows(0.0), rows(0.5), rows(1.0)
+    assert known(plain) == 1.0 and known(plain) > known(half) > known(all_)
+    assert [r.labels for r in plain] == [r.labels for r in all_]
+    for row in all_:
+        for one in row.instructions:
+            if one.kind != "place" and one.form == "open":
+                assert one.answer == answer_to(one.kind, row.labels)
+
+
+def test_every_kind_has_ten_phrases_and_held_out_ones():
+    for kind in WEIGHTS:
+        assert len(phrases(kind)) >= 10 and len(phrases(kind, held_out=True)) == 3
+        assert len(set(PHRASES[kind])) == len(PHRASES[kind])
+
+
+def test_trials_ask_everything_that_can_be_asked():
+    kinds = {(made.kind, made.form) for made in questions_for_trial(labels(), 1, 0)}
+    assert ("transcribe", "open") in kinds and ("place", "choice") in kinds
+    assert not any(kind == "melody" for kind, _ in kinds)
+
+
+def test_numbers_are_spelt():
+    assert [spell(n) for n in (0, 13, 20, 27)] == ["zero", "thirteen", "twenty", "twenty seven"]
+
+
+def test_kinds_that_an_utterance_does_not_allow_are_not_asked_or_are_told():
+    either = Imitations(3, kinds=("sum", "gender"))
+    asked = [made.kind for i in range(200) for made in either[i].instructions]
+    assert set(asked) == {"sum", "gender"}
+    with pytest.raises(DataError, match="none of melody can be asked"):
+        for i in range(50):
+            Imitations(3, kinds=("melody",))[i]
+
+
+def test_imitations_say_the_digits_in_order_at_any_pace():
+    for pace in (0.0, 1.0):
+        rows = Imitations(3, pace=pace)
+        for index in range(30):
+            row = rows[index]
+            spoken = [
+                a for a, b in zip(row.semantic, (BLANK, *row.semantic), strict=False) if a != b
+            ]
+            said = " ".join(word for word in spoken if word != BLANK)
+            assert (said or "nothing") == transcript(row.labels)
+            assert len(row.acoustic) in (0, 16)
+            if row.acoustic:
+                assert set(row.acoustic) - {BLANK} == set(facts(row.labels))
+
+
+class TestTokenizer:
+    def test_the_vocabulary_is_small(self, tokenizer):
+        assert len(vocabulary()) < len(tokenizer) < 1000
+
+    def test_the_corpus_is_made_of_whole_words(self, tokenizer):
+        for stems in PHRASES.values():
+            for stem in stems:
+                words = stem.replace("{nth}", "third").split()
+                pieces = tokenizer.tokenize(stem.replace("{nth}", "third"))
+                assert sum(piece.startswith("▁") for piece in pieces) == len(words)
+                assert all(len(piece) > 1 or piece in ",.?:" for piece in pieces), pieces
+
+    def test_any_text_survives(self, tokenizer):
+        for text in ("Où est gizmo42?", "seventy-seven 日本", "B. seven"):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+            assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in tokenizer(text)
+
+    def test_the_audio_goes_after_the_colon(self, tokenizer):
+        """As in DIFFA: the open turn ends in a space, which merges with what follows."""
+        chat = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": "This is the audio: <audio>. How many digits?"},
+        ]
+        full = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        opened = full[: full.index("<audio>")]
+        ids, before = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (full, opened))
+        assert ids[: len(before) - 1] == before[:-1]
+        assert tokenizer.convert_ids_to_tokens(ids[len(before) - 2 : len(before)]) == [
+            ":",
+            "▁<audio>",
+        ]
+
+
+@pytest.mark.fsdd
+def test_an_utterance_is_planned_once_for_all_its_questions(monkeypatch):
+    source, drawn = open_source("nano", {"count": 40, "per": 4, "synthetic": False}), []
+    scene = source._examples.utterances.scene
+
+    def counted(index):
+        drawn.append(index)
+        return scene(index)
+
+    monkeypatch.setattr(source._examples.utterances, "scene", counted)
+    seconds = [source.seconds(index) for index in (*range(40), *range(40))]
+    assert sorted(drawn) == list(range(10))
+    assert seconds[:40] == seconds[40:] and len(set(seconds)) > 1
+    assert all(len(set(seconds[i : i + 4])) == 1 for i in range(0, 40, 4))

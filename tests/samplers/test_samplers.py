@@ -1,0 +1,358 @@
+"""Every sampler passes the conformance suite; policies and rules do what they are defined to."""
+
+import itertools
+from typing import ClassVar
+
+import pytest
+import torch
+
+from diffa.canvas.canvas import GIVEN
+from diffa.errors import SpecError
+from diffa.samplers import selection as select
+from diffa.samplers.blocks import Blocks
+from diffa.samplers.blockwise import Blockwise
+from diffa.samplers.credit import Credit
+from diffa.samplers.growing import Growing
+from diffa.samplers.lengths import insert, resize
+from diffa.samplers.prophet import Prophet
+from diffa.samplers.recompute import LazyAudio, Remembered, Slots, Suffix
+from diffa.samplers.remdm import ReMDM
+from diffa.samplers.revise import Revise
+from diffa.samplers.speculative import Speculative
+from diffa.samplers.stability import divergence
+from diffa.samplers.transfer_schedule import per_block
+from diffa.samplers.wino import Wino
+from diffa.testing import SamplerSuite
+from diffa.testing.toy import MASKED, Chaos, Joint, Sure, ToyDenoise, toy_canvas
+
+PROMPTS = ([1, 2, 3], [4], [-1, -1, 0, 2, -1, 3, 3])
+RANDOM = {"order": "random", "temperature": 1.0}
+
+
+class TestBlockwise(SamplerSuite):
+    name, options, exact = "blockwise", {"block": 4}, RANDOM
+
+
+class TestDual(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "cache": "dual", "vicinity": 1}
+    exact: ClassVar = {"order": "entropy", "temperature": 1.0}
+
+
+class TestPrefixAndSuffix(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "cache": "prefix", "suffix": 2}
+    exact: ClassVar = {"suffix": 12, **RANDOM}
+
+
+class TestLazyAudio(SamplerSuite):
+    name, options, exact = "blockwise", {"block": 4, "refresh_audio": 3}, RANDOM
+
+
+class TestLeap(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "threshold": 0.7, "leap": 0.3}
+    exact: ClassVar = {"threshold": None, "leap": None, **RANDOM}
+
+
+class TestSpread(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "threshold": 0.7, "spread": 0.3}
+    exact: ClassVar = {"threshold": None, "spread": None, **RANDOM}
+
+
+class TestStable(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "threshold": 0.3, "stable": 0.5}
+    exact: ClassVar = {"threshold": None, "stable": None, **RANDOM}
+
+
+class TestCredit(SamplerSuite):
+    name, options = "blockwise", {"block": 4, "threshold": 0.6, "credit": 0.7}
+    exact: ClassVar = {"threshold": None, "credit": 0.0, **RANDOM}
+
+
+class TestSpeculative(SamplerSuite):
+    name, options, exact = "speculative", {"block": 5}, RANDOM
+
+
+class TestProphet(SamplerSuite):
+    name, options = "prophet", {"block": 4, "early": 2.0, "middle": 1.0}
+
+
+class TestWino(SamplerSuite):
+    name, options, edits = "wino", {"block": 6, "accept": 0.3}, False
+
+
+class TestRemdm(SamplerSuite):
+    name, options = "remdm", {"block": 5, "eta": 0.4}
+    exact: ClassVar = {"eta": 0.0, **RANDOM}
+
+
+class TestRevise(SamplerSuite):
+    name, options, edits = "revise", {"block": 4}, True
+
+
+class TestGrowing(SamplerSuite):
+    name, options = "growing", {"block": 4, "initial": 4, "grow": 3, "tail": 3}
+
+
+def decode(sampler, law, *, seeds=(3, 4, 5), length=12, draft=None):
+    canvas = toy_canvas(PROMPTS, length, seeds=seeds, draft=draft)
+    denoise = ToyDenoise(canvas, law, most=20 * length)
+    steps = list(sampler(canvas, denoise))
+    return canvas.answer, steps
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 6}, {"threshold": 0.5}, RANDOM], ids=str)
+@pytest.mark.parametrize("law", [Chaos(), Chaos(3.0, end=False), Sure()], ids=["end", "on", "sure"])
+def test_speculation_writes_the_tokens_of_the_decoder_it_speeds_up(options, law):
+    fast, steps = decode(Speculative(MASKED, block=5, **options), law)
+    slow, more = decode(Blockwise(MASKED, block=5, cache="dual", **options), law)
+    assert fast.tolist() == slow.tolist()
+    assert len(steps) <= len(more)
+
+
+def test_speculation_needs_fewer_forwards_where_nothing_is_in_doubt():
+    assert len(decode(Speculative(MASKED, block=12, depth=4), Sure())[1]) == 1 + 3
+    assert len(decode(Speculative(MASKED, block=12, depth=1), Sure())[1]) == 12
+
+
+def test_a_confident_model_is_committed_to_at_once():
+    assert len(decode(Prophet(MASKED, block=12), Sure())[1]) == 1
+    assert len(decode(Prophet(MASKED, block=12, early=99, middle=99, late=99), Sure())[1]) == 12
+
+
+def test_wino_takes_back_what_leave_one_out_denies():
+    answer, steps = decode(Wino(MASKED, block=12, accept=0.2, doubt=0.9), Chaos(end=False))
+    taken_back = sum(
+        int(((before.tokens != MASKED.mask) & (after.tokens == MASKED.mask)).sum())
+        for before, after in itertools.pairwise(steps)
+    )
+    assert taken_back > 0
+    assert not (answer == MASKED.mask).any()
+    _, sure = decode(Wino(MASKED, block=12, accept=0.2, doubt=0.9), Sure())
+    assert len(sure) < 4
+
+
+def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
+    canvas = toy_canvas(PROMPTS, 6)
+    wino, blocks = Wino(MASKED, block=6), Blocks(canvas, 6)
+    shadows = canvas.scratch(6, branch=1)
+    checked, _ = wino._cast(canvas, blocks.enter(), ~canvas.undecided(), shadows)
+    sees = wino._sees(canvas, checked, shadows)
+    for column, shadow in enumerate(shadows.tolist()):
+        hidden = (~sees[0, shadow]).nonzero()[:, 0].tolist()
+        others = [other for other in shadows.tolist() if other != shadow]
+        assert hidden == sorted([int(checked[0, column]), *others])
+
+
+@pytest.mark.parametrize("scale", ["cap", "rescale", "confidence"])
+def test_remasking_takes_back_tokens_and_still_ends(scale):
+    sampler = ReMDM(MASKED, block=12, eta=0.5, scale=scale, steps=24)
+    _, steps = decode(sampler, Chaos(end=False))
+    masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
+    assert any(later > earlier for earlier, later in itertools.pairwise(masks))
+    assert masks[-1] == 0
+    assert len(steps) <= 24
+
+
+def test_revision_changes_what_is_doubted_and_keeps_the_rest():
+    truth, _ = decode(Blockwise(MASKED), Sure())
+    draft = truth.clone()
+    draft[:, 3] = (draft[:, 3] + 1) % 5
+    answer, steps = decode(Revise(MASKED, doubt=0.5), Sure(), draft=draft)
+    assert answer.tolist() == truth.tolist()
+    assert len(steps) == 2
+
+
+def test_the_canvas_grows_until_its_tail_expects_the_end():
+    def ends(known, place, prompt):
+        wanted = torch.where(place >= 5, MASKED.eos, 1)
+        return 30.0 * torch.nn.functional.one_hot(wanted, MASKED.size).float()
+
+    answer, _ = decode(Growing(MASKED, initial=2, grow=2, tail=2, block=4), ends)
+    assert answer.tolist() == [[1] * 5 + [MASKED.eos] * 7] * 3
+    _, steps = decode(Growing(MASKED, cut=0.5, block=4), ends)
+    used = [int((step.tokens == MASKED.mask).sum()) for step in steps]
+    assert used[0] == 3 * 6  # one slot for the EOS itself
+
+
+def test_an_uncertain_model_is_given_more_room():
+    def unsure(known, place, prompt):
+        return torch.zeros(len(place), MASKED.size)
+
+    sampler = Growing(MASKED, initial=4, grow=1, tail=1, enough=0.0, insert=2, low=0.5, stop=False)
+    _, steps = decode(sampler, unsure)
+    masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
+    assert any(later > earlier for earlier, later in itertools.pairwise(masks))
+
+
+def test_inserted_masks_push_the_rest_of_the_answer_back():
+    canvas = toy_canvas([[1], [2]], 8)
+    ours = canvas.undecided()
+    size = torch.tensor([5, 5])
+    resize(canvas, ours, size)
+    canvas.write(torch.tensor([[1, 4], [1, 4]]), torch.tensor([[2, 3], [2, 3]]))
+    size = insert(canvas, ours, size, torch.tensor([1, 8]), 2)  # the second row has no such place
+    gap, rest = MASKED.mask, MASKED.eos
+    assert canvas.answer.tolist() == [
+        [2, gap, gap, gap, gap, 3, gap, rest],
+        [2, gap, gap, 3, gap, rest, rest, rest],
+    ]
+    assert size.tolist() == [7, 5]
+    assert canvas.valid[:, canvas.start :].sum(1).tolist() == [7, 5]
+
+
+def chosen(policies, place, canvas):
+    recompute, write = Slots(policies)(canvas, place)
+    if recompute is None:
+        return None, write
+    return [sorted(row[row >= 0].tolist()) for row in recompute], write
+
+
+def entered(canvas, width=4, fresh=False):
+    place = Blocks(canvas, width).enter()
+    return place if fresh else place._replace(fresh=torch.zeros_like(place.fresh))
+
+
+def test_policies_recompute_the_slots_they_are_named_for():
+    canvas = toy_canvas([[1, 2, 3]], 12)
+    canvas.write(torch.tensor([[3, 4, 5, 6]]), torch.zeros(1, 4, dtype=torch.long))
+    place = entered(canvas)  # the second block: slots 7 to 10 of 15
+    assert chosen([], place, canvas) == (None, False)
+    assert chosen([Remembered("dual", 0)], place, canvas) == ([[7, 8, 9, 10]], True)
+    assert chosen([Remembered("dual", 2)], place, canvas) == ([list(range(5, 13))], True)
+    assert chosen([Remembered("prefix", 0)], place, canvas) == ([list(range(7, 15))], True)
+    assert chosen([Remembered("dual", 0)], entered(canvas, fresh=True), canvas) == (None, True)
+
+
+def test_vicinity_counts_positions_not_the_padding_between_prompt_and_answer():
+    canvas = toy_canvas(PROMPTS, 12)
+    rows, _ = chosen([Remembered("dual", 2)], entered(canvas), canvas)
+    assert [row[:2] for row in rows] == [[1, 2], [0, 7], [5, 6]]
+
+
+def test_a_suffix_window_keeps_the_next_slots_and_the_last():
+    canvas = toy_canvas([[1, 2, 3]], 12)
+    rows, _ = chosen([Suffix(2, canvas)], entered(canvas), canvas)
+    assert rows == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 14]]
+    assert (~canvas.valid[0]).nonzero()[:, 0].tolist() == [9, 10, 11, 12, 13]
+
+
+def test_audio_is_recomputed_once_in_so_many_forwards():
+    canvas = toy_canvas([[-1, -1, 2]], 6)
+    policy, blocks, heard = LazyAudio(3, canvas), Blocks(canvas, 6), []
+    for _ in range(7):
+        rows, _ = chosen([policy], blocks.enter(), canvas)
+        heard.append(rows is None or 0 in rows[0])
+        blocks.advance()
+    assert heard == [True, False, False, True, False, False, True]
+    assert (canvas.tokens[0, :2] == GIVEN).all()
+
+
+def scores(count=40, width=9):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(count, width, generator=generator)
+    masked = torch.rand(count, width, generator=generator) < 0.7
+    masked[:, 0] = True
+    return values, masked, torch.arange(width).expand(count, -1)
+
+
+def test_leap_is_its_definition():
+    values, masked, places = scores()
+    taken = select.leap(values, masked, places, 0.9, 0.6, reach=2)
+    for row in range(len(values)):
+        open_ = masked[row].nonzero()[:, 0].tolist()
+        anchors = [i for i in open_ if values[row, i] >= 0.9]
+        near = [i for i in open_ if values[row, i] >= 0.6 and any(abs(i - a) <= 2 for a in anchors)]
+        best = max(open_, key=lambda i: float(values[row, i]))
+        assert taken[row].nonzero()[:, 0].tolist() == sorted({*anchors, *near, best})
+
+
+def test_spread_is_its_definition():
+    values, masked, places = scores()
+    taken = select.spread(values, masked, places, 0.9, 0.4)
+    for row in range(len(values)):
+        open_ = masked[row].nonzero()[:, 0].tolist()
+        runs = [
+            [i for _, i in group]
+            for _, group in itertools.groupby(enumerate(open_), lambda pair: pair[1] - pair[0])
+        ]
+        tops = [max(run, key=lambda i: float(values[row, i])) for run in runs]
+        wanted = {i for i in tops if values[row, i] >= 0.4}
+        wanted |= {i for i in open_ if values[row, i] >= 0.9}
+        wanted.add(max(open_, key=lambda i: float(values[row, i])))
+        assert taken[row].nonzero()[:, 0].tolist() == sorted(wanted)
+
+
+def test_stable_is_its_definition():
+    values, masked, _ = scores()
+    moved = torch.rand(values.shape, generator=torch.Generator().manual_seed(2))
+    taken = select.stable(values, masked, moved, 0.8, 0.3)
+    for row in range(len(values)):
+        open_ = masked[row].nonzero()[:, 0].tolist()
+        calm = [i for i in open_ if values[row, i] >= 0.8 and moved[row, i] < 0.3]
+        best = max(open_, key=lambda i: float(values[row, i]))
+        assert taken[row].nonzero()[:, 0].tolist() == (calm or [best])
+
+
+def test_capped_takes_no_more_than_it_may():
+    values, masked, _ = scores()
+    taken = select.capped(values, masked, 0.5, torch.full((len(values),), 2))
+    assert ((taken.sum(1) <= 2) & (taken.sum(1) >= 1)).all()
+    assert ((values > 0.5) | (taken.sum(1, keepdim=True) == 1))[taken].all()
+
+
+def test_divergence_is_kullback_leibler_where_all_tokens_are_kept():
+    generator = torch.Generator().manual_seed(3)
+    now = torch.randn(5, 8, generator=generator).double().log_softmax(-1)
+    before = torch.randn(5, 8, generator=generator).double().log_softmax(-1)
+    exact = (now.exp() * (now - before)).sum(-1)
+    assert torch.allclose(divergence(now, before), exact, atol=1e-6)
+    assert (divergence(now[:, :3], before[:, :3]) <= exact + 1e-9).all()
+
+
+def test_credit_is_its_definition():
+    canvas = toy_canvas([[1]], 4)
+    credit = Credit(1, 4, torch.device("cpu"), strength=0.7, room=8)
+    place = Blocks(canvas, 4).enter()
+    energy = torch.zeros(1, 4, 8)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(6):
+        logits = 3 * torch.randn(1, 4, 8, generator=generator)
+        best, leader = logits.softmax(-1).max(-1, keepdim=True)
+        energy = 0.8 * energy
+        energy.scatter_add_(-1, leader, best**0.2)
+        expected = logits + 0.7 * energy.log1p()
+        assert torch.allclose(credit.raise_(logits.clone(), place), expected, atol=1e-5)
+
+
+def test_steps_are_spread_over_blocks_by_width():
+    assert per_block(None, 32, 8) == [8, 8, 8, 8]
+    assert per_block(15, 24, 8) == [5, 5, 5]
+    assert per_block(2, 10, 4) == [1, 1, 1]
+    assert sum(per_block(7, 10, 4)) == 7
+
+
+@pytest.mark.parametrize("order", ["random", "entropy", "margin"])
+def test_marginals_at_temperature_one_are_the_models(order):
+    law, count = Joint(), 3000
+    canvas = toy_canvas([[1]] * count, 3, seeds=range(count))
+    for _ in Blockwise(MASKED, temperature=1.0, order=order)(canvas, ToyDenoise(canvas, law)):
+        pass
+    codes = (canvas.answer * torch.tensor([9, 3, 1])).sum(1)
+    found = torch.bincount(codes, minlength=27) / count
+    assert (found - law.table.flatten()).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leap": 0.5}, "leap refines a threshold"),
+        ({"threshold": 0.9, "leap": 0.5, "spread": 0.5}, "choose one of leap and spread"),
+        ({"vicinity": 2}, "set cache to prefix or dual"),
+        ({"refresh_audio": 0}, "refresh_audio must be at least 1"),
+        ({"threshold": 1.5}, "threshold must lie between 0 and 1"),
+        ({"credit": -1.0}, "credit must be 0 or more"),
+        ({"cache": "dual", "drift": 0.1, "guidance": 1.0}, "do not combine"),
+    ],
+)
+def test_options_that_make_no_sense_say_so(options, message):
+    with pytest.raises(SpecError, match=message):
+        Blockwise(MASKED, **options)

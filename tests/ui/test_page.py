@@ -1,0 +1,219 @@
+"""What the page shows of an answer, without a browser: frames, drawings, controls, faults."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import diffa
+from diffa.errors import AudioError, PluginError, SpecError
+from diffa.nano.demo import recordings
+from diffa.spec import registry
+from diffa.spec.docstrings import meanings
+from diffa.spec.schema import schema
+from diffa.spec.spec import Spec
+from diffa.ui import html as drawing
+from diffa.ui import sampler_options as settings
+from diffa.ui.audio import LONGEST, listen, picture
+from diffa.ui.launch import require
+from diffa.ui.sampler_options import ONE, Chosen
+from diffa.ui.steps import Replay, Request, Token, ask, length
+
+QUESTION = "What can you hear from the audio?"
+
+
+@pytest.fixture(scope="module")
+def model() -> diffa.Model:
+    return diffa.build("tiny")
+
+
+@pytest.fixture(scope="module")
+def replay(model: diffa.Model) -> Replay:
+    wave = listen(str(recordings() / "digits.flac"), model.encoder.sample_rate)
+    sampler = {"name": "blockwise", "block": 8, "threshold": 0.0052}
+    return list(ask(model, "mine", sampler, Request(wave, QUESTION, max_tokens=24)))[-1]
+
+
+# --- frames -------------------------------------------------------------------------------------
+
+
+def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -> None:
+    sampler = {"name": "blockwise", "block": 8, "threshold": 0.0052}
+    steps: list[Any] = []
+    plain = diffa.swap(model, sampler=sampler).answer(
+        recordings() / "digits.flac", QUESTION, max_tokens=24, on_step=steps.append
+    )
+    assert (replay.text, replay.forwards) == (plain.text, plain.forwards)
+    assert 1 < replay.forwards < 24  # several tokens in some forwards, or the rest says little
+    for frame, step in zip(replay.frames, steps, strict=True):
+        assert [token.confidence for token in frame] == step.confidence[0].tolist()
+        assert [token.step > 0 for token in frame] == step.final[0].tolist()
+
+
+def test_a_token_is_final_from_the_step_it_names_on(replay: Replay) -> None:
+    last = replay.frames[-1]
+    assert all(1 <= token.step <= replay.forwards for token in last)
+    for place, token in enumerate(last):
+        seen = [frame[place] for frame in replay.frames]
+        assert all(t.text == token.text and t.step == token.step for t in seen[token.step - 1 :])
+        assert all(t.step == 0 for t in seen[: token.step - 1])
+
+
+def test_tokens_are_counted_up_to_the_end_of_the_text() -> None:
+    word, end, mask = (Token("a", "word", 1, 1), Token("", "end", 1, 1), Token("", "mask", 0, 0))
+    assert length((word, mask, word, end, end, end)) == 3
+    assert length((mask, mask)) == 0
+
+
+# --- drawings -----------------------------------------------------------------------------------
+
+
+def test_words_of_an_answer_are_no_markup() -> None:
+    frame = (Token("<script>", "word", 0.5, 1), Token('"&', "word", 0.9, 2))
+    drawn = drawing.canvas(frame, 2, 2)
+    assert "<script>" not in drawn and "&lt;script&gt;" in drawn
+    assert drawing.complaint("<b>no</b>").count("<b>") == 0
+
+
+def test_doubt_and_lateness_show_in_two_colours() -> None:
+    frame = (Token("a", "word", 0.1, 1), Token("b", "word", 1.0, 9), Token("", "mask", 0, 0))
+    drawn = drawing.canvas(frame, 9, 9)
+    backgrounds = re.findall(r"background:(#\w{6})", drawn)
+    lines = re.findall(r"border-bottom-color:(#\w{6})", drawn)
+    assert len(set(backgrounds)) == 2 and len(set(lines)) == 2
+    assert backgrounds[1] == drawing.mix(drawing._DOUBT, drawing._SURE, 1.0)
+    assert "a undecided" not in drawn and "ab undecided" in drawn  # as a screen reader says it
+
+
+def test_dark_letters_stay_readable_on_every_background() -> None:
+    def light(colour: str) -> float:  # relative luminance, WCAG 2.2
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    letters = light("#14181f")
+    for tenth in range(11):
+        ground = light(drawing.mix(drawing._DOUBT, drawing._SURE, tenth / 10))
+        assert (ground + 0.05) / (letters + 0.05) > 7
+
+
+def test_a_comparison_says_what_each_setting_took(replay: Replay) -> None:
+    other = replay._replace(name="slow", seconds=replay.seconds * 3, text="else")
+    told = drawing.comparison([replay, other])
+    assert "mine" in told and "slow" in told and f"<td>{replay.forwards}</td>" in told
+    assert "The answers differ. The second took 3.0 times as long." in told
+    assert drawing.comparison([replay]) == ""
+
+
+def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
+    drawn = picture(listen(str(recordings() / "melody.flac"), 16_000), 16_000)
+    assert "data:image/png;base64," in drawn and "1 s</text>" in drawn
+    assert picture(torch.zeros(7), 16_000).startswith("<svg")  # shorter than a window
+
+
+# --- controls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["tiny", "nano", "diffa-2"])
+def test_controls_say_every_named_setting_exactly(preset: str) -> None:
+    spec = Spec.read(preset).resolve()
+    for name, sampler in settings.named(spec).items():
+        again = spec.data | {"sampler": settings.write(settings.read(spec, sampler))}
+        whole = spec.data | {"sampler": sampler}
+        assert (
+            Spec.read(again).resolve().data["sampler"]
+            == (Spec.read(whole).resolve().data["sampler"])
+        ), name
+
+
+def test_options_without_a_control_are_written_out_and_read_back() -> None:
+    spec = Spec.read("tiny").resolve()
+    chosen = settings.read(spec, {"name": "blockwise", "suffix": 6, "stop": False})
+    assert chosen.others == "suffix: 6, stop: false"
+    assert settings.write(chosen)["suffix"] == 6 and settings.write(chosen)["stop"] is False
+
+
+def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
+    for name in settings.samplers("masked"):
+        made = settings.write(Chosen(sampler=name, temperature=0.5))
+        assert set(made) - {"name"} <= set(schema(registry.load("sampler", name)).options)
+    with pytest.raises(SpecError, match="'revise' has no rule 'factor'"):
+        settings.write(Chosen(sampler="revise", rule="factor"))
+
+
+def test_a_changed_setting_is_not_called_by_its_name() -> None:
+    spec = Spec.read("tiny").resolve()
+    start = settings.read(spec, settings.named(spec)["fast"])
+    assert settings.title(spec, "fast", start) == "fast"
+    assert settings.title(spec, "fast", start._replace(block=3)) == "fast, changed"
+
+
+@pytest.mark.parametrize("text", ["suffix 64", "suffix: [", "- a"])
+def test_options_that_cannot_be_read_are_told(text: str) -> None:
+    with pytest.raises(SpecError, match="further options"):
+        settings.write(Chosen(others=text))
+
+
+def test_an_option_may_be_null_where_it_is_written() -> None:
+    assert settings.write(Chosen(others="suffix: null, stop: false"))["suffix"] is None
+
+
+def test_a_number_that_was_cleared_is_told() -> None:
+    with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
+        settings.write(Chosen(rule="threshold", value=None))
+    with pytest.raises(SpecError, match="block needs a value"):
+        settings.write(Chosen(block=None))
+
+
+def test_every_control_has_its_meaning_in_a_line() -> None:
+    assert settings.meaning("blockwise", "block") == "Answer tokens per block."
+    assert settings.meaning("blockwise", "cache").startswith("None recomputes everything")
+    for rule in settings.rules("blockwise"):
+        assert settings.rule_meaning("blockwise", rule).endswith("."), rule
+    assert settings.rules("blockwise")[0] == ONE
+
+
+def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
+    for name, does in settings.samplers("masked").items():
+        cls = registry.load("sampler", name)
+        silent = schema(cls).options.keys() - meanings(cls).keys()
+        assert does and not silent, (name, silent)
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+def test_faults_of_recordings_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match="there is no recording yet"):
+        listen(None, 16_000)
+    noise = tmp_path / "upload.wav"
+    noise.write_bytes(b"RIFF not a recording at all")
+    with pytest.raises(AudioError) as caught:
+        listen(str(noise), 16_000)
+    assert str(tmp_path) not in str(caught.value) and "this file" in str(caught.value)
+    long = tmp_path / "long.wav"
+    soundfile.write(long, np.zeros(int(4000 * (LONGEST + 1)), "f4"), 4000)
+    with pytest.raises(AudioError, match="takes at most 300 s"):
+        listen(str(long), 4000)
+    shown = drawing.complaint(str(caught.value))
+    assert 'role="alert"' in shown and re.search(r">[A-Z].*\.</div>", shown)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any) -> Any:
+        if name == "gradio":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(PluginError, match=r"pip install 'diffa\[ui\]'"):
+        require()
