@@ -110,8 +110,8 @@ def open_canvas(model: Any, asked: list[published.Question]) -> tuple[Canvas, De
 class Run:
     """One decoder at work: a step at a time, timed."""
 
-    def __init__(self, steps: Iterator[Any], forwards: Callable[[], int]) -> None:
-        self._steps, self.forwards = steps, forwards
+    def __init__(self, steps: Iterator[Any], num_forwards: Callable[[], int]) -> None:
+        self._steps, self.num_forwards = steps, num_forwards
         self.times: list[float] = []
         self.cpu: list[float] = []
         self.answers: list[Tensor] = []
@@ -134,7 +134,7 @@ def start(model: Any, rung: Rung) -> Run:
     sampler = diffa.swap(model, sampler=rung.sampler).sampler
     with torch.no_grad():
         canvas, denoise = open_canvas(model, [question(model, row) for row in range(rung.rows)])
-        return Run(sampler(canvas, denoise), lambda: denoise.forwards)
+        return Run(sampler(canvas, denoise), lambda: denoise.num_forwards)
 
 
 def race(runs: dict[str, Run], after: Callable[[int], None] | None = None) -> None:
@@ -203,7 +203,9 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
     rows = [first | {"cpu_seconds": round(worked, 4)}]
     for name, run in runs.items():
         made = to_first_eos(run.answers[-1][0], eos)
-        line = row(name, sum(run.times), run.forwards(), seconds, made, reference, rungs[name].rows)
+        line = row(
+            name, sum(run.times), run.num_forwards(), seconds, made, reference, rungs[name].rows
+        )
         line["identical"] &= same
         more = {"prefill": round(run.times[0], 4), "cpu_seconds": round(sum(run.cpu), 4)}
         rows.append(line | more)
@@ -213,7 +215,7 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
 def row(
     name: str,
     seconds: float,
-    forwards: int,
+    num_forwards: int,
     base: float,
     made: list[int],
     reference: list[int],
@@ -225,8 +227,8 @@ def row(
         "name": name,
         "rows": rows,
         "seconds": round(seconds, 4),
-        "forwards": forwards,
-        "tokens_per_forward": round(len(made) * rows / forwards, 3),
+        "num_forwards": num_forwards,
+        "tokens_per_forward": round(len(made) * rows / num_forwards, 3),
         "speedup": round(base * rows / seconds, 2),
         "identical": made == reference,
         "agreement": round(same / max(len(made), len(reference)), 3),
@@ -275,7 +277,7 @@ def peaks(size: str, steps: int, names: list[str]) -> dict[str, int | None]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The report as people read it."""
-    head = ("name", "seconds", "forwards", "tokens_per_forward", "speedup", "identical")
+    head = ("name", "seconds", "num_forwards", "tokens_per_forward", "speedup", "identical")
     lines = [" ".join(f"{name:>18}" for name in (*head, "peak MiB"))]
     for line in rows:
         memory = line["peak_bytes"]

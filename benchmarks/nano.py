@@ -37,12 +37,12 @@ def main() -> None:
     chosen = parser.parse_args()
     model = opened(chosen.spec, chosen.setting)
     begin = time.perf_counter()
-    rows, forwards = (weigh if chosen.scoring else ask)(model, chosen)
+    rows, num_forwards = (weigh if chosen.scoring else ask)(model, chosen)
     seconds = time.perf_counter() - begin
     result = {
         **{key: str(value) for key, value in vars(chosen).items() if key != "json"},
         "digest": model.spec.digest(),
-        "forwards": forwards,
+        "num_forwards": num_forwards,
         "seconds": round(seconds, 1),
         "scores": table(rows),
     }
@@ -79,7 +79,7 @@ def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
         wave = torch.from_numpy(heard.wave)
         for trial in questions_for_trial(utterance.labels, chosen.seed, index, chosen.held_out):
             asked[LENGTHS.get(trial.kind, 8)].append((trial, wave, utterance.labels))
-    rows, forwards = [], 0
+    rows, num_forwards = [], 0
     for length, group in asked.items():
         group.sort(key=lambda item: len(item[1]))
         for begin in range(0, len(group), 16):
@@ -89,12 +89,12 @@ def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
                 [trial.question for trial, _, _ in part],
                 max_tokens=length,
             )
-            forwards += answer.forwards
+            num_forwards += answer.num_forwards
             rows += [
                 record(trial, labels, text)
                 for (trial, _, labels), text in zip(part, answer.text, strict=True)
             ]
-    return rows, forwards
+    return rows, num_forwards
 
 
 def weigh(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:

@@ -70,8 +70,8 @@ def run(
     model: Any, items: list[Sample], *, most: int, seed: int, batch: int, waves: dict[str, Any]
 ) -> Tally:
     """Answer every item; a row's forwards count until that row is finished."""
-    chat, eos = model.chat, model.backbone.vocab.eos
-    right, tokens, forwards, answers = 0, 0, 0, list[list[int]]()
+    chat, eos = model.chat_format, model.backbone.vocab.eos
+    right, tokens, num_forwards, answers = 0, 0, 0, list[list[int]]()
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         prompts = [chat.encode(item.question) for item in part]
@@ -85,13 +85,13 @@ def run(
             )
         )
         done = torch.stack([step.final.all(dim=1) for step in made])
-        forwards += int((~done).sum()) + len(part)
+        num_forwards += int((~done).sum()) + len(part)
         for row, item in enumerate(part):
             ids = made[-1].tokens[row].tolist()
             tokens += ids.index(eos) + 1 if eos in ids else len(ids)
             answers.append(ids)
             right += plain(chat.decode(torch.tensor(ids))) == plain(item.target)
-    return Tally(right / len(items), tokens / forwards, answers)
+    return Tally(right / len(items), tokens / num_forwards, answers)
 
 
 def read(model: Any, items: list[Sample]) -> dict[str, Any]:

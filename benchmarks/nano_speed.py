@@ -42,11 +42,11 @@ def main() -> None:
         "seconds of audio": round(sum(len(u.wave) for u in made) / RATE, 1),
         "settings": measure(diffa.build(chosen.spec), made, chosen.rounds, chosen.tokens),
     }
-    print(f"{'setting':10s} {'RTF':>8s} {'ratio':>6s} {'forwards':>9s} {'error':>6s}")
+    print(f"{'setting':10s} {'RTF':>8s} {'ratio':>6s} {'num_forwards':>9s} {'error':>6s}")
     for name, row in result["settings"].items():
         print(
             f"{name:10s} {row['real-time factor']:8.4f} {row['ratio']:6.2f}"
-            f" {row['forwards per answer']:9.1f} {row['word error']:6.3f}"
+            f" {row['num_forwards per answer']:9.1f} {row['word error']:6.3f}"
         )
     write(result, chosen.json)
 
@@ -58,7 +58,7 @@ def measure(
     named = model.spec.data["settings"].items()
     settings = {name: diffa.swap(model, sampler=sampler) for name, sampler in named}
     factors: dict[str, list[float]] = {name: [] for name in settings}
-    errors, forwards = dict.fromkeys(settings, 0), dict.fromkeys(settings, 0)
+    errors, num_forwards = dict.fromkeys(settings, 0), dict.fromkeys(settings, 0)
     for _ in range(rounds):
         for utterance in made:
             wave = torch.from_numpy(utterance.wave)
@@ -68,14 +68,14 @@ def measure(
                 answer = tried.answer(wave, ASKED, max_tokens=tokens)
                 factors[name].append((time.perf_counter() - begin) / (len(wave) / RATE))
                 errors[name] += edits(target, answer.text.split()).errors
-                forwards[name] += answer.forwards
+                num_forwards[name] += answer.num_forwards
     medians = {name: statistics.median(found) for name, found in factors.items()}
     words = rounds * sum(len(utterance.labels.digits) for utterance in made)
     return {
         name: {
             "real-time factor": round(median, 4),
             "ratio": round(medians["exact"] / median, 2),
-            "forwards per answer": round(forwards[name] / (rounds * len(made)), 1),
+            "forwards per answer": round(num_forwards[name] / (rounds * len(made)), 1),
             "word error": round(errors[name] / words, 4),
         }
         for name, median in medians.items()

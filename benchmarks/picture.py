@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=24)
     chosen = parser.parse_args()
     model = diffa.build(chosen.spec)
-    prompt = model.chat.encode(chosen.question)
+    prompt = model.chat_format.encode(chosen.question)
     wave = prepare(chosen.audio, model.encoder.sample_rate)
     steps = list(
         model.stream(prompt.tokens, wave, audio_at=prompt.audio_at, max_tokens=chosen.max_tokens)

@@ -58,19 +58,19 @@ def measured(
     seconds = time.perf_counter() - begin
     ids = answer.tokens.tolist()
     ends = [place for place, token in enumerate(ids) if token == model.backbone.vocab.eos]
-    return ids, (ends[0] + 1 if ends else len(ids)), answer.forwards, seconds
+    return ids, (ends[0] + 1 if ends else len(ids)), answer.num_forwards, seconds
 
 
 def row(name: str, found: list[Any], exact: list[Any]) -> dict[str, Any]:
     """One line of the table."""
-    forwards = sum(one[2] for one in found)
+    num_forwards = sum(one[2] for one in found)
     same = sum(one[0] == other[0] for one, other in zip(found, exact, strict=True))
     return {
         "setting": name,
         "options": ", ".join(f"{k}: {v}" for k, v in SAMPLERS[name].items() if k != "name"),
         "sampler": SAMPLERS[name]["name"],
-        "forwards per answer": round(forwards / len(found), 1),
-        "tokens per forward": round(sum(one[1] for one in found) / forwards, 2),
+        "forwards per answer": round(num_forwards / len(found), 1),
+        "tokens per forward": round(sum(one[1] for one in found) / num_forwards, 2),
         "seconds per answer": round(sum(one[3] for one in found) / len(found), 2),
         "same": f"{same} of {len(found)}",
     }

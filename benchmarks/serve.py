@@ -73,7 +73,7 @@ class Times(NamedTuple):
     alone: float
     single: float
     together: float
-    forwards: int
+    num_forwards: int
     rows: int
 
 
@@ -240,7 +240,7 @@ def portion(
     before = service.engine.load()
     got, all_at_once = outside.submit(crowd, port, part, clients).result()
     load = service.engine.load()
-    ran = load.forwards - before.forwards, load.rows - before.rows
+    ran = load.num_forwards - before.num_forwards, load.rows - before.rows
     took = Times(by_itself, one_by_one, all_at_once, *ran)
     return [texts.get(asked.number) for asked in part], single, got, took
 
@@ -332,7 +332,7 @@ def main() -> None:
         ),
         "times_s": [took._asdict() for took in times],
         "rows_per_forward": round(
-            sum(took.rows for took in times) / sum(took.forwards for took in times), 2
+            sum(took.rows for took in times) / sum(took.num_forwards for took in times), 2
         ),
         "one_client_differing": sum(
             one.text != e for one, (_, e, _) in zip(single, kept, strict=True)

@@ -32,7 +32,7 @@ from torch import Tensor
 import diffa
 from diffa.canvas.batch import split
 from diffa.canvas.canvas import interleave
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import Row
@@ -112,7 +112,9 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     embeds, ids = interleave(texts, split(model.adapt(features)), at, model.backbone.embed)
     positions = torch.arange(ids.shape[1], device=ids.device)
     valid = positions < embeds.lengths[:, None]
-    hidden = model.backbone(embeds.values, positions.expand(ids.shape), Context(valid=valid))
+    hidden = model.backbone(
+        embeds.values, positions.expand(ids.shape), AttentionContext(valid=valid)
+    )
     logits = model.backbone.head(hidden).float()  # (B, S, V), audio and padding included
     labels, weights = torch.full_like(ids, -100), torch.zeros(ids.shape, device=ids.device)
     hidden_ids = ids == model.backbone.vocab.mask  # row by row, left to right, as in the text

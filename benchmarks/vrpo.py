@@ -74,7 +74,7 @@ class Moments:
 def pair_batch(model: Any, data: Manifest, row: int, draw: int) -> Batch:
     """One pair, corrupted by the seeds of a draw."""
     hearing = Hearing(model.encoder.sample_rate)
-    make = Preferring(Answering(model.chat, model.backbone.vocab, hearing), hearing)
+    make = Preferring(Answering(model.chat_format, model.backbone.vocab, hearing), hearing)
     return Collate(model.backbone.vocab, learned=False)([make(data[row], seed_of(row, draw))])
 
 

@@ -12,13 +12,13 @@ from diffa.audio import as_batch, pad, prepare
 from diffa.canvas.batch import Asked, Rows, check, check_context, join, lay_out, read, split
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.likelihood import Score, score
 from diffa.canvas.training import measure
 from diffa.chat import Chat
 from diffa.errors import SpecError
 from diffa.spec.spec import Spec
-from diffa.types import Answer, Embeds, Features, Generation, Loss, Step
+from diffa.types import Answer, Embeds, Features, Generation, Loss, Step, max_length
 
 
 class Model(nn.Module):
@@ -76,7 +76,7 @@ class Model(nn.Module):
     def logits(self, embeds: Tensor) -> Tensor:
         """Logits (B, S, V) of one full pass over embeddings (B, S, W), positions from 0."""
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-        logits: Tensor = self.backbone.head(self.backbone(embeds, positions, Context()))
+        logits: Tensor = self.backbone.head(self.backbone(embeds, positions, AttentionContext()))
         return logits
 
     def generate(
@@ -114,7 +114,7 @@ class Model(nn.Module):
             for step in self.sampler(canvas, denoise):
                 if on_step is not None:
                     on_step(step)
-        return Generation([row.clone() for row in canvas.answer.cpu()], denoise.forwards)
+        return Generation([row.clone() for row in canvas.answer.cpu()], denoise.num_forwards)
 
     def stream(
         self,
@@ -166,7 +166,7 @@ class Model(nn.Module):
         if len(heard) != len(questions):
             raise SpecError(f"{len(heard)} recordings but {len(questions)} questions")
         waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in heard]
-        chat = self.chat
+        chat = self.chat_format
         prompts = [
             chat.encode(q, system=system, audio=wave is not None)
             for q, wave in zip(questions, waves, strict=True)
@@ -180,8 +180,8 @@ class Model(nn.Module):
         )
         texts = [chat.decode(tokens) for tokens in made.tokens]
         if single:
-            return Answer(texts[0], made.tokens[0], made.forwards)
-        return Answer(texts, made.tokens, made.forwards)
+            return Answer(texts[0], made.tokens[0], made.num_forwards)
+        return Answer(texts, made.tokens, made.num_forwards)
 
     def score(
         self,
@@ -211,7 +211,7 @@ class Model(nn.Module):
             SpecError: the backbone has no tokenizer, or there is nothing to score.
         """
         wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
-        prompt = self.chat.encode(question, system=system, audio=wave is not None)
+        prompt = self.chat_format.encode(question, system=system, audio=wave is not None)
         ids = [self.backbone.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
         with torch.no_grad():
             return score(
@@ -226,7 +226,7 @@ class Model(nn.Module):
             )
 
     @property
-    def chat(self) -> Chat:
+    def chat_format(self) -> Chat:
         """The chat prompts of this model's spec; raises SpecError without a tokenizer."""
         if self.backbone.tokenizer is None:
             raise SpecError(
@@ -282,7 +282,7 @@ class Model(nn.Module):
 
     def _open(self, asked: Asked) -> tuple[Canvas, Denoiser]:
         """Listen, and lay out the canvas with the call that drives it."""
-        rate, most = self.encoder.sample_rate, getattr(self.backbone, "context", None)
+        rate, most = self.encoder.sample_rate, max_length(self.backbone)
         with torch.no_grad():
             heard = self._hear(asked.waves)
             for tokens, sound, wave in zip(asked.prompts, heard, asked.waves, strict=True):

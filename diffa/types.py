@@ -1,7 +1,10 @@
-"""The values that cross borders between parts, and what each kind of part must offer.
+"""The values that parts exchange, and the protocols that each kind of part implements.
 
-Shapes: B batch rows, S samples or slots, T frames, N audio embeddings, L tokens, K recomputed
-slots, R rows whose logits are asked for, W width, V vocabulary.
+Shapes: B rows of a batch, S samples or slots, T frames, N audio embeddings, L tokens, K recomputed
+slots, R slots whose logits are returned, A answer tokens, W width, V vocabulary.
+
+The protocols at the end are optional: a part that has their members gets the faster or the special
+path, one without them works as well.
 """
 
 from __future__ import annotations
@@ -13,16 +16,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffa.canvas.canvas import Canvas
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 Decoding = Literal["masked", "causal"]
 
 
 class FeatureSpec(NamedTuple):
-    """What an encoder emits: width of a frame, transformer layers, frames per second, heads.
+    """Shape of an encoder's output.
 
-    An encoder of ``layers`` layers emits ``layers + 1`` states: entry 0 is the embedding, the
-    last one follows the final normalisation.
+    An encoder of ``layers`` layers returns ``layers + 1`` states: the first is the embedding, the
+    last one is taken after the final normalisation.
+
+    Attributes:
+        width: of one frame.
+        layers: Transformer layers.
+        rate: frames per second.
+        heads: attention heads.
     """
 
     width: int
@@ -35,9 +44,9 @@ class Features(NamedTuple):
     """An encoder's hidden states.
 
     Attributes:
-        states: every layer's frames, each (B, T, width); frames past ``extents`` are zero.
-        lengths: frames that come from true audio, (B,).
-        extents: frames that the encoder's own window produced, padding included, (B,).
+        states: frames of every layer, each (B, T, width); zero past ``extents``.
+        lengths: frames of real audio, (B,).
+        extents: frames that the encoder produced, padding of its window included, (B,).
     """
 
     states: tuple[Tensor, ...]
@@ -46,14 +55,26 @@ class Features(NamedTuple):
 
 
 class Embeds(NamedTuple):
-    """Embeddings for the backbone: values (B, N, W), zero past each row's lengths (B,)."""
+    """Embeddings for the backbone.
+
+    Attributes:
+        values: (B, N, W), zero past ``lengths``.
+        lengths: embeddings of each row, (B,).
+    """
 
     values: Tensor
     lengths: Tensor
 
 
 class Vocab(NamedTuple):
-    """Size and special ids of a backbone's vocabulary; ``mask`` is None for a causal one."""
+    """Size and special token ids of a backbone's vocabulary.
+
+    Attributes:
+        size: rows of the embedding.
+        eos: id of the end-of-sequence token.
+        pad: id of the padding token.
+        mask: id of the mask token. None for a causal backbone.
+    """
 
     size: int
     eos: int
@@ -65,10 +86,10 @@ class Noised(NamedTuple):
     """A corrupted answer.
 
     Attributes:
-        tokens: the sequence with masks written in, (B, L).
-        masked: which tokens are to be predicted, (B, L) bool.
-        weights: the weight of each token's loss, (B, L); zero where not ``masked``.
-        answer: which tokens belong to the answer, (B, L) bool.
+        tokens: token ids with masks written in, (B, L).
+        masked: tokens to be predicted, (B, L) bool.
+        weights: loss weight of each token, (B, L); zero where not ``masked``.
+        answer: tokens of the answer, (B, L) bool.
     """
 
     tokens: Tensor
@@ -81,9 +102,9 @@ class Step(NamedTuple):
     """What a sampler yields after each call of ``denoise``.
 
     Attributes:
-        tokens: the answers as they stand, (B, A) with the mask id where undecided.
-        final: which of them will not change any more, (B, A) bool.
-        confidence: probability of each token when it was chosen, (B, A); 0 where undecided.
+        tokens: the current answers, (B, A), with the mask id where undecided.
+        final: tokens that will not change any more, (B, A) bool.
+        confidence: probability of each token when it was written, (B, A); 0 where undecided.
     """
 
     tokens: Tensor
@@ -92,22 +113,40 @@ class Step(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Answers of a batch: a LongTensor of ``max_tokens`` per row, and calls of the backbone."""
+    """Answers of a batch.
+
+    Attributes:
+        tokens: token ids of each row, (A,) int64.
+        num_forwards: forward passes of the backbone.
+    """
 
     tokens: list[Tensor]
-    forwards: int
+    num_forwards: int
 
 
 class Answer(NamedTuple):
-    """Text and tokens of an answer (lists of both for a batch), and calls of the backbone."""
+    """An answer, or the answers of a batch.
+
+    Attributes:
+        text: the answer; a list of them for a batch.
+        tokens: its token ids, (A,); a list of them for a batch.
+        num_forwards: forward passes of the backbone.
+    """
 
     text: Any
     tokens: Any
-    forwards: int
+    num_forwards: int
 
 
 class Loss(NamedTuple):
-    """An objective's sum and the weight to divide it by, with what it was measured on."""
+    """A summed loss.
+
+    Attributes:
+        sum: of the weighted token losses.
+        weight: the mean is ``sum / weight``.
+        hidden: hidden states that the loss was computed from, (B, L, W).
+        noised: the corrupted rows.
+    """
 
     sum: Tensor
     weight: Tensor
@@ -116,17 +155,17 @@ class Loss(NamedTuple):
 
 
 class Denoise(Protocol):
-    """One pass of the backbone over some slots of the canvas (see ``diffa.canvas.denoiser``)."""
+    """One forward pass over some slots of the canvas (see ``diffa.canvas.denoiser``)."""
 
     def __call__(
         self,
         recompute: Tensor | None,
-        rows: Tensor,
+        output_slots: Tensor,
         *,
-        sees: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         write: bool = True,
     ) -> Tensor:
-        """Recompute slots (B, K), or all where None, and return logits (B, R, V) of ``rows``."""
+        """Recompute slots (B, K), None for all; return logits (B, R, V) of ``output_slots``."""
         ...
 
 
@@ -172,7 +211,7 @@ class Backbone(Protocol):
         """Hidden states (..., W) -> logits (..., V)."""
         ...
 
-    def __call__(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Return normalised hidden states, before the head."""
         ...
 
@@ -203,3 +242,65 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return the summed loss of hidden (B, L, W) and the weight to divide it by."""
         ...
+
+
+@runtime_checkable
+class PartialBackbone(Protocol):
+    """Optional: a backbone with ``partial = True`` may leave hidden states unfinished that
+    ``AttentionContext.output_slots`` does not name. diffa's Transformer skips its last layer."""
+
+    partial: bool
+
+
+@runtime_checkable
+class RaggedBackbone(Protocol):
+    """Optional: a backbone with ``ragged = True`` packs rows of different lengths end to end."""
+
+    ragged: bool
+
+
+@runtime_checkable
+class BoundedBackbone(Protocol):
+    """Optional: the longest sequence, in slots, that a backbone can read; None for any."""
+
+    max_length: int | None
+
+
+@runtime_checkable
+class BlockObjective(Protocol):
+    """Optional: an objective that trains answers block by block, ``block_length`` tokens each;
+    None for whole answers (block diffusion, arXiv 2503.09573)."""
+
+    block_length: int | None
+
+
+@runtime_checkable
+class SecondCorruption(Protocol):
+    """Optional: an objective that measures every batch under a second corruption too."""
+
+    def second(self, tokens: Tensor, noised: Noised, seeds: Tensor) -> Noised | None:
+        """Return the second corruption of ``tokens`` (B, L), or None."""
+        ...
+
+
+@runtime_checkable
+class CountingObjective(Protocol):
+    """Optional: an objective that also counts which masked tokens the model restores."""
+
+    def measure(
+        self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the summed loss, its weight, the restored and the masked tokens."""
+        ...
+
+
+@runtime_checkable
+class PairedObjective(Protocol):
+    """Optional: an objective with ``paired = True`` compares a preferred and a rejected answer."""
+
+    paired: bool
+
+
+def max_length(backbone: Backbone) -> int | None:
+    """Return the longest sequence that a backbone can read, in slots; None for any."""
+    return backbone.max_length if isinstance(backbone, BoundedBackbone) else None

@@ -47,12 +47,12 @@ def test_a_batch_gives_what_its_rows_give_alone(
     model = diffa.swap(model, sampler={"name": "blockwise", "cache": cache, **options})
     places, seeds, waves = [4, 0, 15], [3, 1, 2], clips(expected)
     batch = model.generate(prompts(), waves, audio_at=places, max_tokens=24, seeds=seeds)
-    forwards = []
+    num_forwards = []
     for row, (prompt, wave) in enumerate(zip(prompts(), waves, strict=True)):
         alone = model.generate(prompt, wave, audio_at=places[row], max_tokens=24, seeds=seeds[row])
         assert torch.equal(alone.tokens[0], batch.tokens[row])
-        forwards.append(alone.forwards)
-    assert batch.forwards == max(forwards)
+        num_forwards.append(alone.num_forwards)
+    assert batch.num_forwards == max(num_forwards)
 
 
 def test_embeddings_of_a_batch_are_those_of_its_rows(golden1: Golden) -> None:
@@ -160,7 +160,7 @@ def test_a_stopped_answer_is_filled_with_eos(golden1: Golden) -> None:
     first = tokens.tolist().index(early)
     assert made.tokens[0][: first + 1].tolist() == tokens[: first + 1].tolist()
     assert (made.tokens[0][first:] == early).all()
-    assert made.forwards < 24
+    assert made.num_forwards < 24
 
 
 def test_swap_shares_everything_else(golden1: Golden) -> None:

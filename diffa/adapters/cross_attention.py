@@ -19,14 +19,14 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.heads, self.dropout = heads, dropout
 
-    def forward(self, queries: Tensor, states: Tensor, sees: Tensor | None) -> Tensor:
+    def forward(self, queries: Tensor, states: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Attend where ``sees`` (M, T) allows; every row must see something."""
         split = "m t (h d) -> m h t d"
         mixed = F.scaled_dot_product_attention(
             rearrange(self.query(queries), split, h=self.heads),
             rearrange(self.key(states), split, h=self.heads),
             rearrange(self.value(states), split, h=self.heads),
-            attn_mask=None if sees is None else sees[:, None, None],
+            attn_mask=None if attn_mask is None else attn_mask[:, None, None],
             dropout_p=self.dropout if self.training else 0.0,
         )
         out: Tensor = self.out(rearrange(mixed, "m h t d -> m t (h d)"))

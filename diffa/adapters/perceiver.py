@@ -45,12 +45,12 @@ class Perceiver(nn.Module):
         """Embed the last state; nothing past a row's length is read."""
         frames = self.reading(features, self.queries.dtype)
         frames = frames + positions(frames)
-        sees = inside_of(features.lengths, frames.shape[1] + len(self.queries))
-        sees[:, frames.shape[1] :] = True  # the latents, which every row has
-        sees[:, : frames.shape[1]] = inside_of(features.lengths, frames.shape[1])
+        attn_mask = inside_of(features.lengths, frames.shape[1] + len(self.queries))
+        attn_mask[:, frames.shape[1] :] = True  # the latents, which every row has
+        attn_mask[:, : frames.shape[1]] = inside_of(features.lengths, frames.shape[1])
         hidden = repeat(self.queries, "q d -> b q d", b=len(frames))
         for layer in self.layers:
-            hidden = layer(hidden, frames, sees)
+            hidden = layer(hidden, frames, attn_mask)
         return Embeds(self.proj(hidden), self.out_lengths(features.lengths))
 
 
@@ -63,10 +63,10 @@ class _Layer(nn.Module):
         self.read = Attention(source.width, source.heads, dropout)
         self.think = FeedForward(source.width, ffn)
 
-    def forward(self, hidden: Tensor, frames: Tensor, sees: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor) -> Tensor:
         latents = self.norm(hidden)
         both = torch.cat([self.frame_norm(frames), latents], dim=1)
-        hidden = hidden + self.read(latents, both, sees)
+        hidden = hidden + self.read(latents, both, attn_mask)
         out: Tensor = hidden + self.think(hidden)
         return out
 

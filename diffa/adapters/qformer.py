@@ -60,15 +60,15 @@ class QFormer(nn.Module):
         tapped = [features.states[tap][:, :most] for tap in self.taps]
         frames = torch.cat(tapped).to(self.layer_weights.dtype)  # (taps * B, T, D), one pass
         hidden = repeat(torch.cat(list(self.layer_prompts)), "n q d -> (n b) q d", b=rows)
-        sees = self._sees(features.extents, most)
+        attn_mask = self._attn_mask(features.extents, most)
         for layer in self.qformer["layer"].children():
-            hidden = layer(hidden, frames, sees)
+            hidden = layer(hidden, frames, attn_mask)
         mixture = self.layer_weights.softmax(dim=-1)
         by_tap = rearrange(hidden, "(n b) q d -> n b q d", b=rows)
         values = self.proj(einsum(by_tap, mixture, "n b q d, q n -> b q d"))
         return Embeds(values, self.out_lengths(features.lengths))
 
-    def _sees(self, extents: Tensor, most: int) -> Tensor | None:
+    def _attn_mask(self, extents: Tensor, most: int) -> Tensor | None:
         """Return which frames (taps * B, 1, 1, T) each row may read; None where all may be."""
         if int(extents.min()) == most:
             return None
@@ -107,9 +107,9 @@ class _Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(source.width, ffn)})
         self.output = _Output(ffn, source.width, dropout)
 
-    def forward(self, hidden: Tensor, frames: Tensor, sees: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor | None) -> Tensor:
         hidden = self.attention(hidden, hidden, None)
-        hidden = self.crossattention(hidden, frames, sees)
+        hidden = self.crossattention(hidden, frames, attn_mask)
         out: Tensor = self.output(F.gelu(self.intermediate["dense"](hidden)), hidden)
         return out
 
@@ -123,13 +123,13 @@ class _Attention(nn.Module):
         self.output = _Output(source.width, source.width, dropout)
         self.heads, self.dropout = source.heads, dropout
 
-    def forward(self, hidden: Tensor, frames: Tensor, sees: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor | None) -> Tensor:
         split = "b t (h d) -> b h t d"
         query = rearrange(self.self["query"](hidden), split, h=self.heads)
         key = rearrange(self.self["key"](frames), split, h=self.heads)
         value = rearrange(self.self["value"](frames), split, h=self.heads)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=sees, dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=attn_mask, dropout_p=self.dropout if self.training else 0.0
         )
         out: Tensor = self.output(rearrange(mixed, "b h t d -> b t (h d)"), hidden)
         return out

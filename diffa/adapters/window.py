@@ -64,10 +64,10 @@ class Window(nn.Module):
         starts = torch.arange(windows, device=lengths.device) * size
         # windows past a row's end see one frame, so that no softmax is empty; they are cut below
         count = (features.lengths[:, None] - starts).clamp(1, size).flatten()
-        sees = inside_of(count, size)
+        attn_mask = inside_of(count, size)
         hidden = repeat(self.queries, "q d -> m q d", m=len(frames))
         for layer in self.layers:
-            hidden = layer(hidden, frames, sees)
+            hidden = layer(hidden, frames, attn_mask)
         values = rearrange(self.proj(hidden), "(b n) q w -> b (n q) w", b=len(lengths), n=windows)
         inside = inside_of(lengths, values.shape[1])[..., None]
         return Embeds(torch.where(inside, values, 0), lengths)
@@ -83,9 +83,9 @@ class _Layer(nn.Module):
         self.read_norm, self.read = nn.LayerNorm(width), Attention(width, heads, dropout)
         self.think = FeedForward(width, ffn)
 
-    def forward(self, hidden: Tensor, frames: Tensor, sees: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor) -> Tensor:
         own = self.own_norm(hidden)
         hidden = hidden + self.own(own, own, None)
-        hidden = hidden + self.read(self.read_norm(hidden), frames, sees)
+        hidden = hidden + self.read(self.read_norm(hidden), frames, attn_mask)
         out: Tensor = hidden + self.think(hidden)
         return out

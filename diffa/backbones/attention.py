@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffa.errors import SpecError
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 Kernel = Literal["auto", "sdpa", "xformers"]
 
@@ -46,17 +46,19 @@ class Plan(NamedTuple):
     lengths: tuple[list[int], list[int]] | None = None
 
 
-def plan(context: Context, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
+def plan(context: AttentionContext, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
     """Prepare a forward with queries at ``positions`` (B, K).
 
     Raises:
         SpecError: xformers is asked for where it cannot run.
     """
-    if context.lengths is not None:
-        return Plan(None, causal=False, packing=None, lengths=(context.lengths, context.lengths))
-    alone = context.slots is None and context.branch is None and context.sees is None
+    if context.row_lengths is not None:
+        return Plan(
+            None, causal=False, packing=None, lengths=(context.row_lengths, context.row_lengths)
+        )
+    alone = context.query_slots is None and context.branch is None and context.attn_mask is None
     if chosen(kernel, positions.device) == "xformers" and context.branch is None:
-        simple = context.sees is None and (alone or not causal)
+        simple = context.attn_mask is None and (alone or not causal)
         if simple:
             return Plan(None, causal=causal, packing=pack(context, positions, causal=causal))
     if causal and alone and context.valid is None:
@@ -99,10 +101,10 @@ def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
     return "xformers"
 
 
-def pack(context: Context, positions: Tensor, *, causal: bool) -> Packing:
+def pack(context: AttentionContext, positions: Tensor, *, causal: bool) -> Packing:
     """Lay the real slots of all rows end to end under a block-diagonal bias.
 
-    Works without a GPU: tests materialise the bias and compare it with ``Context.mask``.
+    Works without a GPU: tests materialise the bias and compare it with ``AttentionContext.mask``.
     """
     from xformers.ops.fmha import attn_bias
 
@@ -111,7 +113,7 @@ def pack(context: Context, positions: Tensor, *, causal: bool) -> Packing:
     valid = context.valid
     if valid is None:
         valid = torch.ones(count, size, dtype=torch.bool, device=positions.device)
-    real = valid if context.slots is None else torch.ones_like(positions, dtype=torch.bool)
+    real = valid if context.query_slots is None else torch.ones_like(positions, dtype=torch.bool)
     q_lengths, k_lengths = real.sum(dim=1).tolist(), valid.sum(dim=1).tolist()
     if causal:
         bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(q_lengths, k_lengths)

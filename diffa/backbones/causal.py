@@ -20,7 +20,7 @@ from diffa.errors import CheckpointError, SpecError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -69,7 +69,7 @@ class Causal(nn.Module):
         folder, found = weights.choose(checkpoint, revision, config)
         source = str(folder or "config")
         settings = _settings(found, source)
-        self.context = _context(settings, source)
+        self.max_length = _max_length(settings, source)
         self.model = _make(settings, folder, seed)
         _check(self.model, source)
         if checkpointing:
@@ -102,7 +102,7 @@ class Causal(nn.Module):
             logits = logits * self._scale
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
         seen = context.mask(positions, causal=True)
         assert seen is not None
@@ -114,7 +114,7 @@ class Causal(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=bias.masked_fill(~seen, lowest)[:, None],
                 position_ids=positions,
-                past_key_values=None if context.memory is None else _Slots(context),
+                past_key_values=None if context.kv_cache is None else _Slots(context),
                 use_cache=False,
             )
         hidden: Tensor = out.last_hidden_state
@@ -136,13 +136,13 @@ class _Slots:
 
     is_compileable = False
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: AttentionContext) -> None:
         self._context = context
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._context.remember(
+        keys, values = self._context.update_cache(
             layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2)
         )
         return keys.transpose(1, 2), values.transpose(1, 2)
@@ -166,7 +166,7 @@ def _settings(found: Mapping[str, Any], source: str) -> Any:
         ) from error
 
 
-def _context(settings: Any, source: str) -> int:
+def _max_length(settings: Any, source: str) -> int:
     """Return the longest sequence for which every layer's attention is plainly causal."""
     kinds = set(getattr(settings, "layer_types", None) or ())
     if strange := sorted(kinds - set(_ATTENTION)):

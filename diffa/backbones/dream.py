@@ -19,7 +19,7 @@ from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 
 class Dream(nn.Module):
@@ -64,7 +64,7 @@ class Dream(nn.Module):
         super().__init__()
         folder, found = weights.choose(checkpoint, revision, config)
         shape, self.vocab = read(found, source=folder or "config")
-        self.width, self.context = shape.width, shape.context
+        self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
                 shape,
@@ -92,17 +92,17 @@ class Dream(nn.Module):
         embedded: Tensor = self.transformer.wte(tokens)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W), shifted by one."""
         hidden: Tensor = self.transformer(embeds, positions, context)
         layer = len(self.transformer.blocks)  # one more in the memory, for the hidden states
-        states, _ = context.remember(layer, hidden[:, :, None], hidden[:, :, None, :1])
+        states, _ = context.update_cache(layer, hidden[:, :, None], hidden[:, :, None, :1])
         before, there = previous(positions, context)
         earlier = states[:, :, 0].gather(1, before[..., None].expand(-1, -1, hidden.shape[2]))
         return torch.where(there[..., None], earlier, hidden)
 
 
-def previous(positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def previous(positions: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """Return the slot (B, K) that holds the position before each query's, and whether one does.
 
     Only slots that the query may attend to count; one of its own branch goes before a shared one.
@@ -114,7 +114,11 @@ def previous(positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         near = near & mask
     rank = near.int()
     if context.branch is not None:
-        own = context.branch if context.slots is None else context.branch.gather(1, context.slots)
+        own = (
+            context.branch
+            if context.query_slots is None
+            else context.branch.gather(1, context.query_slots)
+        )
         rank = rank + (near & (context.branch[:, None] == own[:, :, None])).int()
     return rank.argmax(dim=2), near.any(dim=2)
 

@@ -20,7 +20,7 @@ from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 # What is computed here; a checkpoint that asks for anything else is refused.
 _ASSUMED: dict[str, tuple[Any, ...]] = {
@@ -87,7 +87,7 @@ class LLaDAMoE(nn.Module):
         self.tokenizer = read_tokenizer(tokenizer, folder)
         source = folder or "config"
         shape, sparse, self.vocab = read(found, self.tokenizer, source=source)
-        self.width, self.context = shape.width, shape.context
+        self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
                 shape, causal=False, kernel=attention, checkpointing=checkpointing
@@ -117,7 +117,7 @@ class LLaDAMoE(nn.Module):
         embedded: Tensor = self.transformer.wte(tokens)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
         hidden: Tensor = self.transformer(embeds, positions, context)
         return hidden
@@ -136,7 +136,7 @@ class SparseBlock(Block):
         self,
         x: Tensor,
         turn: Tensor,
-        context: Context,
+        context: AttentionContext,
         layer: int,
         how: Plan,
         rows: Tensor | None = None,
@@ -146,7 +146,7 @@ class SparseBlock(Block):
         queries = rotate(self.q_norm(self.q_proj(h).unflatten(-1, self.split)), turn)
         keys = rotate(self.k_norm(self.k_proj(h).unflatten(-1, self.split)), turn)
         values = self.v_proj(h).unflatten(-1, self.split)
-        keys, values = context.remember(layer, keys, values)
+        keys, values = context.update_cache(layer, keys, values)
         x = x + self.attn_out(attend(queries, keys, values, how))
         out: Tensor = x + self.experts(self.ff_norm(x))
         return out

@@ -20,7 +20,7 @@ from diffa.errors import CheckpointError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 _NAMES = {
     "self_attn.q_proj": "q_proj",
@@ -74,7 +74,7 @@ class Llama(nn.Module):
         super().__init__()
         folder, found = weights.choose(checkpoint, revision, config)
         shape, self.vocab = read(found, source=folder or "config")
-        self.width, self.context = shape.width, shape.context
+        self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
                 shape, causal=True, kernel=attention, checkpointing=checkpointing, compiling=compile
@@ -98,7 +98,7 @@ class Llama(nn.Module):
         embedded: Tensor = self.transformer.wte(tokens)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
         hidden: Tensor = self.transformer(embeds, positions, context)
         return hidden

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 
 class Ragged(NamedTuple):
@@ -34,13 +34,18 @@ class Ragged(NamedTuple):
         out[self.places] = x[0]
         return out.view(*self.shape, *x.shape[2:])
 
-    def context(self, context: Context) -> Context:
+    def context(self, context: AttentionContext) -> AttentionContext:
         """The context of the rows as one; a memory gets keys and values as the canvas has them."""
-        memory: Any = None if context.memory is None else _Spread(self, context)
-        assert context.asked is not None  # see ``lays_end_to_end``
-        asked = self._among_real(context.asked)
+        memory: Any = None if context.kv_cache is None else _Spread(self, context)
+        assert context.output_slots is not None  # see ``lays_end_to_end``
+        asked = self._among_real(context.output_slots)
         return context._replace(
-            valid=None, positions=None, memory=memory, rows=None, asked=asked, lengths=self.lengths
+            valid=None,
+            positions=None,
+            kv_cache=memory,
+            cache_rows=None,
+            output_slots=asked,
+            row_lengths=self.lengths,
         )
 
     def _among_real(self, asked: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ class Ragged(NamedTuple):
 class _Spread:
     """A canvas's memory where keys and values arrive packed."""
 
-    def __init__(self, ragged: Ragged, context: Context) -> None:
+    def __init__(self, ragged: Ragged, context: AttentionContext) -> None:
         self._ragged, self._context = ragged, context
 
     def update(
@@ -70,11 +75,11 @@ class _Spread:
     ) -> tuple[Tensor, Tensor]:
         """Let the canvas remember; of all slots, those just computed are all there are."""
         del slots, rows, write  # the canvas's own context has them
-        self._context.remember(layer, self._ragged.spread(keys), self._ragged.spread(values))
+        self._context.update_cache(layer, self._ragged.spread(keys), self._ragged.spread(values))
         return keys, values
 
 
-def ragged(context: Context, embeds: Tensor) -> Ragged | None:
+def ragged(context: AttentionContext, embeds: Tensor) -> Ragged | None:
     """How to pack embeddings (B, K, W), or None where that is not possible or does not pay.
 
     On a CPU attention row by row costs what attention in a batch does. Training keeps its batches:
@@ -94,8 +99,8 @@ def supported(embeds: Tensor) -> bool:
     return embeds.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def lays_end_to_end(context: Context) -> bool:
+def lays_end_to_end(context: AttentionContext) -> bool:
     """Whether all slots are computed, each sees its whole row, and who calls has said which states
     are read: whoever watches a layer finds rows as they are, and nothing else is packed."""
-    alone = context.slots is None and context.branch is None and context.sees is None
-    return alone and context.asked is not None
+    alone = context.query_slots is None and context.branch is None and context.attn_mask is None
+    return alone and context.output_slots is not None

@@ -18,7 +18,7 @@ from diffa.checkpoints import read as weights
 from diffa.runtime.cpu_linear import Linear
 
 if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import Context
+    from diffa.canvas.kv_cache import AttentionContext
 
 
 class Shape(NamedTuple):
@@ -95,7 +95,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         turn: Tensor,
-        context: Context,
+        context: AttentionContext,
         layer: int,
         how: Plan,
         rows: Tensor | None = None,
@@ -104,11 +104,11 @@ class Block(nn.Module):
 
         Where only the places ``rows`` (B, R) are wanted, the result is (B, R, W).
         """
-        window = self.compiling and context.slots is not None and rows is None
+        window = self.compiling and context.query_slots is not None and rows is None
         parts = compiled(PARTS, x.device.type) if window else PARTS
         remembering, asking, closing = parts
         h, keys, values = remembering(self, x, turn)
-        keys, values = context.remember(layer, keys, values)
+        keys, values = context.update_cache(layer, keys, values)
         if rows is not None:
             wide = rows[:, :, None].expand(-1, -1, x.shape[2])
             x, h = x.gather(1, wide), h.gather(1, wide)
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
                 residual = name.startswith("blocks.") and "_out." in name
                 nn.init.normal_(weight, std=deep if residual else 0.02, generator=generator)
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W)."""
         packed = None if self.causal else ragged(context, embeds)
         if packed is not None:
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         how = plan(context, positions, causal=self.causal, kernel=self.kernel)
         turn = turns(positions, self.shape).to(embeds.device)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        x, rows, narrowed = embeds, context.asked, how
+        x, rows, narrowed = embeds, context.output_slots, how
         if rows is not None:
             fewer = narrow(how, rows) if rows.shape[1] < embeds.shape[1] else None
             rows, narrowed = (None, how) if fewer is None else (rows, fewer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffa.canvas.canvas import Canvas, interleave
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import AudioError, SpecError
 from diffa.types import Embeds, Vocab
 
@@ -180,7 +180,7 @@ def read(
     embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
     positions = torch.arange(text.shape[1], device=text.device)
     valid = positions < embeds.lengths[:, None]
-    context = Context(valid=None if bool(valid.all()) else valid)
+    context = AttentionContext(valid=None if bool(valid.all()) else valid)
     hidden: Tensor = backbone(embeds.values, positions.expand(text.shape), context)
     return at_slots(hidden, text_slots(tokens, sounds, at))
 

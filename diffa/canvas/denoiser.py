@@ -1,4 +1,7 @@
-"""The one call that drives a backbone over a canvas: recompute slots, return rows' logits."""
+"""The ``denoise`` call of a canvas: one forward pass over some slots, logits of some of them.
+
+Shapes: B rows, S slots, K recomputed slots, R slots whose logits are returned, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,101 +11,126 @@ import torch
 from torch import Tensor
 
 from diffa.canvas.canvas import Canvas, first_for_padding, first_real
-from diffa.canvas.kv_cache import Context, Memory
-from diffa.types import Backbone
+from diffa.canvas.kv_cache import AttentionContext, KVCache
+from diffa.types import Backbone, PartialBackbone
 
 
 class Denoiser:
-    """The ``denoise`` call of one canvas: runs the backbone, keeps the memory, counts forwards."""
+    """The ``denoise`` call of one canvas: runs the backbone, keeps the KV cache, counts passes.
+
+    Attributes:
+        kv_cache: keys and values of every slot computed so far.
+        num_forwards: forward passes of the backbone until now.
+    """
 
     def __init__(self, backbone: Backbone, canvas: Canvas) -> None:
-        self.memory = Memory()
-        self.forwards = 0
+        self.kv_cache = KVCache()
+        self.num_forwards = 0
         self._backbone = backbone
         self._canvas = canvas
+        self._partial = isinstance(backbone, PartialBackbone) and backbone.partial
 
     def __call__(
         self,
         recompute: Tensor | None,
-        rows: Tensor,
+        output_slots: Tensor,
         *,
-        sees: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         write: bool = True,
     ) -> Tensor:
-        """Run the backbone over ``recompute`` (B, K; None: all) and return logits of ``rows``.
+        """Run the backbone over ``recompute`` and return the logits (B, R, V) of ``output_slots``.
 
-        Indices may be padded with -1. A row whose indices are all -1 (its ``rows`` where
-        ``recompute`` is None) is left alone, and its logits are zero. ``rows`` (B, R) must be
-        among the recomputed slots.
+        Args:
+            recompute: slots to compute again, (B, K). None: all slots.
+            output_slots: slots whose logits are returned, (B, R), a subset of ``recompute``.
+            attn_mask: which slots each recomputed slot may attend to besides, (B, K, S) bool.
+            write: whether the cache keeps the new keys and values.
+
+        Slots may be padded with -1. A row whose slots are all -1 (its ``output_slots`` where
+        ``recompute`` is None) is not computed, and its logits are zero.
         """
         canvas = self._canvas
-        self.memory.reserve(len(canvas.tokens), canvas.size)
+        self.kv_cache.reserve(len(canvas.tokens), canvas.size)
         if canvas.twins:
-            rows = rows.repeat(2, 1)
+            output_slots = output_slots.repeat(2, 1)
             recompute = None if recompute is None else recompute.repeat(2, 1)
-            sees = None if sees is None else sees.repeat(2, 1, 1)
-        self.forwards += 1
-        busy = ((rows if recompute is None else recompute) >= 0).any(dim=1)
-        if bool(busy.all()):
-            at = self._places(rows, recompute)
-            return self._logits(self._hidden(recompute, None, at, sees, write=write), at)
-        part = busy.nonzero()[:, 0]
-        slots = None if recompute is None else recompute[part]
-        at = self._places(rows[part], slots)
-        hidden = self._hidden(slots, part, at, None if sees is None else sees[part], write=write)
-        found = self._logits(hidden, at)
-        logits = found.new_zeros(len(rows), *found.shape[1:])
-        logits[part] = found
+            attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
+        self.num_forwards += 1
+        active = ((output_slots if recompute is None else recompute) >= 0).any(dim=1)
+        if bool(active.all()):
+            index = self._index_among(output_slots, recompute)
+            hidden = self._hidden(recompute, None, index, attn_mask, write=write)
+            return self._logits(hidden, index)
+        # Only the active rows are computed: a row that is finished costs nothing.
+        rows = active.nonzero()[:, 0]
+        slots = None if recompute is None else recompute[rows]
+        index = self._index_among(output_slots[rows], slots)
+        attn_mask = None if attn_mask is None else attn_mask[rows]
+        some = self._logits(self._hidden(slots, rows, index, attn_mask, write=write), index)
+        logits = some.new_zeros(len(output_slots), *some.shape[1:])
+        logits[rows] = some
         return logits
 
     def _hidden(
         self,
         slots: Tensor | None,
         rows: Tensor | None,
-        at: Tensor,
-        sees: Tensor | None,
+        index: Tensor,
+        attn_mask: Tensor | None,
         *,
         write: bool,
     ) -> Tensor:
-        """Hidden states of ``slots``; each row's padding repeats its first slot, harmlessly."""
+        """Return hidden states (B, K, W) of ``slots``.
+
+        Padding repeats the row's first slot: the same keys are written twice, which is harmless.
+        """
         canvas = self._canvas
         pick: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else (lambda x: x[rows])
         content, positions = pick(canvas.content), pick(canvas.positions)
-        context = Context(
+        context = AttentionContext(
             valid=pick(canvas.valid) if canvas.ragged else None,
             positions=positions,
             branch=None if canvas.branch_of is None else pick(canvas.branch_of),
-            sees=sees,
-            memory=self.memory if write or slots is not None else None,
-            rows=rows,
+            attn_mask=attn_mask,
+            kv_cache=self.kv_cache if write or slots is not None else None,
+            cache_rows=rows,
             write=write,
-            asked=at.clamp(min=0) if getattr(self._backbone, "partial", False) else None,
+            output_slots=index.clamp(min=0) if self._partial else None,
         )
         if slots is None:
             return self._backbone(content, positions, context)
-        if sees is not None:
-            first = sees.gather(1, first_real(slots)[:, :, None].expand(-1, 1, sees.shape[2]))
-            context = context._replace(sees=torch.where((slots < 0)[:, :, None], first, sees))
+        if attn_mask is not None:
+            first = attn_mask.gather(
+                1, first_real(slots)[:, :, None].expand(-1, 1, attn_mask.shape[2])
+            )
+            mask = torch.where((slots < 0)[:, :, None], first, attn_mask)
+            context = context._replace(attn_mask=mask)
         slots = first_for_padding(slots)
         embeds = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
-        return self._backbone(embeds, positions.gather(1, slots), context._replace(slots=slots))
+        context = context._replace(query_slots=slots)
+        return self._backbone(embeds, positions.gather(1, slots), context)
 
-    def _places(self, rows: Tensor, slots: Tensor | None) -> Tensor:
-        """Where each of ``rows`` (B, R) stands among the recomputed slots; -1 stays."""
+    def _index_among(self, output_slots: Tensor, slots: Tensor | None) -> Tensor:
+        """Return the index of ``output_slots`` (B, R) among the recomputed slots; -1 stays."""
         if slots is None:
-            return rows
-        place = rows.new_zeros(len(rows), self._canvas.size)
-        steps = torch.arange(slots.shape[1], device=rows.device).expand_as(slots)
-        place.scatter_(1, first_for_padding(slots), steps)
-        return torch.where(rows < 0, -1, place.gather(1, rows.clamp(min=0)))
+            return output_slots
+        index = output_slots.new_zeros(len(output_slots), self._canvas.size)
+        order = torch.arange(slots.shape[1], device=output_slots.device).expand_as(slots)
+        index.scatter_(1, first_for_padding(slots), order)
+        return torch.where(output_slots < 0, -1, index.gather(1, output_slots.clamp(min=0)))
 
-    def _logits(self, hidden: Tensor, at: Tensor) -> Tensor:
-        """Logits (B, R, V) of the places ``at``: nothing else ever meets the vocabulary."""
-        asked = hidden.gather(1, at.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
-        there = at >= 0
-        if asked.is_cuda or bool(there.all()):
-            return self._backbone.head(asked)
-        found = self._backbone.head(asked[there])
-        logits = found.new_zeros(*at.shape, found.shape[-1])
-        logits[there] = found
+    def _logits(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Return logits (B, R, V) at ``index`` (B, R), zero where it is -1.
+
+        With a vocabulary of 126,464 the head costs as much as several layers: it is applied to
+        these states only.
+        """
+        states = hidden.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
+        real = index >= 0
+        # On a GPU the choice of real rows would wait for the device (``nonzero``).
+        if states.is_cuda or bool(real.all()):
+            return self._backbone.head(states)
+        some = self._backbone.head(states[real])
+        logits = some.new_zeros(*index.shape, some.shape[-1])
+        logits[real] = some
         return logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffa.canvas.canvas import interleave
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 
 _LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -28,7 +28,7 @@ class Score(NamedTuple):
     values: Tensor
     best: int
     lengths: Tensor
-    forwards: int
+    num_forwards: int
 
 
 class Query(NamedTuple):
@@ -72,7 +72,7 @@ def score(
     else:
         rows, queries = plain(choices)
     values = torch.zeros(len(choices), dtype=torch.float64)
-    forwards = 0
+    num_forwards = 0
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         mine = [q for q in queries if start <= q.row < start + len(part)]
@@ -82,9 +82,9 @@ def score(
         weights = torch.tensor([q.weight for q in mine], dtype=torch.float64)
         owners = torch.tensor([q.choice for q in mine])
         values.index_add_(0, owners, logs.double().cpu() * weights)
-        forwards += 1
+        num_forwards += 1
     lengths = torch.tensor([len(choice) for choice in choices])
-    return Score(values, int(values.argmax()), lengths, forwards)
+    return Score(values, int(values.argmax()), lengths, num_forwards)
 
 
 def noised(
@@ -134,7 +134,7 @@ def _hidden(
     embeds, text = interleave(whole, [heard] * len(rows), [at] * len(rows), backbone.embed)
     positions = torch.arange(text.shape[1], device=text.device)
     valid = positions < embeds.lengths[:, None]
-    context = Context(valid=None if bool(valid.all()) else valid)
+    context = AttentionContext(valid=None if bool(valid.all()) else valid)
     hidden: Tensor = backbone(embeds.values, positions.expand(text.shape), context)
     return hidden
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from diffa.canvas.batch import at_slots, read, text_slots
 from diffa.canvas.canvas import interleave
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
-from diffa.types import Loss
+from diffa.types import Backbone, BlockObjective, Loss, Objective, SecondCorruption
 
 
 def measure(
-    backbone: Any,
-    objective: Any,
+    backbone: Backbone,
+    objective: Objective,
     tokens: Tensor,
     answer: Tensor,
     seeds: Tensor,
@@ -37,7 +37,7 @@ def measure(
     Raises:
         SpecError: an objective of blocks, and a ``reading`` of its own.
     """
-    block = getattr(objective, "block", None)
+    block = objective.block_length if isinstance(objective, BlockObjective) else None
     if block is not None and reading is not read:
         raise SpecError("an objective with a block reads rows in its own way: leave packing out")
     if block is not None:
@@ -45,7 +45,9 @@ def measure(
     first = objective.corrupt(tokens, answer, seeds)
     hidden = reading(backbone, first.tokens, lengths, heard, audio_at)
     total, weight = objective.loss(hidden, backbone.head, tokens, first)
-    other = objective.second(tokens, first, seeds) if hasattr(objective, "second") else None
+    other = None
+    if isinstance(objective, SecondCorruption):
+        other = objective.second(tokens, first, seeds)
     if other is not None:
         again = reading(backbone, other.tokens, lengths, heard, audio_at)
         more, much = objective.loss(again, backbone.head, tokens, other)
@@ -82,8 +84,8 @@ def read_blocks(
     embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
     slots = torch.arange(text.shape[1], device=text.device)
     index = text_slots(tokens, sounds, at)
-    index, positions, sees = beside(index, copies, embeds.lengths, len(slots), block)
-    context = Context(valid=slots < embeds.lengths[:, None], sees=sees)
+    index, positions, attn_mask = beside(index, copies, embeds.lengths, len(slots), block)
+    context = AttentionContext(valid=slots < embeds.lengths[:, None], attn_mask=attn_mask)
     hidden: Tensor = backbone(embeds.values, positions, context)
     return at_slots(hidden, index)
 

@@ -60,7 +60,7 @@ def ask(
                 "question": question,
                 "text": answer.text,
                 "tokens": [int(token) for token in answer.tokens],
-                "forwards": answer.forwards,
+                "num_forwards": answer.num_forwards,
                 "seconds": round(seconds, 3),
                 "spec": name,
                 "digest": model.spec.digest(),
@@ -68,7 +68,7 @@ def ask(
         )
         return
     print(answer.text)
-    say(f"{name}: {answer.forwards} backbone passes in {seconds:.1f} s")
+    say(f"{name}: {answer.num_forwards} backbone passes in {seconds:.1f} s")
 
 
 def transcribe(

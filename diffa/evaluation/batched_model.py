@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     """What a row was answered: text or an error, passes it took part in, the spec's digest."""
 
     raw: str | None
-    forwards: int
+    num_forwards: int
     error: str | None
     spec: str
 
@@ -122,8 +122,8 @@ class Asking:
         sound = [i for i, wave in enumerate(waves) if not isinstance(wave, str)]
         found = self._ask(model, [questions[i] for i in sound], [waves[i] for i in sound], stop)
         made = [Asked(None, 0, str(wave), name) for wave in waves]
-        for place, (raw, forwards, error) in zip(sound, found, strict=True):
-            made[place] = Asked(raw, forwards, error, name)
+        for place, (raw, num_forwards, error) in zip(sound, found, strict=True):
+            made[place] = Asked(raw, num_forwards, error, name)
         return made
 
     def with_block(self, block: int | None) -> Any:
@@ -185,7 +185,7 @@ class Asking:
             samples=self.samples,
             seed=self.seed,
         )
-        return question.choices[found.best], found.forwards, None
+        return question.choices[found.best], found.num_forwards, None
 
 
 class Passes:

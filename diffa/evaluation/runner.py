@@ -138,7 +138,7 @@ def finish(
     report["over_30_s"] = sum((r["audio_seconds"] or 0) > 30 for r in records)
     report["seconds"], report["audio_seconds"] = round(spent, 3), round(heard, 3)
     report["real_time_factor"] = round(spent / heard, 4) if heard else None
-    report["forwards"] = sum(r["forwards"] for r in records)
+    report["num_forwards"] = sum(r["num_forwards"] for r in records)
     folder.write(SCORES, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
@@ -155,7 +155,7 @@ def unasked(row: Row, reason: str) -> dict[str, Any]:
         "id": row.fields.get("id"),
         "question": None,
         "raw": None,
-        "forwards": 0,
+        "num_forwards": 0,
         "max_tokens": None,
         "audio_seconds": None,
         "error": reason,
@@ -262,7 +262,7 @@ def _line(
         "id": name,
         "question": clip.question.text,
         "raw": asked.raw,
-        "forwards": asked.forwards,
+        "num_forwards": asked.num_forwards,
         "max_tokens": clip.question.max_tokens,
         "audio_seconds": round(seconds, 3),
         "error": asked.error,

@@ -102,17 +102,17 @@ def summarise(plan: Plan, out: Path) -> None:
     """Write what all shards hold together: rows, errors, hours of audio, forwards."""
     import pyarrow.parquet as pq
 
-    rows, errors, seconds, forwards = 0, 0, 0.0, 0
+    rows, errors, seconds, num_forwards = 0, 0, 0.0, 0
     for index in range(plan.shards):
-        columns = ["error", "seconds", "forwards"]
+        columns = ["error", "seconds", "num_forwards"]
         table = pq.read_table(plan.place(out, index), columns=columns)
         found = table.to_pydict()
         rows += table.num_rows
         errors += sum(error is not None for error in found["error"])
         seconds += sum(value or 0.0 for value in found["seconds"])
-        forwards += sum(value or 0 for value in found["forwards"])
+        num_forwards += sum(value or 0 for value in found["num_forwards"])
     hours = round(seconds / 3600, 6)
-    total = {"rows": rows, "errors": errors, "audio_hours": hours, "forwards": forwards}
+    total = {"rows": rows, "errors": errors, "audio_hours": hours, "num_forwards": num_forwards}
     draft = out / f".{SUMMARY}"
     draft.write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
     draft.replace(out / SUMMARY)

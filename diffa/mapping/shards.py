@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
     text: str | None = None
     tokens: list[int] | None = None
-    forwards: int | None = None
+    num_forwards: int | None = None
     seconds: float | None = None
     error: str | None = None
 
@@ -84,22 +84,22 @@ class Writer:
 
     def _batch(self, part: Sequence[tuple[Row, Any]]) -> dict[int, Found]:
         model, plan = self.model, self.plan
-        chat = model.chat
+        chat = model.chat_format
         prompts = [chat.encode(row.question, system=plan.system) for row, _ in part]
-        forwards, step = torch.ones(len(part), dtype=torch.long), None
+        num_forwards, step = torch.ones(len(part), dtype=torch.long), None
         for step in model.stream(
             [prompt.tokens for prompt in prompts],
             [wave for _, wave in part],
             audio_at=[prompt.audio_at or 0 for prompt in prompts],
             max_tokens=plan.max_tokens,
         ):
-            forwards += (~step.final.all(dim=1)).long().cpu()
+            num_forwards += (~step.final.all(dim=1)).long().cpu()
         made: dict[int, Found] = {}
         tokens = [] if step is None else list(step.tokens.cpu())
         for index, (row, wave) in enumerate(part):
             ids, seconds = tokens[index], round(len(wave) / model.encoder.sample_rate, 6)
             text = chat.decode(ids)
-            made[row.number] = Found(text, ids.tolist(), int(forwards[index]), seconds)
+            made[row.number] = Found(text, ids.tolist(), int(num_forwards[index]), seconds)
         return made
 
 
@@ -115,7 +115,7 @@ def write_parquet(path: Path, rows: Sequence[Row], found: Sequence[Found], plan:
         "question": (pa.string(), [row.question for row in rows]),
         "text": (pa.string(), [one.text for one in found]),
         "tokens": (pa.list_(pa.int32()), [one.tokens for one in found]),
-        "forwards": (pa.int32(), [one.forwards for one in found]),
+        "num_forwards": (pa.int32(), [one.num_forwards for one in found]),
         "seconds": (pa.float64(), [one.seconds for one in found]),
         "error": (pa.string(), [one.error for one in found]),
     }

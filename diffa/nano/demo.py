@@ -64,7 +64,9 @@ def run(console: Console | None = None) -> None:
         )
     for recording in sorted({ask.recording for ask in ASKED}):
         console.print(hear(model, recording))
-    table = Table("recording", "question", "answer", "forwards", "s", "reference: forwards", "s")
+    table = Table(
+        "recording", "question", "answer", "forward passes", "s", "reference: forwards", "s"
+    )
     for ask in ASKED if trained else ASKED[2:3]:
         table.add_row(*answer(model, ask, console))
     console.print(table)
@@ -89,7 +91,7 @@ def hear(model: Model, recording: str) -> str:
     rate = model.encoder.sample_rate
     wave = prepare(recordings() / recording, rate)
     count = int(model.listen(wave).lengths[0])
-    prompt = model.chat.encode("")
+    prompt = model.chat_format.encode("")
     return (
         f"  {recording}: {len(wave) / rate:.1f} s -> {count} embeddings of width "
         f"{model.backbone.width}, put before token {prompt.audio_at} of the prompt"
@@ -102,7 +104,7 @@ def answer(model: Model, ask: Ask, console: Console) -> list[str]:
 
     console.print(f"\n[bold]{ask.recording}[/]  {ask.question}")
     fast = diffa.swap(model, sampler=FAST)
-    text, forwards, seconds = watch(fast, recordings() / ask.recording, ask, console)
+    text, num_forwards, seconds = watch(fast, recordings() / ask.recording, ask, console)
     slow = diffa.swap(model, sampler=REFERENCE)
     begin = time.perf_counter()
     loop = slow.answer(recordings() / ask.recording, ask.question, max_tokens=ask.tokens)
@@ -112,9 +114,9 @@ def answer(model: Model, ask: Ask, console: Console) -> list[str]:
         ask.recording,
         ask.question,
         told,
-        str(forwards),
+        str(num_forwards),
         f"{seconds:.2f}",
-        str(loop.forwards),
+        str(loop.num_forwards),
         f"{slow_seconds:.2f}",
     ]
 
@@ -136,5 +138,5 @@ def watch(model: Model, audio: Path, ask: Ask, console: Console) -> tuple[str, i
         begin = time.perf_counter()
         answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)
         seconds = time.perf_counter() - begin
-    console.print(f"  -> {answer.text}   [dim]({answer.forwards} forwards, {seconds:.2f} s)[/]")
-    return answer.text, answer.forwards, seconds
+    console.print(f"  -> {answer.text}   [dim]({answer.num_forwards} forwards, {seconds:.2f} s)[/]")
+    return answer.text, answer.num_forwards, seconds

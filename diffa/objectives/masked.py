@@ -91,7 +91,7 @@ class Masked:
             raise SpecError("complementary needs masking: count; see diffa.objectives.masking")
         self.mask: int = vocab.mask
         self.schedule = schedules.named(schedule, power)
-        self.eps, self.masking, self.levels, self.block = eps, masking, levels, block
+        self.eps, self.masking, self.levels, self.block_length = eps, masking, levels, block
         self.complementary, self.normalization, self.cart = complementary, normalization, cart
         self.certainty, self.warmth, self.full, self.chunk = certainty, warmth, full, chunk
         self.padding, self.eos = padding, vocab.eos
@@ -111,10 +111,10 @@ class Masked:
 
     def _draw(self, answer: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is masked, its weight, and the weight of all else in a second copy, (B, L) each."""
-        block = hiding.blocks(answer, self.block)
+        block = hiding.blocks(answer, self.block_length)
         # the n-th answer token of its row, wherever that starts
         draws = uniform(seeds, torch.cumsum(answer, 1))
-        t = times(self.levels, seeds, None if self.block is None else block.number)
+        t = times(self.levels, seeds, None if self.block_length is None else block.number)
         level, slope = self.schedule.level(t), self.schedule.slope(t)
         if self.complementary:
             masked, weight, other = hiding.halved(level, draws, answer, block)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _END = object()
 
 
-class Hand:
+class ComputeThread:
     """One thread, in which all that a process computes is done in turn, on as many cores as
     PyTorch would use where the hand is made."""
 

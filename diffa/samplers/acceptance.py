@@ -8,7 +8,7 @@ from torch import Tensor
 from diffa.errors import SpecError
 from diffa.samplers import selection as select
 from diffa.samplers.blocks import Place
-from diffa.samplers.predictions import Guess, Order
+from diffa.samplers.predictions import Order, Predictions
 from diffa.samplers.stability import Stability
 from diffa.samplers.transfer_schedule import even
 
@@ -62,16 +62,18 @@ class Rule:
         """What the rule remembers between the steps of one answer."""
         return None if self.stable is None else Stability(count, length, device)
 
-    def take(self, guess: Guess, place: Place, length: int, memory: Stability | None) -> Tensor:
+    def take(
+        self, predictions: Predictions, place: Place, length: int, memory: Stability | None
+    ) -> Tensor:
         """Which of the asked slots to accept now, (B, R) bool."""
-        score, masked = guess.score, place.masked
+        score, masked = predictions.score, place.masked
         if self.threshold is not None:
             if self.leap is not None:
                 return select.leap(score, masked, place.places, self.threshold, self.leap)
             if self.spread is not None:
                 return select.spread(score, masked, place.places, self.threshold, self.spread)
             if memory is not None and self.stable is not None:
-                moved = memory.observe(guess, place)
+                moved = memory.observe(predictions, place)
                 return select.stable(score, masked, moved, self.threshold, self.stable)
             return select.threshold(score, masked, self.threshold)
         if self.factor is not None:

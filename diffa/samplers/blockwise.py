@@ -13,7 +13,7 @@ from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place
 from diffa.samplers.credit import Credit
 from diffa.samplers.loop import unmask
-from diffa.samplers.predictions import Guess, Order, clean, guided, read
+from diffa.samplers.predictions import Order, Predictions, clean, guided, read
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Blockwise:
         if self.credit:
             credit = Credit(*size, strength=self.credit)
 
-        def understand(logits: Tensor, place: Place) -> Guess:
+        def understand(logits: Tensor, place: Place) -> Predictions:
             logits = guided(logits, self.guidance) if self.guidance else logits
             logits = clean(logits, self.vocab.mask)
             return read(
@@ -121,7 +121,9 @@ class Blockwise:
             denoise,
             block=self.block,
             understand=understand,
-            take=lambda guess, place: self.rule.take(guess, place, canvas.length, memory),
+            take=lambda predictions, place: self.rule.take(
+                predictions, place, canvas.length, memory
+            ),
             slots=slots.Slots(self._policies(canvas, denoise)),
             stop=self.stop,
         )
@@ -135,5 +137,5 @@ class Blockwise:
         if self.refresh_audio > 1:
             chosen.append(slots.LazyAudio(self.refresh_audio, canvas))
         if self.drift:
-            chosen.append(slots.Drift(self.drift, canvas, denoise.memory))
+            chosen.append(slots.Drift(self.drift, canvas, denoise.kv_cache))
         return chosen

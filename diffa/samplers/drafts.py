@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import Place
-from diffa.samplers.predictions import Guess, clean
+from diffa.samplers.predictions import Predictions, clean
 from diffa.types import Denoise
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ def look(
         extra = torch.cat([torch.where(everything, alone, -1), extra], dim=1)
     recompute = torch.cat([block, extra], dim=1)
     # A draft reads its own version of the block, not the block.
-    sees = torch.ones(*recompute.shape, canvas.size, dtype=torch.bool, device=own.device)
+    attn_mask = torch.ones(*recompute.shape, canvas.size, dtype=torch.bool, device=own.device)
     hidden = torch.zeros(count, canvas.size, dtype=torch.bool, device=own.device)
     hidden = hidden.scatter(1, own, there)
-    sees &= ~((recompute >= len(alone))[:, :, None] & hidden[:, None])
+    attn_mask &= ~((recompute >= len(alone))[:, :, None] & hidden[:, None])
     rows = torch.cat([torch.where(there, own, -1), torch.where(beside, shadows, -1)], dim=1)
     rows = torch.where(tokens.flatten(1).eq(canvas.vocab.mask or 0), rows, -1)
-    logits = denoise(recompute, rows, sees=sees)
+    logits = denoise(recompute, rows, attn_mask=attn_mask)
     cleaned = clean(logits, canvas.vocab.mask)
     return cleaned.view(count, depth, width, -1)
 
@@ -87,8 +87,8 @@ def extend(
     drafts, masked = [], (now == mask) & there
     for ahead in range(depth):
         here = place._replace(rows=torch.where(masked, 0, -1), since=place.since + ahead)
-        guess = Guess(chosen, score, score, score, score)
-        take = rule.take(guess, here, length, None) & masked
+        predictions = Predictions(chosen, score, score, score, score)
+        take = rule.take(predictions, here, length, None) & masked
         now, masked = torch.where(take, chosen, now), masked & ~take
         drafts.append(now)
     if not drafts:

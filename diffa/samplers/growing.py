@@ -13,7 +13,7 @@ from diffa.samplers.acceptance import Rule
 from diffa.samplers.blocks import Place, snapshot
 from diffa.samplers.lengths import insert, resize
 from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import Guess, clean
+from diffa.samplers.predictions import Predictions, clean
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ class Growing:
         """Unmask the canvas, inserting masks where the model is at a loss."""
         spot = torch.full_like(size, canvas.length)
 
-        def take(guess: Guess, place: Place) -> Tensor:
-            taken = self.rule.take(guess, place, canvas.length, None)
-            left = guess.confidence.masked_fill(~place.masked | taken, torch.inf)
+        def take(predictions: Predictions, place: Place) -> Tensor:
+            taken = self.rule.take(predictions, place, canvas.length, None)
+            left = predictions.confidence.masked_fill(~place.masked | taken, torch.inf)
             least, where = left.min(dim=1)
             found = place.places.gather(1, where[:, None])[:, 0]
             spot.copy_(torch.where(least < self.low, found, canvas.length))

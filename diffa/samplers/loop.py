@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
-from diffa.samplers.predictions import Guess, Order, clean, read
+from diffa.samplers.predictions import Order, Predictions, clean, read
 from diffa.samplers.recompute import Cache, Slots, cached
 from diffa.types import Denoise, Step
 
@@ -22,8 +22,8 @@ def unmask(
     denoise: Denoise,
     *,
     block: int,
-    understand: Callable[[Tensor, Place], Guess],
-    take: Callable[[Guess, Place], Tensor],
+    understand: Callable[[Tensor, Place], Predictions],
+    take: Callable[[Predictions, Place], Tensor],
     slots: Slots | None = None,
     stop: bool = True,
 ) -> Iterator[Step]:
@@ -43,9 +43,9 @@ def unmask(
     given = ~canvas.undecided()
     while (place := blocks.enter()) is not None:
         recompute, write = slots(canvas, place)
-        guess = understand(denoise(recompute, place.rows, write=write), place)
-        taken = torch.where(take(guess, place), place.rows, -1)
-        canvas.write(taken, guess.tokens, guess.confidence)
+        predictions = understand(denoise(recompute, place.rows, write=write), place)
+        taken = torch.where(take(predictions, place), place.rows, -1)
+        canvas.write(taken, predictions.tokens, predictions.confidence)
         if stop:
             end(canvas, given)
         blocks.advance()
@@ -70,7 +70,7 @@ class Loop(NamedTuple):
     stop: bool = True
 
     def __call__(
-        self, canvas: Canvas, denoise: Denoise, take: Callable[[Guess, Place], Tensor]
+        self, canvas: Canvas, denoise: Denoise, take: Callable[[Predictions, Place], Tensor]
     ) -> Iterator[Step]:
         """Fill the canvas's answers by what ``take`` accepts, yielding after every forward."""
         return unmask(
@@ -86,7 +86,7 @@ class Loop(NamedTuple):
 
 def reader(
     canvas: Canvas, *, order: Order = "confidence", temperature: float = 0.0
-) -> Callable[[Tensor, Place], Guess]:
+) -> Callable[[Tensor, Place], Predictions]:
     """The plain way to read logits: clean, choose, rank."""
     return lambda logits, place: read(
         clean(logits, canvas.vocab.mask),

@@ -12,7 +12,7 @@ from diffa.samplers.rng import categorical, uniform
 Order = Literal["confidence", "margin", "entropy", "random"]
 
 
-class Guess(NamedTuple):
+class Predictions(NamedTuple):
     """What one forward says of the asked slots.
 
     Attributes:
@@ -52,7 +52,7 @@ def read(
     places: Tensor,
     order: Order = "confidence",
     temperature: float = 0.0,
-) -> Guess:
+) -> Predictions:
     """Choose a token for every slot of clean logits (B, R, V), and rank the slots.
 
     ``places`` (B, R) count from the answer's start, so that draws do not depend on the prompt;
@@ -72,7 +72,7 @@ def read(
         score = top[..., 0] - top[..., 1]
     elif order == "entropy":
         score = -entropy(logits, total)
-    return Guess(tokens, confidence, score, logits, total)
+    return Predictions(tokens, confidence, score, logits, total)
 
 
 def entropy(logits: Tensor, total: Tensor) -> Tensor:

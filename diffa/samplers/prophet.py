@@ -11,7 +11,7 @@ from torch import Tensor
 from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place
 from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import Guess
+from diffa.samplers.predictions import Predictions
 from diffa.samplers.recompute import Cache
 from diffa.types import Denoise, Step, Vocab
 
@@ -60,9 +60,9 @@ class Prophet:
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
 
-        def take(guess: Guess, place: Place) -> Tensor:
-            scheduled = self.rule.take(guess, place, canvas.length, None)
-            return scheduled | (place.masked & self.clear(guess.logits, place)[:, None])
+        def take(predictions: Predictions, place: Place) -> Tensor:
+            scheduled = self.rule.take(predictions, place, canvas.length, None)
+            return scheduled | (place.masked & self.clear(predictions.logits, place)[:, None])
 
         return self.loop(canvas, denoise, take)
 

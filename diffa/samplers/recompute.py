@@ -12,7 +12,7 @@ from diffa.samplers.blocks import Place
 
 if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas
-    from diffa.canvas.kv_cache import Memory
+    from diffa.canvas.kv_cache import KVCache
 
 Cache = Literal["none", "prefix", "dual"]
 
@@ -85,7 +85,7 @@ class Drift:
     """Refreshes the prompt at a block's begin only where the keys of ``probes`` of its slots have
     moved by more than ``bound`` (1 - cosine): first the probes, at the next forward the rest."""
 
-    def __init__(self, bound: float, canvas: Canvas, memory: Memory, probes: int = 16) -> None:
+    def __init__(self, bound: float, canvas: Canvas, memory: KVCache, probes: int = 16) -> None:
         self.bound, self.memory = bound, memory
         memory.probe = -1  # the last layer has seen all that the others moved
         columns = torch.arange(canvas.size, device=canvas.tokens.device)

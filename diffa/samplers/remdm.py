@@ -13,7 +13,7 @@ from diffa.samplers import selection as select
 from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Place, snapshot
 from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import Guess, Order
+from diffa.samplers.predictions import Order, Predictions
 from diffa.samplers.recompute import Cache
 from diffa.samplers.rng import uniform
 from diffa.samplers.transfer_schedule import per_block
@@ -70,10 +70,12 @@ class ReMDM:
         """Fill the canvas's answers, yielding after every forward."""
         ours, latest = canvas.undecided(), list[Place]()
 
-        def take(guess: Guess, place: Place) -> Tensor:
+        def take(predictions: Predictions, place: Place) -> Tensor:
             latest[:] = [place]
             decided = place.due - place.masked.sum(dim=1)
-            return select.fixed(guess.score, place.masked, self._target(canvas, place, 1) - decided)
+            return select.fixed(
+                predictions.score, place.masked, self._target(canvas, place, 1) - decided
+            )
 
         for _ in self.loop(canvas, denoise, take):
             canvas.fill(self._again(canvas, latest[0], ours), canvas.vocab.mask or 0)

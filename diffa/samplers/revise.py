@@ -63,7 +63,9 @@ class Revise:
             self._doubt(canvas, denoise, rows)
             yield snapshot(canvas)
         yield from self.loop(
-            canvas, denoise, lambda guess, place: self.rule.take(guess, place, canvas.length, None)
+            canvas,
+            denoise,
+            lambda predictions, place: self.rule.take(predictions, place, canvas.length, None),
         )
 
     def _doubt(self, canvas: Canvas, denoise: Denoise, rows: torch.Tensor) -> None:

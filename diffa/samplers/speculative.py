@@ -12,7 +12,7 @@ from diffa.errors import SpecError
 from diffa.samplers.acceptance import Rule, positive
 from diffa.samplers.blocks import Blocks, Place, end, snapshot
 from diffa.samplers.drafts import Draft, extend, look
-from diffa.samplers.predictions import Guess, Order, read
+from diffa.samplers.predictions import Order, Predictions, read
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -108,13 +108,13 @@ class Speculative:
                 step=place.step + taken,
                 since=place.since + taken,
             )
-            guess = self._read(canvas, logits[:, depth], here)
-            take = self.rule.take(guess, here, canvas.length, None) & masked
-            canvas.write(torch.where(take, own, -1), guess.tokens, guess.confidence)
-            now = torch.where(take, guess.tokens, now)
+            predictions = self._read(canvas, logits[:, depth], here)
+            take = self.rule.take(predictions, here, canvas.length, None) & masked
+            canvas.write(torch.where(take, own, -1), predictions.tokens, predictions.confidence)
+            now = torch.where(take, predictions.tokens, now)
             taken = taken + going.long()
-            score = torch.where(going[:, None], guess.score, score)
-            chosen = torch.where(going[:, None], guess.tokens, chosen)
+            score = torch.where(going[:, None], predictions.score, score)
+            chosen = torch.where(going[:, None], predictions.tokens, chosen)
             if depth + 1 < both.shape[1]:
                 foreseen = (now == both[:, depth + 1]) | ~there
                 going = going & drafted & foreseen.all(dim=1)
@@ -132,7 +132,7 @@ class Speculative:
         )
         return taken, draft
 
-    def _read(self, canvas: Canvas, logits: Tensor, place: Place) -> Guess:
+    def _read(self, canvas: Canvas, logits: Tensor, place: Place) -> Predictions:
         return read(
             logits,
             seeds=canvas.seeds,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffa.samplers.blocks import Place
-from diffa.samplers.predictions import Guess
+from diffa.samplers.predictions import Predictions
 
 
 class Stability:
@@ -24,14 +24,14 @@ class Stability:
         self._logs = torch.empty(0)
         self._recent = torch.full((count, length + 1, patience), torch.inf, device=device)
 
-    def observe(self, guess: Guess, place: Place) -> Tensor:
+    def observe(self, predictions: Predictions, place: Place) -> Tensor:
         """Return the largest divergence KL(now || before) of the last steps, (B, R).
 
         It is infinite until a slot has been seen often enough.
         """
         at = torch.where(place.masked, place.places, self._dump)
         row = torch.arange(len(at), device=at.device)[:, None]
-        logs = guess.logits - guess.total[..., None]
+        logs = predictions.logits - predictions.total[..., None]
         top = min(self._top, logs.shape[-1])
         if self._ids is None:
             room = self._recent.shape[:2]

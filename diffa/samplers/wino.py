@@ -60,15 +60,17 @@ class Wino:
         while (place := blocks.enter()) is not None:
             checked, there = self._cast(canvas, place, ours, shadows)
             rows = torch.cat([place.rows, torch.where(there, shadows, -1)], dim=1)
-            sees = self._sees(canvas, checked, shadows)
-            logits = clean(denoise(None, rows, sees=sees), canvas.vocab.mask)
+            attn_mask = self._attn_mask(canvas, checked, shadows)
+            logits = clean(denoise(None, rows, attn_mask=attn_mask), canvas.vocab.mask)
             own = place.rows.shape[1]
             found, loud = logits[:, :own], logits[:, own:]
-            guess = read(found, seeds=canvas.seeds, step=place.step, places=place.places)
-            taken = select.capped(guess.score, place.masked, self.accept, self._cap(place))
+            predictions = read(found, seeds=canvas.seeds, step=place.step, places=place.places)
+            taken = select.capped(predictions.score, place.masked, self.accept, self._cap(place))
             # At least one token more is decided after every forward than before it.
             doubted = self._doubted(canvas, loud, checked, there, taken.sum(dim=1) - 1)
-            canvas.write(torch.where(taken, place.rows, -1), guess.tokens, guess.confidence)
+            canvas.write(
+                torch.where(taken, place.rows, -1), predictions.tokens, predictions.confidence
+            )
             masks = torch.full_like(checked, canvas.vocab.mask or 0)
             canvas.write(torch.where(doubted, checked, -1), masks, torch.zeros_like(loud[..., 0]))
             if self.stop:
@@ -91,15 +93,17 @@ class Wino:
         canvas.place(shadows, there, masks, positions)
         return slots, there
 
-    def _sees(self, canvas: Canvas, checked: Tensor, shadows: Tensor) -> Tensor:
+    def _attn_mask(self, canvas: Canvas, checked: Tensor, shadows: Tensor) -> Tensor:
         """What each slot may see (B, S, S): a shadow all but its token and the other shadows."""
-        sees = torch.ones(
+        attn_mask = torch.ones(
             canvas.count, canvas.size, canvas.size, dtype=torch.bool, device=checked.device
         )
         own = torch.ones(len(shadows), canvas.size, dtype=torch.bool, device=checked.device)
         own[:, shadows] = torch.eye(len(shadows), dtype=torch.bool, device=checked.device)
-        sees[:, shadows] = own.expand(canvas.count, -1, -1).scatter(2, checked[:, :, None], False)
-        return sees
+        attn_mask[:, shadows] = own.expand(canvas.count, -1, -1).scatter(
+            2, checked[:, :, None], False
+        )
+        return attn_mask
 
     def _cap(self, place: Place) -> Tensor:
         """The most tokens (B,) to accept at once: min(max(0.7 m, 5), 20) of m masks."""

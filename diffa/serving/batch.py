@@ -13,11 +13,11 @@ from torch import Tensor
 from diffa.canvas.batch import Asked, begin, lay_out
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.serving.batched_forward import Call
 from diffa.serving.errors import record
 from diffa.serving.requests import Done, Failed, Moment, Ticket
-from diffa.types import Step
+from diffa.types import PartialBackbone, Step
 
 _log = logging.getLogger(__name__)
 
@@ -152,12 +152,12 @@ class Shared:
 
     def __init__(self, backbone: Any, run: Callable[[Call | Work], Tensor]) -> None:
         self._backbone, self._run = backbone, run
-        self.partial = getattr(backbone, "partial", False)
+        self.partial = isinstance(backbone, PartialBackbone) and backbone.partial
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., W) -> logits (..., V)."""
         return self._run(Work(self._backbone.head, hidden))
 
-    def __call__(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Hidden states (B, K, W), when the forward that they share has run."""
         return self._run(Call(embeds, positions, context))

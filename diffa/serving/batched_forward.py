@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffa.backbones.ragged import lays_end_to_end, supported
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
+from diffa.types import RaggedBackbone
 
 # Slots whose work takes as long as a pass of none: 90 for nano on one core of a Xeon (1 to 16 rows
 # of 24 to 130 slots). Not measured for larger models, nor on a GPU.
@@ -28,7 +29,7 @@ class Call(NamedTuple):
 
     embeds: Tensor
     positions: Tensor
-    context: Context
+    context: AttentionContext
 
     @property
     def size(self) -> int:
@@ -44,7 +45,7 @@ def together(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Ten
     more pass (``groups``).
     """
     found: dict[int, Tensor] = {}
-    for group in groups(calls, ragged=getattr(backbone, "ragged", False)):
+    for group in groups(calls, ragged=isinstance(backbone, RaggedBackbone) and backbone.ragged):
         if len(group) == 1:
             found[group[0]] = backbone(*calls[group[0]])
             continue
@@ -66,7 +67,7 @@ def groups(calls: Sequence[Call], *, ragged: bool = False) -> list[list[int]]:
         made.append(packed)
     padded = [i for i in range(len(calls)) if i not in packed]
     for whole in (True, False):
-        alike = [i for i in padded if (calls[i].context.slots is None) == whole]
+        alike = [i for i in padded if (calls[i].context.query_slots is None) == whole]
         made += _cheapest(sorted(alike, key=lambda i: -calls[i].embeds.shape[1]), calls)
     return made
 
@@ -100,11 +101,11 @@ def _shared(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tens
     return [part[:, : call.embeds.shape[1]] for part, call in zip(parts, calls, strict=True)]
 
 
-def merged(calls: Sequence[Call]) -> Context:
+def merged(calls: Sequence[Call]) -> AttentionContext:
     """The context of calls laid side by side: each row sees its own canvas and padding nobody."""
     size, wide = max(call.size for call in calls), max(call.embeds.shape[1] for call in calls)
     contexts = [call.context for call in calls]
-    whole = contexts[0].slots is None
+    whole = contexts[0].query_slots is None
     ragged = any(call.size < size for call in calls)
     valid = None
     if ragged or any(context.valid is not None for context in contexts):
@@ -112,26 +113,26 @@ def merged(calls: Sequence[Call]) -> Context:
     branch = None
     if any(context.branch is not None for context in contexts):
         branch = torch.cat([_widened(_branch(call), size) for call in calls])
-    sees = None
-    if any(context.sees is not None for context in contexts):
-        sees = torch.cat([_repeated(_widened(_sees(call), size), wide) for call in calls])
+    attn_mask = None
+    if any(context.attn_mask is not None for context in contexts):
+        attn_mask = torch.cat([_repeated(_widened(_attn_mask(call), size), wide) for call in calls])
     asked = None
-    given = [context.asked for context in contexts if context.asked is not None]
+    given = [context.output_slots for context in contexts if context.output_slots is not None]
     if len(given) == len(calls):
         most = max(rows.shape[1] for rows in given)
         asked = torch.cat([_repeated(rows, most) for rows in given])
     memory: Any = None
-    if any(context.memory is not None for context in contexts):
+    if any(context.kv_cache is not None for context in contexts):
         memory = _Memories(calls, size)
-    return Context(
+    return AttentionContext(
         valid=valid,
         positions=torch.cat([_widened(_positions(call), size) for call in calls]),
         branch=branch,
-        slots=None if whole else torch.cat([_repeated(_slots(c), wide) for c in contexts]),
-        sees=sees,
-        memory=memory,
+        query_slots=None if whole else torch.cat([_repeated(_slots(c), wide) for c in contexts]),
+        attn_mask=attn_mask,
+        kv_cache=memory,
         write=True,
-        asked=asked,
+        output_slots=asked,
     )
 
 
@@ -158,9 +159,9 @@ class _Memories:
         for call in self._calls:
             here, count = slice(first, first + len(call.embeds)), call.embeds.shape[1]
             mine = keys[here, :count], values[here, :count]
-            if call.context.write and call.context.slots is None:
+            if call.context.write and call.context.query_slots is None:
                 mine = mine[0].clone(), mine[1].clone()  # kept: the pass's tensor must not be
-            all_keys, all_values = call.context.remember(layer, *mine)
+            all_keys, all_values = call.context.update_cache(layer, *mine)
             found_keys[here, : all_keys.shape[1]] = all_keys
             found_values[here, : all_values.shape[1]] = all_values
             first = here.stop
@@ -180,9 +181,9 @@ def _branch(call: Call) -> Tensor:
     return torch.zeros_like(_positions(call))
 
 
-def _sees(call: Call) -> Tensor:
-    if call.context.sees is not None:
-        return call.context.sees
+def _attn_mask(call: Call) -> Tensor:
+    if call.context.attn_mask is not None:
+        return call.context.attn_mask
     shape = (*call.positions.shape, call.size)
     return torch.ones(shape, dtype=torch.bool, device=call.embeds.device)
 
@@ -191,9 +192,9 @@ def _positions(call: Call) -> Tensor:
     return call.positions if call.context.positions is None else call.context.positions
 
 
-def _slots(context: Context) -> Tensor:
-    assert context.slots is not None  # a pass is of whole canvases or of parts, never of both
-    return context.slots
+def _slots(context: AttentionContext) -> Tensor:
+    assert context.query_slots is not None  # a pass is of whole canvases or of parts, never of both
+    return context.query_slots
 
 
 def _widened(values: Tensor, size: int) -> Tensor:

@@ -27,7 +27,7 @@ class Load(NamedTuple):
 
     waiting: int
     running: int
-    forwards: int
+    num_forwards: int
     rows: int
 
 

@@ -49,14 +49,14 @@ class Moment(NamedTuple):
     tokens: Tensor
     final: Tensor
     confidence: Tensor
-    forwards: int
+    num_forwards: int
 
 
 class Done(NamedTuple):
     """The answer: tokens (A,), forwards it took, and embeddings its audio became."""
 
     tokens: Tensor
-    forwards: int
+    num_forwards: int
     heard: int
 
 

@@ -29,8 +29,8 @@ class Answered:
             "total_tokens": len(prepared.job.prompt) + done.heard + self.tokens,
         }
         self.extra = {
-            "forwards": done.forwards,
-            "tokens_per_forward": round(self.tokens / max(1, done.forwards), 3),
+            "num_forwards": done.num_forwards,
+            "tokens_per_forward": round(self.tokens / max(1, done.num_forwards), 3),
             "seconds": round(seconds, 4),
             "audio_seconds": round(prepared.seconds, 3),
         }

@@ -58,7 +58,7 @@ class Service:
     ) -> None:
         self.model, self.name, self.keys, self.hosts = model, name, tuple(keys), tuple(hosts)
         self.limits = limits or Limits()
-        self.chat = model.chat
+        self.chat = model.chat_format
         spec = model.spec.data
         self.settings: list[str] = list(spec.get("settings") or {})  # MODEL:SETTING chooses one
         self._max_tokens = min(spec["prompt"]["max_tokens"], self.limits.tokens)

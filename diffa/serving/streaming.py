@@ -52,7 +52,7 @@ def draft(moment: Moment, chat: Chat, vocab: Any) -> dict[str, Any]:
         for place, token in enumerate(tokens)
     ]  # fmt: skip
     return {
-        "forward": moment.forwards,
+        "forward": moment.num_forwards,
         "tokens": words,
         "ids": tokens,
         "final": moment.final.tolist(),

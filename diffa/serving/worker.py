@@ -19,6 +19,7 @@ from diffa.serving.batched_forward import Call, together
 from diffa.serving.encoder_cache import Ears
 from diffa.serving.errors import late, record
 from diffa.serving.requests import Begun, Failed, Ticket
+from diffa.types import max_length
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Lane:
         job, model = ticket.job, self.model
         ticket.heard = 0 if heard is None else len(heard)
         seconds = 0.0 if job.wave is None else len(job.wave) / model.encoder.sample_rate
-        most = getattr(model.backbone, "context", None)
+        most = max_length(model.backbone)
         try:
             check_context(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
         except Exception as error:

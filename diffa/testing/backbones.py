@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffa.canvas.kv_cache import Context, Memory
+from diffa.canvas.kv_cache import AttentionContext, KVCache
 from diffa.testing.parts import ModuleSuite, close, ensure, noise
 from diffa.types import Backbone
 
@@ -76,7 +76,7 @@ class BackboneSuite(ModuleSuite):
         column = torch.arange(LENGTH + 3)
         valid = ((column < 4) | (column >= 7)).expand(2, -1)
         positions = torch.where(column < 7, column, column - 3).expand(2, -1)
-        found = part(spread, positions, Context(valid=valid, positions=positions))
+        found = part(spread, positions, AttentionContext(valid=valid, positions=positions))
         same = close(found[valid].view_as(embeds), _read(part, embeds))
         ensure(same, "a gap in the canvas shifts what stands behind it")
 
@@ -132,10 +132,10 @@ class BackboneSuite(ModuleSuite):
         part, embeds = self.ready()
         positions, plain = _positions(embeds), _read(part, embeds[:, :6])
         branch = (torch.arange(LENGTH) >= 6).long().expand(2, -1)
-        found = part(embeds, positions, Context(positions=positions, branch=branch))
+        found = part(embeds, positions, AttentionContext(positions=positions, branch=branch))
         ensure(close(found[:, :6], plain), "shared slots see those of a branch")
-        sees = (torch.arange(LENGTH) < 6).expand(2, LENGTH, -1)
-        found = part(embeds, positions, Context(positions=positions, sees=sees))
+        attn_mask = (torch.arange(LENGTH) < 6).expand(2, LENGTH, -1)
+        found = part(embeds, positions, AttentionContext(positions=positions, attn_mask=attn_mask))
         ensure(close(found[:, :6], plain), "a query sees what `sees` hides")
 
 
@@ -143,24 +143,28 @@ class _Remembered:
     """A backbone whose memory holds a whole pass over ``embeds``; calls recompute slots."""
 
     def __init__(self, part: Any, embeds: Tensor) -> None:
-        self.part, self.embeds, self.memory = part, embeds, Memory()
+        self.part, self.embeds, self.memory = part, embeds, KVCache()
         self.memory.reserve(len(embeds), LENGTH)
         self.positions = _positions(embeds)
-        context = Context(positions=self.positions, memory=self.memory, write=True)
+        context = AttentionContext(positions=self.positions, kv_cache=self.memory, write=True)
         self.first: Tensor = part(embeds, self.positions, context)
 
     def __call__(self, slots: Tensor, *, rows: Tensor | None = None, write: bool = True) -> Tensor:
         embeds = self.embeds if rows is None else self.embeds[rows]
         positions = _positions(embeds)
-        context = Context(
-            positions=positions, slots=slots, memory=self.memory, rows=rows, write=write
+        context = AttentionContext(
+            positions=positions,
+            query_slots=slots,
+            kv_cache=self.memory,
+            cache_rows=rows,
+            write=write,
         )
         hidden: Tensor = self.part(_rows(embeds, slots), positions.gather(1, slots), context)
         return hidden
 
 
 def _read(part: Any, embeds: Tensor, valid: Tensor | None = None) -> Tensor:
-    hidden: Tensor = part(embeds, _positions(embeds), Context(valid=valid))
+    hidden: Tensor = part(embeds, _positions(embeds), AttentionContext(valid=valid))
     return hidden
 
 

@@ -57,7 +57,7 @@ class SamplerSuite(PartSuite):
         steps = []
         for step in self.new(options)(canvas, denoise):
             steps.append(step)
-            ensure(denoise.forwards == len(steps), "it does not yield after every forward")
+            ensure(denoise.num_forwards == len(steps), "it does not yield after every forward")
         return canvas, steps, denoise
 
     def test_it_declares_a_decoding(self) -> None:

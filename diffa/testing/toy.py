@@ -60,35 +60,35 @@ class ToyDenoise:
 
     def __init__(self, canvas: Canvas, law: Law, *, most: int = 10_000) -> None:
         self.canvas, self.law, self.most = canvas, law, most
-        self.forwards = 0
+        self.num_forwards = 0
         self._seen = torch.full((0, 0), _UNSEEN)
 
     def __call__(
         self,
         recompute: Tensor | None,
-        rows: Tensor,
+        output_slots: Tensor,
         *,
-        sees: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         write: bool = True,
     ) -> Tensor:
-        """Remember ``recompute`` (B, K; None: all) and return logits (B, R, V) of ``rows``."""
-        self.forwards += 1
-        if self.forwards > self.most:
+        """Remember ``recompute`` (B, K; None: all) and return logits (B, R, V) of ``output_slots``."""
+        self.num_forwards += 1
+        if self.num_forwards > self.most:
             raise AssertionError(f"the sampler has not ended after {self.most} forwards")
         if self.canvas.twins:
-            rows = rows.repeat(2, 1)
+            output_slots = output_slots.repeat(2, 1)
             recompute = None if recompute is None else recompute.repeat(2, 1)
-            sees = None if sees is None else sees.repeat(2, 1, 1)
-        slots = self._slots(recompute, rows)
-        self._check(slots, rows)
+            attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
+        slots = self._slots(recompute, output_slots)
+        self._check(slots, output_slots)
         now = self._remembered(slots, write=write)
-        logits = torch.zeros(*rows.shape, self.canvas.vocab.size)
-        row, column = (rows >= 0).nonzero(as_tuple=True)
-        slot = rows[row, column]
+        logits = torch.zeros(*output_slots.shape, self.canvas.vocab.size)
+        row, column = (output_slots >= 0).nonzero(as_tuple=True)
+        slot = output_slots[row, column]
         visible = self._visible(row, slot)
-        if sees is not None:
+        if attn_mask is not None:
             order = slot if recompute is None else _first(recompute[row] == slot[:, None])
-            visible = visible & sees[row, order]
+            visible = visible & attn_mask[row, order]
         if bool((visible & (now[row] == _UNSEEN)).any()):
             raise AssertionError("a slot is attended to that was never recomputed")
         known, prompt = self._known(row, now[row], visible)
@@ -97,24 +97,28 @@ class ToyDenoise:
         if bool(((place < 0) | (place >= self.canvas.length + ahead)).any()):
             raise AssertionError("logits were asked for that predict no answer token")
         logits[row, column] = self.law(known, place.clamp(max=self.canvas.length - 1), prompt)
-        logits[rows < 0, 0] = 50.0  # padding promises nothing; who reads it shall be found out
+        logits[output_slots < 0, 0] = (
+            50.0  # padding promises nothing; who reads it shall be found out
+        )
         return logits
 
-    def _slots(self, recompute: Tensor | None, rows: Tensor) -> Tensor:
+    def _slots(self, recompute: Tensor | None, output_slots: Tensor) -> Tensor:
         """Which slots (B, S) are recomputed."""
-        shape = (len(rows), self.canvas.size)
+        shape = (len(output_slots), self.canvas.size)
         if recompute is None:
-            return (rows >= 0).any(dim=1, keepdim=True).expand(shape)
-        chosen = torch.zeros(len(rows), shape[1] + 1, dtype=torch.bool)
+            return (output_slots >= 0).any(dim=1, keepdim=True).expand(shape)
+        chosen = torch.zeros(len(output_slots), shape[1] + 1, dtype=torch.bool)
         chosen.scatter_(1, torch.where(recompute < 0, shape[1], recompute), True)
         return chosen[:, :-1]
 
-    def _check(self, slots: Tensor, rows: Tensor) -> None:
-        if len(rows) != len(self.canvas.tokens):
-            raise AssertionError(f"{len(rows)} rows of a canvas of {len(self.canvas.tokens)}")
-        if int(rows.max()) >= self.canvas.size:
+    def _check(self, slots: Tensor, output_slots: Tensor) -> None:
+        if len(output_slots) != len(self.canvas.tokens):
+            raise AssertionError(
+                f"{len(output_slots)} rows of a canvas of {len(self.canvas.tokens)}"
+            )
+        if int(output_slots.max()) >= self.canvas.size:
             raise AssertionError("logits were asked for outside of the canvas")
-        if not bool((slots.gather(1, rows.clamp(min=0)) | (rows < 0)).all()):
+        if not bool((slots.gather(1, output_slots.clamp(min=0)) | (output_slots < 0)).all()):
             raise AssertionError("logits were asked for of a slot that is not recomputed")
 
     def _remembered(self, slots: Tensor, *, write: bool) -> Tensor:

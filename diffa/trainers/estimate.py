@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffa.backbones.tokenizer import read_tokenizer
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.checkpoints.read import find
 from diffa.data.mixture import Mixture
 from diffa.data.samples import Sample
@@ -166,7 +166,7 @@ def count_tokens(sample: Sample, model: Model) -> float:
     asked = [(sample.question, answer) for answer in answers]
     asked += list(getattr(sample, "more", ()))
     if model.backbone.tokenizer is not None:
-        rows = [len(model.chat.encode_example(q, a).tokens) for q, a in asked]
+        rows = [len(model.chat_format.encode_example(q, a).tokens) for q, a in asked]
     else:
         turns = model.spec.data["prompt"]
         header = len(turns["system"]) + len(turns["user"]) + 60  # and the template's marks
@@ -253,10 +253,10 @@ def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     again = getattr(body, "checkpointing", False)
     backbone.train()
     try:
-        kept = saved(backbone, lambda: backbone(embeds, positions, Context()))
+        kept = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
         if again:  # one layer at a time is computed again
             body.checkpointing = False
-            whole = saved(backbone, lambda: backbone(embeds, positions, Context()))
+            whole = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
             kept += whole // max(1, len(body.blocks))
     except (RuntimeError, NotImplementedError):  # it looks at values, and here are none
         return _by_layers(backbone, dtype.itemsize)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 
 
@@ -71,7 +71,7 @@ class Packing:
         positions, branch, places = _layout(packs, values, len(tokens), tokens.shape[1])
         self.places = places
         apart = None if self.owner is None else branch
-        context = Context(valid=branch >= 0, branch=apart)
+        context = AttentionContext(valid=branch >= 0, branch=apart)
         hidden: Tensor = backbone(values, positions, context)
         return hidden.flatten(0, 1)[places]
 

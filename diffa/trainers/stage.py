@@ -41,7 +41,7 @@ def row_maker(model: Model, stage: Stage, *, altered: bool) -> Callable[[Sample,
     aids: Aids = stage_part(Aids, stage.aids)
     pairs = stage.kind == "preferences"
     answering = Answering(
-        model.chat,
+        model.chat_format,
         model.backbone.vocab,
         Hearing(rate, None if pairs else augment),
         answer_lengths=rooms(stage),

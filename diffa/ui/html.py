@@ -21,14 +21,14 @@ def mix(first: tuple[int, int, int], last: tuple[int, int, int], share: float) -
     )
 
 
-def canvas(frame: Frame, forward: int, forwards: int) -> str:
+def canvas(frame: Frame, forward: int, num_forwards: int) -> str:
     """Draw one canvas: background by confidence, line and number by the step of becoming final."""
     if not frame:
         return ""
     shown, behind = _cut(frame)
-    inner = "".join(_token(token, forwards) for token in shown)
+    inner = "".join(_token(token, num_forwards) for token in shown)
     rest = f'<span class="d-rest">+ {behind} behind the end</span>' if behind else ""
-    said = f"Canvas after forward {forward} of {forwards}"
+    said = f"Canvas after forward {forward} of {num_forwards}"
     return (
         f'<div class="d-canvas" role="img" aria-label="{said}: {escape(_read(shown), quote=True)}">'
         f'{inner}{rest}</div><p class="d-note">{said}</p>{_table(shown)}'
@@ -51,7 +51,7 @@ def legend() -> str:
 def numbers(replay: Replay) -> str:
     """Forwards, tokens per forward and seconds in a line."""
     return (
-        f'<p class="d-note"><b>{escape(replay.name)}</b>: {replay.forwards} forwards, '
+        f'<p class="d-note"><b>{escape(replay.name)}</b>: {replay.num_forwards} forwards, '
         f"{replay.pace:.2f} tokens per forward, {replay.seconds:.2f} s</p>"
     )
 
@@ -63,7 +63,7 @@ def comparison(replays: Sequence[Replay]) -> str:
     first, second = replays
     cells = ""
     for label, values in (
-        ("Forwards", [f"{replay.forwards}" for replay in replays]),
+        ("Forwards", [f"{replay.num_forwards}" for replay in replays]),
         ("Tokens of the answer", [f"{replay.tokens}" for replay in replays]),
         ("Tokens per forward", [f"{replay.pace:.2f}" for replay in replays]),
         ("Seconds", [f"{replay.seconds:.2f}" for replay in replays]),
@@ -100,13 +100,13 @@ def _cut(frame: Frame) -> tuple[Frame, int]:
     return frame[:keep], len(frame) - keep
 
 
-def _token(token: Token, forwards: int) -> str:
+def _token(token: Token, num_forwards: int) -> str:
     if token.kind == "mask":
         return '<span class="d-mask"></span>'
     style = f"background:{mix(_DOUBT, _SURE, token.confidence)}"
     number = ""
     if token.step:
-        late = (token.step - 1) / max(1, forwards - 1)
+        late = (token.step - 1) / max(1, num_forwards - 1)
         style += f";border-bottom-color:{mix(_EARLY, _LATE, late)}"
         number = f"<sup>{token.step}</sup>"
     text = escape(token.text) if token.kind == "word" else "·"

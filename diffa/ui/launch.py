@@ -58,7 +58,7 @@ def launch(
     from diffa.ui.page import page
     from diffa.ui.style import CSS
 
-    _ = model.chat  # a model without a tokenizer says so now
+    _ = model.chat_format  # a model without a tokenizer says so now
     theme = gr.themes.Base(
         font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     ).set(**_READABLE)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from diffa.errors import DiffaError, SpecError
 from diffa.nano.demo import describe, recordings
-from diffa.runtime.threads import Hand
+from diffa.runtime.threads import ComputeThread
 from diffa.ui import html as drawing
 from diffa.ui import sampler_options as settings
 from diffa.ui.audio import listen, picture
@@ -63,7 +63,7 @@ class Asked(NamedTuple):
 
 def page(model: Model, name: str) -> gr.Blocks:
     """Lay out the page of a model that goes by a name. One thread answers, whoever is told."""
-    hand = Hand()
+    hand = ComputeThread()
     spec, decoding = model.spec, model.backbone.decoding
     known = list(settings.named(spec))
     with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
@@ -167,13 +167,13 @@ def _frame(number: float, replay: Replay | None) -> str:
     """The canvas after a forward of a replay."""
     if replay is None:
         return ""
-    place = min(max(int(number), 1), replay.forwards)
-    return drawing.canvas(replay.frames[place - 1], place, replay.forwards)
+    place = min(max(int(number), 1), replay.num_forwards)
+    return drawing.canvas(replay.frames[place - 1], place, replay.num_forwards)
 
 
 def _play(replay: Replay | None) -> Iterator[tuple[Any, Any]]:
     """Show every forward in its turn."""
-    for number in range(1, (replay.forwards if replay else 0) + 1):
+    for number in range(1, (replay.num_forwards if replay else 0) + 1):
         yield number, _frame(number, replay)
         time.sleep(PAUSE)
 
@@ -196,7 +196,7 @@ def _example(label: str) -> tuple[str, str]:
 
 def _runner(
     model: Model,
-    hand: Hand,
+    hand: ComputeThread,
     asked: Asked,
     chosen: tuple[Controls, Controls],
     shown: tuple[Shown, Shown],
@@ -256,7 +256,7 @@ def _cleared(shown: tuple[Shown, Shown]) -> dict[Any, Any]:
 
 
 def _update(place: Shown, replay: Replay, *, final: bool = False) -> dict[Any, Any]:
-    count = replay.forwards
+    count = replay.num_forwards
     made: dict[Any, Any] = {
         place.answer: replay.text,
         place.canvas: drawing.canvas(replay.frames[-1], count, count),

@@ -50,14 +50,14 @@ class Replay(NamedTuple):
     seconds: float
 
     @property
-    def forwards(self) -> int:
+    def num_forwards(self) -> int:
         """Calls of the backbone so far."""
         return len(self.frames)
 
     @property
     def pace(self) -> float:
         """Tokens of the answer per forward."""
-        return self.tokens / max(1, self.forwards)
+        return self.tokens / max(1, self.num_forwards)
 
 
 class Request(NamedTuple):
@@ -83,7 +83,7 @@ def ask(
 
     begun = time.perf_counter()
     asked = swap(model, sampler=sampler)
-    prompt = asked.chat.encode(request.question, system=request.system)
+    prompt = asked.chat_format.encode(request.question, system=request.system)
     steps = asked.stream(
         prompt.tokens,
         request.wave,
@@ -128,7 +128,7 @@ def frame(step: Step, number: int, since: list[int], model: Model) -> Frame:
 def _text(model: Model, tokens: Any) -> str:
     """The text decided so far: masks are left out."""
     kept = tokens[tokens != model.backbone.vocab.mask]
-    return str(model.chat.decode(kept.cpu()))
+    return str(model.chat_format.decode(kept.cpu()))
 
 
 def length(frame: Frame) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffa.backbones.attention import Plan, attend, chosen, pack, plan
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 
 xformers = pytest.importorskip("xformers.ops", reason="xformers is not installed")
@@ -43,18 +43,18 @@ def agree(context, positions, *, causal, real):
 
 
 def test_packed_rows_see_their_own_valid_slots():
-    agree(Context(valid=VALID), ALL, causal=False, real=VALID)
-    packing = pack(Context(valid=VALID), ALL, causal=False)
+    agree(AttentionContext(valid=VALID), ALL, causal=False, real=VALID)
+    packing = pack(AttentionContext(valid=VALID), ALL, causal=False)
     assert len(packing.queries) == len(packing.keys) == int(VALID.sum())  # no padding is carried
 
 
 def test_rows_without_padding_pack_too():
-    agree(Context(), ALL, causal=False, real=torch.ones_like(VALID))
+    agree(AttentionContext(), ALL, causal=False, real=torch.ones_like(VALID))
 
 
 def test_packed_queries_over_a_memory_see_all_valid_slots():
     slots = torch.tensor([[4, 5], [1, 2], [2, 3]])
-    context = Context(valid=VALID, positions=ALL, slots=slots)
+    context = AttentionContext(valid=VALID, positions=ALL, query_slots=slots)
     real = torch.ones(3, 2, dtype=torch.bool)
     agree(context, ALL.gather(1, slots), causal=False, real=real)
 
@@ -62,13 +62,13 @@ def test_packed_queries_over_a_memory_see_all_valid_slots():
 def test_packed_causal_rows_see_no_later_slot():
     valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     positions = torch.arange(4).expand(2, 4)
-    agree(Context(valid=valid), positions, causal=True, real=valid)
+    agree(AttentionContext(valid=valid), positions, causal=True, real=valid)
 
 
 def test_packed_attention_equals_masked_attention():
     generator = torch.Generator().manual_seed(1)
     queries, keys, values = (torch.randn(3, 6, 2, 8, generator=generator) for _ in range(3))
-    context = Context(valid=VALID)
+    context = AttentionContext(valid=VALID)
     mask = context.mask(ALL, causal=False)
     reference = attend(queries, keys, values, Plan(mask[:, None], False, None))
     packing = pack(context, ALL, causal=False)
@@ -94,10 +94,15 @@ def test_grouped_queries_share_their_keys():
 
 
 def test_the_plain_cases_write_no_mask():
-    assert plan(Context(), ALL, causal=False, kernel="auto").mask is None
-    causal = plan(Context(), ALL, causal=True, kernel="auto")
+    assert plan(AttentionContext(), ALL, causal=False, kernel="auto").mask is None
+    causal = plan(AttentionContext(), ALL, causal=True, kernel="auto")
     assert causal.mask is None and causal.causal
-    assert plan(Context(valid=VALID), ALL, causal=True, kernel="auto").mask.shape == (3, 1, 6, 6)
+    assert plan(AttentionContext(valid=VALID), ALL, causal=True, kernel="auto").mask.shape == (
+        3,
+        1,
+        6,
+        6,
+    )
 
 
 def test_xformers_is_refused_where_it_has_no_kernels():
@@ -112,7 +117,7 @@ def test_packed_rows_equal_masked_rows_on_a_gpu():
     generator = torch.Generator().manual_seed(3)
     sizes = [(3, 6, 4, 64), (3, 6, 2, 64), (3, 6, 2, 64)]
     made = [torch.randn(s, generator=generator).cuda().half() for s in sizes]
-    context = Context(valid=VALID.cuda())
+    context = AttentionContext(valid=VALID.cuda())
     packed = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="xformers"))
     masked = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="sdpa"))
     assert (packed - masked).abs()[VALID.cuda()].max() < 5e-3

@@ -14,7 +14,7 @@ import diffa
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
 from diffa.backbones.transformer import gated, rotate, turns
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import CheckpointError, SpecError
 
 LLADA: dict[str, Any] = {
@@ -34,10 +34,12 @@ SCALED = {
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def run(backbone: Any, tokens: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+def run(
+    backbone: Any, tokens: torch.Tensor, context: AttentionContext | None = None
+) -> torch.Tensor:
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.no_grad():
-        hidden = backbone(backbone.embed(tokens), positions, context or Context())
+        hidden = backbone(backbone.embed(tokens), positions, context or AttentionContext())
         return backbone.head(hidden)
 
 
@@ -135,7 +137,7 @@ def test_padding_does_not_leak() -> None:
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[1, 6:] = False
     alone = run(backbone, tokens[1:, :6])
-    batch = run(backbone, tokens, Context(valid=valid))
+    batch = run(backbone, tokens, AttentionContext(valid=valid))
     torch.testing.assert_close(batch[1, :6], alone[0], atol=1e-5, rtol=1e-5)
 
 
@@ -174,7 +176,7 @@ def test_checkpointing_changes_no_gradient(causal: bool) -> None:
     gradients = []
     for backbone in made:
         backbone.train()
-        hidden = backbone(backbone.embed(tokens), positions, Context())
+        hidden = backbone(backbone.embed(tokens), positions, AttentionContext())
         backbone.head(hidden).logsumexp(-1).sum().backward()
         gradients.append([p.grad for p in backbone.parameters()])
     for plain, again in zip(*gradients, strict=True):

@@ -8,7 +8,7 @@ import torch
 import diffa
 from diffa.backbones import compile as compiling
 from diffa.backbones.llada import LLaDA
-from diffa.canvas.kv_cache import Context, Memory
+from diffa.canvas.kv_cache import AttentionContext, KVCache
 
 CONFIG = {
     "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 40,
@@ -29,12 +29,12 @@ def fresh():
 
 def heard(backbone):
     """What a whole pass and then a window of four slots give."""
-    places, memory = torch.arange(12)[None], Memory()
+    places, memory = torch.arange(12)[None], KVCache()
     memory.reserve(1, 12)
     embeds = backbone.embed(places)
-    whole = backbone(embeds, places, Context(memory=memory, write=True))
+    whole = backbone(embeds, places, AttentionContext(kv_cache=memory, write=True))
     window = places[:, 4:8]
-    context = Context(positions=places, slots=window, memory=memory)
+    context = AttentionContext(positions=places, query_slots=window, kv_cache=memory)
     return torch.cat([whole, backbone(embeds[:, 4:8], window, context)], dim=1)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffa.backbones.llada_moe import Experts, LLaDAMoE, Sparse, read
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import CheckpointError
 from diffa.testing import BackboneSuite
 
@@ -104,7 +104,7 @@ def test_it_is_qwen3_moe_that_sees_both_ways(scaled):
             inputs_embeds=embeds, position_ids=positions, use_cache=False,
             attention_mask=torch.zeros(2, 1, 9, 9),
         ).last_hidden_state  # fmt: skip
-        found = ours(embeds, positions, Context())
+        found = ours(embeds, positions, AttentionContext())
     assert torch.allclose(found, due, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from diffa.backbones import transformer
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
 from diffa.backbones.ragged import ragged
-from diffa.canvas.kv_cache import Context, Memory
+from diffa.canvas.kv_cache import AttentionContext, KVCache
 
 FIRST = torch.zeros(3, 1, dtype=torch.long)
 
@@ -55,11 +55,13 @@ def padded(model, *given):
 def test_packed_rows_are_the_padded_ones(model, found, remembered):
     valid, asked = found
     embeds, positions = inputs(valid)
-    memories = [Memory() if remembered else None for _ in range(2)]
+    memories = [KVCache() if remembered else None for _ in range(2)]
     for memory in filter(None, memories):
         memory.reserve(*valid.shape)
     contexts = [
-        Context(valid=valid, positions=positions, memory=memory, write=remembered, asked=asked)
+        AttentionContext(
+            valid=valid, positions=positions, kv_cache=memory, write=remembered, output_slots=asked
+        )
         for memory in memories
     ]
     with torch.no_grad():
@@ -85,9 +87,11 @@ def test_padding_meets_no_weight(model):
         lambda _, given, out: seen.append(out.shape[:-1].numel())
     )
     with torch.no_grad():
-        model(embeds, positions, Context(valid=valid, asked=FIRST))
-        model(embeds, positions, Context(valid=valid))  # every state may be read, or watched
-    padded(model, embeds, positions, Context(valid=valid, asked=FIRST))
+        model(embeds, positions, AttentionContext(valid=valid, output_slots=FIRST))
+        model(
+            embeds, positions, AttentionContext(valid=valid)
+        )  # every state may be read, or watched
+    padded(model, embeds, positions, AttentionContext(valid=valid, output_slots=FIRST))
     hook.remove()
     assert seen == [19, 30, 30]
 
@@ -99,24 +103,26 @@ SOME = torch.zeros(2, 1, dtype=torch.long)
 @pytest.mark.parametrize(
     "context",
     [
-        Context(asked=SOME),
-        Context(valid=torch.ones(2, 4, dtype=torch.bool), asked=SOME),
-        Context(valid=torch.tensor([[True] * 4, [False] * 4]), asked=SOME),
-        Context(valid=GAP, asked=SOME, slots=torch.zeros(2, 4)),
-        Context(valid=GAP, asked=SOME, branch=torch.zeros(2, 4)),
-        Context(valid=GAP, asked=SOME, sees=torch.zeros(2, 4)),
-        Context(valid=GAP),
+        AttentionContext(output_slots=SOME),
+        AttentionContext(valid=torch.ones(2, 4, dtype=torch.bool), output_slots=SOME),
+        AttentionContext(valid=torch.tensor([[True] * 4, [False] * 4]), output_slots=SOME),
+        AttentionContext(valid=GAP, output_slots=SOME, query_slots=torch.zeros(2, 4)),
+        AttentionContext(valid=GAP, output_slots=SOME, branch=torch.zeros(2, 4)),
+        AttentionContext(valid=GAP, output_slots=SOME, attn_mask=torch.zeros(2, 4)),
+        AttentionContext(valid=GAP),
     ],
     ids=["unknown", "full", "an empty row", "slots", "branches", "sees", "all are read"],
 )
 def test_what_cannot_be_packed_or_need_not_be_is_left_alone(context):
     with torch.no_grad():
-        assert ragged(Context(valid=GAP, asked=SOME), torch.zeros(2, 4, 8)) is not None
+        assert (
+            ragged(AttentionContext(valid=GAP, output_slots=SOME), torch.zeros(2, 4, 8)) is not None
+        )
         assert ragged(context, torch.zeros(2, 4, 8)) is None
 
 
 def test_training_and_other_devices_keep_their_batches():
-    context = Context(valid=torch.tensor([[True, True], [True, False]]), asked=SOME)
+    context = AttentionContext(valid=torch.tensor([[True, True], [True, False]]), output_slots=SOME)
     assert ragged(context, torch.zeros(2, 2, 8)) is None  # gradients are wanted
     with torch.no_grad():
         assert ragged(context, torch.zeros(2, 2, 8)) is not None
@@ -135,9 +141,9 @@ def test_a_causal_transformer_keeps_its_mask():
     ask = torch.arange(3).expand(2, -1)
     embeds, positions = inputs(valid)
     with torch.no_grad():
-        both = model(embeds, positions, Context(valid=valid, asked=ask))
+        both = model(embeds, positions, AttentionContext(valid=valid, output_slots=ask))
         embeds[:, 4] += 1  # the future
-        later = model(embeds, positions, Context(valid=valid, asked=ask))
+        later = model(embeds, positions, AttentionContext(valid=valid, output_slots=ask))
     assert torch.equal(both[:, :3], later[:, :3])
 
 
@@ -147,8 +153,8 @@ def test_a_batch_of_ragged_rows_is_each_row_alone():
     embeds, positions = inputs(valid)
     ask = torch.tensor([[0, 3], [8, 2], [6, 6]])
     with torch.no_grad():
-        together = model(embeds, positions, Context(valid=valid, asked=ask))
+        together = model(embeds, positions, AttentionContext(valid=valid, output_slots=ask))
         for row, length in enumerate([4, 9, 7]):
             mine = slice(row, row + 1), slice(length)
-            alone = model(embeds[mine], positions[mine], Context())
+            alone = model(embeds[mine], positions[mine], AttentionContext())
             assert torch.allclose(together[row, ask[row]], alone[0, ask[row]], atol=1e-10)

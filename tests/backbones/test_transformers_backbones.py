@@ -10,7 +10,7 @@ import transformers
 
 from diffa.backbones.causal import Causal
 from diffa.backbones.dream import Dream, previous
-from diffa.canvas.kv_cache import Context, Memory
+from diffa.canvas.kv_cache import AttentionContext, KVCache
 from diffa.errors import CheckpointError, SpecError
 from diffa.testing import BackboneSuite
 
@@ -82,7 +82,7 @@ def test_causal_models_equal_transformers(name):
     backbone = Causal(config=MODELS[name]).eval()
     ids = tokens()
     expected = backbone.model(ids).logits
-    hidden = backbone(backbone.embed(ids), positions(9), Context())
+    hidden = backbone(backbone.embed(ids), positions(9), AttentionContext())
     assert torch.allclose(backbone.head(hidden), expected, atol=1e-5)
 
 
@@ -90,14 +90,14 @@ def test_causal_models_equal_transformers(name):
 @torch.no_grad()
 def test_one_token_at_a_time_equals_all_at_once(name):
     backbone = Causal(config=MODELS[name]).eval()
-    embeds, memory = backbone.embed(tokens()), Memory()
-    whole = backbone(embeds, positions(9), Context())
+    embeds, memory = backbone.embed(tokens()), KVCache()
+    whole = backbone(embeds, positions(9), AttentionContext())
     memory.reserve(2, 9)
     every = positions(9)
     for slot in range(9):
         slots = torch.full((2, 1), slot)
-        context = Context(
-            valid=every <= slot, positions=every, slots=slots, memory=memory, write=True
+        context = AttentionContext(
+            valid=every <= slot, positions=every, query_slots=slots, kv_cache=memory, write=True
         )
         found = backbone(embeds[:, slot : slot + 1], slots, context)
         assert torch.allclose(found[:, 0], whole[:, slot], atol=1e-5)
@@ -110,14 +110,14 @@ def test_padding_in_the_middle_does_not_leak():
     gap = torch.cat([embeds[:, :4], 9 * torch.randn(2, 2, 16), embeds[:, 4:]], dim=1)
     valid = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]] * 2).bool()
     at = torch.tensor([[0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8]] * 2)
-    found = backbone(gap, at, Context(valid=valid, positions=at))
-    plain = backbone(embeds, positions(9), Context())
+    found = backbone(gap, at, AttentionContext(valid=valid, positions=at))
+    plain = backbone(embeds, positions(9), AttentionContext())
     assert torch.allclose(found[valid].view_as(plain), plain, atol=1e-5)
 
 
 def test_a_sliding_window_bounds_the_context():
-    assert Causal(config=MODELS["mistral"]).context == 32
-    assert Causal(config=MODELS["qwen2"]).context == 64
+    assert Causal(config=MODELS["mistral"]).max_length == 32
+    assert Causal(config=MODELS["qwen2"]).max_length == 64
 
 
 def test_rotary_frequencies_stay_exact_in_bfloat16():
@@ -144,7 +144,7 @@ def test_a_causal_checkpoint_loads_with_its_ids(tmp_path):
 def test_gradients_flow_under_checkpointing():
     backbone = Causal(config=MODELS["llama"], checkpointing=True).train()
     embeds = backbone.embed(tokens()).detach().requires_grad_()
-    backbone(embeds, positions(9), Context()).square().sum().backward()
+    backbone(embeds, positions(9), AttentionContext()).square().sum().backward()
     assert embeds.grad.isfinite().all()
 
 
@@ -209,7 +209,7 @@ def test_dream_is_a_bidirectional_qwen_shifted_by_one():
     everything = torch.zeros(2, 1, 9, 9)
     logits = qwen(backbone)(ids, attention_mask=everything).logits
     expected = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-    hidden = backbone(backbone.embed(ids), positions(9), Context())
+    hidden = backbone(backbone.embed(ids), positions(9), AttentionContext())
     assert torch.allclose(backbone.head(hidden), expected, atol=1e-4)
 
 
@@ -226,12 +226,12 @@ def test_a_published_dream_loads(tmp_path):
 @torch.no_grad()
 def test_the_slot_before_a_block_is_remembered():
     backbone = stirred()
-    embeds, memory = backbone.embed(tokens()), Memory()
+    embeds, memory = backbone.embed(tokens()), KVCache()
     memory.reserve(2, 9)
     every = positions(9)
-    whole = backbone(embeds, every, Context(positions=every, memory=memory, write=True))
+    whole = backbone(embeds, every, AttentionContext(positions=every, kv_cache=memory, write=True))
     slots = torch.tensor([[5, 6], [3, 4]])
-    context = Context(positions=every, slots=slots, memory=memory)
+    context = AttentionContext(positions=every, query_slots=slots, kv_cache=memory)
     picked = embeds.gather(1, slots[..., None].expand(-1, -1, 16))
     found = backbone(picked, slots, context)
     expected = whole.gather(1, slots[..., None].expand(-1, -1, 16))
@@ -240,7 +240,7 @@ def test_the_slot_before_a_block_is_remembered():
 
 def test_the_slot_before_is_found_by_position_and_branch():
     at = torch.tensor([[0, 1, 9, 2, 2, 3]])  # slot 2 is padding, slot 4 a draft of slot 3's place
-    context = Context(
+    context = AttentionContext(
         valid=torch.tensor([[1, 1, 0, 1, 1, 1]]).bool(),
         positions=at,
         branch=torch.tensor([[0, 0, 0, 0, 1, 1]]),
@@ -290,7 +290,7 @@ def test_threads_take_turns_where_rope_changes_with_the_length(kind):
     def work(count):
         with torch.no_grad():
             for _ in range(4):
-                model(torch.randn(1, count, 64), torch.arange(count)[None], Context())
+                model(torch.randn(1, count, 64), torch.arange(count)[None], AttentionContext())
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, (40, 100)))

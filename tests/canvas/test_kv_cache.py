@@ -116,17 +116,17 @@ def test_a_forward_that_does_not_write_leaves_the_memory_alone():
 
 def test_drift_is_the_turn_of_the_last_layers_keys():
     board, denoise = small.canvas(MODEL, small.questions(1))
-    denoise.memory.probe = -1
+    denoise.kv_cache.probe = -1
     everything = torch.arange(board.size)[None]
     rows = torch.arange(board.start, board.size)[None]
     with torch.no_grad():
         denoise(None, rows)
-        before = denoise.memory._keys[-1].clone()
+        before = denoise.kv_cache._keys[-1].clone()
         board.write(rows[:, :3], torch.ones(1, 3, dtype=torch.long))
         denoise(everything, rows)
-        after = denoise.memory._keys[-1]
+        after = denoise.kv_cache._keys[-1]
     turn = 1 - torch.cosine_similarity(before.flatten(2), after.flatten(2), dim=-1)
-    assert torch.allclose(denoise.memory.drift(everything), turn, atol=1e-6)
+    assert torch.allclose(denoise.kv_cache.drift(everything), turn, atol=1e-6)
     assert turn.max() > 1e-3
 
 

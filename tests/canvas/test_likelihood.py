@@ -7,7 +7,7 @@ import torch
 from helpers import small
 
 import diffa
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.likelihood import noised, score
 from diffa.errors import SpecError
 
@@ -22,9 +22,9 @@ def logs(answer):
     embeds = torch.cat([embed(PROMPT[:2]), AUDIO, embed(PROMPT[2:]), embed(torch.tensor(answer))])
     positions = torch.arange(len(embeds))[None]
     with torch.no_grad():
-        return MODEL.head(MODEL(embeds[None], positions, Context()))[0, -len(answer) :].log_softmax(
-            -1
-        )
+        return MODEL.head(MODEL(embeds[None], positions, AttentionContext()))[
+            0, -len(answer) :
+        ].log_softmax(-1)
 
 
 def bound(choice):
@@ -50,7 +50,7 @@ def test_one_token_answers_are_exact_and_cost_one_forward():
     made = measure([[7], [8], [9], [2]])
     exact = logs([small.MASK])[0]
     assert torch.allclose(made.values.float(), exact[[7, 8, 9, 2]], atol=1e-5)
-    assert made.forwards == 1
+    assert made.num_forwards == 1
     assert made.best == int(exact[[7, 8, 9, 2]].argmax())
 
 
@@ -73,7 +73,7 @@ def test_the_batch_does_not_matter():
     choices = [[7, 2], [8, 3, 9], [4]]
     whole, parts = measure(choices, batch=64), measure(choices, batch=1)
     assert torch.allclose(whole.values, parts.values, atol=1e-4)
-    assert parts.forwards > whole.forwards
+    assert parts.num_forwards > whole.num_forwards
 
 
 def test_nothing_to_score_is_an_error():

@@ -36,7 +36,7 @@ def test_the_last_step_is_what_generate_returns(model):
     steps = list(model.stream(PROMPT, max_tokens=12))
     made = model.generate(PROMPT, max_tokens=12)
     assert steps[-1].tokens[0].tolist() == made.tokens[0].tolist()
-    assert len(steps) == made.forwards
+    assert len(steps) == made.num_forwards
     assert steps[-1].final.all()
 
 
@@ -81,7 +81,7 @@ def test_a_streamer_shows_one_row(model):
 def test_generation_begins_with_a_draft(model):
     made = model.generate(PROMPT, max_tokens=6, draft=torch.tensor([70, 71, 72]))
     assert made.tokens[0][:3].tolist() == [70, 71, 72]
-    assert made.forwards == 3
+    assert made.num_forwards == 3
     mixed = model.generate([PROMPT, PROMPT], max_tokens=6, draft=[None, torch.tensor([70, 71])])
     assert mixed.tokens[1][:2].tolist() == [70, 71]
     with pytest.raises(SpecError, match="longer than 2"):

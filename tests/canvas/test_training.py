@@ -13,7 +13,7 @@ from torch import nn
 
 from diffa.backbones.dream import Dream
 from diffa.canvas.batch import read
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.training import beside, measure, read_blocks
 from diffa.errors import SpecError
 from diffa.objectives.masked import Masked
@@ -81,8 +81,8 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
                 place = torch.arange(embeds.shape[1])
                 # the prompt is block 0; plain blocks do not look ahead
                 number = (place - before - heard).div(block, rounding_mode="floor").clamp(min=-1)
-                sees = number[None, None] <= number[None, :, None]
-                alone = model(embeds, place[None], Context(sees=sees))
+                attn_mask = number[None, None] <= number[None, :, None]
+                alone = model(embeds, place[None], AttentionContext(attn_mask=attn_mask))
                 own = slice(before + first, before + last)
                 expected = alone[0, -(last - first) :]
                 assert torch.allclose(found[row, own], expected, atol=1e-5), (row, first)
@@ -91,14 +91,14 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
 def test_one_block_reads_the_answer_whole():
     """With one block the copies see the prompt and each other, as a diffusion model's answer."""
     index = torch.arange(5)[None]
-    read_off, positions, sees = beside(
+    read_off, positions, attn_mask = beside(
         index, [torch.tensor([2, 3, 4])], torch.tensor([8]), 8, block=3
     )
     assert read_off.tolist() == [[0, 1, 5, 6, 7]]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
-    assert sees[0, 6].tolist() == [True, True, False, False, False, True, True, True]
-    assert sees[0, 3].tolist() == [True] * 5 + [False] * 3
-    assert sees[0, 1].tolist() == [True, True] + [False] * 6
+    assert attn_mask[0, 6].tolist() == [True, True, False, False, False, True, True, True]
+    assert attn_mask[0, 3].tolist() == [True] * 5 + [False] * 3
+    assert attn_mask[0, 1].tolist() == [True, True] + [False] * 6
 
 
 def loss(objective: Masked, model: nn.Module, seeds: torch.Tensor) -> torch.Tensor:

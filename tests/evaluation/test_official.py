@@ -67,9 +67,9 @@ def defined(file: Path, name: str) -> ast.FunctionDef:
 
 def running(file: Path, functions: Iterable[ast.stmt]) -> dict[str, Any]:
     """Run functions as they stand in a file, but let them guess None."""
-    guess = SimpleNamespace(choice=lambda among: None)
+    predictions = SimpleNamespace(choice=lambda among: None)
     quiet = {"print": lambda *told: None, "eval_logger": logging.getLogger(__name__)}
-    names = {"re": re, "random": guess, **quiet}
+    names = {"re": re, "random": predictions, **quiet}
     exec(compile(ast.Module(list(functions), []), str(file), "exec"), names)
     return names
 

@@ -243,7 +243,7 @@ class TestModes:
         settings = Settings(mode="likelihood", limit=3)
         report = run(model, suite("mmsu"), Table(data), tmp_path, settings)
         lines = [json.loads(line) for line in records(tmp_path).splitlines()]
-        assert all(line["raw"] in "ABCD" and line["forwards"] == 1 for line in lines)
+        assert all(line["raw"] in "ABCD" and line["num_forwards"] == 1 for line in lines)
         assert report["official"]["total"] == 3 and report["official"]["excluded"] == 0
 
     def test_the_papers_block_is_set_and_can_be_changed(self, model, data, tmp_path):
@@ -253,7 +253,7 @@ class TestModes:
             run(model, suite("mmsu"), Table(data), out, Settings(limit=1, block=block))
             line = json.loads(records(out))
             digests.add(line["spec"])
-            assert line["max_tokens"] == line["forwards"] == 4
+            assert line["max_tokens"] == line["num_forwards"] == 4
         four, two = (model.spec.set("sampler.block", n).digest() for n in (4, 2))
         assert digests == {four, two}
 

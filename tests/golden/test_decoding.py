@@ -102,7 +102,7 @@ def test_decoding_repeats_the_reference_sequence(
         made = model.generate(values[f"{clip}.prompt"], wave, audio_at=at, max_tokens=length)
     assert made.tokens[0].tolist() == values[case].flatten().tolist()
     # The reference's cached loops also run a forward for a block that the refresh finished.
-    assert made.forwards <= counts.get(case, int(found["steps"] or length))
+    assert made.num_forwards <= counts.get(case, int(found["steps"] or length))
 
 
 def test_every_recorded_sequence_is_a_case() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -205,29 +205,29 @@ class Levelled(Frames):
 
 
 class SeesPadding(LLaDA):
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         return super().forward(embeds, positions, context._replace(valid=None))
 
 
 class CountsColumns(LLaDA):
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         columns = torch.arange(embeds.shape[1]).expand(positions.shape)
         return super().forward(embeds, columns, context)
 
 
 class NoMemory(LLaDA):
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
-        return super().forward(embeds, positions, context._replace(memory=None, positions=None))
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        return super().forward(embeds, positions, context._replace(kv_cache=None, positions=None))
 
 
 class KeepsEverything(LLaDA):
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         return super().forward(embeds, positions, context._replace(write=True))
 
 
 class SeesBranches(LLaDA):
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
-        return super().forward(embeds, positions, context._replace(branch=None, sees=None))
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        return super().forward(embeds, positions, context._replace(branch=None, attn_mask=None))
 
 
 class SeesTheFuture(LLaDA):

@@ -63,4 +63,4 @@ def decode(model, sampler, asked, length=12, draft=None):
     with torch.no_grad():
         for _ in sampler(board, denoise):
             pass
-    return board.answer, denoise.forwards
+    return board.answer, denoise.num_forwards

@@ -103,7 +103,7 @@ def test_every_row_is_there_once_with_its_answer_or_its_fault(whole, manifest, s
         clip = manifest.parent / row["audio"]
         alone = model.answer(clip, row["question"], max_tokens=8)
         assert row["tokens"] == alone.tokens.tolist()
-        assert (row["text"], row["forwards"]) == (alone.text, alone.forwards)
+        assert (row["text"], row["num_forwards"]) == (alone.text, alone.num_forwards)
         assert row["audio_id"] == f"id{row['row']}"
 
 
@@ -111,7 +111,7 @@ def test_a_summary_counts_rows_hours_and_forwards(whole):
     found = json.loads((whole / "summary.json").read_text())
     rows = table(whole)
     assert (found["rows"], found["errors"]) == (ROWS, len(BROKEN))
-    assert found["forwards"] == sum(row["forwards"] or 0 for row in rows)
+    assert found["num_forwards"] == sum(row["num_forwards"] or 0 for row in rows)
     seconds = sum(row["seconds"] or 0 for row in rows)
     assert found["audio_hours"] == pytest.approx(seconds / 3600, abs=1e-6)
 

@@ -82,8 +82,8 @@ def test_the_balanced_setting_writes_what_the_exact_one_does(nano, asked) -> Non
     fast = diffa.swap(nano, sampler=nano.spec.data["settings"]["balanced"])
     assert error(fast, asked, waves) <= error(nano, asked, waves) + 0.02
     questions = [sample.question for sample in asked]
-    few = fast.answer(waves, questions, max_tokens=12).forwards
-    assert few < nano.answer(waves, questions, max_tokens=12).forwards
+    few = fast.answer(waves, questions, max_tokens=12).num_forwards
+    assert few < nano.answer(waves, questions, max_tokens=12).num_forwards
 
 
 def test_its_weights_are_small() -> None:

@@ -8,7 +8,7 @@ from diffa.adapters.conv import Conv
 from diffa.adapters.numbering import Numbering
 from diffa.backbones.transformer import rotate, turns
 from diffa.canvas.batch import read
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.collate import Collate
 from diffa.data.rows import Answering
 from diffa.data.samples import Sample
@@ -50,7 +50,7 @@ def causal() -> diffa.Model:
 
 
 def batch_of(model: diffa.Model, samples: list[Sample]):
-    make = Answering(model.chat, model.backbone.vocab, None, answer_lengths=[8, 24])
+    make = Answering(model.chat_format, model.backbone.vocab, None, answer_lengths=[8, 24])
     collate = Collate(model.backbone.vocab, learned=False)
     return collate([make(sample, seed) for seed, sample in enumerate(samples)])
 
@@ -79,7 +79,9 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
         values = torch.cat([words[:at], heard[i], words[at:]])[None]
         slots, shared = torch.arange(values.shape[1])[None], at + len(heard[i])
         with torch.no_grad():
-            hidden = model.backbone(values, slots, Context(branch=(slots >= shared).long()))[0]
+            hidden = model.backbone(
+                values, slots, AttentionContext(branch=(slots >= shared).long())
+            )[0]
         expected = torch.cat([hidden[:at], hidden[shared:]])
         torch.testing.assert_close(packed[i, :size], expected, atol=1e-5, rtol=1e-4)
     whole = read(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
@@ -116,7 +118,7 @@ def test_several_questions_share_one_pass_of_the_adapters() -> None:
 def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
     model = small()
     source = NanoText(questions=2)
-    make = Answering(model.chat, model.backbone.vocab, None, answer_lengths=[8])
+    make = Answering(model.chat_format, model.backbone.vocab, None, answer_lengths=[8])
     collate = Collate(model.backbone.vocab, learned=False)
     batches = [collate([make(source[0], seed)]) for seed in range(60)]
     learner = Answers(model, script=Script(model.backbone.embed), packed=0.3)
@@ -237,7 +239,7 @@ def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
     found = []
     handle = inner.blocks[1].register_forward_pre_hook(lambda _, given: found.append(given[0]))
     with torch.no_grad():
-        inner(inner.wte(tokens)[None], torch.arange(24)[None], Context())
+        inner(inner.wte(tokens)[None], torch.arange(24)[None], AttentionContext())
     handle.remove()
     scores = attention(inner.blocks[1], found[0][0], inner.shape, head=2)[17]
     best = scores.argsort(descending=True)[:2].tolist()
@@ -277,7 +279,11 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
         values = torch.cat([table(tokens[:at]), heard[i], table(tokens[at:])])[None]
         slots = torch.arange(values.shape[1])[None]
         with torch.no_grad():
-            apart = Context(branch=(slots >= at + more).long()) if shared else Context()
+            apart = (
+                AttentionContext(branch=(slots >= at + more).long())
+                if shared
+                else AttentionContext()
+            )
             model.backbone(values, slots, apart)
         states, scores = given[-1], attention(block, given[-1], inner.shape, head=-1)
         script = words(batch.script[owner, : batch.scripts[owner]])

@@ -358,7 +358,7 @@ def written(
     denoise = Denoiser(model, canvas)
     for _ in Blockwise(model.vocab, **options)(canvas, denoise):
         pass
-    return canvas.answer.clone(), denoise.forwards
+    return canvas.answer.clone(), denoise.num_forwards
 
 
 @given(
@@ -390,14 +390,14 @@ def test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada(
         for row, count in zip(range(len(texts)), heard, strict=False)
     ]
     seeds = [5, 6, 7][: len(texts)]
-    together, forwards = written(texts, audio, options, seeds)
+    together, num_forwards = written(texts, audio, options, seeds)
     most = 0
     for row in range(len(texts)):
         one = slice(row, row + 1)
         alone, count = written(texts[one], audio[one], options, seeds[one])
         assert torch.equal(alone[0], together[row])
         most = max(most, count)
-    assert forwards == most, "a batch takes as many forwards as its slowest row"
+    assert num_forwards == most, "a batch takes as many forwards as its slowest row"
 
 
 def test_the_real_backbone_has_something_to_say() -> None:

@@ -19,7 +19,7 @@ from diffa.samplers import (
     loop,
 )
 from diffa.samplers import (
-    predictions as guess,
+    predictions as predictions,
 )
 from diffa.samplers import (
     rng as draws,
@@ -40,7 +40,7 @@ BROKEN = settings(
 _even, _fixed, _take, _end, _uniform = (
     quota.even, select.fixed, rules.Rule.take, blocks.end, draws.uniform,
 )  # fmt: skip
-_places, _read = blocks.Blocks.enter, guess.read
+_places, _read = blocks.Blocks.enter, predictions.read
 
 
 def one_more(*where: Any, **options: Any) -> Tensor:
@@ -145,8 +145,8 @@ MUTATIONS: list[tuple[Any, str, Callable[..., Any], Callable[..., None]]] = [
     (loop, "end", never_end, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
     (loop, "snapshot", unmasked_final, P.test_final_tokens_never_change),
     (blocks.Blocks, "__init__", open_everything, P.test_blocks_finish_from_left_to_right),
-    (guess, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_the_toy),
-    (guess, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada),
+    (predictions, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_the_toy),
+    (predictions, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada),
     (P, "uniform", half, P.test_draws_are_uniform_and_independent_in_every_key),
     (P, "uniform", stepless, P.test_draws_are_keyed_by_seed_step_and_slot),
     (P, "uniform", by_row, P.test_draws_are_keyed_by_seed_step_and_slot),

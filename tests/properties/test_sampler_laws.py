@@ -112,7 +112,7 @@ def decode(way: str, case: Case, rows: slice = slice(None)) -> tuple[Tensor, lis
         vocab=CAUSAL if causal else MASKED,
     )
     denoise: Any = ToyDenoise(canvas, Chaos(), most=400)
-    denoise.memory = Moving(canvas)
+    denoise.kv_cache = Moving(canvas)
     steps = list(make(way, case.block)(canvas, denoise))
     return canvas.answer[: canvas.count], steps
 
@@ -215,16 +215,16 @@ def test_speculation_is_token_identical_and_never_slower(
     case: Case, depth: int, rule: dict[str, Any], warm: float, stop: bool
 ) -> None:
     options = {"block": case.block, "temperature": warm, "stop": stop, **rule}
-    found, forwards = [], []
+    found, num_forwards = [], []
     for sampler in (
         Speculative(MASKED, depth=depth, **options),
         Blockwise(MASKED, cache="dual", **options),
     ):
         canvas = toy_canvas(case.prompts, case.draft.shape[1], seeds=case.seeds, draft=case.draft)
-        forwards.append(len(list(sampler(canvas, ToyDenoise(canvas, Chaos(2.0), most=400)))))
+        num_forwards.append(len(list(sampler(canvas, ToyDenoise(canvas, Chaos(2.0), most=400)))))
         found.append(canvas.answer)
     assert torch.equal(*found)
-    assert forwards[0] <= forwards[1]
+    assert num_forwards[0] <= num_forwards[1]
 
 
 # selection rules

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from diffa.errors import DiffaError
-from diffa.runtime.threads import Hand, one_core
+from diffa.runtime.threads import ComputeThread, one_core
 
 
 def test_a_hand_is_one_thread_in_which_an_iterator_goes_on():
-    hand, told = Hand(), []
+    hand, told = ComputeThread(), []
 
     def count():
         for number in range(3):
@@ -25,7 +25,7 @@ def test_a_hand_is_one_thread_in_which_an_iterator_goes_on():
 
 
 def test_a_hand_passes_arguments_and_errors_on():
-    hand = Hand()
+    hand = ComputeThread()
     assert hand(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         hand(divmod, 7, 0)
@@ -57,7 +57,7 @@ def test_one_core_for_a_while(monkeypatch):
 
 
 def test_a_hand_says_that_the_process_ends():
-    hand = Hand()
+    hand = ComputeThread()
     hand._pool.shutdown()  # as Python does when it exits
     with pytest.raises(DiffaError, match="the process ends"):
         hand(print)

@@ -135,9 +135,9 @@ def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
     wino, blocks = Wino(MASKED, block=6), Blocks(canvas, 6)
     shadows = canvas.scratch(6, branch=1)
     checked, _ = wino._cast(canvas, blocks.enter(), ~canvas.undecided(), shadows)
-    sees = wino._sees(canvas, checked, shadows)
+    attn_mask = wino._attn_mask(canvas, checked, shadows)
     for column, shadow in enumerate(shadows.tolist()):
-        hidden = (~sees[0, shadow]).nonzero()[:, 0].tolist()
+        hidden = (~attn_mask[0, shadow]).nonzero()[:, 0].tolist()
         others = [other for other in shadows.tolist() if other != shadow]
         assert hidden == sorted([int(checked[0, column]), *others])
 

@@ -127,7 +127,7 @@ def test_each_sampler_decodes_in_company_as_alone(model, name, lanes):
     finally:
         engine.close()
     for asked, end in zip(jobs, ends, strict=True):
-        assert (end.tokens.tolist(), end.forwards) == alone(model, asked)
+        assert (end.tokens.tolist(), end.num_forwards) == alone(model, asked)
 
 
 def test_different_samplers_share_forwards_and_still_decode_as_alone(model):
@@ -143,8 +143,8 @@ def test_different_samplers_share_forwards_and_still_decode_as_alone(model):
     finally:
         engine.close()
     for asked, end in zip(jobs, ends, strict=True):
-        assert (end.tokens.tolist(), end.forwards) == alone(model, asked), asked.kind
-    assert load.rows > 4 * load.forwards, "forwards were hardly shared"
+        assert (end.tokens.tolist(), end.num_forwards) == alone(model, asked), asked.kind
+    assert load.rows > 4 * load.num_forwards, "forwards were hardly shared"
 
 
 def test_the_canvases_of_a_lane_take_turns_between_forwards(model, monkeypatch):
@@ -199,8 +199,8 @@ def test_lanes_run_beside_each_other_and_split_what_there_is(model, lanes):
         del model.backbone.forward
     load = engine.load()
     assert len(seen) == lanes and max(rows) == 2 and not meet.broken
-    assert [(found[i].tokens.tolist(), found[i].forwards) for i in range(len(jobs))] == expected
-    assert (load.forwards, load.rows) == (len(rows), sum(rows))
+    assert [(found[i].tokens.tolist(), found[i].num_forwards) for i in range(len(jobs))] == expected
+    assert (load.num_forwards, load.rows) == (len(rows), sum(rows))
     assert not engine.alive
 
 
@@ -235,7 +235,7 @@ def test_a_lane_has_the_cores_that_no_other_uses(model, monkeypatch):
     rng = random.Random(4)
     try:
         engine.submit(Ticket(job(slow, "slow", 1, rng, 12), ends.put, 60))
-        while engine.load().forwards < 2:
+        while engine.load().num_forwards < 2:
             pass
         (first,) = used
         assert first == engine._lanes[0].thread.ident
@@ -402,7 +402,7 @@ class Fake:
 
     def __init__(self, wide: int, slots: int | None = None, rows: int = 1) -> None:
         self.embeds, self.context = torch.zeros(rows, wide, 2), self
-        self.slots, self.branch, self.sees, self.asked = slots, None, None, 1
+        self.query_slots, self.branch, self.attn_mask, self.output_slots = slots, None, None, 1
 
 
 def test_passes_of_whole_canvases_and_of_parts_are_kept_apart():
@@ -421,7 +421,7 @@ def test_whole_canvases_share_one_pass_where_padding_costs_nothing():
     calls = [Fake(10), Fake(400), Fake(4, 1), Fake(90)]
     with torch.no_grad():
         assert groups(calls, ragged=True) == [[0, 1, 3], [2]]
-        calls[1].sees = torch.ones(1)  # its mask cannot be packed
+        calls[1].attn_mask = torch.ones(1)  # its mask cannot be packed
         assert groups(calls, ragged=True) == [[0, 3], [1], [2]]
     assert groups(calls, ragged=True) == groups(calls)  # gradients are wanted: nothing is packed
 
@@ -467,7 +467,7 @@ def test_a_request_joins_while_another_is_being_answered(model):
     engine, events = Engine(model, rows=4), SimpleQueue()
     try:
         engine.submit(Ticket(first, lambda event: events.put(("first", event)), 60))
-        while engine.load().forwards < 2:
+        while engine.load().num_forwards < 2:
             pass
         engine.submit(Ticket(second, lambda event: events.put(("second", event)), 60))
         slow.gate.set()
@@ -477,7 +477,7 @@ def test_a_request_joins_while_another_is_being_answered(model):
             if isinstance(event, Done):
                 order.append(name)
                 expected = alone(model, {"first": first, "second": second}[name])
-                assert (event.tokens.tolist(), event.forwards) == expected
+                assert (event.tokens.tolist(), event.num_forwards) == expected
         assert order == ["second", "first"], "the short one did not leave first"
     finally:
         engine.close()
@@ -495,7 +495,7 @@ def test_a_watched_request_hears_every_step_and_then_the_answer(model):
         engine.close()
     assert isinstance(heard[0], Begun)
     moments = [event for event in heard if isinstance(event, Moment)]
-    assert [moment.forwards for moment in moments] == list(range(1, heard[-1].forwards + 1))
+    assert [moment.num_forwards for moment in moments] == list(range(1, heard[-1].num_forwards + 1))
     assert moments[-1].tokens.tolist() == heard[-1].tokens.tolist()
 
 
@@ -512,8 +512,8 @@ def test_a_row_that_nobody_waits_for_takes_part_in_no_more_forwards(model):
         end = ends.get(timeout=60)
     finally:
         engine.close()
-    assert (end.tokens.tolist(), end.forwards) == alone(model, stays)
-    assert rows[0] == 2 and rows[5:] == [1] * (end.forwards - 5)
+    assert (end.tokens.tolist(), end.num_forwards) == alone(model, stays)
+    assert rows[0] == 2 and rows[5:] == [1] * (end.num_forwards - 5)
 
 
 def test_a_recording_is_heard_once_while_it_is_remembered(model):
@@ -626,13 +626,13 @@ def test_a_recording_that_is_not_heard_is_answered_and_logged(model, caplog, err
 
 def test_a_request_that_does_not_fit_is_answered_and_logged(model, caplog):
     asked = job(made(model, "plain"), "plain", 0, random.Random(1), 6)
-    model.backbone.context = 7
+    model.backbone.max_length = 7
     engine = Engine(model, rows=4)
     try:
         (end,) = answered(engine, [asked._replace(prompt=torch.arange(9), wave=None)])
     finally:
         engine.close()
-        del model.backbone.context
+        del model.backbone.max_length
     assert isinstance(end.error, SpecError)
     assert logged(caplog, f"a request does not begin: {end.error}") == [False]
 
@@ -642,7 +642,7 @@ def test_a_closed_engine_ends_what_is_left_and_takes_nothing_new(model):
     engine = Engine(model, rows=1)
     for seed in range(2):
         engine.submit(Ticket(job(slow, "slow", seed, random.Random(7), 12), ends.put, 60))
-    while engine.load().forwards < 2:
+    while engine.load().num_forwards < 2:
         pass
     threading.Timer(0.2, slow.gate.set).start()
     engine.close()

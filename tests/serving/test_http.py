@@ -49,7 +49,7 @@ def test_every_format_is_heard_as_the_library_hears_it(client, model, tmp_path, 
     answered = ask(client, messages=question(file.read_bytes(), form=form))
     expected = model.answer(file, "What is heard?", max_tokens=12)
     assert answered.choices[0].message.content == expected.text
-    assert answered.model_extra["diffa"]["forwards"] == expected.forwards
+    assert answered.model_extra["diffa"]["num_forwards"] == expected.num_forwards
 
 
 def test_data_uris_and_system_turns_are_taken(client, model, tmp_path):
@@ -83,8 +83,8 @@ def test_settings_are_models_of_their_own(client, model, options, tmp_path):
 def test_sampler_options_change_how_an_answer_is_decoded(client):
     one = ask(client, recording(), extra_body={"diffa": {"sampler": {"steps": 12}}})
     few = ask(client, recording(), extra_body={"diffa": {"sampler": {"steps": 3, "block": 12}}})
-    assert one.model_extra["diffa"]["forwards"] == 12
-    assert few.model_extra["diffa"]["forwards"] == 3
+    assert one.model_extra["diffa"]["num_forwards"] == 12
+    assert few.model_extra["diffa"]["num_forwards"] == 3
 
 
 def test_sampler_options_change_the_setting_that_the_model_names(model):
@@ -242,7 +242,7 @@ def test_requests_share_forwards_and_get_what_they_get_alone(client, place):
         shared = list(pool.map(lambda clip: ask(client, clip, max_tokens=16), clips))
     after = json.loads(curl(f"{place}/health"))
     assert [one.choices[0].message.content for one in shared] == alone
-    assert after["rows"] - before["rows"] > 1.5 * (after["forwards"] - before["forwards"])
+    assert after["rows"] - before["rows"] > 1.5 * (after["num_forwards"] - before["num_forwards"])
 
 
 class Slow:
@@ -293,7 +293,7 @@ def test_an_answer_that_is_late_is_given_up(model):
             ask(client, max_tokens=64, extra_body={"diffa": {"deadline": 0.3}})
         assert caught.value.status_code == 504
         wait_until(lambda: not service.engine.load().running)
-        assert service.engine.load().forwards < 30
+        assert service.engine.load().num_forwards < 30
 
 
 @pytest.mark.parametrize("stream", [True, False])

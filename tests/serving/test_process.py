@@ -25,7 +25,7 @@ def post(port, tokens):
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     try:
         with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=600) as reply:
-            return reply.status, json.loads(reply.read())["diffa"]["forwards"]
+            return reply.status, json.loads(reply.read())["diffa"]["num_forwards"]
     except urllib.error.HTTPError as error:
         return error.code, 0
 

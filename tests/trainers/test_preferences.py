@@ -62,7 +62,7 @@ def policy(world: Path, **objective: Any) -> Prefers:
 
 def batch(world: Path, model: Any, rows: list[int]) -> Batch:
     hearing = Hearing(model.encoder.sample_rate)
-    make = Preferring(Answering(model.chat, model.backbone.vocab, hearing), hearing)
+    make = Preferring(Answering(model.chat_format, model.backbone.vocab, hearing), hearing)
     data = Manifest(world / "pairs.json", pairs=True)
     made = [make(data[i], 100 + i) for i in rows]
     return Collate(model.backbone.vocab, learned=False)(made)
@@ -136,7 +136,7 @@ def test_a_pair_is_two_rows_about_one_recording(world: Path) -> None:
     made = batch(world, model, [0, 1, 2])
     assert made.owner.tolist() == [0, 0, 1, 1, 2, 2]
     assert made.audio is not None and len(made.audio) == 3
-    text = [model.chat.tokenizer.decode(made.tokens[i][made.answer[i]]) for i in range(6)]
+    text = [model.chat_format.tokenizer.decode(made.tokens[i][made.answer[i]]) for i in range(6)]
     assert "high" in text[0] and "three four five" in text[1] and "low" in text[2]
     assert made.sizes.tolist() == [s for row in (0, 1, 2) for s in sizes(made, row)]
     assert made.sizes[0] != made.sizes[1]  # no padding counts

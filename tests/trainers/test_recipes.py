@@ -261,7 +261,7 @@ def test_a_plan_counts_what_is_there(world: Path, monkeypatch: pytest.MonkeyPatc
     assert align is not None
     assert align.hours == pytest.approx(8 * 0.4 / 3600)
     model = diffa.build(Recipe.read("diffa-2").change(overrides).spec)
-    row = len(model.chat.encode_example("What do you hear ?", "high").tokens)
+    row = len(model.chat_format.encode_example("What do you hear ?", "high").tokens)
     # seven of these, and one of the instructions for transcription
     assert 7 * row < align.tokens < 8 * row + 20
     # 0.4 s are 20 frames: four queries, and one embedding of every four frames

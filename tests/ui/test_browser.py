@@ -95,22 +95,22 @@ def test_a_file_is_uploaded_asked_about_and_replayed_by_keyboard(page: Any) -> N
         recordings() / "digits.flac", "Please transcribe the audio to text."
     )
     assert text == plain.text
-    assert forward(page) == (plain.forwards, plain.forwards)
+    assert forward(page) == (plain.num_forwards, plain.num_forwards)
     masks = page.locator("#canvas-first .d-canvas .d-mask")
     assert masks.count() == 0
     slider = page.locator("#replay-first input[type=range]")
     slider.focus()
     slider.press("Home")
-    page.get_by_text(f"after forward 1 of {plain.forwards}").wait_for()
+    page.get_by_text(f"after forward 1 of {plain.num_forwards}").wait_for()
     assert masks.count() > 0  # early on most is undecided
     slider.press("ArrowRight")
-    page.get_by_text(f"after forward 2 of {plain.forwards}").wait_for()
+    page.get_by_text(f"after forward 2 of {plain.num_forwards}").wait_for()
     for _ in range(6):
         slider.press("ArrowRight")  # faster than the page can draw: the last one counts
-    last = min(8, plain.forwards)
-    page.get_by_text(f"after forward {last} of {plain.forwards}").wait_for()
+    last = min(8, plain.num_forwards)
+    page.get_by_text(f"after forward {last} of {plain.num_forwards}").wait_for()
     page.get_by_role("button", name="Play steps").click()
-    page.get_by_text(f"after forward {plain.forwards} of {plain.forwards}").wait_for()
+    page.get_by_text(f"after forward {plain.num_forwards} of {plain.num_forwards}").wait_for()
 
 
 @pytest.mark.slow

@@ -50,8 +50,8 @@ def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -
     plain = diffa.swap(model, sampler=sampler).answer(
         recordings() / "digits.flac", QUESTION, max_tokens=24, on_step=steps.append
     )
-    assert (replay.text, replay.forwards) == (plain.text, plain.forwards)
-    assert 1 < replay.forwards < 24  # several tokens in some forwards, or the rest says little
+    assert (replay.text, replay.num_forwards) == (plain.text, plain.num_forwards)
+    assert 1 < replay.num_forwards < 24  # several tokens in some forwards, or the rest says little
     for frame, step in zip(replay.frames, steps, strict=True):
         assert [token.confidence for token in frame] == step.confidence[0].tolist()
         assert [token.step > 0 for token in frame] == step.final[0].tolist()
@@ -59,7 +59,7 @@ def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -
 
 def test_a_token_is_final_from_the_step_it_names_on(replay: Replay) -> None:
     last = replay.frames[-1]
-    assert all(1 <= token.step <= replay.forwards for token in last)
+    assert all(1 <= token.step <= replay.num_forwards for token in last)
     for place, token in enumerate(last):
         seen = [frame[place] for frame in replay.frames]
         assert all(t.text == token.text and t.step == token.step for t in seen[token.step - 1 :])
@@ -107,7 +107,7 @@ def test_dark_letters_stay_readable_on_every_background() -> None:
 def test_a_comparison_says_what_each_setting_took(replay: Replay) -> None:
     other = replay._replace(name="slow", seconds=replay.seconds * 3, text="else")
     told = drawing.comparison([replay, other])
-    assert "mine" in told and "slow" in told and f"<td>{replay.forwards}</td>" in told
+    assert "mine" in told and "slow" in told and f"<td>{replay.num_forwards}</td>" in told
     assert "The answers differ. The second took 3.0 times as long." in told
     assert drawing.comparison([replay]) == ""
 

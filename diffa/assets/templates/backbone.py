@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffa.canvas.kv_cache import Context
+from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 from diffa.types import Vocab
 
@@ -35,12 +35,12 @@ class Part(nn.Module):
         self.last = nn.LayerNorm(width)
         self.head = nn.Linear(width, words, bias=False)
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
         x = embeds + self._places(positions).to(embeds.dtype)
         queries, keys, values = self.qkv(self.norm(x))[:, :, None].chunk(3, dim=-1)
         # the other slots' keys and values come from the memory, (B, S, 1, W)
-        keys, values = context.remember(0, keys, values)
+        keys, values = context.update_cache(0, keys, values)
         mask = context.mask(positions, causal=False)
         mixed = scaled_dot_product_attention(
             queries.transpose(1, 2),

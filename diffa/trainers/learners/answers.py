@@ -17,7 +17,7 @@ from diffa.nano.alignment import Hinting
 from diffa.nano.auxiliary import Saying, Script, numbered
 from diffa.trainers.packing import Packing
 from diffa.trainers.trainable import quieten
-from diffa.types import Decoding, Features, Noised
+from diffa.types import BlockObjective, Decoding, Features, Noised
 
 
 class Parts(NamedTuple):
@@ -149,7 +149,9 @@ class Counting:
     def __init__(self, objective: Any) -> None:
         self.objective = objective
         self.decoding: Decoding = objective.decoding
-        self.block: int | None = getattr(objective, "block", None)
+        self.block_length: int | None = (
+            objective.block_length if isinstance(objective, BlockObjective) else None
+        )
         self.last: list[Tensor] | None = None
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
