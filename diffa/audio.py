@@ -19,7 +19,7 @@ def read(path: str | Path) -> tuple[Tensor, int]:
     """Return the waveform (S,) of a file, float32 and mono, and its samples per second.
 
     WAV, FLAC, OGG and MP3 through soundfile; m4a, webm and others through PyAV
-    (``pip install 'diffa[audio]'``). Raises AudioError.
+    (``pip install 'diffa-audio[audio]'``). Raises AudioError.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -52,7 +52,7 @@ def _pyav(path: Path) -> tuple[Tensor, int]:
     except ImportError as error:
         raise AudioError(
             f"{path} cannot be read as WAV, FLAC, OGG or MP3: it is damaged, not audio, or in "
-            "another format (m4a, webm, ...) that pip install 'diffa[audio]' adds"
+            "another format (m4a, webm, ...) that pip install 'diffa-audio[audio]' adds"
         ) from error
     try:
         with av.open(str(path)) as container:

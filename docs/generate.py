@@ -75,7 +75,7 @@ def kind_page(kind: str) -> Iterator[str]:
     where = f"adapters: {{KEY: {written}}}" if kind == "adapter" else f"{kind}: {written}"
     yield f"Generated from the constructors. In a spec: `{where}`.\n"
     for part in registry.parts(kind):
-        if part.dist == "diffa":
+        if part.is_builtin:
             yield from part_section(kind, part)
 
 
@@ -89,7 +89,7 @@ def part_section(kind: str, part: Any) -> Iterator[str]:
     yield f"## {part.name}\n"
     yield prose(cls) + "\n"
     if part.extras:
-        yield f"Needs `pip install 'diffa[{','.join(part.extras)}]'`.\n"
+        yield f"Needs `pip install '{part.dist}[{','.join(part.extras)}]'`.\n"
     told, options = meanings(cls), schema(cls).options
     if not options:
         yield "It has no options.\n"

@@ -62,7 +62,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
 def test_what_is_not_audio_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # as if PyAV were not installed
     (tmp_path / "a.wav").write_text("this is no recording")
-    with pytest.raises(AudioError, match=r"pip install 'diffa\[audio\]'"):
+    with pytest.raises(AudioError, match=r"pip install 'diffa-audio\[audio\]'"):
         audio.read(tmp_path / "a.wav")
 
 

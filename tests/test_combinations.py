@@ -79,7 +79,7 @@ def spec(encoder, adapter, backbone):
 
 def test_no_part_is_forgotten():
     for kind, known in (("encoder", ENCODERS), ("adapter", ADAPTERS), ("backbone", BACKBONES)):
-        own = {part.name for part in registry.parts(kind) if part.dist == "diffa"}
+        own = {part.name for part in registry.parts(kind) if part.is_builtin}
         assert own == {part["name"] for part in known.values()}
 
 
@@ -133,7 +133,7 @@ def test_a_missing_library_disturbs_only_its_part(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(PluginError, match=r"diffa\[timm\]"):
+    with pytest.raises(PluginError, match=r"diffa-audio\[timm\]"):
         diffa.build(spec("timm-patches", "pool", "llada"), device="meta")
     diffa.build(spec("mel", "pool", "llada"), device="meta")
 

@@ -95,7 +95,7 @@ def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
         import xformers.ops  # noqa: F401
     except Exception as error:
         if kernel == "xformers":
-            hint = "pip install 'diffa[xformers]'"
+            hint = "pip install 'diffa-audio[xformers]'"
             raise SpecError(f"attention 'xformers' does not load ({error}): {hint}") from error
         return "sdpa"
     return "xformers"

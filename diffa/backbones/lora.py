@@ -220,7 +220,7 @@ def _inject(body: nn.Module, names: list[str], rank: int, chosen: Options) -> No
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise SpecError("live LoRA needs peft: pip install 'diffa[train]'") from error
+        raise SpecError("live LoRA needs peft: pip install 'diffa-audio[train]'") from error
     config = LoraConfig(
         r=rank,
         lora_alpha=chosen.alpha,

@@ -12,7 +12,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from diffa.spec.registry import DISTRIBUTION
 
 _SECONDS = 180  # a cold disk reads torch slowly
 _LATE = 1000  # an exit code no process has
@@ -129,6 +132,8 @@ def examine(names: Sequence[str] | None = None) -> list[Finding]:
         present["GPU"] = _GPU
     verdicts = attempt(present)
     findings = [_library(library, verdicts.get(library.name)) for library in chosen]
+    if names is None or DISTRIBUTION in names:
+        findings.insert(0, _installation())
     if names is None or "python" in names:
         findings.insert(0, _python())
     if names is None or "espeak-ng" in names:
@@ -144,10 +149,23 @@ def _python() -> Finding:
     return Finding("python", platform.python_version(), state, sys.executable, True)
 
 
+def _installation() -> Finding:
+    """Whether the distribution is installed, and no stranger's package has replaced its files."""
+    version = _version(DISTRIBUTION)
+    if _version("diffa") != "unknown":
+        state = "broken: the package 'diffa' (a line-diff tool) overwrites this library's files"
+        hint = f"pip uninstall diffa && pip install --force-reinstall --no-deps {DISTRIBUTION}"
+        return Finding(DISTRIBUTION, version, state, hint, True)
+    if version == "unknown":
+        state = "broken: not installed, so no part can be found"
+        return Finding(DISTRIBUTION, "", state, "pip install -e . in the checkout", True)
+    return Finding(DISTRIBUTION, version, "works", str(Path(__file__).parents[1]), True)
+
+
 def _library(library: _Library, verdict: tuple[str, str] | None) -> Finding:
     required = not library.extra
     if verdict is None:
-        wanted = f"diffa[{library.extra}]" if library.extra else library.name
+        wanted = f"{DISTRIBUTION}[{library.extra}]" if library.extra else library.name
         return Finding(library.name, "", "absent", f"pip install '{wanted}'", required)
     return Finding(library.name, _version(library.name), *verdict, required)
 

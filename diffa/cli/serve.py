@@ -142,4 +142,6 @@ def _check_extra() -> Any:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise SpecError(f"diffa serve needs {library}: pip install 'diffa[serve]'") from error
+            raise SpecError(
+                f"diffa serve needs {library}: pip install 'diffa-audio[serve]'"
+            ) from error

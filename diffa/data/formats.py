@@ -148,7 +148,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError("Parquet needs pyarrow: pip install 'diffa[data]'") from error
+        raise DataError("Parquet needs pyarrow: pip install 'diffa-audio[data]'") from error
     return pyarrow, parquet
 
 

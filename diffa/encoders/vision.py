@@ -130,7 +130,7 @@ def _create(name: str, image: tuple[int, int], pretrained: bool) -> Any:
     try:
         import timm
     except ImportError as error:
-        hint = "pip install 'diffa[timm]'"
+        hint = "pip install 'diffa-audio[timm]'"
         raise PluginError(f"encoder 'timm' needs timm ({error}): {hint}") from error
     options = {"pretrained": pretrained, "in_chans": 1, "num_classes": 0}
     try:

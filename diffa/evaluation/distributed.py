@@ -33,7 +33,9 @@ def place(rank: int, world: int, device: str) -> Place:
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise SpecError("several processes need accelerate: pip install 'diffa[train]'") from error
+        raise SpecError(
+            "several processes need accelerate: pip install 'diffa-audio[train]'"
+        ) from error
     cpu = device == "cpu"
     state = PartialState(cpu=cpu)
     own = str(state.device) if device in ("auto", "cuda") else device

@@ -184,7 +184,7 @@ def _parquet(file: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise EvaluationError(
-            f"{file} needs pyarrow to be read: pip install 'diffa[data]'"
+            f"{file} needs pyarrow to be read: pip install 'diffa-audio[data]'"
         ) from error
     try:
         return pyarrow.parquet.ParquetFile(file)

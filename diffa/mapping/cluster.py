@@ -53,7 +53,7 @@ def run_ray(
         ray: Any = import_module("ray")
         data: Any = import_module("ray.data")
     except ImportError as error:
-        raise SpecError("diffa map --ray needs Ray: pip install 'diffa[ray]'") from error
+        raise SpecError("diffa map --ray needs Ray: pip install 'diffa-audio[ray]'") from error
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False)

@@ -142,7 +142,9 @@ def _connected(address: str) -> tuple[Any, Any]:
         ray: Any = import_module("ray")
         api: Any = import_module("ray.serve")
     except ImportError as error:
-        raise SpecError("diffa serve --ray needs Ray Serve: pip install 'diffa[ray]'") from error
+        raise SpecError(
+            "diffa serve --ray needs Ray Serve: pip install 'diffa-audio[ray]'"
+        ) from error
     more = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, **more)

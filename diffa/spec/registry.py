@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from diffa.errors import PluginError, SpecError, suggest
 from diffa.spec.schema import schema
 
+DISTRIBUTION = "diffa-audio"
+"""The name under which the package index has this library; ``diffa`` there is another project."""
+
 KINDS = ("encoder", "adapter", "backbone", "sampler", "objective")
 
 WIRES: dict[str, tuple[str, ...]] = {
@@ -44,6 +47,11 @@ class Part(NamedTuple):
     def origin(self) -> str:
         """The part as errors name it."""
         return f"{self.kind} {self.name!r} from {self.dist} ({self.target})"
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether diffa itself ships the part."""
+        return self.dist == DISTRIBUTION
 
 
 class _Scan(NamedTuple):
@@ -82,8 +90,8 @@ def find(kind: str, name: str) -> Part:
     found = [part for part in known if part.name == short]
     if package:
         found = [part for part in found if _normal(part.dist) == _normal(package)]
-    elif any(part.dist == "diffa" for part in found):
-        found = [part for part in found if part.dist == "diffa"]
+    elif any(part.is_builtin for part in found):
+        found = [part for part in found if part.is_builtin]
     if not found:
         raise SpecError(f"there is no {kind} {name!r}{suggest(name, available(kind))}")
     if len({part.dist for part in found}) > 1:
@@ -154,7 +162,7 @@ def _scan() -> _Scan:
             folder = getattr(dist, "_path", dist)
             broken.append(f"the entry points of {folder} cannot be read: {_reason(error)}")
     order = {
-        k: sorted(v, key=lambda p: (p.dist != "diffa", p.name, p.dist)) for k, v in found.items()
+        k: sorted(v, key=lambda p: (not p.is_builtin, p.name, p.dist)) for k, v in found.items()
     }
     scan = _Scan({kind: tuple(order[kind]) for kind in KINDS}, tuple(broken))
     if not broken:
@@ -185,7 +193,7 @@ def _collect(
 
 def handle(part: Part) -> str:
     """The shortest text that ``find`` understands as this part."""
-    if part.dist == "diffa":
+    if part.is_builtin:
         return part.name
     rivals = [other for other in parts(part.kind) if other.name == part.name]
     return part.name if len(rivals) == 1 else f"{part.dist}:{part.name}"
@@ -210,7 +218,7 @@ def _reason(error: BaseException) -> str:
 def _remedy(part: Part, error: BaseException) -> str:
     if part.extras:
         return f"; it needs pip install '{part.dist}[{','.join(part.extras)}]'"
-    if part.dist != "diffa":
+    if not part.is_builtin:
         return f"; mend it with pip install --force-reinstall {part.dist}, or uninstall it"
     return "; `diffa doctor` shows what works here" if isinstance(error, ImportError) else ""
 

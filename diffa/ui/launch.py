@@ -25,7 +25,7 @@ def require() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise PluginError("the page needs Gradio: pip install 'diffa[ui]'") from error
+        raise PluginError("the page needs Gradio: pip install 'diffa-audio[ui]'") from error
 
 
 def launch(

@@ -272,8 +272,26 @@ def test_doctor_judges_every_library_by_itself(site, monkeypatch):
     assert found["einops"].state == "broken: OSError: libbroken.so" and found["einops"].ill
     assert found["timm"].state == "broken: the process was killed by signal 6"
     assert not found["timm"].ill  # optional
-    assert (found["peft"].state, found["peft"].note) == ("absent", "pip install 'diffa[train]'")
+    assert (found["peft"].state, found["peft"].note) == (
+        "absent",
+        "pip install 'diffa-audio[train]'",
+    )
     assert found["huggingface_hub"].state == found["python"].state == "works"
+
+
+def test_doctor_names_the_strangers_package_that_overwrites_diffa(site):
+    (fine,) = examine(["diffa-audio"])
+    assert fine.state == "works" and fine.required
+    install(site, "diffa", {})
+    (finding,) = examine(["diffa-audio"])
+    assert finding.ill and "'diffa' (a line-diff tool)" in finding.state
+    assert finding.note.startswith("pip uninstall diffa && pip install --force-reinstall")
+
+
+def test_doctor_says_how_to_install_a_checkout_that_is_only_on_the_path(monkeypatch):
+    monkeypatch.setattr("diffa.cli.doctor._version", lambda name: "unknown")
+    (finding,) = examine(["diffa-audio"])
+    assert finding.ill and finding.note.startswith("pip install -e .")
 
 
 def _find_spec_without(missing: str):
@@ -295,7 +313,7 @@ def test_doctor_exits_with_one_where_a_required_library_is_broken(diffa_, monkey
     from diffa.cli import doctor
 
     fine = doctor.Finding("torch", "2.10", "works", "", True)
-    absent = doctor.Finding("timm", "", "absent", "pip install 'diffa[timm]'", False)
+    absent = doctor.Finding("timm", "", "absent", "pip install 'diffa-audio[timm]'", False)
     ill = doctor.Finding("torchaudio", "2.11", "broken: RuntimeError: CUDA", "", True)
     monkeypatch.setattr(doctor, "examine", lambda: [fine, absent])
     assert diffa_("doctor").code == 0

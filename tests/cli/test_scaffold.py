@@ -50,6 +50,7 @@ def test_a_plugin_is_whole(kind, tmp_path):
         if file.suffix == ".py":
             compile(text, str(file), "exec")
     told = (made.folder / "pyproject.toml").read_text()
+    assert 'dependencies = ["diffa-audio"]' in told
     assert f'acme-{kind} = "acme_{kind}:Acme{kind.capitalize()}"' in told
 
 

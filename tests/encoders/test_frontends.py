@@ -183,7 +183,7 @@ def test_timm_options_out_of_range_say_what_to_do(options, told):
 
 def test_a_missing_timm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(PluginError, match=r"pip install 'diffa\[timm\]'"):
+    with pytest.raises(PluginError, match=r"pip install 'diffa-audio\[timm\]'"):
         Timm()
     FilterBank()  # and disturbs nothing else
 

@@ -63,7 +63,7 @@ def test_a_proxy_needs_a_port(said):
 def test_a_missing_ray_names_the_extra(said, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, text = said("--ray", "local")
-    assert code == 2 and "pip install 'diffa[ray]'" in text
+    assert code == 2 and "pip install 'diffa-audio[ray]'" in text
 
 
 def test_a_wrong_spec_is_found_before_ray_starts(said, monkeypatch):

@@ -38,7 +38,7 @@ def adapter(site: Path, code: str, target: str = "acme:Pool") -> None:
 @pytest.mark.parametrize(("kind", "name"), OWN)
 def test_every_part_that_pyproject_declares_loads(kind, name):
     assert isinstance(registry.load(kind, name), type)
-    assert registry.find(kind, name).dist == "diffa"
+    assert registry.find(kind, name).is_builtin
     assert name in registry.available(kind)
 
 
@@ -81,9 +81,9 @@ def test_an_empty_registry_says_to_install_diffa(monkeypatch):
 def test_a_name_that_diffa_ships_means_diffas(site):
     install(site, "acme-diffa", {"adapter": {"conv": "acme:Pool"}}, {"acme": POOL})
     registry.refresh()
-    assert registry.find("adapter", "conv").dist == "diffa"
+    assert registry.find("adapter", "conv").is_builtin
     assert registry.find("adapter", "acme-diffa:conv").target == "acme:Pool"
-    assert registry.find("adapter", "diffa:conv").dist == "diffa"
+    assert registry.find("adapter", "diffa-audio:conv").is_builtin
     assert {"conv", "acme-diffa:conv"} <= set(registry.available("adapter"))
 
 

@@ -215,5 +215,5 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(PluginError, match=r"pip install 'diffa\[ui\]'"):
+    with pytest.raises(PluginError, match=r"pip install 'diffa-audio\[ui\]'"):
         require()
