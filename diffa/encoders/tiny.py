@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from diffa.checkpoints import read as checkpoint
 from diffa.encoders.mel import Mel
-from diffa.encoders.windows import checked, listen
+from diffa.encoders.windows import WindowedWhisper, checked
 from diffa.errors import SpecError
-from diffa.types import Features, FeatureSpec
+from diffa.types import FeatureSpec
 
 
-class Tiny(nn.Module):
+class Tiny(WindowedWhisper):
     """Whisper's encoder at any size, drawn from ``seed``; ``seconds`` is its window's length.
 
     ``tail`` is how much silence is read after audio shorter than a window; None fills it up.
@@ -53,10 +53,6 @@ class Tiny(nn.Module):
         if not checkpoint.dry():
             self.encoder.to_empty(device=torch.get_default_device())
             _draw(self.encoder, seed)
-
-    def forward(self, audio: Tensor, lengths: Tensor) -> Features:
-        """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
 
 
 def _check(width: int, layers: int, heads: int, mels: int) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffa.checkpoints import read as ckpt
 from diffa.encoders.mel import Mel
-from diffa.encoders.windows import checked, listen
+from diffa.encoders.windows import WindowedWhisper, checked
 from diffa.errors import CheckpointError
-from diffa.types import Features, FeatureSpec
+from diffa.types import FeatureSpec
 
 
-class Whisper(nn.Module):
+class Whisper(WindowedWhisper):
     """Whisper's encoder (Radford et al. 2022): all hidden states at 50 frames per second.
 
     ``checkpoint`` is a Whisper folder or Hub id; it says how many mel bins there are and how
@@ -50,10 +50,6 @@ class Whisper(nn.Module):
         if not ckpt.dry():
             ckpt.fill(self.encoder, _weights(folder), source=folder)
             self.encoder.float()  # large-v3 is published in float16
-
-    def forward(self, audio: Tensor, lengths: Tensor) -> Features:
-        """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
 
 
 def _whisper(folder: Path) -> dict[str, object]:

@@ -1,24 +1,71 @@
-"""Running a Whisper encoder over audio of any length, window after window."""
+"""Run an encoder of Whisper's architecture over audio of any length, window after window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffa.audio import samples_of
 from diffa.encoders.mel import Mel, log_mel
 from diffa.errors import SpecError
-from diffa.types import Features
+from diffa.types import Features, FeatureSpec
+
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+
+class WindowedWhisper(nn.Module):
+    """The forward passes that the encoders of Whisper's architecture share.
+
+    A subclass sets the attributes in its constructor.
+
+    Attributes:
+        encoder: transformers' ``WhisperEncoder``.
+        mel: log-mel front end of the encoder.
+        tail: seconds of silence after audio shorter than a window. None: fill the window.
+        sample_rate: samples per second.
+        out: shape of the hidden states.
+    """
+
+    encoder: WhisperEncoder
+    mel: Mel
+    tail: float | None
+    sample_rate: int
+    out: FeatureSpec
+
+    @property
+    def window_frames(self) -> int:
+        """Frames of one full window: the number of the encoder's positions."""
+        return int(self.encoder.config.max_source_positions)
+
+    def forward(self, audio: Tensor, lengths: Tensor) -> Features:
+        """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
+        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
+
+    def encode_log_mel(self, log_mel: Tensor, *, position_offset: int = 0) -> tuple[Tensor, ...]:
+        """Return every hidden state for log-mel frames; skips the front end and the windows.
+
+        Use it to train on changed spectrograms (SpecAugment) or on audio shorter than a window.
+
+        Args:
+            log_mel: (M, mel bins, 2T), as ``diffa.encoders.mel.log_mel`` returns it.
+            position_offset: position of the first frame in the encoder's window;
+                ``position_offset`` + T must not exceed ``window_frames``.
+
+        Returns:
+            layers + 1 states, each (M, T, width); see ``hidden_states``.
+        """
+        return tuple(hidden_states(self.encoder, log_mel, position_offset=position_offset))
 
 
 def listen(
-    encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor, *, tail: float | None = None
+    encoder: WhisperEncoder, mel: Mel, audio: Tensor, lengths: Tensor, *, tail: float | None = None
 ) -> Features:
     """Return every hidden state of ``encoder`` for audio (B, S) with true lengths (B,) in samples.
 
@@ -63,7 +110,9 @@ def _stacked(parts: Sequence[Features], order: Sequence[int]) -> Features:
     return Features(tuple(states), lengths, torch.cat([part.extents for part in parts])[back])
 
 
-def _full(encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor, frames: int) -> Features:
+def _full(
+    encoder: WhisperEncoder, mel: Mel, audio: Tensor, lengths: Tensor, frames: int
+) -> Features:
     """Read rows in windows of ``frames`` frames, as many as each needs."""
     samples = 2 * frames * mel.hop
     counts = _window_counts(audio, lengths, samples)
@@ -77,8 +126,12 @@ def _full(encoder: Any, mel: Mel, audio: Tensor, lengths: Tensor, frames: int) -
     )
 
 
-def hidden_states(encoder: Any, features: Tensor) -> list[Tensor]:
+def hidden_states(
+    encoder: WhisperEncoder, features: Tensor, *, position_offset: int = 0
+) -> list[Tensor]:
     """Return the layers + 1 states (M, T, width) of a ``WhisperEncoder`` for mels (M, bins, 2T).
+
+    The first frame takes position ``position_offset`` of the encoder's window.
 
     Entry 0 is the convolutions plus positions, the last one follows the final LayerNorm.
     The layers are run one by one because transformers records a layer that layerdrop skips
@@ -87,7 +140,8 @@ def hidden_states(encoder: Any, features: Tensor) -> list[Tensor]:
     features = features.to(encoder.conv1.weight.dtype)
     hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(features))))
     hidden = rearrange(hidden, "m w t -> m t w")
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    end = position_offset + hidden.shape[1]
+    hidden = hidden + encoder.embed_positions.weight[position_offset:end]
     hidden = F.dropout(hidden, encoder.config.dropout, encoder.training)
     states = [hidden]
     for layer in encoder.layers:

@@ -140,6 +140,27 @@ def test_reading_twice_gives_the_same(tiny):
     assert first.states[-1].equal(second.states[-1])
 
 
+def test_encode_log_mel_gives_the_states_of_the_audio_that_the_frames_come_from(tiny):
+    wave = noise(1, SECOND)
+    with torch.no_grad():
+        states = tiny.encode_log_mel(log_mel(wave, tiny.mel))
+    for state, other in zip(states, hear(tiny, wave[0]).states, strict=True):
+        assert state.equal(other)
+
+
+@pytest.mark.parametrize("offset", [0, 7, 30])
+def test_encode_log_mel_places_the_frames_at_the_position_offset(tiny, offset):
+    frames = log_mel(noise(1, 20 * 320), tiny.mel)
+    with torch.no_grad():
+        states = tiny.encode_log_mel(frames, position_offset=offset)
+        start = tiny.encode_log_mel(frames)
+    positions = tiny.encoder.embed_positions.weight
+    assert states[0].shape == (1, 20, 16) and tiny.window_frames == 50
+    moved = start[0] - positions[:20] + positions[offset : offset + 20]
+    assert torch.allclose(states[0], moved, atol=1e-5)
+    assert states[-1].equal(start[-1]) == (offset == 0)
+
+
 # windows
 
 
