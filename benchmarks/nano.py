@@ -13,9 +13,9 @@ import torch
 from reports import write
 
 import diffa
+from diffa.data.corpora.fsdd import ACCENTS
 from diffa.evaluation.word_errors import edits
 from diffa.nano.corpus.examples import questions_for_trial
-from diffa.nano.corpus.recordings import ACCENTS
 from diffa.nano.corpus.utterances import Utterances
 
 LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens

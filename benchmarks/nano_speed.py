@@ -16,10 +16,10 @@ import torch
 from reports import write
 
 import diffa
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.evaluation.word_errors import edits
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterances
-from diffa.nano.corpus.voices import WORDS
 
 ASKED = "Please transcribe the audio to text."
 
@@ -62,7 +62,7 @@ def measure(
     for _ in range(rounds):
         for utterance in made:
             wave = torch.from_numpy(utterance.wave)
-            target = [WORDS[digit] for digit in utterance.labels.digits]
+            target = [DIGIT_WORDS[digit] for digit in utterance.labels.digits]
             for name, tried in settings.items():
                 begin = time.perf_counter()
                 answer = tried.answer(wave, ASKED, max_tokens=tokens)

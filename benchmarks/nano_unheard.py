@@ -20,7 +20,7 @@ from typing import Any
 
 from reports import write
 
-from diffa.nano.corpus.recordings import ACCENTS
+from diffa.data.corpora.fsdd import ACCENTS
 from diffa.trainers.config import Recipe
 from diffa.trainers.run import train
 

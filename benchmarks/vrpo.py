@@ -239,10 +239,10 @@ def heard(chosen: argparse.Namespace) -> list[Any]:
 @torch.no_grad()
 def word_error(model: Any, spoken: list[Any]) -> float:
     """Word errors per word when asked to transcribe."""
-    from diffa.nano.corpus.voices import WORDS
+    from diffa.data.corpora.fsdd import DIGIT_WORDS
 
     model = diffa.swap(model, sampler=model.spec.data["settings"]["exact"])
-    wanted = [" ".join(WORDS[d] for d in u.labels.digits) for u in spoken]
+    wanted = [" ".join(DIGIT_WORDS[d] for d in u.labels.digits) for u in spoken]
     written: list[str] = []
     for at in range(0, len(spoken), 16):
         waves = [torch.from_numpy(u.wave) for u in spoken[at : at + 16]]

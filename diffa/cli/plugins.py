@@ -33,7 +33,7 @@ def plugins(
     """List every installed part, where it comes from and whether it works."""
     if context.invoked_subcommand:
         return
-    rows = [_row(part, names) for kind in registry.KINDS for part in registry.parts(kind)]
+    rows = [_row(part, names) for kind in registry.PLUGIN_KINDS for part in registry.parts(kind)]
     for fault in registry.faults():
         say(fault)
     if as_json:
@@ -66,7 +66,8 @@ def check(
     print(f"wires: {', '.join(known.wires) or 'none'}")
     if options:
         print_table(list(options[0]), [[str(_shown(v)) for v in row.values()] for row in options])
-    say(f"diffa.testing has a conformance suite for {kind}s: run it in the part's own tests")
+    if kind in registry.KINDS:
+        say(f"diffa.testing has a conformance suite for {kind}s: run it in the part's own tests")
 
 
 @author.callback()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffa.data.samples import DataError, Source, seed_of
+from diffa.data.samples import DataError, Source, TimedSource, seed_of
 
 _POOL = 64  # batches that are sorted by length together
 
@@ -104,8 +104,8 @@ class Mixture:
         return [row for b in shuffled for row in batches[b]]
 
     def _seconds(self, place: tuple[int, int]) -> float:
-        seconds = getattr(self.sources[place[0]], "seconds", None)
-        return float(seconds(place[1])) if seconds else 0.0
+        source, index = self.sources[place[0]], place[1]
+        return source.seconds(index) if isinstance(source, TimedSource) else 0.0
 
 
 def _shares(sizes: list[int], weights: list[float], batch: int) -> list[int]:

@@ -14,7 +14,7 @@ from diffa.audio import prepare, resample
 from diffa.chat import Chat
 from diffa.data.augment import Augment
 from diffa.data.mixture import Mixture
-from diffa.data.samples import DataError, OnError, Sample, seed_of
+from diffa.data.samples import CurriculumSource, DataError, OnError, Sample, Source, seed_of
 from diffa.errors import DiffaError
 from diffa.types import Vocab
 
@@ -232,7 +232,7 @@ class Stream(Dataset[Row]):
                 skipped.append(reason)
         raise DataError(f"{_TRIES} rows in a row are unusable, the last: {skipped[-1]}")
 
-    def _fetch(self, source: Any, index: int, position: int) -> Sample:
-        at = getattr(source, "at", None)
-        sample: Sample = at(index, position / self.length) if at else source[index]
-        return sample
+    def _fetch(self, source: Source, index: int, position: int) -> Sample:
+        if isinstance(source, CurriculumSource):
+            return source.at(index, position / self.length)
+        return source[index]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from diffa.errors import DiffaError
 
@@ -52,13 +52,46 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """Random access to samples; ``source[i]`` must depend on ``i`` alone.
 
-    A source may also offer ``seconds(i) -> float`` (for grouping by length) and
-    ``at(i, progress) -> Sample`` with progress from 0 to 1 over the stage (for curricula).
+    A source may also be a TimedSource, a CurriculumSource, a SpeakerSource or a CheckedSource:
+    it has the member that the protocol names, nothing else declares it.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class TimedSource(Protocol):
+    """A source that knows durations without reading audio; they group samples by length."""
+
+    def seconds(self, index: int) -> float:
+        """Return the duration of sample ``index`` in seconds; an estimate is enough."""
+        ...
+
+
+@runtime_checkable
+class CurriculumSource(Protocol):
+    """A source whose samples depend on how far the stage is."""
+
+    def at(self, index: int, progress: float) -> Sample:
+        """Return sample ``index`` at ``progress``, from 0 at the stage's start to 1."""
+        ...
+
+
+@runtime_checkable
+class SpeakerSource(Protocol):
+    """A source that names every speaker of its samples."""
+
+    speakers: Sequence[str]
+
+
+@runtime_checkable
+class CheckedSource(Protocol):
+    """A source that has left unusable rows of a file out and says which."""
+
+    path: Path
+    faults: Sequence[Fault]
 
 
 class Fault(NamedTuple):

@@ -9,16 +9,17 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
 from diffa.data.formats import write_rows
 from diffa.data.synthesis.preferences import Corruption, pair_of
 from diffa.nano.corpus.examples import Example, Examples, row_of
 from diffa.nano.corpus.questions import CHOICES, caption, spell
-from diffa.nano.corpus.recordings import ACCENTS, Split
+from diffa.nano.corpus.recordings import Split
 from diffa.nano.corpus.scenes import BEHIND, LEVELS, SPEEDS, Draw, Labels
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.sounds import DIRECTIONS, NOTES, SOUNDS, Direction
 from diffa.nano.corpus.utterances import Utterances
-from diffa.nano.corpus.voices import LANGUAGES, WORDS
+from diffa.nano.corpus.voices import LANGUAGES
 
 SOURCE = "labels_nano_v1"
 ACCENT_NAMES = tuple(sorted({*LANGUAGES, *ACCENTS.values()}))
@@ -93,9 +94,9 @@ def _reason(attribute: str, wrong: str, right: str) -> str:
 def _digit(labels: Labels, draw: Draw) -> Corruption | None:
     if not labels.digits:
         return None
-    words = [WORDS[digit] for digit in labels.digits]
+    words = [DIGIT_WORDS[digit] for digit in labels.digits]
     place = int(draw.integers(len(words)))
-    right, words[place] = words[place], other(words[place], WORDS, draw)
+    right, words[place] = words[place], other(words[place], DIGIT_WORDS, draw)
     return Corruption(" ".join(words), "text", _reason("text", words[place], right))
 
 
@@ -119,19 +120,19 @@ class Way(NamedTuple):
 
 def _ways(labels: Labels, draw: Draw) -> list[Way]:
     if labels.melody:
-        old, notes = labels.melody, tuple(WORDS[n] for n in NOTES)
+        old, notes = labels.melody, tuple(DIGIT_WORDS[n] for n in NOTES)
         return [
             Way("melody", old.direction, DIRECTIONS,
                 lambda new: {"melody": old._replace(direction=cast(Direction, new))}),
-            Way("notes", WORDS[old.notes], notes,
-                lambda new: {"melody": old._replace(notes=WORDS.index(new))}),
+            Way("notes", DIGIT_WORDS[old.notes], notes,
+                lambda new: {"melody": old._replace(notes=DIGIT_WORDS.index(new))}),
         ]  # fmt: skip
     if not labels.digits:
         return [Way("sound", str(labels.sound), tuple(SOUNDS), lambda new: {"sound": new})]
     digits, place = labels.digits, int(draw.integers(len(labels.digits)))
     ways = [
-        Way("text", WORDS[digits[place]], WORDS,
-            lambda new: {"digits": (*digits[:place], WORDS.index(new), *digits[place + 1 :])}),
+        Way("text", DIGIT_WORDS[digits[place]], DIGIT_WORDS,
+            lambda new: {"digits": (*digits[:place], DIGIT_WORDS.index(new), *digits[place + 1 :])}),
         Way("accent", str(labels.accents[0]), ACCENT_NAMES,
             lambda new: {"accents": _of_first(labels, labels.accents, new)}),
         Way("gender", labels.genders[0], ("man", "woman"),

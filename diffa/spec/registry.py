@@ -14,6 +14,10 @@ DISTRIBUTION = "diffa-audio"
 """The name under which the package index has this library; ``diffa`` there is another project."""
 
 KINDS = ("encoder", "adapter", "backbone", "sampler", "objective")
+"""The kinds of part that a spec names."""
+
+PLUGIN_KINDS = (*KINDS, "source", "learner")
+"""Everything a package can offer: parts, and what a recipe names (docs/plugins.md)."""
 
 WIRES: dict[str, tuple[str, ...]] = {
     "encoder": (),
@@ -21,8 +25,10 @@ WIRES: dict[str, tuple[str, ...]] = {
     "backbone": (),
     "sampler": ("vocab",),
     "objective": ("vocab",),
+    "source": (),
+    "learner": ("model", "sources", "cache"),
 }
-"""What ``build`` offers each kind; a part asks for the ones it wants, by name."""
+"""What diffa offers each kind; a part asks for the ones it wants, by name."""
 
 _MEMBERS: dict[str, tuple[str, ...]] = {
     "encoder": ("__call__",),
@@ -30,6 +36,8 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
     "backbone": ("__call__", "embed", "head"),
     "sampler": ("__call__", "decoding"),
     "objective": ("corrupt", "loss", "decoding"),
+    "source": ("__len__", "__getitem__"),
+    "learner": ("__call__",),
 }
 
 
@@ -69,8 +77,8 @@ def available(kind: str) -> tuple[str, ...]:
 
 def parts(kind: str) -> tuple[Part, ...]:
     """Every installed part of a kind, diffa's own first; nothing is imported."""
-    if kind not in KINDS:
-        raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, KINDS)}")
+    if kind not in PLUGIN_KINDS:
+        raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, PLUGIN_KINDS)}")
     return _scan().parts[kind]
 
 
@@ -152,7 +160,7 @@ def _scan() -> _Scan:
     global _cached
     if _cached is not None:
         return _cached
-    found: dict[str, list[Part]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Part]] = {kind: [] for kind in PLUGIN_KINDS}
     seen: set[str] = set()
     broken: list[str] = []
     for dist in importlib.metadata.distributions():
@@ -164,7 +172,7 @@ def _scan() -> _Scan:
     order = {
         k: sorted(v, key=lambda p: (not p.is_builtin, p.name, p.dist)) for k, v in found.items()
     }
-    scan = _Scan({kind: tuple(order[kind]) for kind in KINDS}, tuple(broken))
+    scan = _Scan({kind: tuple(order[kind]) for kind in PLUGIN_KINDS}, tuple(broken))
     if not broken:
         _cached = scan
     return scan
@@ -184,7 +192,7 @@ def _collect(
     seen.add(_normal(name))
     for point in dist.entry_points:
         kind = point.group.removeprefix("diffa.").removesuffix("s")
-        if kind in KINDS and point.group == f"diffa.{kind}s":
+        if kind in PLUGIN_KINDS and point.group == f"diffa.{kind}s":
             target = point.value.partition("[")[0].strip()
             part = Part(kind, point.name, name, version, target, tuple(point.extras))
             if part not in found[kind]:

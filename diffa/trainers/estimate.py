@@ -14,7 +14,7 @@ from diffa.backbones.tokenizer import read_tokenizer
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.checkpoints.read import find
 from diffa.data.mixture import Mixture
-from diffa.data.samples import Sample
+from diffa.data.samples import Sample, TimedSource
 from diffa.errors import CheckpointError
 from diffa.model import Model
 from diffa.objectives.likelihood import LOGITS
@@ -147,8 +147,10 @@ def measure(source: Any, model: Model) -> Size:
     count = len(source)
     rows = sorted({i * count // _ROWS for i in range(_ROWS)})
     samples = [source[i] for i in rows]
-    own = getattr(source, "seconds", None)
-    seconds = [_seconds(s, own(i) if own else 0.0) for s, i in zip(samples, rows, strict=True)]
+    timed = source if isinstance(source, TimedSource) else None
+    seconds = [
+        _seconds(s, timed.seconds(i) if timed else 0.0) for s, i in zip(samples, rows, strict=True)
+    ]
     tokens = [count_tokens(sample, model) for sample in samples]
     asked = sum(1 + len(getattr(sample, "more", ())) for sample in samples) / len(rows)
     return Size(sum(seconds) / len(rows), sum(tokens) / len(rows), max(seconds), max(tokens), asked)

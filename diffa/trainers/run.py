@@ -12,8 +12,8 @@ from rich.console import Console
 
 from diffa.assembly import usable
 from diffa.build import build
-from diffa.data.samples import OnError
-from diffa.data.sources import Make
+from diffa.data.samples import CheckedSource, OnError
+from diffa.data.sources import SourceFactory
 from diffa.model import Model
 from diffa.save import save
 from diffa.spec.spec import Spec
@@ -72,7 +72,7 @@ def train(
     overrides: Sequence[str] = (),
     on_error: OnError = "stop",
     device: str | torch.device | None = None,
-    sources: Mapping[str, Make] | None = None,
+    sources: Mapping[str, SourceFactory] | None = None,
     evaluators: Mapping[str, Evaluator] | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -188,7 +188,7 @@ def _plan(setting: Setting, model: Model) -> list[StageReport]:
                 mixed.size,
                 count(seen, learning=True),
                 {},
-                sum(len(getattr(source, "faults", ())) for source in mixed.sources),
+                sum(len(s.faults) for s in mixed.sources if isinstance(s, CheckedSource)),
                 estimate(seen, stage, mixed, half=setting.recipe.head.precision != "float32"),
             )
         )
@@ -266,7 +266,7 @@ def _report_skipped(running: Loop, setting: Setting, folder: Path) -> int:
     faulty = [
         f"{source.path}: {fault}"
         for source in mixed.sources
-        if hasattr(source, "faults")
+        if isinstance(source, CheckedSource)
         for fault in source.faults
     ]
     reasons = sorted({*running.skipped, *faulty})

@@ -16,7 +16,7 @@ from rich.console import Console
 from diffa.data.manifest import Manifest
 from diffa.data.mixture import Mixture
 from diffa.data.samples import DataError, OnError, Source
-from diffa.data.sources import Make, open_source
+from diffa.data.sources import SourceFactory, open_source
 from diffa.trainers.config import Recipe, stage_part
 from diffa.trainers.config_sections import Data, Stage
 from diffa.trainers.estimate import Expected
@@ -34,7 +34,7 @@ class Setting:
     device: torch.device
     console: Console
     on_error: OnError = "stop"
-    sources: Mapping[str, Make] = field(default_factory=dict)
+    sources: Mapping[str, SourceFactory] = field(default_factory=dict)
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
 
     @property

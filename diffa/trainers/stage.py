@@ -16,7 +16,7 @@ from diffa.data.collate import Collate
 from diffa.data.mixture import Mixture
 from diffa.data.preference_rows import Preferring
 from diffa.data.rows import Answering, Hearing, Listening, Row, Stream
-from diffa.data.samples import Sample
+from diffa.data.samples import Sample, SpeakerSource
 from diffa.model import Model
 from diffa.nano.alignment import Hinting, chosen
 from diffa.nano.auxiliary import Saying, Script, match, number
@@ -69,7 +69,12 @@ def learner(model: Model, stage: Stage, mixed: Mixture, setting: Setting) -> nn.
     if stage.kind == "listening":
         from diffa.nano.encoder_learner import Hears
 
-        names = [name for source in mixed.sources for name in getattr(source, "speakers", ())]
+        names = [
+            name
+            for source in mixed.sources
+            if isinstance(source, SpeakerSource)
+            for name in source.speakers
+        ]
         try:
             return Hears(model.encoder, list(dict.fromkeys(names)), **stage.options)
         except TypeError as error:

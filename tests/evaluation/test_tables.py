@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from diffa.audio import read
+from diffa.data.corpora.fsdd import TEST_INDICES
 from diffa.errors import SpecError
 from diffa.evaluation.intervals import difference, interval, mcnemar, permuted, ratio
 from diffa.evaluation.score_file import subset_of
 from diffa.evaluation.suites import SUITES, suite
-from diffa.nano.corpus.recordings import TEST_INDICES
 from diffa.nano.corpus.utterances import Utterances
 from diffa.nano.suite_files import TASKS, make, write_suite
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import diffa
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.data.sources import Nano
-from diffa.nano.corpus.voices import WORDS
 from diffa.trainers.evaluate import compare
 
 
@@ -71,7 +71,7 @@ def test_it_describes_speech_and_hears_where_there_is_none(nano) -> None:
 
 
 def test_silence_is_no_digit(nano) -> None:
-    digits = set(WORDS)
+    digits = set(DIGIT_WORDS)
     said = nano.answer(torch.zeros(32_000), "Please transcribe the audio to text.").text
     assert not digits & set(said.split())
 

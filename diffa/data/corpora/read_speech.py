@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffa.data.corpora.clips import Clip, beside, known, subfolder, text_of
-from diffa.nano.corpus.recordings import ACCENTS, TEST_INDICES
-from diffa.nano.corpus.voices import WORDS
+from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS, TEST_INDICES
 
 
 def librispeech(root: Path, problems: list[str]) -> Iterator[Clip]:
@@ -92,4 +91,4 @@ def fsdd(root: Path, problems: list[str]) -> Iterator[Clip]:
             continue
         split = "test" if int(index) in TEST_INDICES else "train"
         labels = known({"gender": "male", "accent": ACCENTS.get(speaker, "").capitalize()})
-        yield Clip(path, path.stem, "FSDD", WORDS[int(digit)], speaker, split, labels)
+        yield Clip(path, path.stem, "FSDD", DIGIT_WORDS[int(digit)], speaker, split, labels)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.nano.corpus.phrases import ORDINALS
 from diffa.nano.corpus.questions import LETTERS
 from diffa.nano.corpus.vocabulary import BLANK
-from diffa.nano.corpus.voices import WORDS
 
 
 class Hint(NamedTuple):
@@ -57,22 +57,22 @@ def hints(words: Sequence[str], said: Sequence[str]) -> list[Hint]:
 def _at_place(words: Sequence[str], begin: int) -> Iterator[Hint]:
     """Label the one digit of an answer to a question for the digit at a place."""
     asked = [name for name in ORDINALS if name in words[:begin]]
-    digits = [i for i in range(begin, len(words)) if words[i] in WORDS]
+    digits = [i for i in range(begin, len(words)) if words[i] in DIGIT_WORDS]
     if len(asked) == 1 and len(digits) == 1:
         yield Hint(digits[0], "number", asked[0])
 
 
 def _told(answer: Sequence[str], begin: int, said: Sequence[str]) -> Iterator[Hint]:
     """Label a transcript, or a caption, which tells what is said from "says" to "over"."""
-    digits = [word for word in answer if word in WORDS]
+    digits = [word for word in answer if word in DIGIT_WORDS]
     caption = any(word in ("say", "says") for word in answer)
-    plain = all(word in WORDS or word.startswith("<|") for word in answer)
+    plain = all(word in DIGIT_WORDS or word.startswith("<|") for word in answer)
     if not caption and not (plain and digits == list(said)):
         return
     telling, place = not caption, 0
     for i, word in enumerate(answer, start=begin):
         telling = (telling or word in ("say", "says")) and word != "over"
-        copied = telling and word in WORDS
+        copied = telling and word in DIGIT_WORDS
         yield Hint(i, "number", ORDINALS[min(place, len(ORDINALS) - 1)] if copied else BLANK)
         place += copied
 

@@ -4,11 +4,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.data.samples import DataError
 from diffa.nano.corpus.phrases import LEADS, ORDINALS, phrases, reworded
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.sounds import DIRECTIONS, SOUNDS
-from diffa.nano.corpus.voices import LANGUAGES, WORDS
+from diffa.nano.corpus.voices import LANGUAGES
 
 Draw = np.random.Generator
 TEENS = (
@@ -28,9 +29,9 @@ MOST_SUMMED = 3  # sums are asked of two or three digits
 
 # What can be chosen between; the answer is always among four of them.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "count": WORDS[:9],
-    "place": WORDS,
-    "largest": WORDS,
+    "count": DIGIT_WORDS[:9],
+    "place": DIGIT_WORDS,
+    "largest": DIGIT_WORDS,
     "same": ("same", "different", "nobody", "music"),
     "accent": (*LANGUAGES, "french", "german", "greek"),
     "gender": ("man", "woman", "both", "nobody"),
@@ -38,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loudness": ("quiet", "normal", "loud", "silent"),
     "sound": (*SOUNDS, "melody", "nothing"),
     "melody": DIRECTIONS,
-    "notes": WORDS[3:7],
+    "notes": DIGIT_WORDS[3:7],
 }
 # How often a kind is asked where several can be.
 WEIGHTS = {
@@ -61,16 +62,16 @@ class Instruction(NamedTuple):
 def spell(number: int) -> str:
     """A number below 100 in words."""
     if number < 20:
-        return (*WORDS, *TEENS)[number]
+        return (*DIGIT_WORDS, *TEENS)[number]
     tens = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")[
         number // 10 - 2
     ]
-    return f"{tens} {WORDS[number % 10]}" if number % 10 else tens
+    return f"{tens} {DIGIT_WORDS[number % 10]}" if number % 10 else tens
 
 
 def transcript(labels: Labels) -> str:
     """The digits in words; "nothing" where nobody speaks."""
-    return " ".join(WORDS[digit] for digit in labels.digits) or "nothing"
+    return " ".join(DIGIT_WORDS[digit] for digit in labels.digits) or "nothing"
 
 
 def answer_to(kind: str, labels: Labels, place: int = 0) -> str | None:
@@ -83,7 +84,7 @@ def answer_to(kind: str, labels: Labels, place: int = 0) -> str | None:
             if melody is None
             else melody.direction
             if kind == "melody"
-            else WORDS[melody.notes]
+            else DIGIT_WORDS[melody.notes]
         )
     match kind:
         case "transcribe":
@@ -91,13 +92,13 @@ def answer_to(kind: str, labels: Labels, place: int = 0) -> str | None:
         case "caption":
             return caption(labels)
         case "count":
-            return WORDS[len(digits)]
+            return DIGIT_WORDS[len(digits)]
         case "place":
-            return WORDS[digits[place]] if place < len(digits) else None
+            return DIGIT_WORDS[digits[place]] if place < len(digits) else None
         case "sum":
             return spell(sum(digits)) if 2 <= len(digits) <= MOST_SUMMED else None
         case "largest":
-            return WORDS[max(digits)] if len(digits) > 1 else None
+            return DIGIT_WORDS[max(digits)] if len(digits) > 1 else None
     return _voice_answer(kind, labels)
 
 
@@ -128,7 +129,7 @@ def _voice_answer(kind: str, labels: Labels) -> str | None:
 def caption(labels: Labels) -> str | None:
     """One sentence of at most 23 words; None where a part of it cannot be told by ear."""
     if labels.melody:
-        return f"A {labels.melody.direction} melody of {WORDS[labels.melody.notes]} notes."
+        return f"A {labels.melody.direction} melody of {DIGIT_WORDS[labels.melody.notes]} notes."
     if not labels.digits:
         return {"noise": "Only noise.", "clicks": "Only clicks.", "silence": "Only silence."}.get(
             str(labels.sound), f"Only a {labels.sound}."
@@ -156,7 +157,7 @@ def seed_line(labels: Labels) -> str:
         *zip(*labels.spans, strict=True), labels.digits, labels.accents, labels.genders, strict=True
     ) if labels.digits else ():  # fmt: skip
         lines.append(
-            f"[{start:.2f}-{stop:.2f}] ({gender}, {accent or 'unclear'} accent) {WORDS[digit]}"
+            f"[{start:.2f}-{stop:.2f}] ({gender}, {accent or 'unclear'} accent) {DIGIT_WORDS[digit]}"
         )
     facts = [f"speed: {labels.speed}", f"volume: {labels.loudness}", f"sound: {labels.sound}"]
     if labels.melody:

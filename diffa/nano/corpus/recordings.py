@@ -8,21 +8,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffa.data.corpora.fsdd import ACCENTS, TEST_INDICES
 from diffa.errors import AudioError
 from diffa.nano.corpus.shaping import RATE, resample, trim
 
 Wave = NDArray[np.float32]
 Split = Literal["train", "test"]
 Gender = Literal["man", "woman"]
-TEST_INDICES = range(5)  # the corpus' official split: 0-4 test, 5-49 training
-ACCENTS = {
-    "george": "greek",
-    "jackson": "american",
-    "lucas": "german",
-    "nicolas": "french",
-    "theo": "american",
-    "yweweler": "german",
-}
 
 
 class Voice(NamedTuple):

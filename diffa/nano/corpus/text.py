@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
 from diffa.nano.corpus.questions import WEIGHTS, Instruction, answer_to, instruct
-from diffa.nano.corpus.recordings import ACCENTS, Voice
+from diffa.nano.corpus.recordings import Voice
 from diffa.nano.corpus.scenes import Draw, Labels, draw_scene, text_labels
 from diffa.nano.corpus.vocabulary import BLANK
-from diffa.nano.corpus.voices import LANGUAGES, VARIANTS, WORDS
+from diffa.nano.corpus.voices import LANGUAGES, VARIANTS
 
 SAID = ("transcribe", "count", "place", "sum", "largest")  # answered by the words alone
 
@@ -77,7 +78,7 @@ class Imitations:
             heard = 1 + int(draw.random() < 0.1 * self.pace)
             length = heard + int(draw.integers(0, 6) * self.pace)
             before = int(draw.integers(0, length - heard + 1))
-            slots += [BLANK] * before + [WORDS[digit]] * heard
+            slots += [BLANK] * before + [DIGIT_WORDS[digit]] * heard
             slots += [BLANK] * (length - heard - before + self._pause(draw))
         if not labels.digits:
             slots += [BLANK] * int(draw.integers(10, 40))
@@ -96,7 +97,7 @@ def facts(labels: Labels) -> list[str]:
     sound = labels.sound or "nothing"
     words += [word for word in (labels.loudness, labels.speed, sound) if word]
     if labels.melody:
-        words += [labels.melody.direction, WORDS[labels.melody.notes], "notes"]
+        words += [labels.melody.direction, DIGIT_WORDS[labels.melody.notes], "notes"]
     return words
 
 

@@ -5,9 +5,9 @@ import re
 import string
 from pathlib import Path
 
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.nano.corpus.phrases import LEADS, ORDINALS, PHRASES
 from diffa.nano.corpus.questions import CHOICES, TEENS
-from diffa.nano.corpus.voices import WORDS
 
 SYSTEM = "You are a helpful voice assistant."
 SPECIAL = (
@@ -41,7 +41,7 @@ def vocabulary() -> list[str]:
         EXTRA,
         *ORDINALS,
         *TEENS,
-        *WORDS,
+        *DIGIT_WORDS,
     ]
     texts += [choice for choices in CHOICES.values() for choice in choices]
     words = sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.nano.corpus.recordings import Gender, Split, Voice, Wave
 from diffa.nano.corpus.shaping import RATE, resample, trim
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LANGUAGES = {
     "american": "en-us",
     "british": "en-gb",
@@ -90,7 +90,18 @@ def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wav
         fresh = path.with_suffix(
             f".{os.getpid()}.part"
         )  # renamed when whole: several workers may render
-        order = [program, "-v", voice, "-p", pitch, "-s", str(rate), "-w", str(fresh), WORDS[digit]]
+        order = [
+            program,
+            "-v",
+            voice,
+            "-p",
+            pitch,
+            "-s",
+            str(rate),
+            "-w",
+            str(fresh),
+            DIGIT_WORDS[digit],
+        ]
         subprocess.run(order, check=True, capture_output=True)
         fresh.replace(path)
     wave, found = soundfile.read(path, dtype="float32")
