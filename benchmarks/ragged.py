@@ -20,7 +20,7 @@ from reports import write
 
 import diffa
 from diffa.backbones import transformer
-from diffa.data.sources import Nano
+from diffa.nano.sources import Nano
 
 
 def main() -> None:

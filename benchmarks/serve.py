@@ -36,7 +36,7 @@ import torch
 from reports import write
 
 import diffa
-from diffa.data.sources import Nano
+from diffa.nano.sources import Nano
 from diffa.runtime.threads import one_core
 from diffa.serving.limits import Limits
 from diffa.serving.run import configured

@@ -19,7 +19,7 @@ import torch
 from reports import write
 
 import diffa
-from diffa.data.sources import Nano
+from diffa.nano.sources import Nano
 
 
 def main() -> None:

@@ -132,7 +132,9 @@ def _ways(labels: Labels, draw: Draw) -> list[Way]:
     digits, place = labels.digits, int(draw.integers(len(labels.digits)))
     ways = [
         Way("text", DIGIT_WORDS[digits[place]], DIGIT_WORDS,
-            lambda new: {"digits": (*digits[:place], DIGIT_WORDS.index(new), *digits[place + 1 :])}),
+            lambda new: {
+                "digits": (*digits[:place], DIGIT_WORDS.index(new), *digits[place + 1 :])
+            }),
         Way("accent", str(labels.accents[0]), ACCENT_NAMES,
             lambda new: {"accents": _of_first(labels, labels.accents, new)}),
         Way("gender", labels.genders[0], ("man", "woman"),

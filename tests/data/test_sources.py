@@ -74,7 +74,7 @@ def test_a_source_of_a_third_party_feeds_a_recipe_with_its_own_options(tones, wo
     report = train(recipe, out=tmp_path / "run", console=QUIET, device="cpu")
     assert report.stages[0].rows == 6 and report.stages[0].skipped == 0
     recipe["stages"][0]["data"][0]["options"] = {"cuont": 6}
-    with pytest.raises(DataError, match="source 'tones': .*'cuont', did you mean 'count'"):
+    with pytest.raises(DataError, match=r"source 'tones': .*'cuont', did you mean 'count'"):
         train(recipe, out=tmp_path / "other", console=QUIET, device="cpu")
 
 
@@ -116,7 +116,7 @@ def test_a_name_that_diffa_ships_means_diffas_source(tones):
 def test_a_source_without_a_length_breaks_the_contract(tones):
     install(tones, "half", {"source": {"half": "half:Half"}}, {"half": "class Half:\n    pass\n"})
     registry.refresh()
-    with pytest.raises(PluginError, match="source Half lacks __len__, __getitem__; .* from half"):
+    with pytest.raises(PluginError, match=r"source Half lacks __len__, __getitem__; .* from half"):
         open_source("half", {})
 
 
@@ -132,7 +132,7 @@ def test_a_callers_own_factory_comes_first_and_takes_any_options():
             return Sample("a")
 
     assert isinstance(open_source("nano", {"whatever": object()}, {"nano": Mine}), Mine)
-    with pytest.raises(DataError, match="source 'nano': .*unexpected keyword"):
+    with pytest.raises(DataError, match=r"source 'nano': .*unexpected keyword"):
         open_source("nano", {"other": 1}, {"nano": Mine})
 
 

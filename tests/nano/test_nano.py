@@ -8,7 +8,7 @@ import torch
 
 import diffa
 from diffa.data.corpora.fsdd import DIGIT_WORDS
-from diffa.data.sources import Nano
+from diffa.nano.sources import Nano
 from diffa.trainers.evaluate import compare
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffa
-from diffa.data.sources import Nano
+from diffa.nano.sources import Nano
 from diffa.trainers import train
 from diffa.trainers.evaluate import compare
 

@@ -12,7 +12,7 @@ from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.collate import Collate
 from diffa.data.rows import Answering
 from diffa.data.samples import Sample
-from diffa.data.sources import NanoText
+from diffa.nano.sources import NanoText
 from diffa.errors import SpecError
 from diffa.nano.alignment import Hinting, chosen
 from diffa.nano.auxiliary import Saying, Script, number, numbered

@@ -156,9 +156,8 @@ def seed_line(labels: Labels) -> str:
     for start, stop, digit, accent, gender in zip(
         *zip(*labels.spans, strict=True), labels.digits, labels.accents, labels.genders, strict=True
     ) if labels.digits else ():  # fmt: skip
-        lines.append(
-            f"[{start:.2f}-{stop:.2f}] ({gender}, {accent or 'unclear'} accent) {DIGIT_WORDS[digit]}"
-        )
+        accent = accent or "unclear"
+        lines.append(f"[{start:.2f}-{stop:.2f}] ({gender}, {accent} accent) {DIGIT_WORDS[digit]}")
     facts = [f"speed: {labels.speed}", f"volume: {labels.loudness}", f"sound: {labels.sound}"]
     if labels.melody:
         facts.append(f"melody: {labels.melody.direction}, {labels.melody.notes} notes")
