@@ -6,15 +6,13 @@ The package's ``__init__`` imports this module, so torch is imported inside the 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffa.errors import CheckpointError, SpecError
+from diffa.runtime.files import replace_folder
 
 if TYPE_CHECKING:
     import torch
@@ -188,39 +186,13 @@ def replacing(folder: Path) -> Iterator[Path]:
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (folder / SPEC).is_file():
         raise CheckpointError(f"{folder} exists and is no saved model: choose another place")
-    fresh: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        yield fresh
-        _swap(fresh, folder)
+        with replace_folder(folder) as fresh:
+            yield fresh
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error}; nothing was changed"
         ) from error
-    finally:
-        if fresh is not None and fresh.exists():
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _swap(fresh: Path, folder: Path) -> None:
-    """Put ``fresh`` where ``folder`` is; the old content goes only once the new is in place."""
-    for file in fresh.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    fresh.chmod(0o755)
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    old.rmdir()
-    folder.rename(old)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

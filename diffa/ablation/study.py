@@ -15,7 +15,7 @@ from diffa.ablation.axes import Axis, read_axes
 from diffa.ablation.grid import Cell, cells, training
 from diffa.ablation.worker import Job, work
 from diffa.errors import DiffaError, SpecError
-from diffa.trainers.checkpoints import read_json, write_json
+from diffa.trainers.checkpoints import load_json, save_json
 from diffa.trainers.config import Recipe
 
 
@@ -102,7 +102,7 @@ def check(grid: Sequence[Cell]) -> None:
 
 def collect(study: Study) -> dict[str, dict[str, Any]]:
     """Read the results that there are, by the cells' names."""
-    found = {cell.name: read_json(_result(study, cell)) for cell in study.cells}
+    found = {cell.name: load_json(_result(study, cell)) for cell in study.cells}
     return {name: result for name, result in found.items() if result is not None}
 
 
@@ -114,7 +114,7 @@ def _jobs(study: Study, score: str | None, device: str | None) -> Iterator[tuple
     """The trainings of cells without a result, or with one that was measured otherwise."""
     shared: dict[str, list[Cell]] = {}
     for cell in study.cells:
-        known = read_json(_result(study, cell))
+        known = load_json(_result(study, cell))
         if known is None or known["score"] != score:
             shared.setdefault(cell.training, []).append(cell)
     for name, wanting in shared.items():
@@ -187,7 +187,7 @@ def _here(name: str, job: Job) -> tuple[str, str]:
 
 def _start(study: Study, name: str, job: Job) -> subprocess.Popen[bytes]:
     path = study.out / "jobs" / f"{name}.json"
-    write_json(job._asdict(), path)
+    save_json(job._asdict(), path)
     with open(_log(study, name), "ab") as log:
         command = [sys.executable, "-m", "diffa.ablation.worker", str(path)]
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

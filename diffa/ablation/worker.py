@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 def work(job: Job) -> None:
     """Train, or go on where a training stopped, then measure the cells that have no result."""
-    from diffa.trainers.checkpoints import write_json
+    from diffa.trainers.checkpoints import save_json
     from diffa.trainers.config import Recipe
     from diffa.trainers.run import train
 
@@ -74,7 +74,7 @@ def work(job: Job) -> None:
             "seconds": round(seconds, 1),
             "metrics": numbers,
         }
-        write_json(note, results / f"{name}.json")
+        save_json(note, results / f"{name}.json")
 
 
 def decoding_as(model: Model, recipe: Recipe) -> Model:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffa.cli.output import say
+from diffa.runtime.files import write_text
 
 if TYPE_CHECKING:
     from diffa.ablation.study import Study
@@ -85,9 +86,8 @@ def write(study: Study, metric: str | None = None) -> str:
     if names:
         title = " and ".join(axis.path for axis in study.axes)
         files["plot.svg"] = plot.draw(table.rows(study, metric), names[0], title)
-    study.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (study.out / name).write_text(content, encoding="utf-8")
+        write_text(study.out / name, content)
     return text
 
 

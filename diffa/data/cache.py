@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffa.runtime.files import atomic_write
 from diffa.types import Features, FeatureSpec
 
 _KINDS = {"float16": torch.float16, "float32": torch.float32}
@@ -189,15 +189,8 @@ def _joined(
 def _place(path: Path, data: bytes) -> bool:
     """Write a file so that it appears whole or not at all; False where the disk refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            return False
+        with atomic_write(path, sync=False) as draft:
+            draft.write_bytes(data)
     except OSError:
         return False
     return True

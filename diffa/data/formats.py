@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffa.data.manifest import Broken, lines, list_items
 from diffa.data.messages import from_messages, is_messages, to_messages
 from diffa.data.samples import DataError, Fault
+from diffa.runtime.files import atomic_write
 
 PUBLISHED = (
     "audio_id",
@@ -123,14 +123,10 @@ def _relative(row: Row, folder: Path) -> Row:
 
 def _whole(path: Path, write: Callable[[Path, Sequence[Row]], None], rows: Sequence[Row]) -> None:
     """Write beside the file and rename: a full disk leaves what was there before."""
-    fresh = path.with_name(f"{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(fresh, rows)
-        fresh.replace(path)
+        with atomic_write(path) as draft:
+            write(draft, rows)
     except OSError as error:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffa.evaluation.items import EvaluationError
 from diffa.evaluation.judge import SAMPLES, SAMPLING, Judge, judge_rows
 from diffa.evaluation.score_file import subset_of
 from diffa.evaluation.suites.voicebench import JUDGED, SUBSETS
+from diffa.runtime.files import write_json, write_text
 
 
 def needs_judge(suite: str, subset: str) -> bool:
@@ -48,7 +48,7 @@ def judge_file(
     begin = time.strftime("%Y-%m-%d")
     judged, failed = judge_rows(rows, judge, workers=workers, on_row=on_row)
     result = path.with_name(f"result-{path.name}")
-    result.write_text(as_jsonl([row.fields for row in judged]), encoding="utf-8")
+    write_text(result, as_jsonl([row.fields for row in judged]))
     about = {
         "judge": judge.endpoint.model,
         "url": judge.endpoint.url,
@@ -57,6 +57,5 @@ def judge_file(
         **SAMPLING,
         "failed": failed,
     }
-    note = result.with_suffix(".judge.json")
-    note.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(result.with_suffix(".judge.json"), about)
     return result, failed

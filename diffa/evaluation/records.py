@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffa.evaluation.items import EvaluationError
+from diffa.runtime.files import write_text
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
 
@@ -86,11 +86,7 @@ class Folder:
 
     def write(self, name: str, text: str) -> Path:
         """Put a file in place at once, so that a reader never sees half of it."""
-        file = self.path / name
-        fresh = file.with_name(f".{name}.{os.getpid()}")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(file)
-        return file
+        return write_text(self.path / name, text)
 
 
 def _apart(name: str, old: Any, new: Any) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffa.errors import SpecError
+from diffa.runtime.files import write_json
 
 
 class Replies:
@@ -37,11 +37,7 @@ class Replies:
 
     def keep(self, asked: Any, reply: Mapping[str, Any]) -> None:
         """Keep a reply, whole or not at all; raises OSError where that cannot be done."""
-        path = self._path(asked)
-        fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(reply, ensure_ascii=False), "utf-8")
-        fresh.replace(path)
+        write_json(self._path(asked), reply, indent=None, sync=False)
 
     def _path(self, asked: Any) -> Path:
         key = json.dumps(asked, sort_keys=True)

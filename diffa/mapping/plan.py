@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.errors import SpecError
 from diffa.mapping.rows import Asking
+from diffa.runtime.files import write_text
 
 PLAN = "map.json"
 
@@ -117,7 +117,4 @@ def keep(plan: Plan, out: Path) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"{out} exists and holds no run of diffa map: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    draft = out / f".{PLAN}.{os.getpid()}"
-    draft.write_text(plan.to_json(), encoding="utf-8")
-    draft.replace(file)
+    write_text(file, plan.to_json())

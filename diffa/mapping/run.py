@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffa.mapping.cluster import Replicas, run_ray
 from diffa.mapping.plan import Plan, keep
 from diffa.mapping.pool import run_here, run_pool
 from diffa.mapping.shards import Written
+from diffa.runtime.files import write_json
 
 SUMMARY = "summary.json"
 
@@ -113,9 +113,7 @@ def summarise(plan: Plan, out: Path) -> None:
         num_forwards += sum(value or 0 for value in found["num_forwards"])
     hours = round(seconds / 3600, 6)
     total = {"rows": rows, "errors": errors, "audio_hours": hours, "num_forwards": num_forwards}
-    draft = out / f".{SUMMARY}"
-    draft.write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
-    draft.replace(out / SUMMARY)
+    write_json(out / SUMMARY, total, indent=2)
 
 
 def _clean(out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from diffa.audio import prepare
 from diffa.errors import DiffaError
 from diffa.mapping.plan import Plan
 from diffa.mapping.rows import Row
+from diffa.runtime.files import atomic_write
 
 
 class Written(NamedTuple):
@@ -122,11 +122,5 @@ def write_parquet(path: Path, rows: Sequence[Row], found: Sequence[Found], plan:
     schema = pa.schema([(name, kind) for name, (kind, _) in columns.items()])
     schema = schema.with_metadata({"diffa.manifest": plan.digest})
     arrays = [pa.array(values, kind) for kind, values in columns.values()]
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(path) as draft:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), draft)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from diffa.nano.corpus.recordings import Voice
 from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Draw, Scene
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterance, Utterances
+from diffa.runtime.files import write_text
 
 MANIFEST = "nano-suite.jsonl"
 _TRIES = 200  # scenes drawn for one item before its task is given up
@@ -85,11 +86,7 @@ def write_suite(
             rows.append(row_of(name, number, file, question, answer, choices))
             if on_item is not None:
                 on_item(len(rows))
-    manifest = folder / MANIFEST
-    fresh = manifest.with_suffix(".part")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fresh.replace(manifest)
-    return manifest
+    return write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(

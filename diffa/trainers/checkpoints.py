@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffa.errors import DiffaError
+from diffa.runtime.files import atomic_write, replace_folder, write_json
 
 WEIGHTS = "weights.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -34,25 +34,19 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     Whatever goes wrong, ``folder`` is as it was; a write that fails raises TrainingError.
     """
-    draft = draft_of(folder)
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+    with _write_errors(folder), replace_folder(folder, draft_of(folder)) as draft:
         yield draft
-        for path in draft.rglob("*"):
-            _flush(path)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Raise a disk's errors as TrainingError, which names the checkpoint that is intact."""
+    try:
+        yield
     except Exception as error:
-        shutil.rmtree(draft, ignore_errors=True)
         if not _is_write_error(error):
             raise
-        raise TrainingError(f"cannot write {folder}: {error}{_intact(folder)}") from error
+        raise TrainingError(f"cannot write {path}: {error}{_intact(path)}") from error
 
 
 def _is_write_error(error: Exception) -> bool:
@@ -67,14 +61,6 @@ def _intact(folder: Path) -> str:
     if found is None:
         return "; nothing was saved before. Free some space or choose another folder"
     return f". {found} is intact: free some space, then go on with --resume"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -113,17 +99,8 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 def keep_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors to a file that is whole or as it was; raises TrainingError."""
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _write_errors(path), atomic_write(path) as draft:
         save_weights(state, draft)
-        _flush(draft)
-        os.replace(draft, path)
-    except Exception as error:
-        draft.unlink(missing_ok=True)
-        if not _is_write_error(error):
-            raise
-        raise TrainingError(f"cannot write {path}: {error}{_intact(path)}") from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -137,18 +114,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise TrainingError(f"{path} cannot be read: {error}") from error
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write a small JSON file so that it is never half there."""
-    draft = path.with_name(f".{path.name}.part")
+def save_json(value: Any, path: Path) -> None:
+    """Write a small JSON file that is whole or as it was; raises TrainingError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(draft, path)
+        write_json(path, value)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error}") from error
 
 
-def read_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     """Read a JSON file of the run, or None where there is none."""
     try:
         return json.loads(path.read_text())

@@ -15,10 +15,10 @@ from diffa.evaluation.word_errors import edits
 from diffa.trainers.checkpoints import (
     WEIGHTS,
     TrainingError,
-    read_json,
+    load_json,
     replacing,
+    save_json,
     save_weights,
-    write_json,
 )
 from diffa.trainers.config_sections import Evaluation
 from diffa.trainers.distributed import agreed, leads, wait
@@ -107,7 +107,7 @@ class Best:
         self, held: Any, model: Any, folder: Path, chosen: Evaluation, *, fresh: bool
     ) -> None:
         self.held, self.model, self.place, self.name = held, model, folder / "best", chosen.best
-        note = None if fresh else read_json(self.place / "metrics.json")
+        note = None if fresh else load_json(self.place / "metrics.json")
         self.value: float | None = note["best"] if note else None
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Best:
             if leads():
                 with replacing(self.place) as draft:
                     save_weights(state, draft / WEIGHTS)
-                    write_json({"best": value, "step": step, **found}, draft / "metrics.json")
+                    save_json({"best": value, "step": step, **found}, draft / "metrics.json")
             wait()  # others may read it next
         return found
 

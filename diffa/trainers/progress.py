@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.trainer_callback import TrainerCallback
 
+from diffa.runtime.files import write_text
+
 _PLAIN = 30.0  # seconds between lines where there is no terminal to draw on
 
 
@@ -82,10 +84,9 @@ class Log(TrainerCallback):  # type: ignore[misc]
         """Keep the lines up to where the stage begins or goes on."""
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
         kept = kept if state.global_step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append a line."""

@@ -23,10 +23,10 @@ from diffa.trainers.checkpoints import (
     checkpoints,
     keep_weights,
     latest,
+    load_json,
     load_weights,
-    read_json,
+    save_json,
     step_of,
-    write_json,
 )
 from diffa.trainers.config import Recipe, stage_part
 from diffa.trainers.config_sections import Evaluation, Stage
@@ -198,7 +198,7 @@ def _plan(setting: Setting, model: Model) -> list[StageReport]:
 def _claim(setting: Setting, resume: bool) -> None:
     """Take the folder for this recipe; refuse one that holds another run."""
     path = setting.out / "recipe.json"
-    held = read_json(path)
+    held = load_json(path)
     if not any(place.is_dir() for place in setting.out.glob("*/")):
         held = None  # a run that failed before its first stage has left nothing to keep
     if resume and held is None:
@@ -213,7 +213,7 @@ def _claim(setting: Setting, resume: bool) -> None:
             raise TrainingError(
                 f"{setting.out} was begun with another recipe; it differs in {', '.join(changed)}"
             )
-    write_json(setting.recipe.data, path)
+    save_json(setting.recipe.data, path)
 
 
 def _stage(
@@ -222,7 +222,7 @@ def _stage(
     """Run a stage from ``start``, or take over what it left behind if it ran before."""
     stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
     seen = staged(model, stage)
-    done = read_json(folder / "stage.json") if again else None
+    done = load_json(folder / "stage.json") if again else None
     if done is not None:
         restore(seen, load_weights(folder / WEIGHTS), str(folder))
         setting.console.print(f"{stage.name}: done before, {done['steps']} steps")
@@ -271,7 +271,7 @@ def _report_skipped(running: Loop, setting: Setting, folder: Path) -> int:
     ]
     reasons = sorted({*running.skipped, *faulty})
     if reasons:
-        write_json(reasons, folder / "skipped.json")
+        save_json(reasons, folder / "skipped.json")
         setting.console.print(
             f"{len(reasons)} rows were left out, listed in {folder / 'skipped.json'}"
         )
@@ -288,7 +288,7 @@ def _keep(trained: Model, report: StageReport, folder: Path, stage: Stage) -> No
         keep_weights(state, folder / WEIGHTS)
         note = report._asdict()
         del note["folder"], note["estimate"]
-        write_json(note, folder / "stage.json")
+        save_json(note, folder / "stage.json")
     wait()  # other processes read it
 
 

@@ -16,6 +16,7 @@ from diffa.data.messages import from_messages, to_messages
 from diffa.data.samples import DataError
 from diffa.data.statistics import table, values
 from diffa.data.validation import validate
+from diffa.runtime.files import temporary_path
 
 
 def a_row(folder: Path, number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def test_files_that_cannot_be_read_or_written_say_so(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [a_row(tmp_path)])
     before = path.read_bytes()
-    (tmp_path / "a.jsonl.part").mkdir()  # nothing can be written beside it
+    temporary_path(path).mkdir()  # nothing can be written beside it
     with pytest.raises(DataError, match="cannot be written"):
         write_rows(path, [])
     assert path.read_bytes() == before

@@ -65,13 +65,13 @@ def test_a_hand_says_that_the_process_ends():
 
 _CORES = """
 import threading, torch
-from diffa.runtime.threads import Hand
+from diffa.runtime.threads import ComputeThread
 torch.set_num_threads(2)
 assert torch.get_num_threads() == 2  # asked once, a thread keeps its number
 thread = threading.Thread(target=torch.set_num_threads, args=(1,))
 thread.start()
 thread.join()
-print(torch.get_num_threads(), Hand()(torch.get_num_threads))
+print(torch.get_num_threads(), ComputeThread()(torch.get_num_threads))
 """
 _TEAMS = """
 import os, torch

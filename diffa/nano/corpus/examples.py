@@ -13,6 +13,7 @@ from diffa.nano.corpus.recordings import Split, Wave
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterances
+from diffa.runtime.files import write_text
 
 DATASET = "diffa-nano"
 
@@ -136,7 +137,4 @@ def write_corpus(
         )  # ids are unique per row
     manifest = folder / f"{split}.{form}"
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    fresh = manifest.with_suffix(".part")
-    fresh.write_text(lines if form == "jsonl" else json.dumps(rows, indent=1))
-    fresh.replace(manifest)
-    return manifest
+    return write_text(manifest, lines if form == "jsonl" else json.dumps(rows, indent=1))

@@ -13,6 +13,7 @@ import numpy as np
 from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.nano.corpus.recordings import Gender, Split, Voice, Wave
 from diffa.nano.corpus.shaping import RATE, resample, trim
+from diffa.runtime.files import atomic_write
 
 LANGUAGES = {
     "american": "en-us",
@@ -85,24 +86,9 @@ def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wav
 
     path = folder / f"{name}-{rate}-{digit}.wav"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         voice, pitch = name.split("@")
-        fresh = path.with_suffix(
-            f".{os.getpid()}.part"
-        )  # renamed when whole: several workers may render
-        order = [
-            program,
-            "-v",
-            voice,
-            "-p",
-            pitch,
-            "-s",
-            str(rate),
-            "-w",
-            str(fresh),
-            DIGIT_WORDS[digit],
-        ]
-        subprocess.run(order, check=True, capture_output=True)
-        fresh.replace(path)
+        with atomic_write(path, sync=False) as file:
+            options = ["-v", voice, "-p", pitch, "-s", str(rate), "-w", str(file)]
+            subprocess.run([program, *options, DIGIT_WORDS[digit]], check=True, capture_output=True)
     wave, found = soundfile.read(path, dtype="float32")
     return trim(resample(np.asarray(wave, dtype=np.float32), found, RATE))
