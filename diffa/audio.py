@@ -1,11 +1,12 @@
-"""Recordings: read any file, mix down, resample, check, and pad a batch."""
+"""Recordings: decode, mix down, resample, validate, and pad a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,53 +15,135 @@ from torch import Tensor
 
 from diffa.errors import AudioError
 
+FORMATS = ("wav", "mp3", "flac", "ogg")
+"""Formats that are read without an extra, and the only ones accepted from untrusted sources."""
+MAX_CHANNELS = 8  # of an untrusted recording: a header alone may claim a thousand
+_MIN_RATE, _MAX_RATE = 1000, 384_000  # Hz, of an untrusted recording
+_PIECE = 1 << 16  # frames decoded at once
 
-def read(path: str | Path) -> tuple[Tensor, int]:
-    """Return the waveform (S,) of a file, float32 and mono, and its samples per second.
 
-    WAV, FLAC, OGG and MP3 through soundfile; m4a, webm and others through PyAV
-    (``pip install 'diffa-audio[audio]'``). Raises AudioError.
+class AudioTooLongError(AudioError):
+    """A recording exceeds the ``max_seconds`` that its reader allows."""
+
+
+def read(
+    source: str | Path | bytes | BinaryIO,
+    *,
+    max_seconds: float | None = None,
+    trusted: bool = True,
+) -> tuple[Tensor, int]:
+    """Decode a recording and mix it down to mono.
+
+    WAV, FLAC, OGG and MP3 are decoded by soundfile; m4a, webm and others by PyAV
+    (``pip install 'diffa-audio[audio]'``).
+
+    Args:
+        source: a path, the bytes of a file, or a binary file object.
+        max_seconds: longest recording. Default: any length.
+        trusted: False for data from a network: accept only ``FORMATS``, ``MAX_CHANNELS`` channels
+            and ordinary sample rates, and keep FFmpeg out.
+
+    Returns:
+        The waveform (S,), float32, and its samples per second.
+
+    Raises:
+        AudioTooLongError: the recording is longer than ``max_seconds``.
+        AudioError: it is missing, empty, damaged, or not audio.
     """
-    path = Path(path).expanduser()
+    file, name = _open(source)
+    if not trusted and not _has_known_header(file):
+        raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
+    import soundfile
+
+    try:
+        waveform, rate = _decode_soundfile(file, name, max_seconds, trusted=trusted)
+    except AudioError:
+        raise
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
+        if not trusted:
+            raise AudioError(f"{name} cannot be decoded: {error}") from error
+        waveform, rate = _decode_pyav(file, name, max_seconds)
+    if waveform.numel() == 0:
+        raise AudioError(f"{name} holds no samples")
+    return waveform, rate
+
+
+def _open(source: str | Path | bytes | BinaryIO) -> tuple[Path | BinaryIO, str]:
+    """Return what the decoders open, and its name in errors."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source), f"the recording of {len(source)} bytes"
+    if not isinstance(source, str | Path):
+        return source, str(getattr(source, "name", "the recording"))
+    path = Path(source).expanduser()
     if not path.exists():
         raise AudioError(f"there is no file {path}")
     if path.is_dir():
         raise AudioError(f"{path} is a folder: give one recording")
     if path.stat().st_size == 0:
         raise AudioError(f"{path} is an empty file")
-    samples, rate = _soundfile(path) or _pyav(path)
-    if samples.numel() == 0:
-        raise AudioError(f"{path} holds no samples")
-    return samples.mean(0), rate
+    return path, str(path)
 
 
-def _soundfile(path: Path) -> tuple[Tensor, int] | None:
-    """Return samples (channels, S) and their rate, or None where libsndfile knows no such file."""
+def _has_known_header(file: Path | BinaryIO) -> bool:
+    """Whether the first bytes are those of one of ``FORMATS``; libsndfile opens many more."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            head = opened.read(4)
+    else:
+        head = file.read(4)
+        file.seek(0)
+    mpeg_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+    return head in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or mpeg_frame
+
+
+def _decode_soundfile(
+    file: Path | BinaryIO, name: str, max_seconds: float | None, *, trusted: bool
+) -> tuple[Tensor, int]:
     import soundfile
 
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError:
-        return None
-    return torch.from_numpy(samples).T, int(rate)
+    with soundfile.SoundFile(file) as opened:
+        rate, channels = int(opened.samplerate), int(opened.channels)
+        if not trusted and not 1 <= channels <= MAX_CHANNELS:
+            raise AudioError(f"{name} has {channels} channels: mix them down to {MAX_CHANNELS}")
+        if not trusted and not _MIN_RATE <= rate <= _MAX_RATE:
+            raise AudioError(f"{name} has {rate} samples per second: resample it to 16000")
+
+        def pieces() -> Iterator[Tensor]:
+            while len(piece := opened.read(_PIECE, dtype="float32", always_2d=True)):
+                yield torch.from_numpy(piece).T
+
+        return _mix_down(pieces(), rate, name, max_seconds), rate
 
 
-def _pyav(path: Path) -> tuple[Tensor, int]:
-    """Return samples (channels, S) and their rate, decoded by FFmpeg's libraries."""
+def _decode_pyav(file: Path | BinaryIO, name: str, max_seconds: float | None) -> tuple[Tensor, int]:
     try:
         av: Any = import_module("av")
     except ImportError as error:
         raise AudioError(
-            f"{path} cannot be read as WAV, FLAC, OGG or MP3: it is damaged, not audio, or in "
+            f"{name} cannot be read as WAV, FLAC, OGG or MP3: it is damaged, not audio, or in "
             "another format (m4a, webm, ...) that pip install 'diffa-audio[audio]' adds"
         ) from error
+    if not isinstance(file, Path):
+        file.seek(0)
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(file) if isinstance(file, Path) else file) as container:
             stream = container.streams.audio[0]
-            frames = [_planar(frame) for frame in container.decode(stream)]
-            return torch.cat(frames or [torch.empty(1, 0)], dim=1), int(stream.rate)
+            frames = (_planar(frame) for frame in container.decode(stream))
+            return _mix_down(frames, int(stream.rate), name, max_seconds), int(stream.rate)
     except (av.error.FFmpegError, IndexError) as error:
-        raise AudioError(f"{path} holds no audio that can be decoded: {error}") from error
+        raise AudioError(f"{name} holds no audio that can be decoded: {error}") from error
+
+
+def _mix_down(pieces: Iterable[Tensor], rate: int, name: str, max_seconds: float | None) -> Tensor:
+    """Average the channels of pieces (channels, S), until they are too long."""
+    # Headers may lie about the length, so samples are counted as they are decoded.
+    mono, count = [torch.empty(0)], 0
+    for piece in pieces:
+        count += piece.shape[1]
+        if max_seconds is not None and count > int(max_seconds * rate):
+            raise AudioTooLongError(f"{name} is longer than {max_seconds:g} s")
+        mono.append(piece.mean(0))
+    return torch.cat(mono)
 
 
 def _planar(frame: Any) -> Tensor:
@@ -72,6 +155,42 @@ def _planar(frame: Any) -> Tensor:
         return (samples.float() - 128) / 128
     scale = 1.0 if samples.is_floating_point() else float(torch.iinfo(samples.dtype).max) + 1
     return samples.float() / scale
+
+
+def read_dataset_audio(value: Any, folder: Path | None = None) -> tuple[Tensor, int]:
+    """Decode a recording in any form in which Hugging Face ``datasets`` hands it out.
+
+    Args:
+        value: a path; bytes; a mapping with ``bytes``, ``array`` and ``sampling_rate``, or
+            ``path``; or a decoder of torchcodec (``get_all_samples``).
+        folder: where relative paths start. Default: the working directory.
+
+    Returns:
+        The waveform (S,), mono, and its samples per second.
+
+    Raises:
+        AudioError: another form, or a recording that cannot be decoded.
+    """
+    if hasattr(value, "get_all_samples"):
+        decoded = value.get_all_samples()
+        value = {"array": decoded.data, "sampling_rate": decoded.sample_rate}
+    fields = value if isinstance(value, dict) else {}
+    if not fields.get("bytes") and fields.get("array") is not None:
+        try:
+            samples, rate = torch.as_tensor(fields["array"]), int(fields["sampling_rate"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise AudioError(f"a recording's samples cannot be read: {error!r}") from error
+        if samples.dim() == 2:  # the shorter dimension is the channels, in either order
+            samples = samples.to(torch.float32).mean(0 if len(samples) < samples.shape[1] else 1)
+        return prepare(samples, rate), rate
+    stored = fields.get("bytes") or fields.get("path") or value
+    if isinstance(stored, bytes):
+        return read(stored)
+    if not isinstance(stored, str | Path) or not str(stored):
+        raise AudioError(
+            f"a recording must be a path, bytes or samples, not {type(value).__name__}"
+        )
+    return read((folder or Path()) / Path(stored).expanduser())
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Reading, mixing down, resampling, checking and padding recordings."""
 
+import io
 import sys
 import types
 
@@ -64,6 +65,58 @@ def test_what_is_not_audio_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.wav").write_text("this is no recording")
     with pytest.raises(AudioError, match=r"pip install 'diffa-audio\[audio\]'"):
         audio.read(tmp_path / "a.wav")
+
+
+def test_bytes_and_file_objects_decode_as_the_file_does(tmp_path):
+    path = write(tmp_path / "a.flac", tone())
+    expected, rate = audio.read(path)
+    for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), str(path)):
+        waveform, found = audio.read(source)
+        assert found == rate and waveform.equal(expected)
+
+
+def test_a_recording_of_several_pieces_is_decoded_whole(tmp_path):
+    wave = torch.rand(audio._PIECE * 2 + 7) - 0.5
+    waveform, _ = audio.read(write(tmp_path / "a.wav", wave, subtype="FLOAT"))
+    assert waveform.equal(wave)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_bound_on_length_is_inclusive(tmp_path, trusted):
+    path = write(tmp_path / "a.wav", tone(0.5))
+    waveform, _ = audio.read(path, max_seconds=0.5, trusted=trusted)
+    assert len(waveform) == 8000
+    with pytest.raises(audio.AudioTooLongError, match=r"a\.wav is longer than 0\.4 s"):
+        audio.read(path, max_seconds=0.4, trusted=trusted)
+
+
+@pytest.mark.parametrize("suffix", audio.FORMATS)
+def test_untrusted_recordings_may_have_the_listed_formats(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", tone())
+    assert audio.read(path.read_bytes(), trusted=False)[0].equal(audio.read(path)[0])
+
+
+def test_untrusted_recordings_of_other_formats_are_refused(tmp_path):
+    path = write(tmp_path / "a.aiff", tone())
+    assert len(audio.read(path)[0]) == 8000
+    for source in (path, path.read_bytes(), b"", b"x"):
+        with pytest.raises(AudioError, match="is not a wav, mp3, flac or ogg file"):
+            audio.read(source, trusted=False)
+
+
+def test_untrusted_recordings_have_few_channels_and_an_ordinary_rate(tmp_path):
+    wide = write(tmp_path / "wide.wav", np.zeros((100, audio.MAX_CHANNELS + 1)))
+    slow = write(tmp_path / "slow.wav", tone(), 500)
+    for path, message in ((wide, "9 channels"), (slow, "500 samples per second")):
+        audio.read(path)
+        with pytest.raises(AudioError, match=message):
+            audio.read(path, trusted=False)
+
+
+def test_damaged_untrusted_recordings_never_reach_ffmpeg(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_decode_pyav", lambda *_: pytest.fail("FFmpeg was asked"))
+    with pytest.raises(AudioError, match="cannot be decoded"):
+        audio.read(b"RIFF" + b"x" * 100, trusted=False)
 
 
 class FakeFrame:
@@ -170,6 +223,35 @@ def test_a_file_that_is_not_finite_is_refused(tmp_path):
     path = write(tmp_path / "a.wav", wave, subtype="FLOAT")
     with pytest.raises(AudioError, match=r"a\.wav holds 1 samples .* first at 100"):
         audio.prepare(path, 16_000)
+
+
+# read_dataset_audio
+
+
+def test_relative_paths_of_a_data_set_start_in_its_folder(tmp_path):
+    write(tmp_path / "a.wav", tone())
+    for value in ("a.wav", {"path": "a.wav"}, {"bytes": None, "path": str(tmp_path / "a.wav")}):
+        assert audio.read_dataset_audio(value, tmp_path)[0].shape == (8000,)
+
+
+def test_bytes_of_a_data_set_come_before_its_path(tmp_path):
+    stored = write(tmp_path / "a.wav", tone()).read_bytes()
+    for value in (stored, {"bytes": stored, "path": "absent.wav"}):
+        assert audio.read_dataset_audio(value)[0].shape == (8000,)
+
+
+@pytest.mark.parametrize("shape", [(2, 100), (100, 2)])
+def test_samples_of_a_data_set_are_averaged_over_the_shorter_dimension(shape):
+    waveform, rate = audio.read_dataset_audio({"array": np.ones(shape), "sampling_rate": 8000})
+    assert rate == 8000 and waveform.equal(torch.ones(100))
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, "", ["a.wav"], {}, {"array": [0.5]}, {"array": "x", "sampling_rate": 8000}]
+)
+def test_other_forms_of_a_recording_are_refused(value):
+    with pytest.raises(AudioError, match="recording"):
+        audio.read_dataset_audio(value)
 
 
 # pad

@@ -49,13 +49,15 @@ class Table:
 
     def audio(self, number: int) -> tuple[Any, int]:
         """Return the waveform (S,) of row ``number`` and its rate; raises AudioError."""
+        from diffa.audio import read_dataset_audio
+
         file, index = self._places[number - 1]
         if file.suffix == ".parquet":
-            return decode(self._embedded(file, index), self.folder or file.parent)
+            return read_dataset_audio(self._embedded(file, index), self.folder or file.parent)
         fields = self.rows[number - 1].fields
         for column in AUDIO:
             if fields.get(column):
-                return decode(fields[column], self.folder or file.parent)
+                return read_dataset_audio(fields[column], self.folder or file.parent)
         raise AudioError(f"has no audio: none of the columns {', '.join(AUDIO)}")
 
     def seconds(self, number: int) -> float:
@@ -96,42 +98,6 @@ class Table:
                 return self._held[2][index - start]
             start += count
         raise AudioError(f"{file} has no row {index}")
-
-
-def decode(audio: Any, folder: Path) -> tuple[Any, int]:
-    """Return the waveform (S,) of a path, bytes, or a mapping as ``datasets`` writes it.
-
-    Raises:
-        AudioError: what is given is missing, damaged or not audio.
-    """
-    from diffa.audio import read
-
-    if isinstance(audio, dict) and audio.get("bytes"):
-        return _decode_bytes(audio["bytes"])
-    if isinstance(audio, dict) and audio.get("array") is not None:
-        import torch
-
-        wave = torch.as_tensor(audio["array"], dtype=torch.float32)
-        return (wave.mean(0) if wave.dim() == 2 else wave), int(audio["sampling_rate"])
-    name = audio.get("path") if isinstance(audio, dict) else audio
-    if isinstance(name, bytes):
-        return _decode_bytes(name)
-    if not isinstance(name, str) or not name:
-        raise AudioError(f"its audio is {type(audio).__name__}, not a path, bytes or samples")
-    return read(folder / Path(name).expanduser())
-
-
-def _decode_bytes(data: bytes) -> tuple[Any, int]:
-    import soundfile
-    import torch
-
-    try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(f"its {len(data)} bytes of audio cannot be decoded: {error}") from error
-    if not len(samples):
-        raise AudioError("its audio holds no samples")
-    return torch.from_numpy(samples).mean(1), int(rate)
 
 
 def _files(path: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffa.errors import AudioError, DiffaError, SpecError
-from diffa.integrations.lmms_audio import join, waveform
+from diffa.integrations.lmms_audio import concatenate_recordings, load_recording
 
 if TYPE_CHECKING:
     lmms: Any = object
@@ -149,10 +149,10 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """Read a document's recordings as one waveform (S,), or None where it has none."""
         found = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         rate = self.model.encoder.sample_rate
-        waves = [waveform(one, rate) for one in found if one is not None]
+        waves = [load_recording(one, rate) for one in found if one is not None]
         if len(waves) > 1:
             LOG.warning("%s, document %s: %d recordings joined into one", task, doc_id, len(waves))
-        return join(waves, rate)
+        return concatenate_recordings(waves, rate)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Score requests ``(context, answer, doc_to_visual, doc_id, task, split)``, in order.

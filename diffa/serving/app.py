@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from diffa.serving import responses as answers
-from diffa.serving.errors import Refusal, bad, error_body
+from diffa.serving.errors import RequestError, bad_request, error_body
 from diffa.serving.middleware import Gate
 from diffa.serving.service import Prepared, Service, Session
 from diffa.serving.validation import Asked, check_text, read_chat, read_json
@@ -36,7 +36,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="diffa", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, service=service)
-    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
@@ -88,16 +88,16 @@ async def _transcribe(service: Service, request: Request) -> Response:
     service.check_open()
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
-        raise bad("the body must be multipart/form-data")
+        raise bad_request("the body must be multipart/form-data")
     async with request.form(max_files=1, max_fields=32, max_part_size=2**20) as form:
         fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
         file = form.get("file")
         if not isinstance(file, UploadFile):
-            raise bad("file: a recording is needed", "file")
+            raise bad_request("file: a recording is needed", "file")
         recording = await file.read()
     wanted = fields.get("response_format", "json")
     if wanted not in FORMS:
-        raise bad(f"response_format must be one of {', '.join(FORMS)}", "response_format")
+        raise bad_request(f"response_format must be one of {', '.join(FORMS)}", "response_format")
     stream = fields.get("stream", "false").lower() in ("true", "1")
     asked = Asked(
         check_text(fields.get("prompt") or TRANSCRIBE, "prompt", service.limits),
@@ -194,7 +194,7 @@ def _number(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
     except ValueError as error:
-        raise bad("temperature must be a number", "temperature") from error
+        raise bad_request("temperature must be a number", "temperature") from error
 
 
 async def _refused(request: Request, error: Any) -> Response:

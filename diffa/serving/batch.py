@@ -15,7 +15,7 @@ from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.serving.batched_forward import Call
-from diffa.serving.errors import record
+from diffa.serving.errors import log_error
 from diffa.serving.requests import Done, Failed, Moment, Ticket
 from diffa.types import PartialBackbone, Step
 
@@ -80,7 +80,7 @@ class Cohort:
                 canvas = self._canvas()
                 self._decode(canvas)
         except Exception as error:
-            record(_log, f"{len(self.tickets)} requests fail at step {self.steps}", error)
+            log_error(_log, f"{len(self.tickets)} requests fail at step {self.steps}", error)
             for ticket in self.tickets:
                 ticket.end(Failed(error))
         finally:

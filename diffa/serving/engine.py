@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffa.serving.encoder_cache import Ears
-from diffa.serving.errors import busy, closing, late
+from diffa.serving.errors import deadline_exceeded, queue_full, shutting_down
 from diffa.serving.requests import Failed, Ticket
 from diffa.serving.worker import Lane
 
@@ -102,7 +102,7 @@ class Engine:
         """
         with self._change:
             if self._closed or not any(lane.thread.is_alive() for lane in self._lanes):
-                raise closing()
+                raise shutting_down()
             self.check_room()
             self._queue.append(ticket)
             self._change.notify_all()  # one would do, but it may be one that leaves it to another
@@ -113,7 +113,7 @@ class Engine:
             self._purge()
             if len(self._queue) >= self.room:
                 wait = 1 + int(self._pace * len(self._queue))
-                raise busy(f"{len(self._queue)} requests are waiting: try again later", wait)
+                raise queue_full(f"{len(self._queue)} requests are waiting: try again later", wait)
 
     def load(self) -> Load:
         """How busy the engine is."""
@@ -137,7 +137,7 @@ class Engine:
         with self._change:
             left = [*self._queue, *(t for cohort in cohorts for t in cohort.tickets)]
         for ticket in left:
-            ticket.end(Failed(closing()))
+            ticket.end(Failed(shutting_down()))
         self._join(time.monotonic() + 10)
         self._hands.shutdown(wait=False)
 
@@ -178,7 +178,7 @@ class Engine:
         now = time.monotonic()
         for ticket in self._queue:
             if now > ticket.until:
-                ticket.end(Failed(late(ticket.deadline)))
+                ticket.end(Failed(deadline_exceeded(ticket.deadline)))
         if not all(ticket.open for ticket in self._queue):
             self._queue = deque(ticket for ticket in self._queue if ticket.open)
 

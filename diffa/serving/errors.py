@@ -8,7 +8,7 @@ from typing import Any
 from diffa.errors import DiffaError
 
 
-class Refusal(DiffaError):
+class RequestError(DiffaError):
     """A request that is not answered: HTTP status, what is wrong, and the parameter at fault."""
 
     def __init__(
@@ -45,32 +45,32 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def bad(message: str, param: str | None = None, code: str | None = None) -> Refusal:
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> RequestError:
     """A malformed request, 400."""
-    return Refusal(400, message, param=param, code=code)
+    return RequestError(400, message, param=param, code=code)
 
 
-def too_large(message: str, param: str | None = None) -> Refusal:
+def too_large(message: str, param: str | None = None) -> RequestError:
     """More bytes, seconds or tokens than the server takes, 413."""
-    return Refusal(413, message, param=param, code="too_large")
+    return RequestError(413, message, param=param, code="too_large")
 
 
-def busy(message: str, retry_after: int) -> Refusal:
+def queue_full(message: str, retry_after: int) -> RequestError:
     """The queue is full, 429."""
-    return Refusal(429, message, code="queue_full", retry_after=retry_after)
+    return RequestError(429, message, code="queue_full", retry_after=retry_after)
 
 
-def closing() -> Refusal:
+def shutting_down() -> RequestError:
     """The server is shutting down, 503."""
-    return Refusal(503, "the server is shutting down: ask another one", retry_after=5)
+    return RequestError(503, "the server is shutting down: ask another one", retry_after=5)
 
 
-def late(seconds: float) -> Refusal:
+def deadline_exceeded(seconds: float) -> RequestError:
     """The answer was not ready before the deadline, 504."""
-    return Refusal(504, f"no answer within the deadline of {seconds:g} s", code="deadline")
+    return RequestError(504, f"no answer within the deadline of {seconds:g} s", code="deadline")
 
 
-def record(log: logging.Logger, what: str, error: Exception) -> None:
+def log_error(log: logging.Logger, what: str, error: Exception) -> None:
     """Log an error that becomes an answer: in a line where a user can mend it, else in full."""
     if isinstance(error, DiffaError):
         log.warning("%s: %s", what, error)

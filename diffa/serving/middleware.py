@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from diffa.serving.errors import Refusal, bad, closing, too_large
+from diffa.serving.errors import RequestError, bad_request, shutting_down, too_large
 from diffa.serving.service import Service
 
 Scope = MutableMapping[str, Any]
@@ -49,21 +49,21 @@ class Gate:
         service.metrics.requests.labels(path, str(status[0])).inc()
         service.metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
-    def _check(self, scope: Scope) -> Refusal | None:
+    def _check(self, scope: Scope) -> RequestError | None:
         """What is wrong with a request by its headers alone."""
         service, limits = self._service, self._service.limits
         headers = {key.lower(): value for key, value in scope["headers"]}
         if service.draining:
-            return closing()
+            return shutting_down()
         if service.keys and not self._known(headers.get(b"authorization", b"")):
-            return Refusal(401, "a valid API key is needed: 'Authorization: Bearer KEY'")
+            return RequestError(401, "a valid API key is needed: 'Authorization: Bearer KEY'")
         if service.inflight >= limits.connections:
-            return Refusal(429, "too many connections", code="queue_full", retry_after=1)
+            return RequestError(429, "too many connections", code="queue_full", retry_after=1)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            return Refusal(415, "a body must be sent as it is, without Content-Encoding")
+            return RequestError(415, "a body must be sent as it is, without Content-Encoding")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
-            return bad("Content-Length must be a number")
+            return bad_request("Content-Length must be a number")
         if len(length) > 18 or int(length) > limits.bytes:
             return too_large(f"a body can have {limits.bytes} bytes at most")
         return None
@@ -95,7 +95,7 @@ class Body:
             message = await asyncio.wait_for(self._receive(), wait)
         except TimeoutError as error:
             seconds = self._limits.body_seconds
-            raise Refusal(408, f"the body did not arrive within {seconds:g} s") from error
+            raise RequestError(408, f"the body did not arrive within {seconds:g} s") from error
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             self._done = not message.get("more_body", False)
@@ -104,7 +104,7 @@ class Body:
         return message
 
 
-async def respond(refused: Refusal, send: Send) -> None:
+async def respond(refused: RequestError, send: Send) -> None:
     """Send a refusal as JSON."""
     body = json.dumps(refused.body()).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}

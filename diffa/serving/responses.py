@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from diffa.serving.errors import Refusal, error_body
+from diffa.serving.errors import RequestError, error_body
 from diffa.serving.requests import Done, Event, Moment
 from diffa.serving.service import Prepared, Service, Session
 from diffa.serving.streaming import Teller, count, draft
@@ -156,7 +156,7 @@ async def pieces(
                     yield sse(said)
             if isinstance(event, Done):
                 break
-    except Refusal as refused:
+    except RequestError as refused:
         yield sse(refused.body())
     except Exception as error:
         yield sse(error_body(500, f"{type(error).__name__} while answering"))

@@ -36,10 +36,10 @@ class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional: mypy
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: stop once nothing is left to finish, or it is too late."""
         if self._service.draining:
-            late = time.monotonic() > self._until
-            if late:
+            overdue = time.monotonic() > self._until
+            if overdue:
                 await self._service.hand(self._service.engine.close)
-            if late or not self._service.inflight:
+            if overdue or not self._service.inflight:
                 self.should_exit = True
         return bool(await super().on_tick(counter))
 

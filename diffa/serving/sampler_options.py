@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diffa.errors import DiffaError
-from diffa.serving.errors import bad
+from diffa.serving.errors import bad_request
 
 RANGES: dict[str, tuple[float, float]] = {
     "block": (1, 512),
@@ -71,7 +71,7 @@ class Samplers:
             try:
                 made = Chosen(swap(self._model, sampler=wanted).sampler, key)
             except (DiffaError, TypeError, ValueError, OverflowError) as error:
-                raise bad(f"{param}: {error}", param) from error
+                raise bad_request(f"{param}: {error}", param) from error
             self._made[key] = made
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
@@ -85,10 +85,12 @@ class Samplers:
             return dict(own)
         if isinstance(asked, str):
             if asked not in settings:
-                raise bad(f"{param}: no setting {asked!r}; known: {', '.join(settings)}", param)
+                raise bad_request(
+                    f"{param}: no setting {asked!r}; known: {', '.join(settings)}", param
+                )
             return dict(settings[asked])
         if not isinstance(asked, dict):
-            raise bad(f"{param} must be a setting's name or a mapping of options", param)
+            raise bad_request(f"{param} must be a setting's name or a mapping of options", param)
         for key, value in asked.items():
             _check(key, value, f"{param}.{key}")
         kept = own if asked.get("name") in (None, own["name"]) else {}
@@ -111,7 +113,7 @@ def _check(key: object, value: object, param: str) -> None:
         return
     if not isinstance(key, str) or key not in RANGES:
         known = ", ".join([*RANGES, *CHOICES])
-        raise bad(f"{param}: not an option that requests may set; known: {known}", param)
+        raise bad_request(f"{param}: not an option that requests may set; known: {known}", param)
     if value is not None:
         number(value, *RANGES[key], param)
 
@@ -119,7 +121,7 @@ def _check(key: object, value: object, param: str) -> None:
 def number(value: object, low: float, high: float, param: str) -> float:
     """A number between ``low`` and ``high``, inclusive; raises Refusal."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise bad(f"{param} must be a number, got {type(value).__name__}", param)
+        raise bad_request(f"{param} must be a number, got {type(value).__name__}", param)
     if not low <= value <= high:
-        raise bad(f"{param} must lie between {low:g} and {high:g}", param)
+        raise bad_request(f"{param} must lie between {low:g} and {high:g}", param)
     return value

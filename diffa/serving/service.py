@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from diffa.errors import AudioError, DiffaError, SpecError
-from diffa.serving.audio import decode
+from diffa.serving.audio import decode_recording
 from diffa.serving.engine import Engine
-from diffa.serving.errors import Refusal, bad, closing
+from diffa.serving.errors import RequestError, bad_request, shutting_down
 from diffa.serving.limits import Limits
 from diffa.serving.metrics import Metrics
 from diffa.serving.requests import Done, Event, Failed, Job, Ticket
@@ -87,7 +87,7 @@ class Service:
         if not isinstance(name, str) or name not in known:
             shown = ", ".join([self.name, *known])
             message = f"no model {str(name)[:100]!r}; this server has {shown}"
-            raise Refusal(404, message, param="model", code="model_not_found")
+            raise RequestError(404, message, param="model", code="model_not_found")
         return known[name]
 
     async def hand(self, work: Callable[[], T]) -> T:
@@ -97,7 +97,7 @@ class Service:
     def check_open(self) -> None:
         """Refuse early while draining (503) or with a full queue (429)."""
         if self.draining:
-            raise closing()
+            raise shutting_down()
         self.engine.check_room()
 
     def prepare(self, asked: Asked, *, watched: bool = False) -> Prepared:
@@ -106,7 +106,7 @@ class Service:
         wave = None
         if asked.recording is not None:
             rate = self.model.encoder.sample_rate
-            wave = decode(asked.recording, rate, self.limits, "the recording")
+            wave = decode_recording(asked.recording, rate, self.limits, "the recording")
         with self._tokenizer:
             prompt = self.chat.encode(asked.question, system=asked.system, audio=wave is not None)
         job = Job(
@@ -184,7 +184,7 @@ class Session:
 def refusal(error: Exception) -> Exception:
     """What a client is told of an error: faults of the request are 400, others are ours."""
     if isinstance(error, AudioError | SpecError):
-        return bad(str(error))
-    if isinstance(error, Refusal) or not isinstance(error, DiffaError):
+        return bad_request(str(error))
+    if isinstance(error, RequestError) or not isinstance(error, DiffaError):
         return error
-    return Refusal(500, str(error))
+    return RequestError(500, str(error))

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffa.serving.audio import FORMATS, from_base64
-from diffa.serving.download import fetch
-from diffa.serving.errors import bad, too_large
+from diffa.audio import FORMATS
+from diffa.serving.audio import decode_base64
+from diffa.serving.download import download_recording
+from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
 from diffa.serving.sampler_options import number
 
@@ -47,9 +48,9 @@ def read_json(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise bad(f"the body is not JSON: {str(error)[:200]}") from error
+        raise bad_request(f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(found, dict):
-        raise bad(f"the body must be a JSON object, got {type(found).__name__}")
+        raise bad_request(f"the body must be a JSON object, got {type(found).__name__}")
     return found
 
 
@@ -57,16 +58,16 @@ def read_chat(body: Mapping[str, Any], limits: Limits, hosts: Sequence[str]) -> 
     """Read the body of ``/v1/chat/completions``; raises Refusal."""
     for key in _UNSUPPORTED:
         if body.get(key):
-            raise bad(f"{key} is not supported", key, "unsupported")
+            raise bad_request(f"{key} is not supported", key, "unsupported")
     for key, plain in {"n": 1, "logprobs": False, "top_logprobs": 0}.items():
         if body.get(key) not in (None, plain):
-            raise bad(f"{key} can only be {plain!r}", key, "unsupported")
+            raise bad_request(f"{key} can only be {plain!r}", key, "unsupported")
     form = body.get("response_format")
     if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise bad("response_format can only be text", "response_format", "unsupported")
+        raise bad_request("response_format can only be text", "response_format", "unsupported")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise bad("messages must be a list of at least one message", "messages")
+        raise bad_request("messages must be a list of at least one message", "messages")
     system, question, recording = _messages(messages, limits, hosts)
     most = body.get("max_completion_tokens")
     mine = body.get(MINE)
@@ -87,7 +88,9 @@ def read_chat(body: Mapping[str, Any], limits: Limits, hosts: Sequence[str]) -> 
 def _own(mine: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Options under ``diffa``."""
     if unknown := [key for key in mine if key not in ("sampler", "drafts", "deadline")]:
-        raise bad(f"{MINE}: no option {unknown[0]!r}; known: sampler, drafts, deadline", MINE)
+        raise bad_request(
+            f"{MINE}: no option {unknown[0]!r}; known: sampler, drafts, deadline", MINE
+        )
     deadline = mine.get("deadline")
     if deadline is not None:
         deadline = number(deadline, 0.001, limits.deadline, f"{MINE}.deadline")
@@ -104,16 +107,16 @@ def _messages(
     for index, message in enumerate(messages):
         param = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise bad(f"{param} must be a mapping", param)
+            raise bad_request(f"{param} must be a mapping", param)
         role = message.get("role")
         text, recording = _content(message.get("content"), f"{param}.content", limits, hosts)
         if role in ("system", "developer"):
             if recording is not None:
-                raise bad(f"{param}: a {role} turn holds text alone", param)
+                raise bad_request(f"{param}: a {role} turn holds text alone", param)
             system.append(text)
         elif role == "user":
             if index + 1 < len(messages):
-                raise bad(
+                raise bad_request(
                     f"{param}: one question is answered at a time: the user's turn must be the "
                     "last, and there can be no other",
                     "messages",
@@ -121,8 +124,10 @@ def _messages(
             words = check_text("\n".join(system), "messages", limits)
             return words if system else None, check_text(text, param, limits), recording
         else:
-            raise bad(f"{param}.role must be system, developer or user, got {role!r}"[:300], param)
-    raise bad("messages has no user turn", "messages")
+            raise bad_request(
+                f"{param}.role must be system, developer or user, got {role!r}"[:300], param
+            )
+    raise bad_request("messages has no user turn", "messages")
 
 
 def _content(
@@ -132,20 +137,20 @@ def _content(
     if isinstance(content, str):
         return content, None
     if not isinstance(content, list) or not content:
-        raise bad(f"{param} must be text or a list of parts", param)
+        raise bad_request(f"{param} must be text or a list of parts", param)
     words: list[str] = []
     recording: bytes | None = None
     for index, part in enumerate(content):
         place = f"{param}[{index}]"
         if not isinstance(part, dict):
-            raise bad(f"{place} must be a mapping", place)
+            raise bad_request(f"{place} must be a mapping", place)
         if part.get("type") == "text":
             if not isinstance(part.get("text"), str):
-                raise bad(f"{place}.text must be text", place)
+                raise bad_request(f"{place}.text must be text", place)
             words.append(part["text"])
             continue
         if recording is not None:
-            raise bad(f"{place}: a question is about one recording; join them first", place)
+            raise bad_request(f"{place}: a question is about one recording; join them first", place)
         recording = _audio(part, place, limits, hosts)
     return "\n".join(words), recording
 
@@ -157,16 +162,16 @@ def _audio(part: Mapping[str, Any], place: str, limits: Limits, hosts: Sequence[
         inner = _mapping(part.get("input_audio"), f"{place}.input_audio")
         form = inner.get("format")
         if form is not None and form not in FORMATS:
-            raise bad(f"{place}: format must be one of {', '.join(FORMATS)}", place)
-        return from_base64(inner.get("data"), f"{place}.input_audio.data", limits)
+            raise bad_request(f"{place}: format must be one of {', '.join(FORMATS)}", place)
+        return decode_base64(inner.get("data"), f"{place}.input_audio.data", limits)
     if kind == "audio_url":
         inner = _mapping(part.get("audio_url"), f"{place}.audio_url")
         url = inner.get("url")
         if isinstance(url, str) and url[:5].lower() == "data:":
-            return from_base64(url, f"{place}.audio_url.url", limits)
-        return fetch(url, hosts, limits, f"{place}.audio_url.url")
+            return decode_base64(url, f"{place}.audio_url.url", limits)
+        return download_recording(url, hosts, limits, f"{place}.audio_url.url")
     shown = repr(kind)[:100]
-    raise bad(f"{place}.type must be text, input_audio or audio_url, got {shown}", place)
+    raise bad_request(f"{place}.type must be text, input_audio or audio_url, got {shown}", place)
 
 
 def check_text(text: str, param: str, limits: Limits) -> str:
@@ -176,7 +181,7 @@ def check_text(text: str, param: str, limits: Limits) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise bad(f"{param} is not valid Unicode: {error.reason}", param) from error
+        raise bad_request(f"{param} is not valid Unicode: {error.reason}", param) from error
     return text
 
 
@@ -184,14 +189,14 @@ def _mapping(value: object, param: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise bad(f"{param} must be a mapping, got {type(value).__name__}", param)
+        raise bad_request(f"{param} must be a mapping, got {type(value).__name__}", param)
     return value
 
 
 def _flag(body: Mapping[str, Any], key: str) -> bool:
     value = body.get(key)
     if value is not None and not isinstance(value, bool):
-        raise bad(f"{key} must be true or false", key)
+        raise bad_request(f"{key} must be true or false", key)
     return bool(value)
 
 
@@ -199,9 +204,9 @@ def _tokens(value: object, limits: Limits) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad("max_tokens must be a whole number of at least 1", "max_tokens")
+        raise bad_request("max_tokens must be a whole number of at least 1", "max_tokens")
     if value > limits.tokens:
-        raise bad(f"max_tokens is at most {limits.tokens} here", "max_tokens", "too_large")
+        raise bad_request(f"max_tokens is at most {limits.tokens} here", "max_tokens", "too_large")
     return value
 
 
@@ -213,5 +218,5 @@ def _seed(value: object) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise bad("seed must be a whole number of 64 bits", "seed")
+        raise bad_request("seed must be a whole number of 64 bits", "seed")
     return value

@@ -17,7 +17,7 @@ from diffa.canvas.batch import check_context
 from diffa.serving.batch import Arrival, Cohort, Work
 from diffa.serving.batched_forward import Call, together
 from diffa.serving.encoder_cache import Ears
-from diffa.serving.errors import late, record
+from diffa.serving.errors import deadline_exceeded, log_error
 from diffa.serving.requests import Begun, Failed, Ticket
 from diffa.types import max_length
 
@@ -75,7 +75,7 @@ class Lane:
                         self._share_cores()
                         self._forward()
                 except Exception as error:  # a fault of the lane's own: nobody is to hang on it
-                    record(_log, "a lane ends", error)
+                    log_error(_log, "a lane ends", error)
                     for cohort in self.cohorts:
                         cohort.reply(error)  # its thread waits for a forward that will not come
                     for ticket in fresh:
@@ -106,7 +106,7 @@ class Lane:
         heard = self._ears([wave for _, wave in spoken])
         for (ticket, wave), embeds in zip(spoken, heard, strict=True):
             if isinstance(embeds, Exception):
-                record(_log, f"a recording of {len(wave)} samples is not heard", embeds)
+                log_error(_log, f"a recording of {len(wave)} samples is not heard", embeds)
                 ticket.end(Failed(embeds))
             else:
                 made.append((ticket, embeds))
@@ -121,7 +121,7 @@ class Lane:
         try:
             check_context(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
         except Exception as error:
-            record(_log, "a request does not begin", error)
+            log_error(_log, "a request does not begin", error)
             ticket.end(Failed(error))
         return ticket.open
 
@@ -162,7 +162,7 @@ class Lane:
             self._await()
             for ticket in cohort.tickets:
                 if ticket.open and now > ticket.until:
-                    ticket.end(Failed(late(ticket.deadline)))
+                    ticket.end(Failed(deadline_exceeded(ticket.deadline)))
 
     def _hidden(self, calls: Sequence[Call]) -> Sequence[Tensor | Exception]:
         """Hidden states of every call. Where the shared pass fails, each is tried by itself, so
@@ -170,7 +170,9 @@ class Lane:
         try:
             return together(self.model.backbone, calls)
         except Exception as shared:
-            record(_log, f"a forward of {len(calls)} canvases fails, each is tried alone", shared)
+            log_error(
+                _log, f"a forward of {len(calls)} canvases fails, each is tried alone", shared
+            )
             found: list[Tensor | Exception] = []
             for call in calls:
                 try:

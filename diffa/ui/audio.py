@@ -12,32 +12,31 @@ from diffa.errors import AudioError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST = 300.0
-"""Seconds that the page takes: a picture of an hour helps nobody."""
+MAX_SECONDS = 300.0
+"""Longest recording that the page accepts; a picture of more has no detail."""
 _RATE, _COLUMNS, _ROWS = 16_000, 800, 80
 _WIDE, _WAVE, _MEL, _AXIS = 800, 90, 160, 24
 _INKS = ((10, 10, 35), (72, 30, 110), (160, 50, 110), (230, 100, 70), (252, 190, 90))
 
 
-def listen(path: str | None, rate: int) -> Tensor:
-    """Read a recording (S,) at ``rate``; raises AudioError where there is none, or too much."""
-    from diffa.audio import prepare
+def load_recording(path: str | None, rate: int) -> Tensor:
+    """Return the waveform (S,) of an upload at ``rate``; raises AudioError."""
+    from diffa.audio import AudioTooLongError, prepare, read, resample
 
     if not path:
         raise AudioError(
-            "there is no recording yet: upload a file, use the microphone or take an example"
+            "there is no recording yet: upload a file, use the microphone or choose an example"
         )
     try:
-        wave = prepare(path, rate)
-    except AudioError as error:  # the browser's own name for the file is a long folder
-        raise AudioError(str(error).replace(path, "this file")) from error
-    seconds = len(wave) / rate
-    if seconds > LONGEST:
+        waveform, file_rate = read(path, max_seconds=MAX_SECONDS)
+        return resample(prepare(waveform, file_rate), file_rate, rate)
+    except AudioTooLongError as error:
         raise AudioError(
-            f"the recording has {seconds:.0f} s, and this page takes at most {LONGEST:.0f} s: "
+            f"the recording is longer than the {MAX_SECONDS:.0f} s that this page accepts: "
             "cut it, or use `diffa ask`"
-        )
-    return wave
+        ) from error
+    except AudioError as error:  # the upload's path is long, and means nothing to the visitor
+        raise AudioError(str(error).replace(path, "this file")) from error
 
 
 def picture(wave: Tensor, rate: int) -> str:

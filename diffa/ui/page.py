@@ -14,7 +14,7 @@ from diffa.nano.demo import describe, recordings
 from diffa.runtime.threads import ComputeThread
 from diffa.ui import html as drawing
 from diffa.ui import sampler_options as settings
-from diffa.ui.audio import listen, picture
+from diffa.ui.audio import load_recording, picture
 from diffa.ui.controls import Controls, controls
 from diffa.ui.sampler_options import Chosen
 from diffa.ui.steps import Replay, Request, ask
@@ -184,7 +184,7 @@ def _look(model: Model, path: str | None) -> tuple[str, str]:
         return "", ""
     try:
         rate = model.encoder.sample_rate
-        return picture(listen(path, rate), rate), ""
+        return picture(load_recording(path, rate), rate), ""
     except DiffaError as error:
         return "", drawing.complaint(str(error))
 
@@ -239,7 +239,7 @@ def _runner(
 
 def _request(model: Model, values: Asked) -> Request:
     """Check and gather what is asked; raises SpecError and AudioError."""
-    wave = listen(values.audio, model.encoder.sample_rate)
+    wave = load_recording(values.audio, model.encoder.sample_rate)
     if not str(values.question or "").strip():
         raise SpecError("there is no question yet: type one or take one of the tasks")
     return Request(

@@ -15,7 +15,7 @@ import torch
 from helpers import toy
 
 from diffa.errors import AudioError, DiffaError, SpecError
-from diffa.integrations.lmms_audio import join, waveform
+from diffa.integrations.lmms_audio import concatenate_recordings, load_recording
 
 RATE = 16_000
 
@@ -245,20 +245,20 @@ def test_every_form_of_a_recording_is_read(tmp_path: Path) -> None:
         Decoder(),
     ]
     for form in forms:
-        assert torch.allclose(waveform(form, RATE), torch.from_numpy(wave), atol=1e-6)
-    assert len(waveform({"array": wave, "sampling_rate": 8000}, RATE)) == 2 * len(wave)
+        assert torch.allclose(load_recording(form, RATE), torch.from_numpy(wave), atol=1e-6)
+    assert len(load_recording({"array": wave, "sampling_rate": 8000}, RATE)) == 2 * len(wave)
 
 
 @pytest.mark.parametrize("form", [{"array": None}, 5, {"bytes": b"no audio"}, {"rate": 3}, ["a"]])
 def test_other_forms_are_refused(form: Any) -> None:
     with pytest.raises(AudioError):
-        waveform(form, RATE)
+        load_recording(form, RATE)
 
 
 def test_several_recordings_are_joined_with_pauses() -> None:
     one, two = torch.ones(4), torch.full((2,), 2.0)
-    assert join([], 10) is None
-    assert join([one, two], 10).tolist() == [1.0] * 4 + [0.0] * 5 + [2.0] * 2  # type: ignore[union-attr]
+    assert concatenate_recordings([], 10) is None
+    assert concatenate_recordings([one, two], 10).tolist() == [1.0] * 4 + [0.0] * 5 + [2.0] * 2  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(

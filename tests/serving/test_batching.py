@@ -26,7 +26,7 @@ from diffa.samplers.wino import Wino
 from diffa.serving.batched_forward import _PASS, groups
 from diffa.serving.encoder_cache import Ears
 from diffa.serving.engine import Engine
-from diffa.serving.errors import Refusal
+from diffa.serving.errors import RequestError
 from diffa.serving.requests import Begun, Done, Failed, Job, Moment, Ticket
 from diffa.serving.worker import Lane
 from diffa.types import Embeds
@@ -345,7 +345,7 @@ def test_a_lane_that_dies_ends_its_requests(model, monkeypatch, caplog, before):
         assert isinstance(end, Failed) and "whoever listens" in str(end.error)
         engine._lanes[0].thread.join(20)
         assert not engine.alive and len(calls) == 1
-        with pytest.raises(Refusal):
+        with pytest.raises(RequestError):
             engine.submit(Ticket(asked, ends.put, 60))
     finally:
         engine.close()
@@ -648,6 +648,6 @@ def test_a_closed_engine_ends_what_is_left_and_takes_nothing_new(model):
     engine.close()
     failed = [event for event in (ends.get(timeout=20) for _ in range(3)) if event != Begun()]
     assert [event.error.status for event in failed] == [503, 503]
-    with pytest.raises(Refusal):
+    with pytest.raises(RequestError):
         engine.submit(Ticket(job(slow, "slow", 3, random.Random(8), 12), ends.put, 60))
     assert not engine.alive

@@ -21,7 +21,7 @@ from diffa.spec.schema import schema
 from diffa.spec.spec import Spec
 from diffa.ui import html as drawing
 from diffa.ui import sampler_options as settings
-from diffa.ui.audio import LONGEST, listen, picture
+from diffa.ui.audio import MAX_SECONDS, load_recording, picture
 from diffa.ui.launch import require
 from diffa.ui.sampler_options import ONE, Chosen
 from diffa.ui.steps import Replay, Request, Token, ask, length
@@ -36,7 +36,7 @@ def model() -> diffa.Model:
 
 @pytest.fixture(scope="module")
 def replay(model: diffa.Model) -> Replay:
-    wave = listen(str(recordings() / "digits.flac"), model.encoder.sample_rate)
+    wave = load_recording(str(recordings() / "digits.flac"), model.encoder.sample_rate)
     sampler = {"name": "blockwise", "block": 8, "threshold": 0.0052}
     return list(ask(model, "mine", sampler, Request(wave, QUESTION, max_tokens=24)))[-1]
 
@@ -113,7 +113,7 @@ def test_a_comparison_says_what_each_setting_took(replay: Replay) -> None:
 
 
 def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
-    drawn = picture(listen(str(recordings() / "melody.flac"), 16_000), 16_000)
+    drawn = picture(load_recording(str(recordings() / "melody.flac"), 16_000), 16_000)
     assert "data:image/png;base64," in drawn and "1 s</text>" in drawn
     assert picture(torch.zeros(7), 16_000).startswith("<svg")  # shorter than a window
 
@@ -192,16 +192,16 @@ def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
 
 def test_faults_of_recordings_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="there is no recording yet"):
-        listen(None, 16_000)
+        load_recording(None, 16_000)
     noise = tmp_path / "upload.wav"
     noise.write_bytes(b"RIFF not a recording at all")
     with pytest.raises(AudioError) as caught:
-        listen(str(noise), 16_000)
+        load_recording(str(noise), 16_000)
     assert str(tmp_path) not in str(caught.value) and "this file" in str(caught.value)
     long = tmp_path / "long.wav"
-    soundfile.write(long, np.zeros(int(4000 * (LONGEST + 1)), "f4"), 4000)
-    with pytest.raises(AudioError, match="takes at most 300 s"):
-        listen(str(long), 4000)
+    soundfile.write(long, np.zeros(int(4000 * (MAX_SECONDS + 1)), "f4"), 4000)
+    with pytest.raises(AudioError, match="longer than the 300 s"):
+        load_recording(str(long), 4000)
     shown = drawing.complaint(str(caught.value))
     assert 'role="alert"' in shown and re.search(r">[A-Z].*\.</div>", shown)
 
