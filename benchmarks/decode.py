@@ -81,7 +81,7 @@ def spec(size: str) -> dict[str, Any]:
         "pad_token_id": 126081,
     }
     encoder = {"name": "tiny", "width": 16, "layers": 1, "heads": 1}
-    adapters = {"semantic": {"name": "linear", "hidden": 16}}
+    adapters = {"semantic": {"name": "linear", "intermediate_size": 16}}
     backbone = {"name": "llada", "config": config}
     return {"format": 1, "encoder": encoder, "adapters": adapters, "backbone": backbone}
 

@@ -34,8 +34,10 @@ def grids(llada: str) -> dict[str, list[str]]:
     """What is varied: the paper's Table 5, and encoders before the semantic adapter."""
     masked = f'{{name: llada, checkpoint: "{llada}"}}'
     causal = '{name: llama, checkpoint: "package:nano/llama"}'
-    untrained = "{name: tiny, width: 192, layers: 4, heads: 6, seconds: 8.0, tail: 0.5}"
-    trained = '{name: whisper, checkpoint: "package:nano/whisper", tail: 0.5}'
+    untrained = (
+        "{name: tiny, width: 192, layers: 4, heads: 6, window_seconds: 8.0, trailing_silence: 0.5}"
+    )
+    trained = '{name: whisper, checkpoint: "package:nano/whisper", trailing_silence: 0.5}'
     return {
         "backbone and adapters": [
             f"backbone={masked},{causal}",

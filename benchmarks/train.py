@@ -47,7 +47,7 @@ SIZES = {
 }
 ENCODERS = {
     "issue": {"name": "tiny", "width": 512, "layers": 6, "heads": 8},
-    "8b": {"name": "tiny", "width": 1280, "layers": 32, "heads": 20, "mels": 128},
+    "8b": {"name": "tiny", "width": 1280, "layers": 32, "heads": 20, "num_mel_bins": 128},
 }
 ADAPTERS = {
     "semantic": {"prompt": "prompt", "semantic": "conv"},  # DIFFA's stage 1
@@ -80,7 +80,7 @@ def spec(size: str, adapters: str) -> dict[str, Any]:
     return {
         "encoder": ENCODERS[size],
         "adapters": ADAPTERS[adapters],
-        "backbone": {"name": "llada", "config": config, "checkpointing": size == "8b"},
+        "backbone": {"name": "llada", "config": config, "gradient_checkpointing": size == "8b"},
         "train": ["adapters"],
     }
 

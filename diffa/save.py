@@ -138,7 +138,7 @@ def pairs_of(model: Model) -> dict[str, Any]:
         return {}
     return {
         "backbone.lora.rank": min(len(down) for down in downs.values()),
-        "backbone.lora.targets": sorted({name.rpartition(".")[2] for name in downs}),
+        "backbone.lora.target_modules": sorted({name.rpartition(".")[2] for name in downs}),
     }
 
 

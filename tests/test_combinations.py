@@ -31,16 +31,21 @@ MOE = {
     "eos_token_id": 3,
     "max_position_embeddings": 4096,
 }
-TINY = {"name": "tiny", "width": 16, "layers": 4, "heads": 2, "seconds": 1.0}
-SMALL = {"ffn": 16, "queries": 3}
+TINY = {"name": "tiny", "width": 16, "layers": 4, "heads": 2, "window_seconds": 1.0}
+SMALL = {"intermediate_size": 16, "num_queries": 3}
 
 ENCODERS = {
     "tiny": TINY,
     "whisper": {"name": "whisper"},  # its configuration ships with diffa
     "mel": {"name": "mel"},
-    "kaldi": {"name": "mel", "kind": "kaldi"},
-    "timm-patches": {"name": "timm", "mels": 32, "seconds": 0.64},
-    "timm-convolutions": {"name": "timm", "model": "resnet10t", "mels": 64, "seconds": 0.64},
+    "kaldi": {"name": "mel", "filterbank": "kaldi"},
+    "timm-patches": {"name": "timm", "num_mel_bins": 32, "window_seconds": 0.64},
+    "timm-convolutions": {
+        "name": "timm",
+        "model": "resnet10t",
+        "num_mel_bins": 64,
+        "window_seconds": 0.64,
+    },
     "stack": {"name": "stack", "first": TINY, "second": {"name": "mel"}},
     **{name: {"name": "pretrained", "config": config} for name, config in CONFIGS.items()},
 }
@@ -48,12 +53,12 @@ ADAPTERS = {
     "cif": {"name": "cif"},
     "conv": {"name": "conv"},
     "ctc": {"name": "ctc"},
-    "experts": {"name": "experts", "hidden": 16},
-    "linear": {"name": "linear", "hidden": 16},
+    "experts": {"name": "experts", "intermediate_size": 16},
+    "linear": {"name": "linear", "intermediate_size": 16},
     "perceiver": {"name": "perceiver", **SMALL},
-    "pool": {"name": "pool", "mix": True},
-    "prompt": {"name": "prompt", "count": 2},
-    "qformer": {"name": "qformer", "taps": 1, **SMALL},
+    "pool": {"name": "pool", "mix_layers": True},
+    "prompt": {"name": "prompt", "num_embeddings": 2},
+    "qformer": {"name": "qformer", "encoder_layers": 1, **SMALL},
     "window": {"name": "window", **SMALL},
 }
 BACKBONES = {

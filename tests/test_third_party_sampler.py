@@ -72,7 +72,7 @@ def test_it_conforms_and_answers(package, tmp_path):
     (part,) = [part for part in registry.parts("sampler") if part.dist == "acme-backwards"]
     assert (part.name, part.version) == ("acme-backwards", "1.2")
     spec = toy.spec(toy.write_tokenizer(tmp_path / "tokenizer"))
-    spec["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     model = diffa.build({**spec, "sampler": {"name": "acme-backwards", "sure": False}})
     assert type(model.sampler).__name__ == "Backwards" and model.sampler.sure is False
     steps: list[list[bool]] = []

@@ -23,7 +23,15 @@ _FIELDS = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-_SHARED = ("tokenizer", "attention", "checkpointing", "seed", "block", "temperature", "stop")
+_SHARED = (
+    "tokenizer",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "seed",
+    "block",
+    "temperature",
+    "stop",
+)
 
 
 def related(kind: str, old: Mapping[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ class CIF(nn.Module):
     """
 
     def __init__(
-        self, source: FeatureSpec, width: int, *, stride: int = 4, mix: bool = False
+        self, source: FeatureSpec, width: int, *, stride: int = 4, mix_layers: bool = False
     ) -> None:
         super().__init__()
         if stride < 1:
             raise SpecError(f"stride must be at least 1, got {stride}")
         self.stride = stride
-        self.reading = Reading(source, mix=mix)
+        self.reading = Reading(source, mix_layers=mix_layers)
         self.conv = nn.Conv1d(source.width, source.width, 3, padding=1)
         self.weight = nn.Linear(source.width, 1)
         self.proj = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width))

@@ -18,8 +18,8 @@ class Conv(nn.Module):
     """Two convolutions, the second of stride ``stride``, and two linear layers (DIFFA).
 
     50 frames per second become 12.5 embeddings at the default stride. ``checkpoint`` is a DIFFA
-    folder or Hub id (keys ``semantic_connector.*``); ``relu`` is the one before the last norm.
-    ``mix`` reads a learned mixture of all the encoder's states instead of the last one, and
+    folder or Hub id (keys ``semantic_connector.*``); ``final_relu`` is the one before the last norm.
+    ``mix_layers`` reads a learned mixture of all the encoder's states instead of the last one, and
     ``numbered`` tells that many words by their number (``adapters.numbering``); no weights are
     published for either.
     """
@@ -30,8 +30,8 @@ class Conv(nn.Module):
         width: int,
         *,
         stride: int = 4,
-        relu: bool = True,
-        mix: bool = False,
+        final_relu: bool = True,
+        mix_layers: bool = False,
         numbered: int = 0,
         checkpoint: str | None = None,
         revision: str | None = None,
@@ -39,12 +39,14 @@ class Conv(nn.Module):
         super().__init__()
         if stride < 1:
             raise SpecError(f"stride must be at least 1, got {stride}")
-        if mix and checkpoint is not None:
-            raise SpecError("mix has no published weights: leave checkpoint or mix out")
+        if mix_layers and checkpoint is not None:
+            raise SpecError(
+                "mix_layers has no published weights: leave checkpoint or mix_layers out"
+            )
         if numbered < 0:
             raise SpecError(f"numbered must be 0 or more, got {numbered}")
-        self.stride, self.relu = stride, relu
-        self.reading = Reading(source, mix=mix)
+        self.stride, self.final_relu = stride, final_relu
+        self.reading = Reading(source, mix_layers=mix_layers)
         inner = source.width
         self.conv = nn.Sequential(
             nn.Conv1d(inner, inner, 3, padding=1),
@@ -78,7 +80,7 @@ class Conv(nn.Module):
         hidden = torch.where(inside[:, None], rearrange(frames, "b t d -> b d t"), 0)
         hidden = torch.where(inside[:, None], activation(first(hidden)), 0)
         values = self.linear_connector(rearrange(second(hidden), "b d n -> b n d"))
-        values = self.layernorm(F.relu(values) if self.relu else values)
+        values = self.layernorm(F.relu(values) if self.final_relu else values)
         if self.numbering is not None:
             values = self.numbering(values, inside[:, :: self.stride])
         return Embeds(torch.where(inside[:, :: self.stride, None], values, 0), lengths)

@@ -13,14 +13,14 @@ from diffa.types import Embeds, Features, FeatureSpec
 class CTC(nn.Module):
     """Runs of frames with one most likely label, averaged by its probability (Gaido et al. 2021).
 
-    A linear layer labels every frame (``labels`` of them, the blank being the first); a run of
+    A linear layer labels every frame (``num_labels`` of them, the blank being the first); a run of
     equal labels becomes one frame, weighted by the label's probability, then mapped linearly.
     How many there are depends on what is said: ``out_lengths`` is the most there can be.
 
     Args:
-        labels: of the CTC head, blank included; train it with a CTC loss on ``label``.
-        blanks: whether runs of blanks become embeddings too; a row of blanks alone keeps one.
-        mix: read a learned mixture of all the encoder's states.
+        num_labels: of the CTC head, blank included; train it with a CTC loss on ``label``.
+        keep_blanks: whether runs of blanks become embeddings too; a row of blanks alone keeps one.
+        mix_layers: read a learned mixture of all the encoder's states.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class CTC(nn.Module):
         source: FeatureSpec,
         width: int,
         *,
-        labels: int = 32,
-        blanks: bool = True,
-        mix: bool = False,
+        num_labels: int = 32,
+        keep_blanks: bool = True,
+        mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        if labels < 2:
-            raise SpecError(f"labels must be at least 2 (blank and one more), got {labels}")
-        self.blanks = blanks
-        self.reading = Reading(source, mix=mix)
-        self.label = nn.Linear(source.width, labels)
+        if num_labels < 2:
+            raise SpecError(f"num_labels must be at least 2 (blank and one more), got {num_labels}")
+        self.keep_blanks = keep_blanks
+        self.reading = Reading(source, mix_layers=mix_layers)
+        self.label = nn.Linear(source.width, num_labels)
         self.proj = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width))
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class CTC(nn.Module):
             return Embeds(empty, features.lengths.clone())
         chance, labels = self.label(frames).float().softmax(dim=-1).max(dim=-1)
         inside = inside_of(features.lengths, most)
-        run, count = runs(labels, inside, keep_blanks=self.blanks)
+        run, count = runs(labels, inside, keep_blanks=self.keep_blanks)
         weight = torch.where(run >= 0, chance, 0)[..., None]
         place = run.clamp(min=0)[..., None]
         sums = frames.new_zeros(rows, most, wide, dtype=torch.float32)

@@ -12,10 +12,10 @@ from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Perceiver(nn.Module):
-    """``queries`` latents that read the true frames and themselves at once (Alayrac et al. 2022,
+    """``num_queries`` latents that read the true frames and themselves at once (Alayrac et al. 2022,
     Flamingo, sec. 3.1 and fig. 5).
 
-    Frames get sinusoidal positions before the first layer, as time would else be lost. ``mix``
+    Frames get sinusoidal positions before the first layer, as time would else be lost. ``mix_layers``
     reads a learned mixture of all the encoder's states.
     """
 
@@ -24,17 +24,26 @@ class Perceiver(nn.Module):
         source: FeatureSpec,
         width: int,
         *,
-        queries: int = 64,
-        depth: int = 2,
-        ffn: int = 3072,
+        num_queries: int = 64,
+        num_layers: int = 2,
+        intermediate_size: int = 3072,
         dropout: float = 0.0,
-        mix: bool = False,
+        mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        check(source.width, source.heads, dropout, queries=queries, depth=depth, ffn=ffn)
-        self.reading = Reading(source, mix=mix)
-        self.queries = bank(queries, source.width)
-        self.layers = nn.ModuleList(_Layer(source, ffn, dropout) for _ in range(depth))
+        check(
+            source.width,
+            source.heads,
+            dropout,
+            num_queries=num_queries,
+            num_layers=num_layers,
+            intermediate_size=intermediate_size,
+        )
+        self.reading = Reading(source, mix_layers=mix_layers)
+        self.queries = bank(num_queries, source.width)
+        self.layers = nn.ModuleList(
+            _Layer(source, intermediate_size, dropout) for _ in range(num_layers)
+        )
         self.proj = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width))
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
@@ -57,11 +66,11 @@ class Perceiver(nn.Module):
 class _Layer(nn.Module):
     """Latents read frames and latents together, then think (Flamingo, fig. 5)."""
 
-    def __init__(self, source: FeatureSpec, ffn: int, dropout: float) -> None:
+    def __init__(self, source: FeatureSpec, intermediate_size: int, dropout: float) -> None:
         super().__init__()
         self.frame_norm, self.norm = nn.LayerNorm(source.width), nn.LayerNorm(source.width)
         self.read = Attention(source.width, source.heads, dropout)
-        self.think = FeedForward(source.width, ffn)
+        self.think = FeedForward(source.width, intermediate_size)
 
     def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor) -> Tensor:
         latents = self.norm(hidden)

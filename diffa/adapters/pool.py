@@ -15,18 +15,18 @@ from diffa.types import Embeds, Features, FeatureSpec
 class Pool(nn.Module):
     """The mean of every ``stride`` frames, mapped linearly (Chu et al. 2024, Qwen2-Audio: two).
 
-    A last stride that is not whole is the mean of the frames it has. ``mix`` reads a learned
+    A last stride that is not whole is the mean of the frames it has. ``mix_layers`` reads a learned
     mixture of all the encoder's states instead of the last one.
     """
 
     def __init__(
-        self, source: FeatureSpec, width: int, *, stride: int = 2, mix: bool = False
+        self, source: FeatureSpec, width: int, *, stride: int = 2, mix_layers: bool = False
     ) -> None:
         super().__init__()
         if stride < 1:
             raise SpecError(f"stride must be at least 1, got {stride}")
         self.stride = stride
-        self.reading = Reading(source, mix=mix)
+        self.reading = Reading(source, mix_layers=mix_layers)
         self.proj = nn.Linear(source.width, width)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:

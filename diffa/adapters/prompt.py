@@ -12,7 +12,7 @@ from diffa.types import Embeds, Features
 
 
 class Prompt(nn.Module):
-    """``count`` learned embeddings, the same for every recording (DIFFA).
+    """``num_embeddings`` learned embeddings, the same for every recording (DIFFA).
 
     ``checkpoint`` is a DIFFA folder or Hub id (key ``trainable_prompts.weight``).
     """
@@ -21,21 +21,21 @@ class Prompt(nn.Module):
         self,
         width: int,
         *,
-        count: int = 20,
+        num_embeddings: int = 20,
         checkpoint: str | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if count < 1:
-            raise SpecError(f"count must be at least 1, got {count}")
-        self.prompts = nn.Embedding(count, width)
+        if num_embeddings < 1:
+            raise SpecError(f"num_embeddings must be at least 1, got {num_embeddings}")
+        self.prompts = nn.Embedding(num_embeddings, width)
         if checkpoint is not None and not ckpt.dry():
             folder = ckpt.find(checkpoint, revision)
             state = ckpt.read_weights(folder, "trainable_prompts.")
             ckpt.fill(self.prompts, state, source=folder)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return ``count`` for every row, whatever its frames (B,)."""
+        """Return ``num_embeddings`` for every row, whatever its frames (B,)."""
         return torch.full_like(lengths, self.prompts.num_embeddings)
 
     def forward(self, features: Features) -> Embeds:

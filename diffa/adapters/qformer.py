@@ -15,7 +15,7 @@ from diffa.types import Embeds, Features, FeatureSpec
 class QFormer(nn.Module):
     """A Q-Former over several encoder layers, mixed by a softmax for every query (DIFFA, DeSTA2).
 
-    Each tapped layer has queries of its own and all share one transformer. ``taps`` lists
+    Each tapped layer has queries of its own and all share one transformer. ``encoder_layers`` lists
     entries of the encoder's states, or counts layers evenly spread; None means 8 of 32 layers
     or more, else 4. ``checkpoint`` is a DIFFA folder or Hub id (``acoustic_connector.*``).
     """
@@ -25,22 +25,32 @@ class QFormer(nn.Module):
         source: FeatureSpec,
         width: int,
         *,
-        queries: int = 64,
-        depth: int = 2,
-        taps: list[int] | int | None = None,
-        ffn: int = 3072,
+        num_queries: int = 64,
+        num_layers: int = 2,
+        encoder_layers: list[int] | int | None = None,
+        intermediate_size: int = 3072,
         dropout: float = 0.1,
         checkpoint: str | None = None,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        _check(source, queries=queries, depth=depth, ffn=ffn, dropout=dropout)
-        self.taps = tapped(source.layers, taps)
+        _check(
+            source,
+            num_queries=num_queries,
+            num_layers=num_layers,
+            intermediate_size=intermediate_size,
+            dropout=dropout,
+        )
+        self.taps = tapped(source.layers, encoder_layers)
         inner = source.width
-        self.layer_prompts = nn.ParameterList(torch.randn(1, queries, inner) for _ in self.taps)
-        self.layer_weights = nn.Parameter(torch.zeros(queries, len(self.taps)))
+        self.layer_prompts = nn.ParameterList(torch.randn(1, num_queries, inner) for _ in self.taps)
+        self.layer_weights = nn.Parameter(torch.zeros(num_queries, len(self.taps)))
         self.qformer = nn.ModuleDict(
-            {"layer": nn.ModuleList(_Layer(source, ffn, dropout) for _ in range(depth))}
+            {
+                "layer": nn.ModuleList(
+                    _Layer(source, intermediate_size, dropout) for _ in range(num_layers)
+                )
+            }
         )
         self.proj = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width))
         if checkpoint is not None and not ckpt.dry():
@@ -76,36 +86,36 @@ class QFormer(nn.Module):
         return repeat(inside, "b t -> (n b) 1 1 t", n=len(self.taps))
 
 
-def tapped(layers: int, taps: list[int] | int | None) -> list[int]:
+def tapped(layers: int, encoder_layers: list[int] | int | None) -> list[int]:
     """Return the entries of the tuple of states to read; raises SpecError out of range.
 
     A count n gives (i + 1) * layers // n - 1, which is DIFFA's table for every Whisper size.
     """
-    if taps is None:
-        taps = min(8 if layers >= 32 else 4, layers)
-    if isinstance(taps, int):
-        if not 1 <= taps <= layers:
+    if encoder_layers is None:
+        encoder_layers = min(8 if layers >= 32 else 4, layers)
+    if isinstance(encoder_layers, int):
+        if not 1 <= encoder_layers <= layers:
             raise SpecError(
-                f"taps must lie between 1 and the encoder's {layers} layers, got {taps}"
+                f"encoder_layers must lie between 1 and the encoder's {layers} layers, got {encoder_layers}"
             )
-        return [(i + 1) * layers // taps - 1 for i in range(taps)]
-    if not taps or any(not 0 <= tap <= layers for tap in taps):
+        return [(i + 1) * layers // encoder_layers - 1 for i in range(encoder_layers)]
+    if not encoder_layers or any(not 0 <= tap <= layers for tap in encoder_layers):
         raise SpecError(
-            f"taps must list entries of the encoder's states, 0 to {layers}, got {taps}"
+            f"encoder_layers must list entries of the encoder's states, 0 to {layers}, got {encoder_layers}"
         )
-    return list(taps)
+    return list(encoder_layers)
 
 
 class _Layer(nn.Module):
     """Self-attention among the queries, cross-attention to the frames, a feed-forward network;
     each is followed by its residual's norm (BERT). Names follow the published keys."""
 
-    def __init__(self, source: FeatureSpec, ffn: int, dropout: float) -> None:
+    def __init__(self, source: FeatureSpec, intermediate_size: int, dropout: float) -> None:
         super().__init__()
         self.attention = _Attention(source, dropout)
         self.crossattention = _Attention(source, dropout)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(source.width, ffn)})
-        self.output = _Output(ffn, source.width, dropout)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(source.width, intermediate_size)})
+        self.output = _Output(intermediate_size, source.width, dropout)
 
     def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor | None) -> Tensor:
         hidden = self.attention(hidden, hidden, None)
@@ -149,8 +159,19 @@ class _Output(nn.Module):
         return out
 
 
-def _check(source: FeatureSpec, *, queries: int, depth: int, ffn: int, dropout: float) -> None:
-    for name, value in (("queries", queries), ("depth", depth), ("ffn", ffn)):
+def _check(
+    source: FeatureSpec,
+    *,
+    num_queries: int,
+    num_layers: int,
+    intermediate_size: int,
+    dropout: float,
+) -> None:
+    for name, value in (
+        ("num_queries", num_queries),
+        ("num_layers", num_layers),
+        ("intermediate_size", intermediate_size),
+    ):
         if value < 1:
             raise SpecError(f"{name} must be at least 1, got {value}")
     if not 0 <= dropout < 1:
@@ -166,6 +187,6 @@ def _check_taps(state: dict[str, Tensor], taps: int, *, source: str) -> None:
     found = sum(key.startswith("layer_prompts.") for key in state)
     if found and found != taps:
         raise CheckpointError(
-            f"{source} was trained on {found} tapped layers, but this qformer taps {taps}: "
-            f"set taps to {found} and use the encoder it was trained with"
+            f"{source} was trained on {found} tapped layers, but this qformer reads {taps}: "
+            f"set encoder_layers to {found} and use the encoder it was trained with"
         )

@@ -14,18 +14,18 @@ from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Window(nn.Module):
-    """``queries`` for every window of ``seconds`` of frames (Tang et al. 2024, SALMONN, sec. 3.1).
+    """``num_queries`` for every window of ``window_seconds`` of frames (Tang et al. 2024, SALMONN, sec. 3.1).
 
     The same queries read every window of the last state, so their number grows with the audio
     and their order is time's. SALMONN uses 1 query, Whisper-LLaDA (Li et al. 2025) 4.
 
     Args:
-        queries: per window.
-        seconds: of a window; SALMONN's 0.333 s are 17 frames of Whisper.
-        depth: layers of self-attention, cross-attention and feed-forward.
-        ffn: width of the feed-forward.
+        num_queries: per window.
+        window_seconds: of a window; SALMONN's 0.333 s are 17 frames of Whisper.
+        num_layers: layers of self-attention, cross-attention and feed-forward.
+        intermediate_size: width of the feed-forward.
         dropout: of the attention weights.
-        mix: read a learned mixture of all the encoder's states.
+        mix_layers: read a learned mixture of all the encoder's states.
     """
 
     def __init__(
@@ -33,21 +33,30 @@ class Window(nn.Module):
         source: FeatureSpec,
         width: int,
         *,
-        queries: int = 1,
-        seconds: float = 1 / 3,
-        depth: int = 2,
-        ffn: int = 3072,
+        num_queries: int = 1,
+        window_seconds: float = 1 / 3,
+        num_layers: int = 2,
+        intermediate_size: int = 3072,
         dropout: float = 0.1,
-        mix: bool = False,
+        mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        check(source.width, source.heads, dropout, queries=queries, depth=depth, ffn=ffn)
-        if not 0 < seconds < 1e6:
-            raise SpecError(f"seconds must be positive and finite, got {seconds}")
-        self.frames = max(1, round(seconds * source.rate))
-        self.reading = Reading(source, mix=mix)
-        self.queries = bank(queries, source.width)
-        self.layers = nn.ModuleList(_Layer(source, ffn, dropout) for _ in range(depth))
+        check(
+            source.width,
+            source.heads,
+            dropout,
+            num_queries=num_queries,
+            num_layers=num_layers,
+            intermediate_size=intermediate_size,
+        )
+        if not 0 < window_seconds < 1e6:
+            raise SpecError(f"window_seconds must be positive and finite, got {window_seconds}")
+        self.frames = max(1, round(window_seconds * source.rate))
+        self.reading = Reading(source, mix_layers=mix_layers)
+        self.queries = bank(num_queries, source.width)
+        self.layers = nn.ModuleList(
+            _Layer(source, intermediate_size, dropout) for _ in range(num_layers)
+        )
         self.proj = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width))
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
@@ -76,12 +85,12 @@ class Window(nn.Module):
 class _Layer(nn.Module):
     """Queries read each other, then the frames, then think; each behind a norm."""
 
-    def __init__(self, source: FeatureSpec, ffn: int, dropout: float) -> None:
+    def __init__(self, source: FeatureSpec, intermediate_size: int, dropout: float) -> None:
         super().__init__()
         width, heads = source.width, source.heads
         self.own_norm, self.own = nn.LayerNorm(width), Attention(width, heads, dropout)
         self.read_norm, self.read = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.think = FeedForward(width, ffn)
+        self.think = FeedForward(width, intermediate_size)
 
     def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor) -> Tensor:
         own = self.own_norm(hidden)

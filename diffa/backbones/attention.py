@@ -90,13 +90,17 @@ def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
     if kernel == "sdpa" or (kernel == "auto" and device.type != "cuda"):
         return "sdpa"
     if device.type != "cuda":
-        raise SpecError(f"attention 'xformers' needs a CUDA device, not {device}; use 'auto'")
+        raise SpecError(
+            f"attn_implementation 'xformers' needs a CUDA device, not {device}; use 'auto'"
+        )
     try:
         import xformers.ops  # noqa: F401
     except Exception as error:
         if kernel == "xformers":
             hint = "pip install 'diffa-audio[xformers]'"
-            raise SpecError(f"attention 'xformers' does not load ({error}): {hint}") from error
+            raise SpecError(
+                f"attn_implementation 'xformers' does not load ({error}): {hint}"
+            ) from error
         return "sdpa"
     return "xformers"
 

@@ -42,7 +42,7 @@ class Causal(nn.Module):
         config: instead of a checkpoint, a ``config.json`` as a mapping with its ``model_type``;
             weights are then drawn from ``seed``.
         tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None.
-        checkpointing: recompute activations in the backward pass to save memory.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
         lora: LoRA pairs, new or saved, live: see ``lora.Options``; on every linear layer but the
             head where it does not say.
         seed: of the weights where there is no checkpoint.
@@ -61,7 +61,7 @@ class Causal(nn.Module):
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -72,7 +72,7 @@ class Causal(nn.Module):
         self.max_length = _max_length(settings, source)
         self.model = _make(settings, folder, seed)
         _check(self.model, source)
-        if checkpointing:
+        if gradient_checkpointing:
             # renamed in transformers 5.x; the old name goes in 6
             name = "activation_checkpointing_enable"
             getattr(self.model, name, self.model.gradient_checkpointing_enable)()

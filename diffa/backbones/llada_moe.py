@@ -58,8 +58,8 @@ class LLaDAMoE(nn.Module):
             drawn from ``seed``.
         tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None. Its mask
             token is the vocabulary's where the configuration names none.
-        attention: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
-        checkpointing: recompute activations in the backward pass to save memory.
+        attn_implementation: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
         lora: LoRA pairs on the attention's projections: see ``lora.Options``.
         seed: of the weights where there is no checkpoint.
 
@@ -77,8 +77,8 @@ class LLaDAMoE(nn.Module):
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
-        attention: Kernel = "auto",
-        checkpointing: bool = False,
+        attn_implementation: Kernel = "auto",
+        gradient_checkpointing: bool = False,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -90,7 +90,10 @@ class LLaDAMoE(nn.Module):
         self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
-                shape, causal=False, kernel=attention, checkpointing=checkpointing
+                shape,
+                causal=False,
+                kernel=attn_implementation,
+                gradient_checkpointing=gradient_checkpointing,
             )
             blocks = [SparseBlock(shape, sparse) for _ in range(shape.layers)]
             self.transformer.blocks = nn.ModuleList(blocks)

@@ -45,8 +45,8 @@ class Llama(nn.Module):
         config: instead of a checkpoint, such a ``config.json`` as a mapping; weights are then
             drawn from ``seed``.
         tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None.
-        attention: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
-        checkpointing: recompute activations in the backward pass to save memory.
+        attn_implementation: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile: compile the window steps of cached decoding, for GPUs: see ``compiling``.
         lora: LoRA pairs, read or new, folded in or live: see ``lora.Options``.
         seed: of the weights where there is no checkpoint.
@@ -65,8 +65,8 @@ class Llama(nn.Module):
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
-        attention: Kernel = "auto",
-        checkpointing: bool = False,
+        attn_implementation: Kernel = "auto",
+        gradient_checkpointing: bool = False,
         compile: bool = False,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -77,7 +77,11 @@ class Llama(nn.Module):
         self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
-                shape, causal=True, kernel=attention, checkpointing=checkpointing, compiling=compile
+                shape,
+                causal=True,
+                kernel=attn_implementation,
+                gradient_checkpointing=gradient_checkpointing,
+                compiling=compile,
             )
         self.tokenizer = read_tokenizer(tokenizer, folder)
         load(self.transformer, folder, seed, lambda at: rename(weights.read_weights(at)))

@@ -34,7 +34,7 @@ class Options(NamedTuple):
         rank: of new pairs; read ones know theirs.
         alpha: the change counts alpha / rank times; checkpoints do not say it.
         dropout: before the pairs, in training.
-        targets: last names of the layers that get a pair.
+        target_modules: last names of the layers that get a pair.
         merge: fold the pairs into the weights at load; they are gone then. True by default where
             there is a checkpoint.
         seed: of new pairs.
@@ -45,7 +45,7 @@ class Options(NamedTuple):
     rank: int | None = None
     alpha: float = 16.0
     dropout: float = 0.05
-    targets: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | None = None
     merge: bool = False
     seed: int = 0
 
@@ -73,7 +73,7 @@ def adapt(body: nn.Module, lora: Mapping[str, Any] | None, targets: Collection[s
         for name, pair in found.items():
             _fold(_weight(body, name, pair, chosen), pair, chosen.alpha)
         return
-    names = [*found] or _targeted(body, chosen.targets or tuple(targets))
+    names = [*found] or _targeted(body, chosen.target_modules or tuple(targets))
     rank = len(next(iter(found.values())).down) if found else chosen.rank or 8
     if chosen.rank is not None and chosen.rank != rank:
         raise SpecError(f"lora.rank is {chosen.rank}, but {chosen.checkpoint} holds rank {rank}")
@@ -98,8 +98,12 @@ def read(lora: Mapping[str, Any]) -> Options:
             raise SpecError(f"lora.{name} must be at least {lowest}, got {value!r}")
     if not chosen.dropout < 1:
         raise SpecError(f"lora.dropout must lie in [0, 1), got {chosen.dropout}")
-    if chosen.targets is not None and (isinstance(chosen.targets, str) or not chosen.targets):
-        raise SpecError(f"lora.targets: a list of layer names, got {chosen.targets!r}")
+    if chosen.target_modules is not None and (
+        isinstance(chosen.target_modules, str) or not chosen.target_modules
+    ):
+        raise SpecError(
+            f"lora.target_modules must be a list of layer names, got {chosen.target_modules!r}"
+        )
     return chosen
 
 
@@ -211,7 +215,7 @@ def _targeted(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
     for target in targets:
         if target not in last.values():
             raise SpecError(
-                f"lora.targets: no layer is called {target!r}{suggest(target, set(last.values()))}"
+                f"lora.target_modules: no layer is called {target!r}{suggest(target, set(last.values()))}"
             )
     return [name for name, own in last.items() if not targets or own in targets]
 

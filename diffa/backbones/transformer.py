@@ -159,14 +159,14 @@ class Transformer(nn.Module):
         *,
         causal: bool,
         kernel: Kernel,
-        checkpointing: bool,
+        gradient_checkpointing: bool,
         compiling: bool = False,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.causal = causal
         self.kernel: Kernel = kernel
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.wte = nn.Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(Block(shape, compiling=compiling) for _ in range(shape.layers))
         self.ln_f = RMSNorm(shape.width, shape.eps)
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
             return packed.spread(self.forward(packed.pack(embeds), packed.pack(positions), inner))
         how = plan(context, positions, causal=self.causal, kernel=self.kernel)
         turn = turns(positions, self.shape).to(embeds.device)
-        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         x, rows, narrowed = embeds, context.output_slots, how
         if rows is not None:
             fewer = narrow(how, rows) if rows.shape[1] < embeds.shape[1] else None

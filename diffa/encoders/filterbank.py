@@ -23,22 +23,26 @@ class FilterBank(nn.Module):
     every filter over the recording's true frames.
 
     Args:
-        kind: ``mel``, torchaudio's (HTK's scale, frames centred), or ``kaldi``, its filter banks.
-        mels: filters.
-        hop: seconds from frame to frame.
+        filterbank: ``mel``, torchaudio's (HTK's scale, frames centred), or ``kaldi``, its filter banks.
+        num_mel_bins: filters.
+        hop_seconds: seconds from frame to frame.
     """
 
     def __init__(
-        self, *, kind: Literal["mel", "kaldi"] = "mel", mels: int = 80, hop: float = 0.01
+        self,
+        *,
+        filterbank: Literal["mel", "kaldi"] = "mel",
+        num_mel_bins: int = 80,
+        hop_seconds: float = 0.01,
     ) -> None:
         super().__init__()
-        if mels < 1:
-            raise SpecError(f"mels must be at least 1, got {mels}")
-        self._hop = round(hop * RATE) if 0 < hop < 10 else 0
+        if num_mel_bins < 1:
+            raise SpecError(f"num_mel_bins must be at least 1, got {num_mel_bins}")
+        self._hop = round(hop_seconds * RATE) if 0 < hop_seconds < 10 else 0
         if self._hop < 1:
-            raise SpecError(f"hop must lie between {1 / RATE} and 10 seconds, got {hop}")
-        self.sample_rate, self._kind, self._mels = RATE, kind, mels
-        self.out = FeatureSpec(mels, 1, RATE / self._hop, math.gcd(mels, 8))
+            raise SpecError(f"hop_seconds must lie between {1 / RATE} and 10, got {hop_seconds}")
+        self.sample_rate, self._filterbank, self._num_mel_bins = RATE, filterbank, num_mel_bins
+        self.out = FeatureSpec(num_mel_bins, 1, RATE / self._hop, math.gcd(num_mel_bins, 8))
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the filter banks of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
@@ -54,7 +58,7 @@ class FilterBank(nn.Module):
 
     def _frames(self, samples: int) -> int:
         # torchaudio centres frames on multiples of the hop, Kaldi keeps them inside the wave
-        return 1 + (samples - (WINDOW if self._kind == "kaldi" else 0)) // self._hop
+        return 1 + (samples - (WINDOW if self._filterbank == "kaldi" else 0)) // self._hop
 
     def _hear(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
         rows = [self._bank(wave[:size]) for wave, size in zip(waves, sizes, strict=True)]
@@ -64,9 +68,11 @@ class FilterBank(nn.Module):
         return [bank, centred / (deviation + 1e-5)]
 
     def _bank(self, wave: Tensor) -> Tensor:
-        if self._kind == "kaldi":
-            return fronts.kaldi(wave, bins=self._mels, rate=RATE, window="povey", hop=self._hop)
-        bank = fronts.Bank(self._mels, WINDOW, RATE, 0.0, RATE / 2, "htk")
+        if self._filterbank == "kaldi":
+            return fronts.kaldi(
+                wave, bins=self._num_mel_bins, rate=RATE, window="povey", hop=self._hop
+            )
+        bank = fronts.Bank(self._num_mel_bins, WINDOW, RATE, 0.0, RATE / 2, "htk")
         mel = fronts.power_mel(
             wave[None], bank, hop=self._hop, win=WINDOW, symmetric=False, mode="reflect"
         )

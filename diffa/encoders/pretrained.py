@@ -102,7 +102,7 @@ class Pretrained(nn.Module):
         revision: of the Hub repository.
         config: instead of a checkpoint, a ``config.json`` as a mapping with its ``model_type``;
             weights are then drawn from ``seed``.
-        seconds: read longer audio in pieces of so many seconds; None where memory allows any
+        window_seconds: read longer audio in pieces of so many seconds; None where memory allows any
             length. Families with a window of their own have no choice.
         seed: of the weights where there is no checkpoint.
 
@@ -117,7 +117,7 @@ class Pretrained(nn.Module):
         checkpoint: str | None = None,
         revision: str | None = None,
         config: Mapping[str, Any] | None = None,
-        seconds: float | None = None,
+        window_seconds: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Pretrained(nn.Module):
         cls = _load(family.model)
         settings = _settings(cls, family, found)
         self._listener: Listener = family.listener(settings, _front(folder))
-        self._window = _window(self._listener, seconds)
+        self._window = _window(self._listener, window_seconds)
         self.sample_rate, self.out = self._listener.sample_rate, self._listener.out
         if folder is None or ckpt.dry():
             self.encoder = _draw(cls, settings, seed)
@@ -203,11 +203,13 @@ def _window(listener: Listener, seconds: float | None) -> int | None:
         return listener.window
     if listener.window is not None:
         own = listener.window / listener.sample_rate
-        raise SpecError(f"seconds: this encoder's window is {own:g} s; leave seconds out")
+        raise SpecError(
+            f"window_seconds: this encoder's window is {own:g} s; leave window_seconds out"
+        )
     samples = round(seconds * listener.sample_rate) if seconds < 1e6 else 0
     if samples < listener.least:
         least = listener.least / listener.sample_rate
-        raise SpecError(f"seconds must be at least {least:g} and finite, got {seconds}")
+        raise SpecError(f"window_seconds must be at least {least:g} and finite, got {seconds}")
     return samples
 
 

@@ -15,9 +15,9 @@ from diffa.types import FeatureSpec
 
 
 class Tiny(WindowedWhisper):
-    """Whisper's encoder at any size, drawn from ``seed``; ``seconds`` is its window's length.
+    """Whisper's encoder at any size, drawn from ``seed``; ``window_seconds`` is its window's length.
 
-    ``tail`` is how much silence is read after audio shorter than a window; None fills it up.
+    ``trailing_silence`` is how much silence is read after audio shorter than a window; None fills it up.
     """
 
     def __init__(
@@ -26,18 +26,18 @@ class Tiny(WindowedWhisper):
         width: int = 64,
         layers: int = 4,
         heads: int = 4,
-        mels: int = 80,
-        seconds: float = 30.0,
-        tail: float | None = None,
+        num_mel_bins: int = 80,
+        window_seconds: float = 30.0,
+        trailing_silence: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        _check(width, layers, heads, mels)
-        self.tail = checked(tail)
-        self.mel = Mel(mels)
+        _check(width, layers, heads, num_mel_bins)
+        self.trailing_silence = checked(trailing_silence)
+        self.mel = Mel(num_mel_bins)
         self.sample_rate = self.mel.rate
         self.out = FeatureSpec(width, layers, self.mel.rate / self.mel.hop / 2, heads)
         config = WhisperConfig(
@@ -45,8 +45,8 @@ class Tiny(WindowedWhisper):
             encoder_layers=layers,
             encoder_attention_heads=heads,
             encoder_ffn_dim=4 * width,
-            num_mel_bins=mels,
-            max_source_positions=_frames(seconds, self.out.rate),
+            num_mel_bins=num_mel_bins,
+            max_source_positions=_frames(window_seconds, self.out.rate),
         )
         with torch.device("meta"):
             self.encoder = WhisperEncoder(config)
@@ -55,8 +55,8 @@ class Tiny(WindowedWhisper):
             _draw(self.encoder, seed)
 
 
-def _check(width: int, layers: int, heads: int, mels: int) -> None:
-    for name, value in (("layers", layers), ("heads", heads), ("mels", mels)):
+def _check(width: int, layers: int, heads: int, num_mel_bins: int) -> None:
+    for name, value in (("layers", layers), ("heads", heads), ("num_mel_bins", num_mel_bins)):
         if value < 1:
             raise SpecError(f"{name} must be at least 1, got {value}")
     if width < 4 or width % 2 or width % heads:
@@ -69,7 +69,7 @@ def _frames(seconds: float, rate: float) -> int:
     """Return the frames of a window of ``seconds``."""
     frames = round(seconds * rate) if math.isfinite(seconds) else 0
     if frames < 1:
-        raise SpecError(f"seconds must be at least {1 / rate}, one frame, got {seconds}")
+        raise SpecError(f"window_seconds must be at least {1 / rate}, one frame, got {seconds}")
     return frames
 
 

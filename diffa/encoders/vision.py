@@ -22,16 +22,16 @@ MEAN, STD = -4.2677393, 4.5689974
 
 
 class Timm(nn.Module):
-    """A timm backbone over log filter banks (time x ``mels``), frequencies averaged away.
+    """A timm backbone over log filter banks (time x ``num_mel_bins``), frequencies averaged away.
 
     The states are the blocks' (or stages') outputs that are as wide as the last one, then the
     last one normalised: a transformer gives all its blocks, a pyramid its last stage. Audio is
-    read in windows of ``seconds``; a frame is what covers one patch or stride of time.
+    read in windows of ``window_seconds``; a frame is what covers one patch or stride of time.
 
     Args:
         model: a name that timm knows.
-        mels: Kaldi filters: the image's width.
-        seconds: of one window: the image's height, a row per 10 ms.
+        num_mel_bins: Kaldi filters: the image's width.
+        window_seconds: of one window: the image's height, a row per 10 ms.
         pretrained: let timm fetch the weights that it publishes; colours are summed to one.
         checkpoint: a folder or Hub id with weights in timm's layout.
         revision: of the Hub repository.
@@ -46,22 +46,22 @@ class Timm(nn.Module):
         self,
         *,
         model: str = "vit_tiny_patch16_224",
-        mels: int = 128,
-        seconds: float = 10.24,
+        num_mel_bins: int = 128,
+        window_seconds: float = 10.24,
         pretrained: bool = False,
         checkpoint: str | None = None,
         revision: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._rows = _rows(mels, seconds)
-        self._mels, self._window = mels, self._rows * RATE // 100
+        self._rows = _rows(num_mel_bins, window_seconds)
+        self._num_mel_bins, self._window = num_mel_bins, self._rows * RATE // 100
         self.sample_rate = RATE
         if pretrained and checkpoint is not None:
             raise SpecError("pretrained and checkpoint exclude each other: drop one of them")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = _create(model, (self._rows, mels), pretrained and not ckpt.dry())
+            self.encoder = _create(model, (self._rows, num_mel_bins), pretrained and not ckpt.dry())
         if checkpoint is not None and not ckpt.dry():
             _fill(self.encoder, ckpt.find(checkpoint, revision))
         self.out, self._wide = self._probe(model)
@@ -79,11 +79,11 @@ class Timm(nn.Module):
         )
 
     def _hear(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
-        images = spectrograms(waves, sizes, self._rows, self._mels, RATE, MEAN, STD)
+        images = spectrograms(waves, sizes, self._rows, self._num_mel_bins, RATE, MEAN, STD)
         return self._states(images[:, None].to(next(self.encoder.parameters()).dtype))
 
     def _states(self, images: Tensor) -> list[Tensor]:
-        """Return the states (M, T, width) of images (M, 1, rows, mels)."""
+        """Return the states (M, T, width) of images (M, 1, rows, num_mel_bins)."""
         model: Any = self.encoder
         final, blocks = model.forward_intermediates(images, output_fmt="NCHW")
         high = blocks[-1].shape[2]
@@ -102,11 +102,11 @@ class Timm(nn.Module):
         was = self.encoder.training
         try:
             self.encoder.eval()
-            states = self._states(weight.new_zeros(1, 1, self._rows, self._mels))
+            states = self._states(weight.new_zeros(1, 1, self._rows, self._num_mel_bins))
         except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
             raise SpecError(
-                f"timm's {name} cannot read an image of {self._rows} x {self._mels} ({error}): "
-                "choose mels and seconds that its patches divide, or another model"
+                f"timm's {name} cannot read an image of {self._rows} x {self._num_mel_bins} ({error}): "
+                "choose num_mel_bins and window_seconds that its patches divide, or another model"
             ) from error
         self.encoder.train(was)
         _, wide, width = states[-1].shape
@@ -116,12 +116,12 @@ class Timm(nn.Module):
         return FeatureSpec(width, len(states) - 1, rate, math.gcd(width, heads)), wide
 
 
-def _rows(mels: int, seconds: float) -> int:
-    if mels < 1:
-        raise SpecError(f"mels must be at least 1, got {mels}")
+def _rows(num_mel_bins: int, seconds: float) -> int:
+    if num_mel_bins < 1:
+        raise SpecError(f"num_mel_bins must be at least 1, got {num_mel_bins}")
     rows = round(seconds * 100) if math.isfinite(seconds) else 0
     if rows < 4:
-        raise SpecError(f"seconds must be at least 0.04 and finite, got {seconds}")
+        raise SpecError(f"window_seconds must be at least 0.04 and finite, got {seconds}")
     return rows
 
 

@@ -19,7 +19,7 @@ class Whisper(WindowedWhisper):
 
     ``checkpoint`` is a Whisper folder or Hub id; it says how many mel bins there are and how
     long a window is. Longer audio is read in several windows, never cut. The published weights
-    expect every window filled up with silence; ``tail`` seconds of it are enough for weights
+    expect every window filled up with silence; ``trailing_silence`` seconds of it are enough for weights
     that were trained so.
     """
 
@@ -28,13 +28,13 @@ class Whisper(WindowedWhisper):
         *,
         checkpoint: str = "openai/whisper-small",
         revision: str | None = None,
-        tail: float | None = None,
+        trailing_silence: float | None = None,
     ) -> None:
         super().__init__()
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        self.tail = checked(tail)
+        self.trailing_silence = checked(trailing_silence)
         folder = ckpt.find(checkpoint, revision, weights=not ckpt.dry())
         config = WhisperConfig.from_dict(_whisper(folder))
         self.mel = _front_end(folder, config.num_mel_bins)

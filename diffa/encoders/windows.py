@@ -28,14 +28,14 @@ class WindowedWhisper(nn.Module):
     Attributes:
         encoder: transformers' ``WhisperEncoder``.
         mel: log-mel front end of the encoder.
-        tail: seconds of silence after audio shorter than a window. None: fill the window.
+        trailing_silence: seconds of silence after audio shorter than a window. None: fill the window.
         sample_rate: samples per second.
         out: shape of the hidden states.
     """
 
     encoder: WhisperEncoder
     mel: Mel
-    tail: float | None
+    trailing_silence: float | None
     sample_rate: int
     out: FeatureSpec
 
@@ -46,7 +46,9 @@ class WindowedWhisper(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return listen(self.encoder, self.mel, audio, lengths, tail=self.tail)
+        return listen(
+            self.encoder, self.mel, audio, lengths, trailing_silence=self.trailing_silence
+        )
 
     def encode_log_mel(self, log_mel: Tensor, *, position_offset: int = 0) -> tuple[Tensor, ...]:
         """Return every hidden state for log-mel frames; skips the front end and the windows.
@@ -65,20 +67,25 @@ class WindowedWhisper(nn.Module):
 
 
 def listen(
-    encoder: WhisperEncoder, mel: Mel, audio: Tensor, lengths: Tensor, *, tail: float | None = None
+    encoder: WhisperEncoder,
+    mel: Mel,
+    audio: Tensor,
+    lengths: Tensor,
+    *,
+    trailing_silence: float | None = None,
 ) -> Features:
     """Return every hidden state of ``encoder`` for audio (B, S) with true lengths (B,) in samples.
 
     ``encoder`` is a transformers ``WhisperEncoder``. Audio longer than its window is read in
     several windows whose frames follow one another; the windows of all rows form one batch.
-    With a ``tail``, audio that fits in one window is read with just that many seconds of silence
+    With a ``trailing_silence``, audio that fits in one window is read with just that many seconds of silence
     after it, rounded up to whole seconds, and rows of equal windows form a batch.
     """
     frames = int(encoder.config.max_source_positions)  # of one window
-    if tail is None or not len(lengths):
+    if trailing_silence is None or not len(lengths):
         return _full(encoder, mel, audio, lengths, frames)
     rate = mel.rate // mel.hop // 2  # frames a second
-    silent = round(tail * mel.rate)
+    silent = round(trailing_silence * mel.rate)
     seconds = [max(1, -(-(size + silent) // mel.rate)) for size in samples_of(audio, lengths)]
     windows = [min(frames, rate * needed) for needed in seconds]
     parts, order = [], []
@@ -89,11 +96,15 @@ def listen(
     return _stacked(parts, order)
 
 
-def checked(tail: float | None) -> float | None:
-    """Return a ``tail``; raises SpecError unless it is a number of seconds or None."""
-    if tail is not None and not (math.isfinite(tail) and tail >= 0):
-        raise SpecError(f"tail must be seconds from 0 on, or None, got {tail}")
-    return tail
+def checked(trailing_silence: float | None) -> float | None:
+    """Return a ``trailing_silence``; raises SpecError unless it is a number of seconds or None."""
+    if trailing_silence is not None and not (
+        math.isfinite(trailing_silence) and trailing_silence >= 0
+    ):
+        raise SpecError(
+            f"trailing_silence must be seconds from 0 on, or None, got {trailing_silence}"
+        )
+    return trailing_silence
 
 
 def _stacked(parts: Sequence[Features], order: Sequence[int]) -> Features:

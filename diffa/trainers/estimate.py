@@ -252,12 +252,12 @@ def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     embeds = torch.empty(1, _SLOTS, backbone.width, device="meta", dtype=dtype).requires_grad_()
     positions = torch.arange(_SLOTS, device="meta")[None]
     body: Any = getattr(backbone, "transformer", None)
-    again = getattr(body, "checkpointing", False)
+    again = getattr(body, "gradient_checkpointing", False)
     backbone.train()
     try:
         kept = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
         if again:  # one layer at a time is computed again
-            body.checkpointing = False
+            body.gradient_checkpointing = False
             whole = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
             kept += whole // max(1, len(body.blocks))
     except (RuntimeError, NotImplementedError):  # it looks at values, and here are none
@@ -265,7 +265,7 @@ def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     finally:
         backbone.eval()
         if again:
-            body.checkpointing = True
+            body.gradient_checkpointing = True
     return kept / _SLOTS
 
 

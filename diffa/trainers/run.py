@@ -143,7 +143,7 @@ def prepare(setting: Setting, device: torch.device) -> Model:
     spec = setting.recipe.spec
     assert spec is not None  # the recipe was checked
     if setting.recipe.head.checkpointing:
-        spec = spec.set("backbone.checkpointing", True)
+        spec = spec.set("backbone.gradient_checkpointing", True)
     trained = {name for stage in setting.recipe.stages for name in stage.train}
     torch.manual_seed(setting.recipe.head.seed)
     # what learns needs all the digits that its small steps move

@@ -37,8 +37,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(world: Path) -> dict[str, Any]:
     spec = toy.spec(world / "tokenizer")
-    spec["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
-    spec["adapters"] = {"acoustic": {"name": "qformer", "queries": 4}, **spec["adapters"]}
+    spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    spec["adapters"] = {"acoustic": {"name": "qformer", "num_queries": 4}, **spec["adapters"]}
     spec["settings"] = {"quick": {"name": "blockwise", "threshold": 0.5}}
     held = {"data": [{"path": "train.json"}], "rows": 4, "max_tokens": 4}
     common = {"data": [{"path": "train.json"}], "train": ["adapters"], "batch": 2, "log": 1}
@@ -289,8 +289,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(world, tmp_path, jobs):
 
 
 def test_parts_that_do_not_fit_are_found_before_anything_runs(world, tmp_path):
-    with pytest.raises(SpecError, match=r"adapters.acoustic.taps=\[9\] cannot be built"):
-        ablate(recipe(world), ["adapters.acoustic.taps=[0],[9]"], out=tmp_path / "study")
+    with pytest.raises(SpecError, match=r"adapters.acoustic.encoder_layers=\[9\] cannot be built"):
+        ablate(recipe(world), ["adapters.acoustic.encoder_layers=[0],[9]"], out=tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
 

@@ -23,10 +23,10 @@ GOLDEN_SOURCE = FeatureSpec(width=32, layers=12, rate=50.0, heads=4)
 MAKERS = {
     "conv": lambda: Conv(SOURCE, WIDTH),
     "conv-1": lambda: Conv(SOURCE, WIDTH, stride=1),
-    "conv-3": lambda: Conv(SOURCE, WIDTH, stride=3, relu=False),
-    "qformer": lambda: QFormer(SOURCE, WIDTH, queries=5, ffn=16, dropout=0.0),
-    "prompt": lambda: Prompt(WIDTH, count=7),
-    "linear": lambda: Linear(SOURCE, WIDTH, stack=3, hidden=16),
+    "conv-3": lambda: Conv(SOURCE, WIDTH, stride=3, final_relu=False),
+    "qformer": lambda: QFormer(SOURCE, WIDTH, num_queries=5, intermediate_size=16, dropout=0.0),
+    "prompt": lambda: Prompt(WIDTH, num_embeddings=7),
+    "linear": lambda: Linear(SOURCE, WIDTH, stride=3, intermediate_size=16),
 }
 
 
@@ -120,19 +120,28 @@ def test_half_precision_features_are_welcome(adapter):
     "make, told",
     [
         (lambda: Conv(SOURCE, WIDTH, stride=0), "stride must be at least 1, got 0"),
-        (lambda: QFormer(SOURCE, WIDTH, queries=0), "queries must be at least 1, got 0"),
-        (lambda: QFormer(SOURCE, WIDTH, depth=0), "depth must be at least 1"),
-        (lambda: QFormer(SOURCE, WIDTH, ffn=0), "ffn must be at least 1"),
+        (lambda: QFormer(SOURCE, WIDTH, num_queries=0), "num_queries must be at least 1, got 0"),
+        (lambda: QFormer(SOURCE, WIDTH, num_layers=0), "num_layers must be at least 1"),
+        (
+            lambda: QFormer(SOURCE, WIDTH, intermediate_size=0),
+            "intermediate_size must be at least 1",
+        ),
         (lambda: QFormer(SOURCE, WIDTH, dropout=1.0), "dropout must lie between 0 and 1"),
-        (lambda: QFormer(SOURCE, WIDTH, taps=7), "taps must lie between 1 and .* 6 layers, got 7"),
-        (lambda: QFormer(SOURCE, WIDTH, taps=0), "taps must lie between 1"),
-        (lambda: QFormer(SOURCE, WIDTH, taps=[]), "taps must list"),
-        (lambda: QFormer(SOURCE, WIDTH, taps=[1, 7]), r"0 to 6, got \[1, 7\]"),
-        (lambda: QFormer(SOURCE, WIDTH, taps=[-1]), "0 to 6"),
+        (
+            lambda: QFormer(SOURCE, WIDTH, encoder_layers=7),
+            "encoder_layers must lie between 1 and .* 6 layers, got 7",
+        ),
+        (lambda: QFormer(SOURCE, WIDTH, encoder_layers=0), "encoder_layers must lie between 1"),
+        (lambda: QFormer(SOURCE, WIDTH, encoder_layers=[]), "encoder_layers must list"),
+        (lambda: QFormer(SOURCE, WIDTH, encoder_layers=[1, 7]), r"0 to 6, got \[1, 7\]"),
+        (lambda: QFormer(SOURCE, WIDTH, encoder_layers=[-1]), "0 to 6"),
         (lambda: QFormer(SOURCE._replace(heads=5), WIDTH), "multiple of its heads, got 12 and 5"),
-        (lambda: Prompt(WIDTH, count=0), "count must be at least 1, got 0"),
-        (lambda: Linear(SOURCE, WIDTH, stack=0), "stack must be at least 1, got 0"),
-        (lambda: Linear(SOURCE, WIDTH, hidden=-2), "hidden must be at least 1, got -2"),
+        (lambda: Prompt(WIDTH, num_embeddings=0), "num_embeddings must be at least 1, got 0"),
+        (lambda: Linear(SOURCE, WIDTH, stride=0), "stride must be at least 1, got 0"),
+        (
+            lambda: Linear(SOURCE, WIDTH, intermediate_size=-2),
+            "intermediate_size must be at least 1, got -2",
+        ),
     ],
 )
 def test_options_out_of_range_say_the_range(make, told):
@@ -173,7 +182,7 @@ def test_conv_hears_true_frames_from_the_first_to_the_last_but_one():
 
 def test_the_last_relu_can_be_left_out():
     with_relu = Conv(SOURCE, WIDTH).eval()
-    without = Conv(SOURCE, WIDTH, relu=False).eval()
+    without = Conv(SOURCE, WIDTH, final_relu=False).eval()
     without.load_state_dict(with_relu.state_dict())
     heard = features([36])
     assert not torch.allclose(embed(with_relu, heard).values, embed(without, heard).values)
@@ -203,7 +212,9 @@ def test_taps_can_be_counted_or_listed():
 
 
 def test_the_qformer_reads_its_taps_and_nothing_else():
-    adapter = QFormer(SOURCE, WIDTH, queries=3, ffn=16, taps=[1, 4]).eval()
+    adapter = QFormer(
+        SOURCE, WIDTH, num_queries=3, intermediate_size=16, encoder_layers=[1, 4]
+    ).eval()
     heard = features([40])
     before = embed(adapter, heard).values
     for entry in range(SOURCE.layers + 1):
@@ -214,14 +225,16 @@ def test_the_qformer_reads_its_taps_and_nothing_else():
 
 
 def test_the_qformer_reads_the_windows_padding_as_published_weights_expect():
-    adapter = QFormer(SOURCE, WIDTH, queries=3, ffn=16).eval()
+    adapter = QFormer(SOURCE, WIDTH, num_queries=3, intermediate_size=16).eval()
     heard = features([13])
     changed = change(heard, 13, WINDOW, value=2.0)
     assert not torch.allclose(embed(adapter, heard).values, embed(adapter, changed).values)
 
 
 def test_layers_are_mixed_by_a_softmax_for_every_query():
-    adapter = QFormer(SOURCE, WIDTH, queries=2, ffn=16, taps=[1, 4]).eval()
+    adapter = QFormer(
+        SOURCE, WIDTH, num_queries=2, intermediate_size=16, encoder_layers=[1, 4]
+    ).eval()
     with torch.no_grad():
         adapter.layer_weights.copy_(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
     heard = features([40])
@@ -233,7 +246,7 @@ def test_layers_are_mixed_by_a_softmax_for_every_query():
 
 
 def test_dropout_acts_in_training_only():
-    adapter = QFormer(SOURCE, WIDTH, queries=3, ffn=16, dropout=0.5)
+    adapter = QFormer(SOURCE, WIDTH, num_queries=3, intermediate_size=16, dropout=0.5)
     heard = features([40])
     adapter.train()
     assert not embed(adapter, heard).values.equal(embed(adapter, heard).values)
@@ -245,14 +258,14 @@ def test_dropout_acts_in_training_only():
 
 
 def test_linear_stacks_frames_in_order():
-    adapter = Linear(SOURCE, WIDTH, stack=3, hidden=16).eval()
+    adapter = Linear(SOURCE, WIDTH, stride=3, intermediate_size=16).eval()
     heard = features([8])
     expected = adapter.layers(heard.states[-1][0, :6].reshape(2, 36))
     assert torch.allclose(embed(adapter, heard).values[0], expected, atol=1e-6)
 
 
 def test_the_prompt_is_the_same_for_every_recording():
-    adapter = Prompt(WIDTH, count=4)
+    adapter = Prompt(WIDTH, num_embeddings=4)
     embeds = embed(adapter, features([3, 40]))
     assert embeds.lengths.tolist() == [4, 4]
     assert all(row.equal(adapter.prompts.weight) for row in embeds.values)
@@ -267,8 +280,11 @@ def test_published_weights_of_another_width_are_refused():
         (lambda: QFormer(GOLDEN_SOURCE, 64, checkpoint=str(GOLDEN)), r"proj\.1\.weight \(48, 32\)"),
         (lambda: Prompt(64, checkpoint=str(GOLDEN)), r"weight \(20, 48\) where \(20, 64\)"),
         (lambda: Conv(SOURCE, 48, checkpoint=str(GOLDEN)), r"conv\.0\.weight \(32, 32, 3\)"),
-        (lambda: Prompt(48, count=10, checkpoint=str(GOLDEN)), r"\(20, 48\) where \(10, 48\)"),
-        (lambda: QFormer(GOLDEN_SOURCE, 48, queries=32, checkpoint=str(GOLDEN)), "wrong shape"),
+        (
+            lambda: Prompt(48, num_embeddings=10, checkpoint=str(GOLDEN)),
+            r"\(20, 48\) where \(10, 48\)",
+        ),
+        (lambda: QFormer(GOLDEN_SOURCE, 48, num_queries=32, checkpoint=str(GOLDEN)), "wrong shape"),
     ]
     for make, told in makers:
         with pytest.raises(CheckpointError, match=told) as caught:
@@ -278,9 +294,9 @@ def test_published_weights_of_another_width_are_refused():
 
 def test_published_weights_of_another_number_of_taps_are_refused():
     with pytest.raises(
-        CheckpointError, match="trained on 4 tapped layers, but this qformer taps 6"
+        CheckpointError, match="trained on 4 tapped layers, but this qformer reads 6"
     ):
-        QFormer(GOLDEN_SOURCE, 48, taps=6, checkpoint=str(GOLDEN))
+        QFormer(GOLDEN_SOURCE, 48, encoder_layers=6, checkpoint=str(GOLDEN))
 
 
 def test_a_checkpoint_without_the_adapter_is_refused(tmp_path):
@@ -297,8 +313,10 @@ def test_a_checkpoint_without_the_adapter_is_refused(tmp_path):
 def test_published_layouts_of_other_sizes_load(tmp_path):
     parts = {
         "semantic_connector.": Conv(SOURCE, WIDTH, stride=2),
-        "acoustic_connector.": QFormer(SOURCE, WIDTH, queries=3, depth=1, taps=5, ffn=8),
-        "trainable_prompts.": Prompt(WIDTH, count=3).prompts,
+        "acoustic_connector.": QFormer(
+            SOURCE, WIDTH, num_queries=3, num_layers=1, encoder_layers=5, intermediate_size=8
+        ),
+        "trainable_prompts.": Prompt(WIDTH, num_embeddings=3).prompts,
     }
     state = {
         p + key: v.clone() for p, part in parts.items() for key, v in part.state_dict().items()
@@ -306,8 +324,16 @@ def test_published_layouts_of_other_sizes_load(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     folder = str(tmp_path)
     conv = Conv(SOURCE, WIDTH, stride=2, checkpoint=folder)
-    qformer = QFormer(SOURCE, WIDTH, queries=3, depth=1, taps=5, ffn=8, checkpoint=folder)
-    prompt = Prompt(WIDTH, count=3, checkpoint=folder)
+    qformer = QFormer(
+        SOURCE,
+        WIDTH,
+        num_queries=3,
+        num_layers=1,
+        encoder_layers=5,
+        intermediate_size=8,
+        checkpoint=folder,
+    )
+    prompt = Prompt(WIDTH, num_embeddings=3, checkpoint=folder)
     for part, prefix in zip((conv, qformer, prompt.prompts), parts, strict=True):
         for key, value in part.state_dict().items():
             assert value.equal(state[prefix + key])

@@ -14,7 +14,7 @@ from diffa.testing import AdapterSuite
 from diffa.types import Features, FeatureSpec
 
 SOURCE = FeatureSpec(width=12, layers=3, rate=50.0, heads=3)
-SMALL = {"ffn": 32, "dropout": 0.0}
+SMALL = {"intermediate_size": 32, "dropout": 0.0}
 
 
 class TestPool(AdapterSuite):
@@ -24,24 +24,24 @@ class TestPool(AdapterSuite):
 
 class TestPoolOverAllLayers(AdapterSuite):
     name = "pool"
-    options = {"mix": True}
+    options = {"mix_layers": True}
 
 
 class TestWindow(AdapterSuite):
     name = "window"
-    options = {"queries": 2, **SMALL}
+    options = {"num_queries": 2, **SMALL}
 
 
 class TestWindowOverAllLayers(AdapterSuite):
     name = "window"
-    options = {"seconds": 0.1, "mix": True, **SMALL}
+    options = {"window_seconds": 0.1, "mix_layers": True, **SMALL}
     # one query alone attends to itself with weight one, whatever it asks
     idle = ("layers.*.own.query.*", "layers.*.own.key.*")
 
 
 class TestPerceiver(AdapterSuite):
     name = "perceiver"
-    options = {"queries": 5, "mix": True, **SMALL}
+    options = {"num_queries": 5, "mix_layers": True, **SMALL}
 
     def test_it_hears_the_audio(self):
         """Other frames give other latents (a shift of all channels alike is lost in a norm)."""
@@ -52,18 +52,18 @@ class TestPerceiver(AdapterSuite):
 
 class TestCIF(AdapterSuite):
     name = "cif"
-    options = {"mix": True}
+    options = {"mix_layers": True}
 
 
 class TestExperts(AdapterSuite):
     name = "experts"
-    options = {"hidden": 16, "mix": True}
+    options = {"intermediate_size": 16, "mix_layers": True}
     rounding = 2.0  # bfloat16 may send a frame to other experts
 
 
 class TestCTC(AdapterSuite):
     name = "ctc"
-    options = {"labels": 5, "mix": True}
+    options = {"num_labels": 5, "mix_layers": True}
 
     def test_lengths_equal_out_lengths(self):
         """They depend on what is said: ``out_lengths`` is the most there can be."""
@@ -101,13 +101,13 @@ def test_pool_is_the_mean_of_its_frames():
 
 
 def test_a_mixture_begins_as_the_mean_of_all_states():
-    pool, heard = Pool(SOURCE, 7, stride=1, mix=True), features([5])
+    pool, heard = Pool(SOURCE, 7, stride=1, mix_layers=True), features([5])
     expected = pool.proj(torch.stack(heard.states).mean(dim=0))
     assert torch.allclose(pool(heard).values, expected, atol=1e-6)
 
 
 def test_a_mixture_that_chooses_the_last_state_is_no_mixture():
-    pool, heard = Pool(SOURCE, 7, mix=True), features([6])
+    pool, heard = Pool(SOURCE, 7, mix_layers=True), features([6])
     with torch.no_grad():
         pool.reading.weights[-1] = 100.0
     plain = Pool(SOURCE, 7)
@@ -125,7 +125,7 @@ def test_salmonns_windows_are_17_frames_of_whisper():
 
 
 def test_windows_do_not_see_each_other():
-    window = Window(SOURCE, 7, queries=2, **SMALL).eval()
+    window = Window(SOURCE, 7, num_queries=2, **SMALL).eval()
     heard = features([40])
     states = list(heard.states)
     states[-1] = states[-1].clone()
@@ -139,7 +139,7 @@ def test_windows_do_not_see_each_other():
 
 
 def test_latents_tell_the_order_of_frames():
-    perceiver = Perceiver(SOURCE, 7, queries=3, **SMALL).eval()
+    perceiver = Perceiver(SOURCE, 7, num_queries=3, **SMALL).eval()
     heard = features([12])
     turned = heard._replace(states=tuple(state.flip(1) for state in heard.states))
     assert not torch.allclose(perceiver(heard).values, perceiver(turned).values, atol=1e-4)
@@ -166,7 +166,7 @@ def test_a_row_of_blanks_keeps_one():
 
 @torch.no_grad()
 def test_ctc_weighs_frames_by_their_label():
-    ctc = CTC(SOURCE, 7, labels=3).eval()
+    ctc = CTC(SOURCE, 7, num_labels=3).eval()
     ctc.label.weight.zero_()
     ctc.label.bias.copy_(torch.tensor([0.0, 5.0, 0.0]))  # one label for everything
     heard = features([6])
@@ -215,7 +215,9 @@ def test_content_moves_cifs_borders():
 
 @torch.no_grad()
 def test_all_experts_are_a_dense_mixture():
-    experts = Experts(SOURCE, 7, experts=3, top=3, stack=1, hidden=8).eval()
+    experts = Experts(
+        SOURCE, 7, num_experts=3, num_experts_per_tok=3, stride=1, intermediate_size=8
+    ).eval()
     heard = features([9])
     rows = heard.states[-1][0]
     shares = experts.router(rows).softmax(dim=-1)
@@ -228,14 +230,17 @@ def test_all_experts_are_a_dense_mixture():
     "make, told",
     [
         (lambda: Pool(SOURCE, 7, stride=0), "stride must be at least 1"),
-        (lambda: Window(SOURCE, 7, queries=0), "queries must be at least 1"),
-        (lambda: Window(SOURCE, 7, seconds=0.0), "seconds must be positive"),
+        (lambda: Window(SOURCE, 7, num_queries=0), "num_queries must be at least 1"),
+        (lambda: Window(SOURCE, 7, window_seconds=0.0), "window_seconds must be positive"),
         (lambda: Window(SOURCE._replace(heads=5), 7), "multiple of its heads"),
         (lambda: Perceiver(SOURCE, 7, dropout=1.0), "dropout must lie between"),
-        (lambda: CTC(SOURCE, 7, labels=1), "labels must be at least 2"),
+        (lambda: CTC(SOURCE, 7, num_labels=1), "num_labels must be at least 2"),
         (lambda: CIF(SOURCE, 7, stride=0), "stride must be at least 1"),
-        (lambda: Experts(SOURCE, 7, top=5), "top must lie between 1 and the 4 experts"),
-        (lambda: Experts(SOURCE, 7, hidden=0), "hidden must be at least 1"),
+        (
+            lambda: Experts(SOURCE, 7, num_experts_per_tok=5),
+            "must lie between 1 and num_experts .4.",
+        ),
+        (lambda: Experts(SOURCE, 7, intermediate_size=0), "intermediate_size must be at least 1"),
     ],
 )
 def test_options_out_of_range_say_the_range(make, told):

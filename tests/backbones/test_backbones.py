@@ -168,7 +168,11 @@ def test_rotated_keys_meet_by_distance_alone() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_checkpointing_changes_no_gradient(causal: bool) -> None:
     made = [
-        (Llama(config=LLAMA, checkpointing=on) if causal else LLaDA(config=LLADA, checkpointing=on))
+        (
+            Llama(config=LLAMA, gradient_checkpointing=on)
+            if causal
+            else LLaDA(config=LLADA, gradient_checkpointing=on)
+        )
         for on in (False, True)
     ]
     tokens = drawn(2, 11)

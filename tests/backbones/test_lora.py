@@ -40,7 +40,7 @@ PROMPT = torch.tensor([1, 2, 3, 4])
 
 def spec(backbone: str = "llada", **lora: Any) -> dict[str, Any]:
     return {
-        "encoder": {"name": "tiny", "width": 16, "heads": 2, "layers": 2, "seconds": 1.0},
+        "encoder": {"name": "tiny", "width": 16, "heads": 2, "layers": 2, "window_seconds": 1.0},
         "adapters": {"semantic": "conv"},
         "backbone": {**BACKBONES[backbone], "lora": lora or {"rank": 4}},
         "train": ["adapters", "backbone.lora"],
@@ -93,7 +93,7 @@ def test_pairs_are_saved_with_the_model_and_folded_in_on_request(name: str, tmp_
 def adapted(**lora: Any) -> Any:
     """A linear layer with a pair, and something to say for it."""
     body = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
-    adapt(body, {"targets": ["0"], **lora})
+    adapt(body, {"target_modules": ["0"], **lora})
     ((_, layer),) = layers(body)
     with torch.no_grad():
         layer.lora_B["default"].weight.fill_(0.1)
@@ -142,7 +142,7 @@ def test_pairs_are_folded_into_either_kind_of_layer(layer: Any, shape: Any, tmp_
     torch.manual_seed(0)
     body, x = torch.nn.Sequential(layer(*shape)), torch.randn(3, 6)
     plain = copy.deepcopy(body)
-    adapt(body, {"rank": 2, "alpha": 8.0, "targets": ["0"]})
+    adapt(body, {"rank": 2, "alpha": 8.0, "target_modules": ["0"]})
     torch.nn.init.normal_(body[0].lora_B["default"].weight)
     due = body.eval()(x)
     pairs = {f"backbone.lora.{k}": v for k, v in view(body).state_dict().items()}
@@ -216,7 +216,7 @@ def test_pairs_are_saved_alone_where_a_checkpoint_holds_the_backbone(tmp_path: P
 
 def test_new_pairs_are_saved_with_the_rank_that_they_have(tmp_path: Path) -> None:
     made = golden2()
-    made["backbone"]["lora"] = {"rank": 3, "targets": ["attn_out", "ff_out"]}
+    made["backbone"]["lora"] = {"rank": 3, "target_modules": ["attn_out", "ff_out"]}
     model = diffa.build(made)
     stir(model)
     diffa.save(model, tmp_path / "m")
@@ -257,7 +257,7 @@ def trained_pairs(folder: Path, **lora: Any) -> Path:
 
 
 def test_pairs_that_were_read_are_saved_with_the_layers_that_they_have(tmp_path: Path) -> None:
-    first = trained_pairs(tmp_path / "a", targets=["q_proj"])
+    first = trained_pairs(tmp_path / "a", target_modules=["q_proj"])
     made = golden2()
     made["backbone"]["lora"] = {"checkpoint": str(first), "merge": False}
     model = diffa.build(made)
@@ -289,8 +289,8 @@ def test_a_backbone_that_is_swapped_in_learns_pairs_with_all_their_digits() -> N
     [
         ({"rnk": 4}, "did you mean 'rank'"),
         ({"rank": 0}, r"lora\.rank must be at least 1"),
-        ({"targets": ["q_prj"]}, "did you mean 'q_proj'"),
-        ({"targets": "q_proj"}, "a list of layer names"),
+        ({"target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
+        ({"target_modules": "q_proj"}, "a list of layer names"),
         ({"dropout": 1.0}, r"lora\.dropout must lie in"),
         ({"merge": True}, r"lora\.checkpoint: needed to merge"),
     ],

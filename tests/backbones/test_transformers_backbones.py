@@ -142,7 +142,7 @@ def test_a_causal_checkpoint_loads_with_its_ids(tmp_path):
 
 
 def test_gradients_flow_under_checkpointing():
-    backbone = Causal(config=MODELS["llama"], checkpointing=True).train()
+    backbone = Causal(config=MODELS["llama"], gradient_checkpointing=True).train()
     embeds = backbone.embed(tokens()).detach().requires_grad_()
     backbone(embeds, positions(9), AttentionContext()).square().sum().backward()
     assert embeds.grad.isfinite().all()

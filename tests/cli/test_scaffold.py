@@ -82,7 +82,7 @@ from diffa.spec import registry
 assert "acme-pool" in registry.available("adapter"), registry.available("adapter")
 config = dict(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16, vocab_size=40,
               mask_token_id=39, eos_token_id=0, max_sequence_length=512)
-spec = dict(encoder=dict(name="tiny", width=16, layers=1, heads=2, seconds=1.0),
+spec = dict(encoder=dict(name="tiny", width=16, layers=1, heads=2, window_seconds=1.0),
             adapters=dict(audio=dict(name="acme-pool", stride=5)),
             backbone=dict(name="llada", config=config))
 model = diffa.build(spec)

@@ -482,7 +482,7 @@ class Spy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = Tiny(width=16, layers=2, heads=2, seconds=1.0).eval()
+        self.encoder = Tiny(width=16, layers=2, heads=2, window_seconds=1.0).eval()
         self.seen = 0
 
     def forward(self, audio: torch.Tensor, lengths: torch.Tensor) -> Features:
@@ -575,7 +575,7 @@ def test_an_unwritable_cache_is_no_error(tmp_path: Path) -> None:
 
 def test_layers_that_adapters_read_are_found() -> None:
     source = FeatureSpec(width=16, layers=4, rate=50.0, heads=2)
-    conv, qformer = Conv(source, 8), QFormer(source, 8, queries=4, taps=[1, 3])
+    conv, qformer = Conv(source, 8), QFormer(source, 8, num_queries=4, encoder_layers=[1, 3])
     assert layers_read([conv], source) == (4,)
     assert layers_read([conv, qformer], source) == (1, 3, 4)
 

@@ -15,12 +15,12 @@ SOURCE = FeatureSpec(width=12, layers=3, rate=50.0, heads=3)
 
 class TestConvOverAllLayers(AdapterSuite):
     name = "conv"
-    options = {"mix": True}
+    options = {"mix_layers": True}
 
 
 class TestLinearOverAllLayers(AdapterSuite):
     name = "linear"
-    options = {"stack": 3, "hidden": 16, "mix": True}
+    options = {"stack": 3, "hidden": 16, "mix_layers": True}
 
 
 def features() -> Features:
@@ -33,7 +33,7 @@ def features() -> Features:
 def test_all_weight_on_the_last_state_is_reading_the_last_state(part):
     torch.manual_seed(0)
     plain = part(SOURCE, 8)
-    mixed = part(SOURCE, 8, mix=True)
+    mixed = part(SOURCE, 8, mix_layers=True)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         mixed.reading.weights[-1] = 60.0
@@ -45,9 +45,9 @@ def test_all_weight_on_the_last_state_is_reading_the_last_state(part):
 @pytest.mark.parametrize("part", [Conv, Linear])
 def test_a_feature_cache_keeps_every_layer_that_is_mixed(part):
     assert layers_read([part(SOURCE, 8)], SOURCE) == (3,)
-    assert layers_read([part(SOURCE, 8, mix=True)], SOURCE) == (0, 1, 2, 3)
+    assert layers_read([part(SOURCE, 8, mix_layers=True)], SOURCE) == (0, 1, 2, 3)
 
 
 def test_published_weights_have_no_mixture():
     with pytest.raises(SpecError, match="no published weights"):
-        Conv(SOURCE, 8, mix=True, checkpoint="folder")
+        Conv(SOURCE, 8, mix_layers=True, checkpoint="folder")

@@ -27,7 +27,7 @@ SECOND = 16_000
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Tiny(width=16, layers=3, heads=2, seconds=1.0).eval()
+    return Tiny(width=16, layers=3, heads=2, window_seconds=1.0).eval()
 
 
 def noise(*shape, seed=0):
@@ -92,7 +92,7 @@ def test_log_mel_stays_float32_under_autocast_and_in_a_bfloat16_encoder():
     expected = log_mel(audio, Mel())
     with torch.autocast("cpu", torch.bfloat16):
         assert log_mel(audio, Mel()).equal(expected)
-    encoder = Tiny(width=16, layers=1, heads=2, seconds=1.0).to(torch.bfloat16).eval()
+    encoder = Tiny(width=16, layers=1, heads=2, window_seconds=1.0).to(torch.bfloat16).eval()
     with torch.no_grad():
         features = encoder(audio, torch.tensor([SECOND]))
         states = hidden_states(encoder.encoder, expected)
@@ -200,7 +200,7 @@ def test_batch_equals_single_when_rows_need_different_numbers_of_windows(tiny):
 @pytest.fixture(scope="module")
 def brief():
     """Reads half a second of silence after audio, not a whole window of three seconds."""
-    return Tiny(width=16, layers=3, heads=2, seconds=3.0, tail=0.5).eval()
+    return Tiny(width=16, layers=3, heads=2, window_seconds=3.0, trailing_silence=0.5).eval()
 
 
 def test_a_tail_reads_whole_seconds_that_hold_the_audio_and_the_tail(brief):
@@ -211,12 +211,15 @@ def test_a_tail_reads_whole_seconds_that_hold_the_audio_and_the_tail(brief):
 
 
 def test_a_row_without_samples_and_without_a_tail_still_has_a_window():
-    heard = hear(Tiny(width=4, layers=1, heads=1, seconds=3.0, tail=0.0).eval(), torch.zeros(0))
+    heard = hear(
+        Tiny(width=4, layers=1, heads=1, window_seconds=3.0, trailing_silence=0.0).eval(),
+        torch.zeros(0),
+    )
     assert heard.extents.tolist() == [50] and heard.lengths.tolist() == [0]
 
 
 def test_a_tail_is_as_if_the_window_were_so_short(brief):
-    short = Tiny(width=16, layers=3, heads=2, seconds=1.0).eval()
+    short = Tiny(width=16, layers=3, heads=2, window_seconds=1.0).eval()
     wave, places = noise(6000), short.encoder.embed_positions.weight
     short.encoder.load_state_dict(brief.encoder.state_dict() | {"embed_positions.weight": places})
     for one, other in zip(hear(brief, wave).states, hear(short, wave).states, strict=True):
@@ -289,7 +292,7 @@ def test_dropout_of_the_configuration_acts_in_training_only(tmp_path):
 
 
 def test_gradients_reach_the_encoder():
-    encoder = Tiny(width=8, layers=2, heads=2, seconds=1.0)
+    encoder = Tiny(width=8, layers=2, heads=2, window_seconds=1.0)
     encoder(noise(2, SECOND), torch.tensor([SECOND, 900])).states[-1].square().sum().backward()
     for name, value in encoder.named_parameters():
         if value.requires_grad:
@@ -360,7 +363,7 @@ def test_a_dry_run_reads_no_weights(tmp_path):
 
 
 def test_tiny_is_its_seeds(tiny):
-    options = {"width": 16, "layers": 3, "heads": 2, "seconds": 1.0}
+    options = {"width": 16, "layers": 3, "heads": 2, "window_seconds": 1.0}
     torch.manual_seed(1)
     same, other = Tiny(**options), Tiny(**options, seed=1)
     assert same.encoder.conv1.weight.equal(tiny.encoder.conv1.weight)
@@ -385,11 +388,11 @@ def test_tiny_listens(tiny):
         ({"width": 10, "heads": 4}, "multiple of heads"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"heads": 0}, "heads must be at least 1"),
-        ({"mels": -1}, "mels must be at least 1"),
-        ({"seconds": 0.0}, "seconds must be at least 0.02"),
-        ({"seconds": float("inf")}, "seconds must be"),
-        ({"tail": -0.5}, "tail must be seconds from 0 on"),
-        ({"tail": float("nan")}, "tail must be seconds from 0 on"),
+        ({"num_mel_bins": -1}, "num_mel_bins must be at least 1"),
+        ({"window_seconds": 0.0}, "window_seconds must be at least 0.02"),
+        ({"window_seconds": float("inf")}, "window_seconds must be"),
+        ({"trailing_silence": -0.5}, "trailing_silence must be seconds from 0 on"),
+        ({"trailing_silence": float("nan")}, "trailing_silence must be seconds from 0 on"),
     ],
 )
 def test_options_out_of_range_say_the_range(options, told):

@@ -16,20 +16,20 @@ from diffa.testing import EncoderSuite
 from diffa.types import Encoder
 
 SECOND = 16_000
-TINY = {"name": "tiny", "width": 16, "layers": 2, "heads": 2, "seconds": 1.0}
+TINY = {"name": "tiny", "width": 16, "layers": 2, "heads": 2, "window_seconds": 1.0}
 MAKERS = {
-    "mel": lambda: FilterBank(mels=12),
-    "kaldi": lambda: FilterBank(kind="kaldi", mels=12, hop=0.02),
-    "vit": lambda: Timm(model="vit_tiny_patch16_224", mels=32, seconds=0.64),
-    "conv": lambda: Timm(model="resnet10t", mels=64, seconds=0.64),
-    "stack": lambda: Stack(first=TINY, second={"name": "mel", "mels": 8}),
-    "stack-slow": lambda: Stack(first={"name": "mel", "mels": 8}, second=TINY),
+    "mel": lambda: FilterBank(num_mel_bins=12),
+    "kaldi": lambda: FilterBank(filterbank="kaldi", num_mel_bins=12, hop_seconds=0.02),
+    "vit": lambda: Timm(model="vit_tiny_patch16_224", num_mel_bins=32, window_seconds=0.64),
+    "conv": lambda: Timm(model="resnet10t", num_mel_bins=64, window_seconds=0.64),
+    "stack": lambda: Stack(first=TINY, second={"name": "mel", "num_mel_bins": 8}),
+    "stack-slow": lambda: Stack(first={"name": "mel", "num_mel_bins": 8}, second=TINY),
 }
 
 
 class TestMel(EncoderSuite):
     name = "mel"
-    options = {"mels": 8}
+    options = {"num_mel_bins": 8}
 
     def test_gradient_reaches_every_trainable_weight(self):
         """There is none to reach."""
@@ -38,12 +38,12 @@ class TestMel(EncoderSuite):
 
 class TestStack(EncoderSuite):
     name = "stack"
-    options = {"first": TINY, "second": {"name": "mel", "mels": 8}}
+    options = {"first": TINY, "second": {"name": "mel", "num_mel_bins": 8}}
 
 
 class TestTimm(EncoderSuite):
     name = "timm"
-    options = {"model": "resnet10t", "mels": 32, "seconds": 0.64}
+    options = {"model": "resnet10t", "num_mel_bins": 32, "window_seconds": 0.64}
 
 
 @pytest.fixture(params=MAKERS, scope="module")
@@ -94,25 +94,28 @@ def test_mel_equals_torchaudio():
     wave = noise(7003)
     transform = torchaudio.transforms.MelSpectrogram(16000, 400, hop_length=160, n_mels=12)
     expected = transform(wave).clamp(min=1e-10).log().T
-    heard = hear(FilterBank(mels=12), wave)
+    heard = hear(FilterBank(num_mel_bins=12), wave)
     assert torch.allclose(heard.states[0][0], expected, atol=1e-5)
 
 
 def test_kaldi_equals_torchaudio():
     wave = noise(7003)
     expected = torchaudio.compliance.kaldi.fbank(wave[None], num_mel_bins=12, dither=0.0)
-    heard = hear(FilterBank(kind="kaldi", mels=12), wave)
+    heard = hear(FilterBank(filterbank="kaldi", num_mel_bins=12), wave)
     assert torch.allclose(heard.states[0][0], expected, atol=1e-5)
 
 
 def test_the_last_state_is_levelled_and_silence_is_finite():
-    heard = hear(FilterBank(mels=6), noise(9000), torch.zeros(9000))
+    heard = hear(FilterBank(num_mel_bins=6), noise(9000), torch.zeros(9000))
     assert heard.states[1].isfinite().all()
     assert torch.allclose(heard.states[1][0].std(dim=0, correction=0), torch.ones(6), atol=1e-3)
     assert heard.states[1][0].mean(dim=0).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("options", [{"mels": 0}, {"hop": 0.0}, {"hop": -1.0}, {"hop": 1e9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_mel_bins": 0}, {"hop_seconds": 0.0}, {"hop_seconds": -1.0}, {"hop_seconds": 1e9}],
+)
 def test_filter_banks_out_of_range_say_the_range(options):
     with pytest.raises(SpecError, match="must"):
         FilterBank(**options)
@@ -123,7 +126,7 @@ def test_filter_banks_out_of_range_say_the_range(options):
 
 @torch.no_grad()
 def test_a_vision_transformer_equals_timm():
-    encoder = Timm(model="vit_tiny_patch16_224", mels=32, seconds=0.64).eval()
+    encoder = Timm(model="vit_tiny_patch16_224", num_mel_bins=32, window_seconds=0.64).eval()
     wave = noise(64 * 160)
     bank = torchaudio.compliance.kaldi.fbank(
         wave[None], num_mel_bins=32, window_type="hanning", dither=0.0
@@ -144,7 +147,7 @@ def test_a_vision_transformer_equals_timm():
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t"])
 @torch.no_grad()
 def test_pyramids_equal_timm(name):
-    encoder = Timm(model=name, mels=64, seconds=0.64).eval()
+    encoder = Timm(model=name, num_mel_bins=64, window_seconds=0.64).eval()
     image = torch.randn(1, 1, 64, 64)
     features = encoder.encoder.forward_features(image)
     features = features.mean(dim=2) if name[0] == "s" else features.mean(dim=3).transpose(1, 2)
@@ -157,22 +160,24 @@ def test_timm_weights_load_without_their_classifier_and_colours(tmp_path):
 
     coloured = timm.create_model("resnet10t", num_classes=5)
     save_file(coloured.state_dict(), tmp_path / "model.safetensors")
-    encoder = Timm(model="resnet10t", mels=64, seconds=0.64, checkpoint=str(tmp_path))
+    encoder = Timm(
+        model="resnet10t", num_mel_bins=64, window_seconds=0.64, checkpoint=str(tmp_path)
+    )
     own = encoder.encoder.state_dict()
     grey = coloured.conv1[0].weight.sum(dim=1, keepdim=True)
     assert torch.allclose(own["conv1.0.weight"], grey)
     assert own["layer4.0.conv1.weight"].equal(coloured.layer4[0].conv1.weight)
     with pytest.raises(CheckpointError, match="does not fit"):
-        Timm(model="resnet18", mels=64, seconds=0.64, checkpoint=str(tmp_path))
+        Timm(model="resnet18", num_mel_bins=64, window_seconds=0.64, checkpoint=str(tmp_path))
 
 
 @pytest.mark.parametrize(
     "options, told",
     [
         ({"model": "vit_tny"}, "timm cannot make 'vit_tny'"),
-        ({"mels": 0}, "mels must"),
-        ({"seconds": float("nan")}, "seconds must"),
-        ({"mels": 4, "seconds": 0.04}, "4 x 4|timm cannot make"),
+        ({"num_mel_bins": 0}, "num_mel_bins must"),
+        ({"window_seconds": float("nan")}, "window_seconds must"),
+        ({"num_mel_bins": 4, "window_seconds": 0.04}, "4 x 4|timm cannot make"),
         ({"pretrained": True, "checkpoint": "x"}, "exclude each other"),
     ],
 )
@@ -192,7 +197,7 @@ def test_a_missing_timm_names_the_extra(monkeypatch):
 
 
 def test_a_stack_holds_both_encoders_frames():
-    stack = Stack(first=TINY, second={"name": "mel", "mels": 8}).eval()
+    stack = Stack(first=TINY, second={"name": "mel", "num_mel_bins": 8}).eval()
     wave = noise(SECOND)
     both, one = hear(stack, wave), hear(stack.first, wave)
     two = hear(stack.second, wave)

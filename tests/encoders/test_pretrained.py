@@ -277,7 +277,7 @@ def test_windows_follow_one_another():
 
 
 def test_seconds_cut_long_audio_into_pieces():
-    encoder = Pretrained(config=CONFIGS["wavlm"], seconds=0.5).eval()
+    encoder = Pretrained(config=CONFIGS["wavlm"], window_seconds=0.5).eval()
     wave = noise(16000)
     whole, part = hear(encoder, wave), hear(encoder, wave[8000:])
     assert int(whole.lengths) == 2 * int(part.lengths)
@@ -294,7 +294,7 @@ def test_seconds_cut_long_audio_into_pieces():
 )
 def test_seconds_out_of_range_say_the_range(name, value, told):
     with pytest.raises(SpecError, match=told):
-        Pretrained(config=CONFIGS[name], seconds=value)
+        Pretrained(config=CONFIGS[name], window_seconds=value)
 
 
 # checkpoints

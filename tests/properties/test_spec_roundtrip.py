@@ -55,7 +55,7 @@ def specs(draw: Any) -> dict[str, Any]:
     names = draw(st.lists(free, min_size=1, max_size=3, unique=True))
     data: dict[str, Any] = {
         "format": 1,
-        "encoder": {"name": "tiny", "seconds": draw(st.floats(0.1, 30))},
+        "encoder": {"name": "tiny", "window_seconds": draw(st.floats(0.1, 30))},
         "adapters": {name: draw(adapters) for name in names},
         "backbone": {"name": "llada", "checkpoint": draw(st.one_of(odd, texts))},
     }

@@ -19,7 +19,7 @@ from diffa.spec.yaml import parse_json, parse_yaml, write_yaml
 
 SMALL = {
     "encoder": "tiny",
-    "adapters": {"acoustic": {"name": "qformer", "queries": 8}, "semantic": "conv"},
+    "adapters": {"acoustic": {"name": "qformer", "num_queries": 8}, "semantic": "conv"},
     "backbone": {"name": "llada", "checkpoint": "somewhere"},
 }
 
@@ -428,10 +428,10 @@ def test_an_ambiguous_name_is_reported_in_its_place(site):
 def test_numpy_numbers_and_tuples_are_taken_as_json():
     numpy = pytest.importorskip("numpy")
     spec = Spec.read(SMALL).set("sampler.threshold", numpy.float64(0.5))
-    spec = spec.set("adapters.acoustic.taps", (1, 2))
+    spec = spec.set("adapters.acoustic.encoder_layers", (1, 2))
     assert Spec.parse(spec.to_yaml()).data == spec.data
     assert type(spec.data["sampler"]["threshold"]) is float
-    assert spec.data["adapters"]["acoustic"]["taps"] == [1, 2]
+    assert spec.data["adapters"]["acoustic"]["encoder_layers"] == [1, 2]
 
 
 def test_an_adapter_that_is_swapped_away_no_longer_learns():

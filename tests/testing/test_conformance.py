@@ -34,13 +34,20 @@ LLAMA = {
 
 class TestTiny(EncoderSuite):
     name = "tiny"
-    options = {"width": 16, "layers": 2, "heads": 2, "mels": 16, "seconds": 1.0}
+    options = {"width": 16, "layers": 2, "heads": 2, "num_mel_bins": 16, "window_seconds": 1.0}
     seconds = 0.8
 
 
 class TestTinyWithATail(EncoderSuite):
     name = "tiny"
-    options = {"width": 16, "layers": 2, "heads": 2, "mels": 16, "seconds": 4.0, "tail": 0.2}
+    options = {
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "num_mel_bins": 16,
+        "window_seconds": 4.0,
+        "trailing_silence": 0.2,
+    }
     seconds = 0.8
 
 
@@ -65,7 +72,7 @@ class TestNumberedConv(AdapterSuite):
 
 class TestQFormer(AdapterSuite):
     name = "qformer"
-    options = {"queries": 5, "ffn": 16, "dropout": 0.0, "taps": 2}
+    options = {"num_queries": 5, "intermediate_size": 16, "dropout": 0.0, "encoder_layers": 2}
     reads_padding = True
     idle = ("*.key.bias",)  # softmax does not see what is added to all of its scores
 

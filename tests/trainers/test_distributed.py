@@ -26,7 +26,7 @@ STAGES = ("1-align", "2-all")
 def recipe(world: Path, batch: int, *, lora: bool = False) -> dict[str, Any]:
     """Adapters first, then adapters and backbone, or adapters and LoRA: some frozen, all split."""
     spec = toy.spec(world / "tokenizer")
-    spec["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     stage = {
         "data": [{"path": str(world / "train.json")}],
         "steps": 3,

@@ -46,8 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec(world: Path, **objective: Any) -> dict[str, Any]:
     made = toy.spec(world / "tokenizer")
-    made["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
-    made["adapters"] = {"acoustic": {"name": "qformer", "queries": 4}, **made["adapters"]}
+    made["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    made["adapters"] = {"acoustic": {"name": "qformer", "num_queries": 4}, **made["adapters"]}
     made["backbone"]["lora"] = {"rank": 4}
     made["objective"] = {"name": "vrpo", **objective}
     return made

@@ -41,11 +41,11 @@ def small(name: str, world: Path) -> list[str]:
     """Changes that leave a shipped recipe's stages as they are and make everything small."""
     shipped = Recipe.read(name)
     spec = toy.spec(world / "tokenizer")
-    spec["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     assert shipped.spec is not None
     spec["adapters"] = shipped.spec.data["adapters"]
-    spec["adapters"]["acoustic"] |= {"queries": 4, "ffn": 16}
-    spec["adapters"]["prompt"]["count"] = 2
+    spec["adapters"]["acoustic"] |= {"num_queries": 4, "intermediate_size": 16}
+    spec["adapters"]["prompt"]["num_embeddings"] = 2
     spec["backbone"]["lora"] = shipped.spec.data["backbone"].get("lora")
     changes = {"spec": spec, "devices": 1, "workers": 0}
     for number, stage in enumerate(shipped.stages):

@@ -48,8 +48,8 @@ from diffa.types import Embeds, Features, FeatureSpec
 def recipe(world: Path, **changes: Any) -> dict[str, Any]:
     """One short stage that aligns a conv adapter, with dropout in it so that chance matters."""
     spec = toy.spec(world / "tokenizer")
-    spec["encoder"] = {"name": "tiny", "seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
-    spec["adapters"] = {"acoustic": {"name": "qformer", "queries": 4}, **spec["adapters"]}
+    spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
+    spec["adapters"] = {"acoustic": {"name": "qformer", "num_queries": 4}, **spec["adapters"]}
     stage = {
         "name": "align",
         "data": [{"path": str(world / "train.json")}],
@@ -404,7 +404,7 @@ def test_adapters_can_begin_as_loud_as_the_embeddings() -> None:
     counts = torch.tensor([20, 12])
     features = Features(tuple(torch.randn(2, 20, 16) for _ in range(3)), counts, counts)
     table = 0.02 * torch.randn(50, 8)
-    for adapter in (Conv(source, 8), QFormer(source, 8, queries=4, taps=[1])):
+    for adapter in (Conv(source, 8), QFormer(source, 8, num_queries=4, encoder_layers=[1])):
         match(adapter, features, table)
         out = adapter.eval()(features)
         inside = torch.arange(out.values.shape[1]) < out.lengths[:, None]
@@ -449,7 +449,13 @@ def test_an_encoder_learns_by_listening(world: Path, tmp_path: Path) -> None:
         steps=8,  # two epochs: every batch comes round again
         log=4,
     )
-    made["spec"]["encoder"] = {"name": "tiny", "seconds": 8.0, "width": 32, "layers": 2, "heads": 2}
+    made["spec"]["encoder"] = {
+        "name": "tiny",
+        "window_seconds": 8.0,
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+    }
     go(made, tmp_path)
     assert all(key.startswith("encoder.") for key in weights(tmp_path))
     losses = [row["loss"] for row in read_log(tmp_path / "1-align" / "log.jsonl")]
