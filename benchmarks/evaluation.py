@@ -25,7 +25,7 @@ def main() -> None:
     """Ask the same rows one by one and in batches, round by round, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", default="nano")
-    parser.add_argument("--setting", default="exact")
+    parser.add_argument("--sampler-preset", default="exact")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=96, help="of a round; runs sort them by length")
     parser.add_argument("--rounds", type=int, default=3)
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "evaluation.json")
     chosen = parser.parse_args()
     model = diffa.build(chosen.spec)
-    model = diffa.swap(model, sampler=model.spec.data["settings"][chosen.setting])
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][chosen.sampler_preset])
     with tempfile.TemporaryDirectory() as place:
         result = measure(model, Path(place), chosen)
     write(result, chosen.json)
@@ -63,7 +63,7 @@ def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
     rows = chosen.rounds * chosen.rows
     made: dict[str, Any] = {
         "spec": chosen.spec,
-        "setting": chosen.setting,
+        "sampler_preset": chosen.sampler_preset,
         "digest": model.spec.digest(),
         "rows": rows,
         "batch": chosen.batch,

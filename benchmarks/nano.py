@@ -25,7 +25,7 @@ def main() -> None:
     """Ask, score, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", default="nano")
-    parser.add_argument("--setting", default="exact")
+    parser.add_argument("--sampler-preset", default="exact")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20_261_121)
     parser.add_argument("--split", choices=("test", "train"), default="test")
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--scoring", action="store_true", help="choose by likelihood instead")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    model = opened(chosen.spec, chosen.setting)
+    model = opened(chosen.spec, chosen.sampler_preset)
     begin = time.perf_counter()
     rows, num_forwards = (weigh if chosen.scoring else ask)(model, chosen)
     seconds = time.perf_counter() - begin
@@ -53,12 +53,12 @@ def main() -> None:
     write(result, chosen.json)
 
 
-def opened(spec: str, setting: str) -> diffa.Model:
-    """Build a spec, or load the folder of a trained model, which may know no settings."""
+def opened(spec: str, sampler_preset: str) -> diffa.Model:
+    """Build a spec, or load the folder of a trained model, which may know no sampler presets."""
     saved = (Path(spec) / "model.safetensors").is_file()
     model = diffa.load(spec) if saved else diffa.build(spec)
-    settings = model.spec.data.get("settings") or {}
-    return diffa.swap(model, sampler=settings[setting]) if settings else model
+    sampler_presets = model.spec.data.get("sampler_presets") or {}
+    return diffa.swap(model, sampler=sampler_presets[sampler_preset]) if sampler_presets else model
 
 
 def spoken(chosen: Any) -> Utterances:

@@ -1,7 +1,7 @@
-"""Real-time factor of nano's transcription under each setting: python benchmarks/nano_speed.py.
+"""Measure the real-time factor of nano's transcription under each sampler preset.
 
-The settings take turns on the same utterances, one recording at a time, as one asks; the factor is
-seconds of computing per second of audio, listening included.
+Run: python benchmarks/nano_speed.py. The sampler presets take turns on the same utterances, one
+recording at a time. The factor is seconds of computing per second of audio, encoding included.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "utterances": len(made),
         "seconds of audio": round(sum(len(u.wave) for u in made) / RATE, 1),
-        "settings": measure(diffa.build(chosen.spec), made, chosen.rounds, chosen.tokens),
+        "sampler_presets": measure(diffa.build(chosen.spec), made, chosen.rounds, chosen.tokens),
     }
-    print(f"{'setting':10s} {'RTF':>8s} {'ratio':>6s} {'num_forwards':>9s} {'error':>6s}")
-    for name, row in result["settings"].items():
+    print(f"{'preset':10s} {'RTF':>8s} {'ratio':>6s} {'num_forwards':>9s} {'error':>6s}")
+    for name, row in result["sampler_presets"].items():
         print(
             f"{name:10s} {row['real-time factor']:8.4f} {row['ratio']:6.2f}"
             f" {row['num_forwards per answer']:9.1f} {row['word error']:6.3f}"
@@ -54,16 +54,16 @@ def main() -> None:
 def measure(
     model: diffa.Model, made: list[Any], rounds: int, tokens: int
 ) -> dict[str, dict[str, float]]:
-    """Let every setting transcribe every utterance in each round, in turn."""
-    named = model.spec.data["settings"].items()
-    settings = {name: diffa.swap(model, sampler=sampler) for name, sampler in named}
-    factors: dict[str, list[float]] = {name: [] for name in settings}
-    errors, num_forwards = dict.fromkeys(settings, 0), dict.fromkeys(settings, 0)
+    """Let every sampler preset transcribe every utterance in each round, in turn."""
+    named = model.spec.data["sampler_presets"].items()
+    models = {name: diffa.swap(model, sampler=sampler) for name, sampler in named}
+    factors: dict[str, list[float]] = {name: [] for name in models}
+    errors, num_forwards = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for _ in range(rounds):
         for utterance in made:
             wave = torch.from_numpy(utterance.wave)
             target = [DIGIT_WORDS[digit] for digit in utterance.labels.digits]
-            for name, tried in settings.items():
+            for name, tried in models.items():
                 begin = time.perf_counter()
                 answer = tried.answer(wave, ASKED, max_tokens=tokens)
                 factors[name].append((time.perf_counter() - begin) / (len(wave) / RATE))

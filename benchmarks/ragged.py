@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     model = diffa.build("nano")
-    model = diffa.swap(model, sampler=model.spec.data["settings"]["exact"])
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"]["exact"])
     source = Nano(split="test", seed=1, count=max(chosen.batches), per=1)
     asked = [source[i] for i in range(max(chosen.batches))]
     table = []

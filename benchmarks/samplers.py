@@ -1,7 +1,7 @@
 """Every sampler, rule and cache on the package's recordings: python benchmarks/samplers.py.
 
 Forwards, tokens per forward, seconds, and how many answers equal those of one token per forward.
-The settings take turns on every question, so that a busy machine slows them all alike. Writes
+The configurations take turns on every question, so that a busy machine slows them all alike. Writes
 benchmarks/results/samplers.json, from which docs/samplers.md is built.
 """
 
@@ -66,7 +66,7 @@ def row(name: str, found: list[Any], exact: list[Any]) -> dict[str, Any]:
     num_forwards = sum(one[2] for one in found)
     same = sum(one[0] == other[0] for one, other in zip(found, exact, strict=True))
     return {
-        "setting": name,
+        "configuration": name,
         "options": ", ".join(f"{k}: {v}" for k, v in SAMPLERS[name].items() if k != "name"),
         "sampler": SAMPLERS[name]["name"],
         "forwards per answer": round(num_forwards / len(found), 1),

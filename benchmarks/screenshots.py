@@ -73,7 +73,7 @@ def free_port() -> int:
 
 
 def visit(address: str, chosen: argparse.Namespace) -> list[dict[str, float]]:
-    """Time some visits; picture the last one, with two settings, and a phone."""
+    """Time some visits; picture the last one, with two sampler presets, and a phone."""
     from playwright.sync_api import sync_playwright
 
     visits = []
@@ -110,7 +110,7 @@ def timed(page: Any, address: str) -> dict[str, float]:
 
 
 def pictures(browser: Any, page: Any, address: str, folder: Path) -> None:
-    """Picture an answer half-way, two settings side by side, and a phone."""
+    """Picture an answer half-way, two sampler presets side by side, and a phone."""
     folder.mkdir(parents=True, exist_ok=True)
     page.locator("#sound svg image").wait_for()
     page.locator("#replay-first input[type=range]").focus()
@@ -118,7 +118,7 @@ def pictures(browser: Any, page: Any, address: str, folder: Path) -> None:
         page.keyboard.press("ArrowLeft")
     page.wait_for_timeout(1500)
     save(page, folder / "ui.png")
-    page.get_by_label("Two settings side by side").check()
+    page.get_by_label("Two sampler presets side by side").check()
     page.get_by_role("button", name="Ask", exact=True).click()
     page.locator("#comparison table").wait_for()
     page.wait_for_timeout(500)

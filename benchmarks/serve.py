@@ -54,7 +54,7 @@ class Asked(NamedTuple):
     clip: Path
     question: str
     tokens: int
-    setting: str
+    sampler_preset: str
     how: str
 
 
@@ -82,7 +82,7 @@ def ratio(one: list[float], many: list[float]) -> float:
     return round(sum(one) / sum(many), 3)
 
 
-def mix(count: int, folder: Path, settings: list[str], seed: int, per: int) -> list[Asked]:
+def mix(count: int, folder: Path, sampler_presets: list[str], seed: int, per: int) -> list[Asked]:
     """Requests: two thirds short, one third long; a third streamed, a tenth cancelled. ``per``
     questions are about the same recording."""
     source, rng = Nano(split="test", seed=seed, count=count, per=per), random.Random(seed)
@@ -94,7 +94,7 @@ def mix(count: int, folder: Path, settings: list[str], seed: int, per: int) -> l
         soundfile.write(clip, audio.numpy(), sample.rate or 16000, subtype="FLOAT")
         how = rng.choices(["whole", "stream", "cancel"], [57, 33, 10])[0]
         tokens = rng.choice([8, 16, 48])
-        made.append(Asked(number, clip, sample.question, tokens, rng.choice(settings), how))
+        made.append(Asked(number, clip, sample.question, tokens, rng.choice(sampler_presets), how))
     return made
 
 
@@ -120,7 +120,7 @@ def body_of(asked: Asked) -> str:
         {"type": "text", "text": asked.question},
     ]
     body = {
-        "model": f"nano:{asked.setting}",
+        "model": f"nano:{asked.sampler_preset}",
         "messages": [{"role": "user", "content": parts}],
         "max_tokens": asked.tokens,
         "stream": asked.how != "whole",
@@ -170,7 +170,7 @@ def alone(part: list[Asked]) -> tuple[dict[int, str], float]:
     process."""
     if not _MODELS:
         model = diffa.build("nano")
-        known = model.spec.data["settings"]
+        known = model.spec.data["sampler_presets"]
         _MODELS.update({name: diffa.swap(model, sampler=known[name]) for name in known})
         answer(part[0])
     begun = time.perf_counter()
@@ -180,7 +180,7 @@ def alone(part: list[Asked]) -> tuple[dict[int, str], float]:
 
 def answer(asked: Asked) -> str:
     """The library's answer to one request."""
-    model = _MODELS[asked.setting]
+    model = _MODELS[asked.sampler_preset]
     found: str = model.answer(asked.clip, asked.question, max_tokens=asked.tokens).text
     return found
 
@@ -189,7 +189,7 @@ def margin(spec: Any, asked: Asked) -> float:
     """The closest choice while the request is decoded in float64: between two tokens of a slot,
     or between accepting a slot and not."""
     model = diffa.build(spec, dtype="float64")
-    model = diffa.swap(model, sampler=model.spec.data["settings"][asked.setting])
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][asked.sampler_preset])
     head, closest = model.backbone.head, [float("inf")]
     rule = model.sampler.rule
 
@@ -267,12 +267,12 @@ def main() -> None:
     parser.add_argument("--per", type=int, default=1, help="Questions about the same recording.")
     parser.add_argument("--remember", type=int, default=0, help="Audio embeddings to keep.")
     parser.add_argument("--portion", type=int, default=1000)
-    parser.add_argument("--settings", default="exact,balanced,fast")
+    parser.add_argument("--sampler-presets", default="exact,balanced,fast")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     chosen = parser.parse_args()
     with one_core():
         model = diffa.build("nano")
-    settings = chosen.settings.split(",")
+    sampler_presets = chosen.sampler_presets.split(",")
     limits = Limits(
         rows=chosen.rows,
         waiting=max(64, 2 * chosen.clients),
@@ -290,7 +290,7 @@ def main() -> None:
         served(model, limits) as (service, port),
     ):
         with one_core():
-            asked = mix(chosen.requests, Path(folder), settings, 0, chosen.per)
+            asked = mix(chosen.requests, Path(folder), sampler_presets, 0, chosen.per)
         portion(service, port, asked[: chosen.rows], chosen.clients, library, outside)  # warm
         for start in range(0, len(asked), chosen.portion):
             part = asked[start : start + chosen.portion]
@@ -311,7 +311,7 @@ def main() -> None:
         "rows": chosen.rows,
         "remember": chosen.remember,
         "questions_per_recording": chosen.per,
-        "settings": settings,
+        "sampler_presets": sampler_presets,
         "answered": len(kept) - len(lost),
         "cancelled": len(pairs) - len(kept),
         "lost": lost,

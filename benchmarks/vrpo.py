@@ -241,7 +241,7 @@ def word_error(model: Any, spoken: list[Any]) -> float:
     """Word errors per word when asked to transcribe."""
     from diffa.data.corpora.fsdd import DIGIT_WORDS
 
-    model = diffa.swap(model, sampler=model.spec.data["settings"]["exact"])
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"]["exact"])
     wanted = [" ".join(DIGIT_WORDS[d] for d in u.labels.digits) for u in spoken]
     written: list[str] = []
     for at in range(0, len(spoken), 16):

@@ -80,7 +80,7 @@ def training(recipe: Recipe) -> Recipe:
     data = copy.deepcopy(recipe.data)
     assert recipe.spec is not None  # the recipe was checked
     spec = recipe.spec.resolve().data
-    del spec["settings"]
+    del spec["sampler_presets"]
     decides = False
     for raw, stage in zip(data["stages"], recipe.stages, strict=True):
         if stage.take != "best":

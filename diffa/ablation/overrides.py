@@ -99,7 +99,11 @@ def _kept(names: list[str], gone: set[str]) -> list[str]:
 def _exchanged(recipe: Recipe, kind: str, value: str | Mapping[str, Any]) -> Recipe:
     """Put another part in its place; of the old one's options, those that still apply stay."""
     data = _spec(recipe).data
-    if kind == "sampler" and isinstance(value, str) and value in (data.get("settings") or {}):
+    if (
+        kind == "sampler"
+        and isinstance(value, str)
+        and value in (data.get("sampler_presets") or {})
+    ):
         return _with(recipe, spec=_spec(recipe).set("sampler", value))
     written = data.get(kind)
     old = dict(written) if isinstance(written, Mapping) else {"name": written}
@@ -118,10 +122,10 @@ def _follow(data: dict[str, Any], stages: list[dict[str, Any]]) -> None:
     """Leave out samplers and objectives that are for the other way of decoding: the usual ones
     under the new backbone take their place."""
     rule = _decoding("backbone", data["backbone"])
-    settings = data.get("settings") or {}
+    settings = data.get("sampler_presets") or {}
     if isinstance(data.get("sampler"), str) and data["sampler"] in settings:
         data["sampler"] = settings[data["sampler"]]
-    data["settings"] = {k: v for k, v in settings.items() if _decoding("sampler", v) == rule}
+    data["sampler_presets"] = {k: v for k, v in settings.items() if _decoding("sampler", v) == rule}
     for kind in ("sampler", "objective"):
         if data.get(kind) is not None and _decoding(kind, data[kind]) != rule:
             del data[kind]

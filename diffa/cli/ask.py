@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from diffa.cli.output import print_json, say
-from diffa.cli.spec import JSON, SET, SETTING, default_spec, read_spec
+from diffa.cli.spec import JSON, SAMPLER_PRESET, SET, default_spec, read_spec
 from diffa.errors import SpecError
 
 TRANSCRIBE = "Please transcribe the audio to text."
@@ -39,7 +39,7 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the recording.")],
     spec: SPEC = "",
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     max_tokens: TOKENS = None,
     system: SYSTEM = None,
@@ -48,7 +48,7 @@ def ask(
     as_json: JSON = False,
 ) -> None:
     """Ask a question about a recording; the answer goes to stdout."""
-    model, name = load_model(spec, changes, setting, device, dtype)
+    model, name = load_model(spec, changes, sampler_preset, device, dtype)
     begin = time.perf_counter()
     shown = show_step(model) if watch else None
     answer = model.answer(audio, question, system=system, max_tokens=max_tokens, on_step=shown)
@@ -75,7 +75,7 @@ def transcribe(
     audio: AUDIO,
     spec: SPEC = "",
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     max_tokens: TOKENS = None,
     instruction: Annotated[
@@ -86,7 +86,19 @@ def transcribe(
     as_json: JSON = False,
 ) -> None:
     """Write down what is said in a recording."""
-    ask(audio, instruction, spec, changes, setting, device, max_tokens, None, dtype, watch, as_json)
+    ask(
+        audio,
+        instruction,
+        spec,
+        changes,
+        sampler_preset,
+        device,
+        max_tokens,
+        None,
+        dtype,
+        watch,
+        as_json,
+    )
 
 
 def show_step(model: Any) -> Callable[[Any], None]:
@@ -101,18 +113,18 @@ def show_step(model: Any) -> Callable[[Any], None]:
 
 
 def load_model(
-    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None = None
+    name: str, changes: list[str] | None, sampler_preset: str, device: str, dtype: str | None = None
 ) -> tuple[Any, str]:
     """Build a spec's model, or load a saved one; also say which name it goes by."""
     import diffa
 
     name = name or default_spec()
-    spec = read_spec(name, changes, setting)  # before torch: faults show at once
+    spec = read_spec(name, changes, sampler_preset)  # before torch: faults show at once
     place = device_of(device)
     if not (Path(name) / "model.safetensors").is_file():
         return diffa.build(spec, device=place, dtype=dtype), name
     model = diffa.load(name, device=place, dtype=dtype)
-    if changes or setting:
+    if changes or sampler_preset:
         new = spec.resolve().data
         check_saved(model.spec.data, new)
         model = diffa.swap(model, sampler=new["sampler"])
@@ -121,7 +133,9 @@ def load_model(
 
 def check_saved(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise SpecError where more of a saved model's spec has been set than its sampler."""
-    moved = [key for key in new if key not in ("sampler", "settings") and new[key] != old[key]]
+    moved = [
+        key for key in new if key not in ("sampler", "sampler_presets") and new[key] != old[key]
+    ]
     if moved:
         raise SpecError(f"only the sampler of a saved model can be set, not {', '.join(moved)}")
 

@@ -9,7 +9,7 @@ import typer
 
 from diffa.cli.ask import DEVICE, DTYPE, load_model
 from diffa.cli.output import print_json, print_table, say
-from diffa.cli.spec import JSON, SET, SETTING, SPEC
+from diffa.cli.spec import JSON, SAMPLER_PRESET, SET, SPEC
 from diffa.errors import SpecError
 
 app = typer.Typer(
@@ -67,7 +67,7 @@ def run(
     world: Annotated[int, typer.Option("--world", help="Processes, without accelerate.")] = 1,
     seed: SEED = 0,
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     dtype: DTYPE = None,
     as_json: JSON = False,
@@ -80,7 +80,7 @@ def run(
 
     chosen, table = find(suite, subset or _subset(suite, data)), Table(data, audio)
     place = processes.place(rank, world, device)
-    model, _ = load_model(spec, changes, setting, place.device, dtype)
+    model, _ = load_model(spec, changes, sampler_preset, place.device, dtype)
     settings = runner.Settings(
         prompt=prompt,
         mode=cast(Literal["generate", "likelihood"], mode),

@@ -10,7 +10,7 @@ import typer
 
 from diffa.cli.ask import DEVICE, DTYPE, SPEC, check_saved, device_of
 from diffa.cli.output import print_json, say
-from diffa.cli.spec import SET, SETTING, default_spec, read_spec
+from diffa.cli.spec import SAMPLER_PRESET, SET, default_spec, read_spec
 from diffa.errors import SpecError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def map_(
     ] = None,
     spec: SPEC = "",
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     dtype: DTYPE = None,
     system: Annotated[str | None, typer.Option("--system", help="Another system turn.")] = None,
@@ -63,7 +63,7 @@ def map_(
 
     if ray is None and (replicas, gpus) != ("1:1", 0.0):
         raise SpecError("--replicas and --gpus need --ray: an address, auto or local")
-    source = find_source(spec or default_spec(), changes, setting, device_of(device), dtype)
+    source = find_source(spec or default_spec(), changes, sampler_preset, device_of(device), dtype)
     asking = Asking(manifest, question=question, folder=folder)
     plan = Plan(
         manifest=str(manifest.resolve()),
@@ -96,7 +96,7 @@ def map_(
 
 
 def find_source(
-    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None
+    name: str, changes: list[str] | None, sampler_preset: str, device: str, dtype: str | None
 ) -> Source:
     """A spec's model, or a saved one, as other processes can load it.
 
@@ -105,7 +105,7 @@ def find_source(
     """
     from diffa.mapping.plan import Source
 
-    resolved = read_spec(name, changes, setting).resolve()
+    resolved = read_spec(name, changes, sampler_preset).resolve()
     if not (Path(name) / "model.safetensors").is_file():
         return Source(resolved.data, None, device, dtype)
     check_saved(read_spec(name, None).resolve().data, resolved.data)

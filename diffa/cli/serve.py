@@ -13,7 +13,7 @@ import typer
 from diffa.cli.ask import DEVICE, DTYPE, SPEC, load_model
 from diffa.cli.map import GPUS, RAY, find_source
 from diffa.cli.output import say
-from diffa.cli.spec import SET, SETTING, default_spec
+from diffa.cli.spec import SAMPLER_PRESET, SET, default_spec
 from diffa.errors import SpecError
 
 KEYS = "DIFFA_API_KEYS"
@@ -22,7 +22,7 @@ KEYS = "DIFFA_API_KEYS"
 def serve(
     spec: SPEC = "",
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     dtype: DTYPE = None,
     name: Annotated[str, typer.Option("--name", help="What clients call the model.")] = "",
@@ -82,7 +82,7 @@ def serve(
         deadline=deadline, remember=remember, drain=drain,
     )  # fmt: skip
     hosts = [place.lower() for place in fetch_from or ()]
-    options = (found, changes, setting, device, dtype)
+    options = (found, changes, sampler_preset, device, dtype)
     load = partial(_load, *options) if ray is None else _travelling(*options, gpus=gpus)
     served = Served(load, name or Path(found).stem, limits, keys, hosts)
     shown = f"{served.name} at http://{host}:{{}}/v1, {'with' if keys else 'without'} API keys"
@@ -119,11 +119,16 @@ def _load(*options: Any) -> Any:
 
 
 def _travelling(
-    name: str, changes: list[str] | None, setting: str, device: str, dtype: str | None, gpus: float
+    name: str,
+    changes: list[str] | None,
+    sampler_preset: str,
+    device: str,
+    dtype: str | None,
+    gpus: float,
 ) -> Callable[[], Any]:
     """What loads the model on another machine, whose devices may be others than those here."""
     place = ("cuda" if gpus else "cpu") if device == "auto" else device
-    return find_source(name, changes, setting, place, dtype).load
+    return find_source(name, changes, sampler_preset, place, dtype).load
 
 
 def _check_ray(ray: str | None, port: int, *, alone: bool) -> None:

@@ -18,8 +18,8 @@ SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change the spec: sampler.block=16."),
 ]
-SETTING = Annotated[
-    str, typer.Option("--setting", metavar="NAME", help="Named sampler setting: exact, fast, ...")
+SAMPLER_PRESET = Annotated[
+    str, typer.Option("--sampler-preset", metavar="NAME", help="Sampler preset: exact, fast, ...")
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 NAMED = Annotated[
@@ -29,16 +29,18 @@ NAMED = Annotated[
 app = typer.Typer(help="Show and check specs.", no_args_is_help=True, rich_markup_mode=None)
 
 
-def read_spec(name: str, changes: list[str] | None, setting: str = "") -> Any:
-    """Read a spec and apply ``--setting`` and every ``--set``; SpecError where one is wrong."""
+def read_spec(name: str, changes: list[str] | None, sampler_preset: str = "") -> Any:
+    """Return a spec with ``--sampler-preset`` and every ``--set`` applied; raises SpecError."""
     from diffa.spec.spec import Spec
 
     spec = Spec.read(name)
-    if setting:
-        offered = spec.data.get("settings") or {}
-        if setting not in offered:
-            raise SpecError(f"{name} has no setting {setting!r}{suggest(setting, offered)}")
-        spec = spec.set("sampler", setting)
+    if sampler_preset:
+        offered = spec.data.get("sampler_presets") or {}
+        if sampler_preset not in offered:
+            raise SpecError(
+                f"{name} has no sampler preset {sampler_preset!r}{suggest(sampler_preset, offered)}"
+            )
+        spec = spec.set("sampler", sampler_preset)
     return spec.change(dict(parse_change(change) for change in changes or ()))
 
 
@@ -81,14 +83,14 @@ def list_presets() -> None:
 def show(
     spec: NAMED,
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     parameters: Annotated[
         bool, typer.Option("--parameters", help="Build without weights and count parameters.")
     ] = False,
     as_json: JSON = False,
 ) -> None:
     """Print a spec with every default filled in."""
-    resolved = read_spec(spec, changes, setting).resolve()
+    resolved = read_spec(spec, changes, sampler_preset).resolve()
     if parameters:
         from diffa.cli.parameters import count
 
@@ -103,10 +105,12 @@ def show(
 
 
 @app.command()
-def check(spec: NAMED, changes: SET = None, setting: SETTING = "", as_json: JSON = False) -> None:
+def check(
+    spec: NAMED, changes: SET = None, sampler_preset: SAMPLER_PRESET = "", as_json: JSON = False
+) -> None:
     """Check a spec; every fault is reported at once."""
     try:
-        digest = read_spec(spec, changes, setting).digest()
+        digest = read_spec(spec, changes, sampler_preset).digest()
     except DiffaError as error:
         if not as_json:
             raise

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from diffa.cli.ask import DEVICE, DTYPE, SPEC, load_model
-from diffa.cli.spec import SET, SETTING
+from diffa.cli.spec import SAMPLER_PRESET, SET
 from diffa.runtime.threads import one_core
 
 
 def ui(
     spec: SPEC = "",
     changes: SET = None,
-    setting: SETTING = "",
+    sampler_preset: SAMPLER_PRESET = "",
     device: DEVICE = "auto",
     dtype: DTYPE = None,
     host: Annotated[
@@ -28,5 +28,5 @@ def ui(
 
     require()  # before weights are read
     with one_core():  # the page answers in a thread of its own
-        model, name = load_model(spec, changes, setting, device, dtype)
+        model, name = load_model(spec, changes, sampler_preset, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

@@ -26,11 +26,11 @@ _IGNORED = ("temperature", "top_p", "top_k", "num_beams", "do_sample")
 class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
     """A model of ``diffa.build`` behind lmms-eval's interface (its simple path, 0.7).
 
-    Everything comes from ``--model_args``: ``spec=diffa-2,setting=fast,max_tokens=16``.
+    Everything comes from ``--model_args``: ``spec=diffa-2,sampler_preset=fast,max_tokens=16``.
 
     Args:
         spec: preset, file or saved model's folder.
-        setting: named sampler setting of the spec.
+        sampler_preset: named sampler preset of the spec.
         changes: ``PATH=VALUE`` pairs with ``;`` between them: ``sampler.block=4;sampler.steps=4``.
         max_tokens: length of every answer, whatever the task asks for; the papers' tables use 4
             for MMSU and 16 for MMAU, where lmms-eval's tasks ask for 256 and more.
@@ -47,7 +47,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def __init__(
         self,
         spec: str = "",
-        setting: str = "",
+        sampler_preset: str = "",
         changes: str = "",
         max_tokens: int | None = None,
         system: str | None = None,
@@ -70,7 +70,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         own = self._world_size > 1 or device in (None, "", "cuda")  # every process its own GPU
         place = str(self.accelerator.device) if own else str(device)
         wanted = [one.strip() for one in changes.split(";") if one.strip()]
-        self.model, name = load_model(spec, wanted, setting, place, dtype)
+        self.model, name = load_model(spec, wanted, sampler_preset, place, dtype)
         self.model.eval()
         self.batch_size, self.max_tokens = int(batch_size), max_tokens
         self.system, self.samples = system, samples

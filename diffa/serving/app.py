@@ -68,8 +68,8 @@ async def _chat(service: Service, request: Request) -> Response:
 
     def read() -> tuple[Asked, str, Prepared]:
         fields = read_json(body)
-        setting = service.setting(fields.get("model"))
-        asked = read_chat(fields, service.limits, service.hosts)._replace(base=setting)
+        sampler_preset = service.sampler_preset(fields.get("model"))
+        asked = read_chat(fields, service.limits, service.hosts)._replace(base=sampler_preset)
         name = fields.get("model") or service.name
         return asked, name, service.prepare(asked, watched=asked.stream)
 
@@ -103,7 +103,7 @@ async def _transcribe(service: Service, request: Request) -> Response:
         check_text(fields.get("prompt") or TRANSCRIBE, "prompt", service.limits),
         recording,
         temperature=_number(fields.get("temperature")),
-        base=service.setting(fields.get("model")),
+        base=service.sampler_preset(fields.get("model")),
     )
     prepared = await service.hand(partial(service.prepare, asked, watched=stream))
     if stream:
@@ -157,14 +157,17 @@ async def _streamed(
 
 
 async def _models(service: Service, request: Request) -> Response:
-    """The model, and its settings as models of their own."""
-    names = [service.name, *(f"{service.name}:{setting}" for setting in service.settings)]
+    """The model, and its sampler presets as models of their own."""
+    names = [
+        service.name,
+        *(f"{service.name}:{sampler_preset}" for sampler_preset in service.sampler_presets),
+    ]
     return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 async def _model(service: Service, request: Request) -> Response:
     """One model."""
-    service.setting(request.path_params["name"])
+    service.sampler_preset(request.path_params["name"])
     return JSONResponse(_card(service, request.path_params["name"]))
 
 

@@ -39,10 +39,11 @@ class Chosen(NamedTuple):
 
 
 class Samplers:
-    """The samplers of a model by what requests ask for: a setting's name, or options.
+    """The samplers of a model by what requests ask for: a sampler preset's name, or options.
 
-    A name is one of the spec's ``settings``; a mapping changes options of the model's own sampler,
-    or of the setting that the request's ``model`` names, or of the sampler that its ``name`` says.
+    A name is one of the spec's ``sampler_presets``; a mapping changes options of the model's own
+    sampler, or of the sampler preset that the request's ``model`` names, or of the sampler that
+    its ``name`` says.
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,7 +54,7 @@ class Samplers:
     def choose(
         self, asked: object, temperature: object, param: str, base: str | None = None
     ) -> Chosen:
-        """The sampler for a request; ``base`` is the setting that its options change.
+        """The sampler for a request; ``base`` is the sampler preset that its options change.
 
         Raises:
             Refusal: unknown, out of range, or options that do not combine.
@@ -79,18 +80,21 @@ class Samplers:
 
     def _wanted(self, asked: object, param: str, base: str | None) -> dict[str, Any]:
         """Options as a spec would give them."""
-        settings: Mapping[str, Any] = self._spec.get("settings") or {}
-        own: dict[str, Any] = self._spec["sampler"] if base is None else settings[base]
+        sampler_presets: Mapping[str, Any] = self._spec.get("sampler_presets") or {}
+        own: dict[str, Any] = self._spec["sampler"] if base is None else sampler_presets[base]
         if asked is None:
             return dict(own)
         if isinstance(asked, str):
-            if asked not in settings:
+            if asked not in sampler_presets:
                 raise bad_request(
-                    f"{param}: no setting {asked!r}; known: {', '.join(settings)}", param
+                    f"{param}: no sampler preset {asked!r}; known: {', '.join(sampler_presets)}",
+                    param,
                 )
-            return dict(settings[asked])
+            return dict(sampler_presets[asked])
         if not isinstance(asked, dict):
-            raise bad_request(f"{param} must be a setting's name or a mapping of options", param)
+            raise bad_request(
+                f"{param} must be a sampler preset's name or a mapping of options", param
+            )
         for key, value in asked.items():
             _check(key, value, f"{param}.{key}")
         kept = own if asked.get("name") in (None, own["name"]) else {}

@@ -60,7 +60,9 @@ class Service:
         self.limits = limits or Limits()
         self.chat = model.chat_format
         spec = model.spec.data
-        self.settings: list[str] = list(spec.get("settings") or {})  # MODEL:SETTING chooses one
+        self.sampler_presets: list[str] = list(
+            spec.get("sampler_presets") or {}
+        )  # MODEL:PRESET chooses one
         self._max_tokens = min(spec["prompt"]["max_tokens"], self.limits.tokens)
         self.started = int(time.time())
         self.samplers = Samplers(model)
@@ -79,11 +81,14 @@ class Service:
             on_forward=lambda rows, _: self.metrics.rows.observe(rows),
         )
 
-    def setting(self, name: object) -> str | None:
-        """The setting that a request's ``model`` names, or None; raises Refusal (404)."""
+    def sampler_preset(self, name: object) -> str | None:
+        """The sampler preset that a request's ``model`` names, or None; raises Refusal (404)."""
         if name is None or name == self.name:
             return None
-        known = {f"{self.name}:{setting}": setting for setting in self.settings}
+        known = {
+            f"{self.name}:{sampler_preset}": sampler_preset
+            for sampler_preset in self.sampler_presets
+        }
         if not isinstance(name, str) or name not in known:
             shown = ", ".join([self.name, *known])
             message = f"no model {str(name)[:100]!r}; this server has {shown}"
@@ -102,7 +107,7 @@ class Service:
 
     def prepare(self, asked: Asked, *, watched: bool = False) -> Prepared:
         """Decode the recording, write the prompt, choose the sampler; raises Refusal."""
-        chosen = self.samplers.choose(asked.setting, asked.temperature, "sampler", asked.base)
+        chosen = self.samplers.choose(asked.sampler, asked.temperature, "sampler", asked.base)
         wave = None
         if asked.recording is not None:
             rate = self.model.encoder.sample_rate

@@ -21,8 +21,8 @@ _UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "prediction", "stop
 class Asked(NamedTuple):
     """A request: question, recording's bytes, and how to answer.
 
-    ``drafts`` asks for the draft of every step while streaming; ``setting`` is a setting's name or
-    sampler options; None stands for what the model's spec says, or its setting ``base``.
+    ``drafts`` asks for the draft of every step while streaming; ``sampler`` is a sampler
+    preset's name or options. None: what the model's spec says, or its sampler preset ``base``.
     """
 
     question: str
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     stream: bool = False
     usage: bool = False
     drafts: bool = False
-    setting: Any = None
+    sampler: Any = None
     deadline: float | None = None
     base: str | None = None
 
@@ -95,7 +95,7 @@ def _own(mine: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     if deadline is not None:
         deadline = number(deadline, 0.001, limits.deadline, f"{MINE}.deadline")
     return {
-        "drafts": _flag(mine, "drafts"), "setting": mine.get("sampler"), "deadline": deadline,
+        "drafts": _flag(mine, "drafts"), "sampler": mine.get("sampler"), "deadline": deadline,
     }  # fmt: skip
 
 

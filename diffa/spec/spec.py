@@ -69,7 +69,7 @@ class Spec:
         return dict(plain(self._written))
 
     def resolve(self) -> Spec:
-        """Return the spec with every default filled in and a named setting written out."""
+        """Return the spec with every default filled in and a named sampler preset written out."""
         return Spec(self._complete)
 
     def set(self, path: str, value: Any) -> Spec:
@@ -84,7 +84,7 @@ class Spec:
         return Spec(data)
 
     def choices(self) -> dict[str, Chosen]:
-        """Every part by dotted path, in the order they are built; settings are left out."""
+        """Every part by dotted path, in the order they are built; sampler presets are left out."""
         done = plain(self._complete)
         places = [
             ("encoder", "encoder", done["encoder"]),
@@ -98,9 +98,11 @@ class Spec:
         """Name what the spec builds in 12 hexadecimal digits.
 
         Two ways of writing one model agree. The adapters' order counts, the order of options
-        does not, nor do settings that are only on offer.
+        does not, nor do sampler presets that are only on offer.
         """
-        canonical = {key: value for key, value in self._complete.items() if key != "settings"}
+        canonical = {
+            key: value for key, value in self._complete.items() if key != "sampler_presets"
+        }
         canonical["adapters"] = [[key, part] for key, part in canonical["adapters"].items()]
         text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), default=_class_name)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -118,7 +120,7 @@ class Spec:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
             return NotImplemented
-        offers = self._complete["settings"] == other._complete["settings"]
+        offers = self._complete["sampler_presets"] == other._complete["sampler_presets"]
         return offers and self.digest() == other.digest()
 
     def __hash__(self) -> int:
@@ -146,7 +148,7 @@ class Spec:
         elif top in _PARTS:
             data[top] = self._opened(data, top)
             _reach(data[top], self._complete[top], rest, path)[rest[-1]] = value
-        elif top in ("adapters", "settings"):
+        elif top in ("adapters", "sampler_presets"):
             self._put_named(data, top, rest, path, value)
         elif top == "prompt" and len(rest) == 1 and rest[0] in PROMPT:
             data["prompt"] = {**(data.get("prompt") or {}), rest[0]: value}
@@ -169,13 +171,13 @@ class Spec:
         _reach(parts[rest[0]], known, rest[1:], path)[rest[-1]] = value
 
     def _opened(self, data: dict[str, Any], top: str) -> dict[str, Any]:
-        """The mapping that a part's name or a setting's name stands for."""
+        """The mapping that a part's name or a sampler preset's name stands for."""
         written = data.get(top)
         if written is None:
             written = self._complete[top]["name"]
-        settings = data.get("settings") or {}
-        if top == "sampler" and isinstance(written, str) and written in settings:
-            written = settings[written]
+        sampler_presets = data.get("sampler_presets") or {}
+        if top == "sampler" and isinstance(written, str) and written in sampler_presets:
+            written = sampler_presets[written]
         return _open(written)
 
 

@@ -19,7 +19,7 @@ KEYS = (
     "sampler",
     "train",
     "prompt",
-    "settings",
+    "sampler_presets",
 )
 PROMPT: dict[str, str | int] = {
     "system": "You are a helpful voice assistant.",
@@ -79,8 +79,10 @@ class _Completion:
         done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
         done["backbone"] = self.part("backbone", "backbone", self.required("backbone"))
         done["objective"] = self.part("objective", "objective", self.chosen("objective"))
-        done["settings"] = self.named("settings", "sampler", self.written.get("settings") or {})
-        done["sampler"] = self.sampler(done["settings"])
+        done["sampler_presets"] = self.named(
+            "sampler_presets", "sampler", self.written.get("sampler_presets") or {}
+        )
+        done["sampler"] = self.sampler(done["sampler_presets"])
         done["train"] = self.train()
         done["prompt"] = self.prompt()
         self.decodings(done)
@@ -148,7 +150,7 @@ class _Completion:
         return done
 
     def named(self, key: str, kind: str, value: Any) -> dict[str, Any]:
-        """Complete an ordered mapping of names to parts: the adapters, or the settings."""
+        """Complete an ordered mapping of names to parts: the adapters, or the sampler presets."""
         if not isinstance(value, Mapping):
             if value is not None:
                 self.fault(key, f"expected a mapping of names to {kind}s, got {value!r}")
@@ -162,25 +164,27 @@ class _Completion:
                 self.fault(path, "a name is made of letters, digits, '-' and '_'")
             elif key == "adapters" and _taken(name):
                 self.fault(path, "the name is taken by torch's ModuleDict; choose another")
-            elif key == "settings" and name in registry.available("sampler"):
-                self.fault(path, "is the name of a sampler; give the setting another")
+            elif key == "sampler_presets" and name in registry.available("sampler"):
+                self.fault(path, "is the name of a sampler; give the sampler preset another")
             elif part is None:
                 self.fault(path, f"needs a name; known: {', '.join(registry.available(kind))}")
             done[name] = self.part(path, kind, part)
         return done
 
-    def sampler(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the sampler, which may be the name of a setting."""
+    def sampler(self, sampler_presets: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the sampler, which may be the name of a sampler preset."""
         value = self.chosen("sampler")
-        if isinstance(value, str) and value in settings:
-            if f"settings.{value}" in self.classes:
-                self.classes["sampler"] = self.classes[f"settings.{value}"]
-            return dict(settings[value])
-        if isinstance(value, str) and settings and ":" not in value:
+        if isinstance(value, str) and value in sampler_presets:
+            if f"sampler_presets.{value}" in self.classes:
+                self.classes["sampler"] = self.classes[f"sampler_presets.{value}"]
+            return dict(sampler_presets[value])
+        if isinstance(value, str) and sampler_presets and ":" not in value:
             known = registry.available("sampler")
             if not any(name.rpartition(":")[2] == value for name in known):
-                names = [*settings, *known]
-                self.fault("sampler", f"no setting or sampler {value!r}{suggest(value, names)}")
+                names = [*sampler_presets, *known]
+                self.fault(
+                    "sampler", f"no sampler preset or sampler {value!r}{suggest(value, names)}"
+                )
                 return {}
         return self.part("sampler", "sampler", value)
 

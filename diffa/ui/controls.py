@@ -1,4 +1,4 @@
-"""The controls of one setting: sampler, rule and cache, each with its meaning in a line."""
+"""The controls of one sampler preset: sampler, rule and cache, each with its meaning in a line."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from diffa.spec.spec import Spec
-from diffa.ui import sampler_options as settings
+from diffa.ui import sampler_options
 from diffa.ui.sampler_options import CACHES, ONE, PLAIN, Chosen
 
 
 class Controls(NamedTuple):
-    """The components of one setting: the named ones to start from, then ``Chosen``'s fields."""
+    """The components of one sampler: the preset to start from, then ``Chosen``'s fields."""
 
-    setting: Any
+    sampler_preset: Any
     fields: tuple[Any, ...]
 
     @property
     def inputs(self) -> list[Any]:
         """What the page reads when it asks."""
-        return [self.setting, *self.fields]
+        return [self.sampler_preset, *self.fields]
 
 
 def controls(spec: Spec, decoding: str, begin: str, title: str) -> Controls:
-    """Lay out the controls of one setting that starts as the one named ``begin``."""
-    known = settings.named(spec)
-    start = settings.read(spec, known[begin])
-    offered = settings.samplers(decoding)
-    shown, told = settings.offers(start.sampler), start.sampler
-    setting = gr.Dropdown(
+    """Lay out the controls of one sampler preset that starts as the one named ``begin``."""
+    known = sampler_options.named(spec)
+    start = sampler_options.read(spec, known[begin])
+    offered = sampler_options.samplers(decoding)
+    shown, told = sampler_options.offers(start.sampler), start.sampler
+    sampler_preset = gr.Dropdown(
         list(known), value=begin, label=f"{title}: start from",
-        info="Named settings of the spec: each fills in the controls below.",
+        info="Sampler presets of the spec: each fills in the controls below.",
     )  # fmt: skip
     sampler = gr.Dropdown(
         list(offered), value=start.sampler, label="Sampler", info=offered.get(start.sampler, "")
     )
     block = gr.Slider(
         1, 128, start.block, step=1, label="Block", visible=shown["block"],
-        info=settings.meaning(told, "block"),
+        info=sampler_options.meaning(told, "block"),
     )  # fmt: skip
     rule = gr.Radio(
-        settings.rules(told), value=start.rule, label="Tokens per forward",
-        visible=shown["rule"], info=settings.rule_meaning(told, start.rule),
+        sampler_options.rules(told), value=start.rule, label="Tokens per forward",
+        visible=shown["rule"], info=sampler_options.rule_meaning(told, start.rule),
     )  # fmt: skip
     value = gr.Number(
         start.value, label="Value of the rule", visible=start.rule != ONE,
@@ -50,7 +50,7 @@ def controls(spec: Spec, decoding: str, begin: str, title: str) -> Controls:
     )  # fmt: skip
     cache = gr.Radio(
         CACHES, value=start.cache, label="Cache", visible=shown["cache"],
-        info=settings.meaning(told, "cache"),
+        info=sampler_options.meaning(told, "cache"),
     )  # fmt: skip
     temperature = gr.Slider(
         0, 2, start.temperature, step=0.1, label="Temperature", visible=shown["temperature"],
@@ -65,7 +65,7 @@ def controls(spec: Spec, decoding: str, begin: str, title: str) -> Controls:
         info="Any other option of the sampler, as NAME: VALUE.",
     )  # fmt: skip
     fields = (sampler, block, rule, value, cache, temperature, guidance, others)
-    made = Controls(setting, fields)
+    made = Controls(sampler_preset, fields)
     _connect(made, spec, known, offered)
     return made
 
@@ -76,35 +76,35 @@ def _connect(
     sampler, rule, value = made.fields[0], made.fields[2], made.fields[3]
 
     def fill(name: str) -> list[Any]:
-        return show(settings.read(spec, known[name]))
+        return show(sampler_options.read(spec, known[name]))
 
     def show(chosen: Chosen) -> list[Any]:
-        there = settings.offers(chosen.sampler)
+        there = sampler_options.offers(chosen.sampler)
         updates = dict(chosen._asdict())
         for key in PLAIN:
-            meant = settings.meaning(chosen.sampler, key)
+            meant = sampler_options.meaning(chosen.sampler, key)
             info = {"info": meant} if key in ("block", "cache") and meant else {}
             updates[key] = gr.update(value=updates[key], visible=there[key], **info)
         updates["sampler"] = gr.update(value=chosen.sampler, info=offered.get(chosen.sampler, ""))
         updates["rule"] = gr.update(
-            value=chosen.rule, choices=settings.rules(chosen.sampler), visible=there["rule"],
-            info=settings.rule_meaning(chosen.sampler, chosen.rule),
+            value=chosen.rule, choices=sampler_options.rules(chosen.sampler), visible=there["rule"],
+            info=sampler_options.rule_meaning(chosen.sampler, chosen.rule),
         )  # fmt: skip
         updates["value"] = gr.update(value=chosen.value, visible=chosen.rule != ONE)
         return list(updates.values())
 
     def change(name: str, *rest: Any) -> list[Any]:
         kept = Chosen(name, *rest)
-        if kept.rule not in settings.rules(name):
-            kept = kept._replace(rule=ONE, value=settings.STARTS[ONE])
+        if kept.rule not in sampler_options.rules(name):
+            kept = kept._replace(rule=ONE, value=sampler_options.STARTS[ONE])
         return show(kept._replace(others=""))
 
     def explain(name: str, chosen: str) -> tuple[Any, Any]:
-        info = gr.update(info=settings.rule_meaning(name, chosen))
-        return info, gr.update(value=settings.STARTS[chosen], visible=chosen != ONE)
+        info = gr.update(info=sampler_options.rule_meaning(name, chosen))
+        return info, gr.update(value=sampler_options.STARTS[chosen], visible=chosen != ONE)
 
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     fields = list(made.fields)
-    made.setting.input(fill, made.setting, fields, **quiet)
+    made.sampler_preset.input(fill, made.sampler_preset, fields, **quiet)
     sampler.input(change, fields, fields, **quiet)
     rule.input(explain, [sampler, rule], [rule, value], **quiet)

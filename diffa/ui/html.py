@@ -57,7 +57,7 @@ def numbers(replay: Replay) -> str:
 
 
 def comparison(replays: Sequence[Replay]) -> str:
-    """A table of two settings; the answers are compared as well."""
+    """A table of two sampler presets; the answers are compared as well."""
     if len(replays) < 2:
         return ""
     first, second = replays
@@ -79,8 +79,9 @@ def comparison(replays: Sequence[Replay]) -> str:
         else f"The second was {faster:.1f} times as fast."
     )
     return (
-        f'<table class="d-table"><caption>Two settings side by side</caption><thead><tr><td></td>'
-        f'{heads}</tr></thead><tbody>{cells}</tbody></table><p class="d-note">{same} {ratio}</p>'
+        f'<table class="d-table"><caption>Two sampler presets side by side</caption>'
+        f"<thead><tr><td></td>{heads}</tr></thead>"
+        f'<tbody>{cells}</tbody></table><p class="d-note">{same} {ratio}</p>'
     )
 
 

@@ -13,7 +13,7 @@ from diffa.errors import DiffaError, SpecError
 from diffa.nano.demo import describe, recordings
 from diffa.runtime.threads import ComputeThread
 from diffa.ui import html as drawing
-from diffa.ui import sampler_options as settings
+from diffa.ui import sampler_options
 from diffa.ui.audio import load_recording, picture
 from diffa.ui.controls import Controls, controls
 from diffa.ui.sampler_options import Chosen
@@ -41,7 +41,7 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 
 
 class Shown(NamedTuple):
-    """Where the answer under one setting appears."""
+    """Where the answer under one sampler preset appears."""
 
     answer: Any
     canvas: Any
@@ -65,7 +65,7 @@ def page(model: Model, name: str) -> gr.Blocks:
     """Lay out the page of a model that goes by a name. One thread answers, whoever is told."""
     hand = ComputeThread()
     spec, decoding = model.spec, model.backbone.decoding
-    known = list(settings.named(spec))
+    known = list(sampler_options.named(spec))
     with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
         gr.Markdown(f"# diffa\nAsk about a recording. Model **{name}**: {describe(model)}.")
         status = gr.HTML(elem_id="status")
@@ -77,15 +77,15 @@ def page(model: Model, name: str) -> gr.Blocks:
                 asked = _options(model, audio, question)
         with gr.Accordion("Sampler and cache", open=False), gr.Row():
             with gr.Column():
-                first = controls(spec, decoding, known[0], "First setting")
+                first = controls(spec, decoding, known[0], "First sampler preset")
             with gr.Column(visible=False) as column:
-                second = controls(spec, decoding, known[-1], "Second setting")
+                second = controls(spec, decoding, known[-1], "Second sampler preset")
         gr.HTML(drawing.legend())
         with gr.Row():
             with gr.Column(min_width=300):
                 one = _result("Answer", "first")
             with gr.Column(min_width=300, visible=False) as beside:
-                two = _result("Answer under the second setting", "second")
+                two = _result("Answer under the second sampler preset", "second")
         table = gr.HTML(elem_id="comparison")
         asked.compare.change(
             lambda on: [gr.update(visible=on)] * 2, asked.compare, [column, beside],
@@ -126,8 +126,8 @@ def _question() -> tuple[Any, dict[str, Any], Any]:
 
 def _options(model: Model, audio: Any, question: Any) -> Asked:
     compare = gr.Checkbox(
-        False, label="Two settings side by side", elem_id="compare",
-        info="Answers twice: under the first setting, then under the second.",
+        False, label="Two sampler presets side by side", elem_id="compare",
+        info="Answers twice: under the first sampler preset, then under the second.",
     )  # fmt: skip
     length = min(int(model.spec.data["prompt"]["max_tokens"]), LONGEST_ANSWER)
     with gr.Accordion("Length, seed, system turn", open=False):
@@ -215,9 +215,9 @@ def _runner(
             request = hand(_request, model, values)
             for part, place in zip(parts, shown, strict=False):
                 replay, wanted = None, Chosen(*part[1:])
-                name = settings.title(model.spec, str(part[0]), wanted)
+                name = sampler_options.title(model.spec, str(part[0]), wanted)
                 told = 0.0
-                for replay in hand.each(ask(model, name, settings.write(wanted), request)):
+                for replay in hand.each(ask(model, name, sampler_options.write(wanted), request)):
                     if time.perf_counter() - told > OFTEN:  # the browser shares the cores
                         yield _update(place, replay)
                         told = time.perf_counter()

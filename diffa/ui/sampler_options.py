@@ -23,7 +23,7 @@ CACHES = ("none", "prefix", "dual")
 
 
 class Chosen(NamedTuple):
-    """What the controls of one setting say, in their order on the page."""
+    """What the controls of one sampler preset say, in their order on the page."""
 
     sampler: str = "blockwise"
     block: float | None = 32
@@ -49,9 +49,9 @@ def samplers(decoding: str) -> dict[str, str]:
 
 
 def named(spec: Spec) -> dict[str, dict[str, Any]]:
-    """The settings that a resolved spec names, or its own sampler as ``default``."""
+    """The sampler presets that a resolved spec names, or its own sampler as ``default``."""
     data = spec.data
-    offered = data.get("settings") or {}
+    offered = data.get("sampler_presets") or {}
     return {**offered} if offered else {"default": data["sampler"]}
 
 
@@ -97,7 +97,7 @@ def write(chosen: Chosen) -> dict[str, Any]:
 
 
 def title(spec: Spec, name: str, chosen: Chosen) -> str:
-    """Name what the controls say: the setting they started from, or that it was changed."""
+    """Name what the controls say: the sampler preset they started from, or that it was changed."""
     start = named(spec).get(name)
     same = start is not None and write(read(spec, start)) == write(chosen)
     return name if same else f"{name}, changed"

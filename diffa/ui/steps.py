@@ -36,7 +36,7 @@ class Replay(NamedTuple):
     """An answer with every canvas on the way to it.
 
     Attributes:
-        name: of the setting.
+        name: of the sampler preset.
         text: the answer so far.
         frames: the canvas after each forward.
         tokens: tokens of the answer up to its end, the end included.

@@ -39,7 +39,7 @@ def plan(world: Path) -> dict[str, Any]:
     spec = toy.spec(world / "tokenizer")
     spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     spec["adapters"] = {"acoustic": {"name": "qformer", "num_queries": 4}, **spec["adapters"]}
-    spec["settings"] = {"quick": {"name": "blockwise", "threshold": 0.5}}
+    spec["sampler_presets"] = {"quick": {"name": "blockwise", "threshold": 0.5}}
     held = {"data": [{"path": "train.json"}], "rows": 4, "max_tokens": 4}
     common = {"data": [{"path": "train.json"}], "train": ["adapters"], "batch": 2, "log": 1}
     align = {**common, "name": "align", "adapters": ["semantic"], "steps": 1}
@@ -115,7 +115,7 @@ def test_a_llama_takes_the_size_of_the_llada_it_replaces(world):
     assert wide.backbone.transformer.shape == swapped.backbone.transformer.shape
     data = new.spec.resolve().data
     assert (data["objective"]["name"], data["sampler"]["name"]) == ("autoregressive", "greedy")
-    assert data["settings"] == {} and new.stages[1].objective is None
+    assert data["sampler_presets"] == {} and new.stages[1].objective is None
     assert as_llama({"d_model": 4, "mlp_ratio": 3})["intermediate_size"] == 12
 
 

@@ -24,7 +24,7 @@ encoder: tiny
 adapters: {semantic: conv}
 backbone: {name: llada, config: {d_model: 8}}
 sampler: quick
-settings: {quick: {name: blockwise, threshold: 0.9}, slow: blockwise}
+sampler_presets: {quick: {name: blockwise, threshold: 0.9}, slow: blockwise}
 """
 
 
@@ -97,11 +97,13 @@ def test_transcribe_asks_for_the_text(diffa_, fake, mine):
 
 
 def test_a_named_setting_chooses_the_sampler(diffa_, fake, mine):
-    diffa_("ask", "a.wav", "?", "--spec", mine, "--setting", "slow", "--set", "sampler.block=2")
+    diffa_(
+        "ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slow", "--set", "sampler.block=2"
+    )
     sampler = fake["spec"].resolve().data["sampler"]
     assert (sampler["threshold"], sampler["block"]) == (None, 2)
-    done = diffa_("ask", "a.wav", "?", "--spec", mine, "--setting", "slwo")
-    assert done.code == 2 and "no setting 'slwo', did you mean 'slow'?" in done.err
+    done = diffa_("ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slwo")
+    assert done.code == 2 and "no sampler preset 'slwo', did you mean 'slow'?" in done.err
 
 
 def test_without_a_spec_the_default_is_nano_else_tiny_with_a_word_about_it(
@@ -188,11 +190,16 @@ def test_debug_shows_where_a_users_error_came_from():
 
 
 def test_spec_show_prints_what_can_be_read_back(diffa_, mine):
-    done = diffa_("spec", "show", mine, "--setting", "slow", "--set", "train=[adapters, backbone]")
+    done = diffa_(
+        "spec", "show", mine, "--sampler-preset", "slow", "--set", "train=[adapters, backbone]"
+    )
     shown = diffa.Spec.read(yaml.safe_load(done.out))
     assert shown.data["train"] == ["adapters", "backbone"]
     assert shown.digest() in done.err and shown.data["sampler"]["block"] == 32
-    assert json.loads(diffa_("spec", "show", mine, "--json").out)["settings"]["slow"]["block"] == 32
+    assert (
+        json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"]["block"]
+        == 32
+    )
 
 
 def test_spec_check_tells_good_from_bad(diffa_, mine):

@@ -79,7 +79,7 @@ def test_silence_is_no_digit(nano) -> None:
 @pytest.mark.fsdd
 def test_the_balanced_setting_writes_what_the_exact_one_does(nano, asked) -> None:
     waves = [sample.audio for sample in asked]
-    fast = diffa.swap(nano, sampler=nano.spec.data["settings"]["balanced"])
+    fast = diffa.swap(nano, sampler=nano.spec.data["sampler_presets"]["balanced"])
     assert error(fast, asked, waves) <= error(nano, asked, waves) + 0.02
     questions = [sample.question for sample in asked]
     few = fast.answer(waves, questions, max_tokens=12).num_forwards

@@ -62,7 +62,7 @@ def specs(draw: Any) -> dict[str, Any]:
     if draw(st.booleans()):
         data["sampler"] = draw(samplers)
     if draw(st.booleans()):
-        data["settings"] = {"fast": draw(samplers), "slow": draw(samplers)}
+        data["sampler_presets"] = {"fast": draw(samplers), "slow": draw(samplers)}
         data["sampler"] = draw(st.sampled_from(["fast", "slow"]))
     if draw(st.booleans()):
         user = draw(st.one_of(odd, texts)).replace("<audio>", "") + "<audio> {question}"

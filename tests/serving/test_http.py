@@ -73,8 +73,10 @@ def test_a_question_without_a_recording_is_answered(client, model):
 def test_settings_are_models_of_their_own(client, model, options, tmp_path):
     file = tmp_path / "clip.wav"
     file.write_bytes(recording())
-    setting = model.spec.data["settings"][options["model"].partition(":")[2]]
-    expected = diffa.swap(model, sampler=setting).answer(file, "What is heard?", max_tokens=12)
+    sampler_preset = model.spec.data["sampler_presets"][options["model"].partition(":")[2]]
+    expected = diffa.swap(model, sampler=sampler_preset).answer(
+        file, "What is heard?", max_tokens=12
+    )
     answered = ask(client, recording(), **options)
     assert answered.choices[0].message.content == expected.text
     assert answered.usage.total_tokens > answered.usage.completion_tokens > 0
@@ -88,8 +90,8 @@ def test_sampler_options_change_how_an_answer_is_decoded(client):
 
 
 def test_sampler_options_change_the_setting_that_the_model_names(model):
-    settings, samplers = model.spec.data["settings"], Samplers(model)
-    for base, own in (("fast", settings["fast"]), (None, model.spec.data["sampler"])):
+    sampler_presets, samplers = model.spec.data["sampler_presets"], Samplers(model)
+    for base, own in (("fast", sampler_presets["fast"]), (None, model.spec.data["sampler"])):
         chosen = samplers.choose({"block": 6}, None, "sampler", base)
         assert chosen.kind == repr(sorted({**own, "block": 6}.items()))
         assert samplers.choose(None, None, "sampler", base).kind == repr(sorted(own.items()))
@@ -115,9 +117,9 @@ def test_the_seed_decides_what_a_temperature_draws(client):
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-@pytest.mark.parametrize("setting", ["exact", "fast"])
-def test_streamed_pieces_are_the_whole_answer(client, setting):
-    name = f"tiny:{setting}"
+@pytest.mark.parametrize("sampler_preset", ["exact", "fast"])
+def test_streamed_pieces_are_the_whole_answer(client, sampler_preset):
+    name = f"tiny:{sampler_preset}"
     whole = ask(client, recording(), model=name, max_tokens=48).choices[0].message.content
     more = {"stream": True, "stream_options": {"include_usage": True}}
     heard = list(ask(client, recording(), model=name, max_tokens=48, **more))

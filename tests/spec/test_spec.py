@@ -80,11 +80,17 @@ def test_all_faults_are_reported_at_once():
         ({"backbone": 8}, "backbone: expected a name or a mapping with a name, got 8"),
         ({"backbone": {"name": 8}}, "backbone: expected a name, got 8; known: "),
         ({"adapters": {"a": {"name": "conv", "width": 8}}}, "adapters.a.width: is wired by build"),
-        ({"sampler": "fsat", "settings": {"fast": "blockwise"}}, "sampler: no setting or sampler"),
-        ({"settings": {"greedy": "blockwise"}}, "settings.greedy: is the name of a sampler"),
         (
-            {"settings": {"quick": {"name": "blockwise", "x": 1}}},
-            "settings.quick.x: unknown option",
+            {"sampler": "fsat", "sampler_presets": {"fast": "blockwise"}},
+            "sampler: no sampler preset or sampler",
+        ),
+        (
+            {"sampler_presets": {"greedy": "blockwise"}},
+            "sampler_presets.greedy: is the name of a sampler",
+        ),
+        (
+            {"sampler_presets": {"quick": {"name": "blockwise", "x": 1}}},
+            "sampler_presets.quick.x: unknown option",
         ),
         ({"train": "adapters"}, "train: expected a list such as [adapters], got 'adapters'"),
         ({"train": ["adapters", "adapters"]}, "train.1: 'adapters' is given twice"),
@@ -146,10 +152,10 @@ def test_resolve_fills_in_every_default():
 
 def test_a_setting_names_a_sampler():
     offers = {"quick": {"name": "blockwise", "threshold": 0.9}}
-    named = Spec.read({**SMALL, "settings": offers, "sampler": "quick"})
+    named = Spec.read({**SMALL, "sampler_presets": offers, "sampler": "quick"})
     assert named.resolve().data["sampler"]["threshold"] == 0.9
     assert named.set("sampler.block", 4).resolve().data["sampler"]["block"] == 4
-    assert named.set("sampler.block", 4).resolve().data["settings"]["quick"]["block"] == 32
+    assert named.set("sampler.block", 4).resolve().data["sampler_presets"]["quick"]["block"] == 32
     assert named.digest() == Spec.read({**SMALL, "sampler": offers["quick"]}).digest()
 
 
@@ -163,7 +169,7 @@ def test_presets_are_valid_and_survive_being_written(name):
         back = Spec.parse(text)
         assert back.data == done.data and list(back.data) == list(done.data)
         assert list(back.data["adapters"]) == list(done.data["adapters"])
-    assert {"exact", "balanced", "fast"} <= set(done.data["settings"])
+    assert {"exact", "balanced", "fast"} <= set(done.data["sampler_presets"])
 
 
 def test_presets_name_the_published_repositories():

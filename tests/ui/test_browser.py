@@ -115,7 +115,7 @@ def test_a_file_is_uploaded_asked_about_and_replayed_by_keyboard(page: Any) -> N
 
 @pytest.mark.slow
 def test_an_example_answers_at_once_and_two_settings_compare(page: Any) -> None:
-    page.get_by_label("Two settings side by side").check()
+    page.get_by_label("Two sampler presets side by side").check()
     page.get_by_role("button", name="A melody").click()
     page.locator("#comparison table").wait_for()
     first, second = (page.locator(f"#numbers-{key}").inner_text() for key in ("first", "second"))

@@ -20,7 +20,7 @@ from diffa.spec.docstrings import meanings
 from diffa.spec.schema import schema
 from diffa.spec.spec import Spec
 from diffa.ui import html as drawing
-from diffa.ui import sampler_options as settings
+from diffa.ui import sampler_options
 from diffa.ui.audio import MAX_SECONDS, load_recording, picture
 from diffa.ui.launch import require
 from diffa.ui.sampler_options import ONE, Chosen
@@ -124,8 +124,8 @@ def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
 @pytest.mark.parametrize("preset", ["tiny", "nano", "diffa-2"])
 def test_controls_say_every_named_setting_exactly(preset: str) -> None:
     spec = Spec.read(preset).resolve()
-    for name, sampler in settings.named(spec).items():
-        again = spec.data | {"sampler": settings.write(settings.read(spec, sampler))}
+    for name, sampler in sampler_options.named(spec).items():
+        again = spec.data | {"sampler": sampler_options.write(sampler_options.read(spec, sampler))}
         whole = spec.data | {"sampler": sampler}
         assert (
             Spec.read(again).resolve().data["sampler"]
@@ -135,53 +135,56 @@ def test_controls_say_every_named_setting_exactly(preset: str) -> None:
 
 def test_options_without_a_control_are_written_out_and_read_back() -> None:
     spec = Spec.read("tiny").resolve()
-    chosen = settings.read(spec, {"name": "blockwise", "suffix": 6, "stop": False})
+    chosen = sampler_options.read(spec, {"name": "blockwise", "suffix": 6, "stop": False})
     assert chosen.others == "suffix: 6, stop: false"
-    assert settings.write(chosen)["suffix"] == 6 and settings.write(chosen)["stop"] is False
+    assert (
+        sampler_options.write(chosen)["suffix"] == 6
+        and sampler_options.write(chosen)["stop"] is False
+    )
 
 
 def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
-    for name in settings.samplers("masked"):
-        made = settings.write(Chosen(sampler=name, temperature=0.5))
+    for name in sampler_options.samplers("masked"):
+        made = sampler_options.write(Chosen(sampler=name, temperature=0.5))
         assert set(made) - {"name"} <= set(schema(registry.load("sampler", name)).options)
     with pytest.raises(SpecError, match="'revise' has no rule 'factor'"):
-        settings.write(Chosen(sampler="revise", rule="factor"))
+        sampler_options.write(Chosen(sampler="revise", rule="factor"))
 
 
 def test_a_changed_setting_is_not_called_by_its_name() -> None:
     spec = Spec.read("tiny").resolve()
-    start = settings.read(spec, settings.named(spec)["fast"])
-    assert settings.title(spec, "fast", start) == "fast"
-    assert settings.title(spec, "fast", start._replace(block=3)) == "fast, changed"
+    start = sampler_options.read(spec, sampler_options.named(spec)["fast"])
+    assert sampler_options.title(spec, "fast", start) == "fast"
+    assert sampler_options.title(spec, "fast", start._replace(block=3)) == "fast, changed"
 
 
 @pytest.mark.parametrize("text", ["suffix 64", "suffix: [", "- a"])
 def test_options_that_cannot_be_read_are_told(text: str) -> None:
     with pytest.raises(SpecError, match="further options"):
-        settings.write(Chosen(others=text))
+        sampler_options.write(Chosen(others=text))
 
 
 def test_an_option_may_be_null_where_it_is_written() -> None:
-    assert settings.write(Chosen(others="suffix: null, stop: false"))["suffix"] is None
+    assert sampler_options.write(Chosen(others="suffix: null, stop: false"))["suffix"] is None
 
 
 def test_a_number_that_was_cleared_is_told() -> None:
     with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
-        settings.write(Chosen(rule="threshold", value=None))
+        sampler_options.write(Chosen(rule="threshold", value=None))
     with pytest.raises(SpecError, match="block needs a value"):
-        settings.write(Chosen(block=None))
+        sampler_options.write(Chosen(block=None))
 
 
 def test_every_control_has_its_meaning_in_a_line() -> None:
-    assert settings.meaning("blockwise", "block") == "Answer tokens per block."
-    assert settings.meaning("blockwise", "cache").startswith("None recomputes everything")
-    for rule in settings.rules("blockwise"):
-        assert settings.rule_meaning("blockwise", rule).endswith("."), rule
-    assert settings.rules("blockwise")[0] == ONE
+    assert sampler_options.meaning("blockwise", "block") == "Answer tokens per block."
+    assert sampler_options.meaning("blockwise", "cache").startswith("None recomputes everything")
+    for rule in sampler_options.rules("blockwise"):
+        assert sampler_options.rule_meaning("blockwise", rule).endswith("."), rule
+    assert sampler_options.rules("blockwise")[0] == ONE
 
 
 def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
-    for name, does in settings.samplers("masked").items():
+    for name, does in sampler_options.samplers("masked").items():
         cls = registry.load("sampler", name)
         silent = schema(cls).options.keys() - meanings(cls).keys()
         assert does and not silent, (name, silent)
