@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffa.data.manifest import Broken, lines, list_items
 from diffa.data.messages import from_messages, is_messages, to_messages
 from diffa.data.samples import DataError, Fault
+from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, import_pyarrow, iter_rows
 from diffa.runtime.files import atomic_write
 
-PUBLISHED = (
+MANIFEST_FIELDS = (
     "audio_id",
     "audio_filepath",
     "transcription",
@@ -25,14 +25,13 @@ PUBLISHED = (
 )
 """The keys of DIFFA's instruction data, in its order."""
 
-PREFERENCE = ("chosen", "rejected", "dpo_explanation", "dpo_source")
+PREFERENCE_FIELDS = ("chosen", "rejected", "dpo_explanation", "dpo_source")
 """The keys that DIFFA-2's preference data adds."""
 
-EXTRA = ("speaker", "split", "attributes", "measures")
+EXTRA_FIELDS = ("speaker", "split", "attributes", "measures")
 """What this library keeps besides, in JSONL and Parquet: checks between splits need it."""
 
 Row = dict[str, Any]
-FORMS = (".json", ".jsonl", ".parquet")
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Fault]]:
@@ -49,32 +48,19 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Fault]]:
 def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row | Fault]]:
     """Yield every row with its number, counted from 1; see ``read_rows``."""
     path = Path(path).expanduser()
-    for number, row in enumerate(_raw(path), start=1):
-        if isinstance(row, Broken):
+    for number, row in enumerate(iter_rows(path), start=1):
+        if isinstance(row, BrokenRow):
             yield number, Fault(number, str(row))
         elif not isinstance(row, dict):
             yield number, Fault(number, f"is {type(row).__name__}, not a mapping")
         else:
             try:
+                row = _from_pairs(row) if path.suffix == ".parquet" else row
                 flat = from_messages(row) if is_messages(row) else row
             except DataError as error:
                 yield number, Fault(number, str(error))
             else:
                 yield number, _placed(flat, path.parent)
-
-
-def _raw(path: Path) -> Iterable[Any]:
-    try:
-        if path.suffix == ".parquet":
-            return _parquet_rows(path)
-        if path.suffix == ".json":
-            return [row for *_, row in list_items(path.read_bytes(), str(path))]
-        with path.open("rb") as file:
-            return [row for *_, row in lines(file)]
-    except FileNotFoundError as error:
-        raise DataError(f"there is no manifest {path}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _placed(row: Row, folder: Path) -> Row:
@@ -90,8 +76,8 @@ def write_rows(
 ) -> Path:
     """Write rows whole or not at all, in the form that the file's name ends in.
 
-    ``.json`` holds the published keys alone, ``.jsonl`` and ``.parquet`` also ``EXTRA``. Audio
-    below the file's folder is named relative to it, so that the folder can be moved.
+    ``.json`` holds the published keys alone, the other forms also ``EXTRA_FIELDS``. Audio below
+    the file's folder is named relative to it, so that the folder can be moved.
 
     Args:
         messages: write ``messages`` + ``audios``, which other trainers read.
@@ -100,8 +86,8 @@ def write_rows(
         DataError: another ending, pyarrow is missing, or the file cannot be written.
     """
     path = Path(path).expanduser()
-    if path.suffix not in FORMS:
-        raise DataError(f"{path} must end in {', '.join(FORMS)}")
+    if path.suffix not in TABLE_SUFFIXES:
+        raise DataError(f"{path} must end in {', '.join(TABLE_SUFFIXES)}")
     kept = [_relative(_kept(row, path.suffix), path.parent) for row in rows]
     shaped = [to_messages(row) for row in kept] if messages else kept
     _whole(path, {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix], shaped)
@@ -109,9 +95,11 @@ def write_rows(
 
 
 def _kept(row: Row, suffix: str) -> Row:
-    empty: Row = dict.fromkeys(PUBLISHED, "") | {"duration": 0.0}
-    ours = [*PREFERENCE, *(EXTRA if suffix != ".json" else ())]
-    return {k: row.get(k, empty[k]) for k in PUBLISHED} | {k: row[k] for k in ours if k in row}
+    empty: Row = dict.fromkeys(MANIFEST_FIELDS, "") | {"duration": 0.0}
+    ours = [*PREFERENCE_FIELDS, *(EXTRA_FIELDS if suffix != ".json" else ())]
+    return {k: row.get(k, empty[k]) for k in MANIFEST_FIELDS} | {
+        k: row[k] for k in ours if k in row
+    }
 
 
 def _relative(row: Row, folder: Path) -> Row:
@@ -139,17 +127,8 @@ def _jsonl(path: Path, rows: Sequence[Row]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("Parquet needs pyarrow: pip install 'diffa-audio[data]'") from error
-    return pyarrow, parquet
-
-
 def _parquet(path: Path, rows: Sequence[Row]) -> None:
-    pyarrow, parquet = _arrow()
+    pyarrow, parquet = import_pyarrow()
     # mappings with keys of their own per row become lists of pairs: every row has the same type
     paired = [
         {k: list(v.items()) if isinstance(v, dict) else v for k, v in row.items()} for row in rows
@@ -168,14 +147,10 @@ def _parquet(path: Path, rows: Sequence[Row]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(paired, schema=schema), path)
 
 
-def _parquet_rows(path: Path) -> list[Any]:
-    pyarrow, parquet = _arrow()
-    try:
-        found = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not Parquet: {error}") from error
-    return [{k: _mapping(k, v) for k, v in row.items() if v is not None} for row in found]
-
-
-def _mapping(name: str, value: Any) -> Any:
-    return dict(value) if name in ("attributes", "measures") else value
+def _from_pairs(row: Any) -> Any:
+    """Undo what Parquet does to mappings, and leave out what it fills with nulls."""
+    return {
+        name: dict(value) if name in ("attributes", "measures") else value
+        for name, value in row.items()
+        if value is not None
+    }

@@ -5,29 +5,15 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffa.data.formats import MANIFEST_FIELDS
 from diffa.data.samples import DataError, Fault, OnError, Sample, listed, seed_of
+from diffa.data.tables import BrokenRow as Broken
+from diffa.data.tables import RowIndex, iter_spans
 from diffa.errors import suggest
-
-FIELDS = (
-    "audio_filepath",
-    "input",
-    "target",
-    "transcription",
-    "duration",
-    "seed_transcript",
-    "dataset",
-    "audio_id",
-)
-
-
-class Broken(str):
-    """What is wrong with a row that is not even JSON."""
-
-    __slots__ = ()
 
 
 class Manifest:
@@ -65,14 +51,15 @@ class Manifest:
     ) -> None:
         self.path = Path(path).expanduser()
         check_form(self.path)
-        if target not in FIELDS:
-            raise DataError(f"{self.path}: rows have no field {target!r}{suggest(target, FIELDS)}")
+        if target not in MANIFEST_FIELDS:
+            raise DataError(
+                f"{self.path}: rows have no field {target!r}{suggest(target, MANIFEST_FIELDS)}"
+            )
         self.target, self.question, self.probe, self.unique = target, question, probe, unique
         self.pairs, self.questions = pairs, tuple(questions)
         self.folder = Path(folder).expanduser() if folder else self.path.parent
         self.faults: list[Fault] = []
-        self._starts, self._ends = array("q"), array("q")
-        self._rows, self._seconds = array("q"), array("d")
+        self._rows, self._numbers, self._seconds = RowIndex(self.path), array("q"), array("d")
         self._scan()
         if self.faults and on_error == "stop":
             raise DataError(f"{self._count()}:\n{listed(self.faults)}")
@@ -80,16 +67,14 @@ class Manifest:
             raise DataError(f"{self.path} has no usable row\n{listed(self.faults)}".rstrip())
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         return self.at(index, 0.0)
 
     def at(self, index: int, progress: float) -> Sample:
         """Return a row; which of several questions it asks follows from row and progress."""
-        with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            row = json.loads(file.read(self._ends[index] - self._starts[index]))
+        row = self._rows[index]
         question = self.question or row.get("input") or ""
         if self.questions:
             question = self.questions[seed_of(index, str(progress)) % len(self.questions)]
@@ -98,7 +83,7 @@ class Manifest:
             question=question,
             audio=self._audio(row),
             spoken={"*": row["transcription"]} if row.get("transcription") else None,
-            key=f"{self.path.name} row {self._rows[index]}",
+            key=f"{self.path.name} row {self._numbers[index]}",
             rejected=row["rejected"].strip() if self.pairs else None,
         )
 
@@ -122,35 +107,19 @@ class Manifest:
     def _scan(self) -> None:
         """Find where the usable rows are and what is wrong with the others."""
         seen: dict[str, int] = {}
-        for number, (start, end, row) in enumerate(self._raw(), start=1):
-            if isinstance(row, Broken):
-                self.faults.append(Fault(number, str(row)))
-                continue
-            reason, seconds = self._check(row, seen, number)
+        for number, span in enumerate(iter_spans(self.path), start=1):
+            reason, seconds = self._check(span.value, seen, number)
             if reason:
                 self.faults.append(Fault(number, reason))
                 continue
-            self._starts.append(start)
-            self._ends.append(end)
-            self._rows.append(number)
+            self._rows.append(span)
+            self._numbers.append(number)
             self._seconds.append(seconds)
-
-    def _raw(self) -> Iterator[tuple[int, int, Any]]:
-        """Yield where each row begins and ends, and the row or what is wrong with its JSON."""
-        try:
-            data = self.path.read_bytes() if self.path.suffix == ".json" else None
-            if data is not None:
-                yield from list_items(data, str(self.path))
-            else:
-                with self.path.open("rb") as file:
-                    yield from lines(file)
-        except FileNotFoundError as error:
-            raise DataError(f"there is no manifest {self.path}") from error
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
 
     def _check(self, row: Any, seen: dict[str, int], number: int) -> tuple[str, float]:
         """Return what is wrong with a row (nothing: ``""``) and its duration in seconds."""
+        if isinstance(row, Broken):
+            return str(row), 0.0
         if not isinstance(row, dict):
             return f"is {type(row).__name__}, not a mapping", 0.0
         if "messages" in row:
@@ -210,67 +179,19 @@ def check_form(path: Path) -> None:
         raise DataError(f"{path} is no .json or .jsonl manifest: `diffa data convert` makes one")
 
 
-def lines(file: Any) -> Iterator[tuple[int, int, Any]]:
-    """Yield start, end and value of every line that is not blank; text says what is wrong."""
+def lines(file: Any) -> Any:  # for evaluation/files.py until it reads tables
+    """Yield start, end and value of every line."""
+    from diffa.data.tables import RowSpan, _parse_line
+
     start = 0
     for line in file:
-        end = start + len(line)
         if line.strip():
-            yield start, end, _parsed(line)
-        start = end
+            yield RowSpan(start, start + len(line), _parse_line(line))
+        start += len(line)
 
 
-def list_items(data: bytes, name: str) -> Iterator[tuple[int, int, Any]]:
-    """Yield start, end (in bytes) and value of every item of a JSON list."""
-    text = _decoded(data)
-    if text is None:
-        raise DataError(f"{name} is not UTF-8 text")
-    decoder, plain = json.JSONDecoder(), len(text) == len(data)
-    at = _skip(text, 0)
-    if text[at : at + 1] != "[":
-        raise DataError(f"{name} is not a JSON list: it begins with {text[at : at + 20]!r}")
-    at, offset, row = _skip(text, at + 1), 0, 0
-    before = 0  # characters already counted in ``offset`` bytes
-    while text[at : at + 1] != "]":
-        row += 1
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield 0, 0, Broken(f"is broken JSON ({error}); nothing after it can be read")
-            return
-        if plain:
-            yield at, end, value
-        else:
-            start = offset + len(text[before:at].encode())
-            offset, before = start + len(text[at:end].encode()), end
-            yield start, offset, value
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            found = repr(text[at : at + 12]) if text[at:] else "the end of the file"
-            yield 0, 0, Broken(f"is expected after {found}, where ',' or ']' should be")
-            return
+def list_items(data: bytes, name: str) -> Any:
+    """Yield start, end and value of every item."""
+    from diffa.data.tables import _list_items
 
-
-def _parsed(line: bytes) -> Any:
-    text = _decoded(line)
-    if text is None:
-        return Broken("is not UTF-8 text")
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Broken(f"is broken JSON: {error}")
-
-
-def _decoded(data: bytes) -> str | None:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+    yield from _list_items(data, name)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.data.formats import PUBLISHED, numbered_rows
+from diffa.data.formats import MANIFEST_FIELDS, numbered_rows
 from diffa.data.manifest import probe
 from diffa.data.samples import DataError, Fault
 from diffa.data.synthesis.captions import unfit
@@ -82,7 +82,7 @@ def _judge(row: dict[str, Any]) -> tuple[str, list[str]]:
         reason = _preference(row)
         if reason:
             return reason, []
-    absent = [name for name in PUBLISHED if name not in row]
+    absent = [name for name in MANIFEST_FIELDS if name not in row]
     odd = [f"has no {', '.join(absent)}"] if absent else []
     if not row.get("input", "").strip():
         odd.append("has no question (input)")

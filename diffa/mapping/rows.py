@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.data.manifest import Broken, check_form, lines, list_items
+from diffa.data.manifest import check_form
 from diffa.data.samples import DataError
+from diffa.data.tables import BrokenRow, RowIndex, iter_spans
 
 
 class Row(NamedTuple):
@@ -47,41 +45,23 @@ class Asking:
         check_form(self.path)
         self.question = question
         self.folder = Path(folder).expanduser() if folder else self.path.parent
-        self._starts, self._ends = array("q"), array("q")
-        try:
-            for start, end, row in self._raw():
-                broken = isinstance(row, Broken)
-                self._starts.append(-1 if broken else start)
-                self._ends.append(end)
-            self.digest = _digest(self.path)
-        except FileNotFoundError as error:
-            raise DataError(f"there is no manifest {self.path}") from error
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
+        self._rows = RowIndex(self.path)
+        for span in iter_spans(self.path):
+            self._rows.append(span)
+        self.digest = _digest(self.path)
         if not len(self):
             raise DataError(f"{self.path} has no rows")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._rows)
 
     def read(self, first: int, end: int) -> list[Row]:
         """Rows ``first`` to before ``end``."""
-        with self.path.open("rb") as file:
-            return [self._row(file, number) for number in range(first, min(end, len(self)))]
+        return [self._row(n, row) for n, row in enumerate(self._rows.read(first, end), first)]
 
-    def _raw(self) -> Iterator[tuple[int, int, Any]]:
-        if self.path.suffix == ".json":
-            yield from list_items(self.path.read_bytes(), str(self.path))
-            return
-        with self.path.open("rb") as file:
-            yield from lines(file)
-
-    def _row(self, file: Any, number: int) -> Row:
-        start, end = self._starts[number], self._ends[number]
-        if start < 0:
-            return Row(number, "", Path(), "", "", "is broken JSON")
-        file.seek(start)
-        found = json.loads(file.read(end - start))
+    def _row(self, number: int, found: Any) -> Row:
+        if isinstance(found, BrokenRow):
+            return Row(number, "", Path(), "", "", str(found))
         if not isinstance(found, dict):
             return Row(number, "", Path(), "", "", f"is {type(found).__name__}, not a mapping")
         audio, name = found.get("audio_filepath"), found.get("audio_id")

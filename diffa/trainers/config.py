@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.data.augment import Augment
-from diffa.data.manifest import FIELDS
+from diffa.data.formats import MANIFEST_FIELDS
 from diffa.errors import DiffaError, SpecError, suggest
 from diffa.spec.schema import Report, fit, plain, schema
 from diffa.spec.spec import Spec
@@ -195,7 +195,7 @@ def _check_data(entries: Sequence[Mapping[str, Any]], path: str, report: Report)
         entry = _section(Data, raw, f"{path}.{i}", report)
         if (entry.path is None) == (entry.source is None):
             report(f"{path}.{i}", "give either path (a manifest) or source (a generator)")
-        if entry.target not in FIELDS:
+        if entry.target not in MANIFEST_FIELDS:
             report(f"{path}.{i}.target", f"rows have no field {entry.target!r}")
         if entry.questions is not None and (entry.question is not None or entry.path is None):
             report(f"{path}.{i}.questions", "is for manifests, and without question")

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from diffa.data.formats import EXTRA, PREFERENCE, PUBLISHED, read_rows, write_rows
+from diffa.data.formats import (
+    EXTRA_FIELDS,
+    MANIFEST_FIELDS,
+    PREFERENCE_FIELDS,
+    read_rows,
+    write_rows,
+)
 from diffa.data.manifest import Manifest
 from diffa.data.messages import from_messages, to_messages
 from diffa.data.samples import DataError
@@ -52,11 +58,11 @@ def test_rows_come_back_as_they_were(tmp_path: Path, name: str, messages: bool) 
 def test_published_json_holds_the_published_keys_in_order(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.json", [a_row(tmp_path)])
     (row,) = json.loads((tmp_path / "a.json").read_text("utf-8"))
-    assert tuple(row) == PUBLISHED
-    preference = dict(zip(PREFERENCE, ("right", "wrong", "because", "labels"), strict=True))
+    assert tuple(row) == MANIFEST_FIELDS
+    preference = dict(zip(PREFERENCE_FIELDS, ("right", "wrong", "because", "labels"), strict=True))
     write_rows(tmp_path / "b.json", [a_row(tmp_path) | preference])
     (row,) = json.loads((tmp_path / "b.json").read_text("utf-8"))
-    assert tuple(row) == (*PUBLISHED, *PREFERENCE)
+    assert tuple(row) == (*MANIFEST_FIELDS, *PREFERENCE_FIELDS)
 
 
 def test_audio_below_the_manifest_moves_with_it(tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_files_that_cannot_be_read_or_written_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no manifest"):
         read_rows(tmp_path / "a.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="not Parquet"):
+    with pytest.raises(DataError, match="no readable Parquet"):
         read_rows(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="must end in"):
         write_rows(tmp_path / "a.csv", [])
@@ -203,4 +209,4 @@ def test_the_table_counts_rows_clips_and_hours(tmp_path: Path) -> None:
 
 def test_extra_fields_are_the_only_ones_besides_the_published(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [a_row(tmp_path) | {"secret": "x"}])
-    assert set(json.loads((tmp_path / "a.jsonl").read_text("utf-8"))) == {*PUBLISHED, *EXTRA}
+    assert set(json.loads((tmp_path / "a.jsonl").read_text("utf-8"))) == {*MANIFEST_FIELDS, *EXTRA_FIELDS}

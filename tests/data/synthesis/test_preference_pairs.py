@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_pair() -> None:
 
 @pytest.mark.fsdd
 def test_nano_pairs_are_written_with_the_published_keys(tmp_path: Path) -> None:
-    from diffa.data.formats import PREFERENCE, PUBLISHED
+    from diffa.data.formats import MANIFEST_FIELDS, PREFERENCE_FIELDS
     from diffa.data.manifest import Manifest
     from diffa.data.validation import validate
     from diffa.nano.preferences import write_preferences
@@ -114,7 +114,7 @@ def test_nano_pairs_are_written_with_the_published_keys(tmp_path: Path) -> None:
     rows = json.loads(path.read_text("utf-8"))
     assert len(rows) == 12 and len({row["audio_id"] for row in rows}) == 12
     for row in rows:
-        assert tuple(row) == (*PUBLISHED, *PREFERENCE)
+        assert tuple(row) == (*MANIFEST_FIELDS, *PREFERENCE_FIELDS)
         assert row["chosen"] == row["target"] != row["rejected"]
         assert row["dpo_source"] == SOURCE and row["dpo_explanation"]
     assert validate(path).faults == []
