@@ -20,7 +20,7 @@ from reports import write
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
-from diffa.canvas.training import measure
+from diffa.canvas.training import compute_loss
 from diffa.objectives.masked import Masked
 from diffa.types import Vocab
 
@@ -119,7 +119,7 @@ def spread_of_gradient(options: dict[str, Any], model: LLaDA, steps: int) -> tup
     objective, found = Masked(model.vocab, **options), []
     for step in range(steps):
         seeds = torch.arange(ROWS) + 999 + step * ROWS
-        made = measure(
+        made = compute_loss(
             model, objective, tokens, answer, seeds,
             lengths=torch.full((ROWS,), 4 + SIZE), heard=[heard] * ROWS,
         )  # fmt: skip

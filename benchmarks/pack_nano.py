@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffa.backbones import llama
-from diffa.checkpoints.read import find
+from diffa.checkpoints.read import find_checkpoint
 
 _CONNECTORS = {"semantic": "semantic_connector", "acoustic": "acoustic_connector"}
 
@@ -85,7 +85,9 @@ def whisper(state: Mapping[str, Tensor], folder: Path) -> None:
 def backbone(options: Mapping[str, Any], state: Mapping[str, Tensor], to: Path) -> None:
     """Write the language model in LLaDA's layout or Llama's, with its tokenizer."""
     config = options.get("config") or json.loads(
-        (find(options["checkpoint"], weights=False) / "config.json").read_text(encoding="utf-8")
+        (find_checkpoint(options["checkpoint"], weights=False) / "config.json").read_text(
+            encoding="utf-8"
+        )
     )
     if options["name"] == "llada":
         fixed = {
@@ -107,7 +109,7 @@ def backbone(options: Mapping[str, Any], state: Mapping[str, Tensor], to: Path) 
     write(named, config, folder)
     words = options.get("tokenizer") or options["checkpoint"]  # ids that the model was trained with
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(find(words, weights=False) / name, folder / name)
+        shutil.copyfile(find_checkpoint(words, weights=False) / name, folder / name)
 
 
 def adapters(state: Mapping[str, Tensor], folder: Path) -> None:

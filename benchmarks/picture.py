@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffa
 from diffa.audio import prepare
-from diffa.runtime.render import END, MASK, SURE, spell
+from diffa.runtime.render import CONFIDENT, END_GLYPH, MASK_GLYPH, token_text
 from diffa.types import Step
 
 WIDE, LINE, LETTER = 860, 34, 9.6
@@ -66,12 +66,12 @@ def row(step: Step, model: diffa.Model) -> str:
     vocab, tokens, parts = model.backbone.vocab, step.tokens[0].tolist(), []
     for place, token in enumerate(tokens):
         if token == vocab.mask:
-            parts.append(f'<tspan class="mask">{MASK}{MASK} </tspan>')
+            parts.append(f'<tspan class="mask">{MASK_GLYPH}{MASK_GLYPH} </tspan>')
         elif token in (vocab.eos, vocab.pad):
-            parts.append(f'<tspan class="mask">{END}</tspan>')
+            parts.append(f'<tspan class="mask">{END_GLYPH}</tspan>')
         else:
-            doubt = "" if float(step.confidence[0, place]) >= SURE else ' class="doubt"'
-            word = escape(spell(token, tokens, place, model.backbone.tokenizer))
+            doubt = "" if float(step.confidence[0, place]) >= CONFIDENT else ' class="doubt"'
+            word = escape(token_text(token, tokens, place, model.backbone.tokenizer))
             parts.append(f"<tspan{doubt}>{word}</tspan>")
     return f'<text x="20" y="{LINE * 2.2:.0f}" xml:space="preserve">{"".join(parts)}</text>'
 

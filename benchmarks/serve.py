@@ -37,7 +37,7 @@ from reports import write
 
 import diffa
 from diffa.nano.sources import Nano
-from diffa.runtime.threads import one_core
+from diffa.runtime.threads import single_core
 from diffa.serving.limits import Limits
 from diffa.serving.run import configured
 from diffa.serving.service import Service
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--sampler-presets", default="exact,balanced,fast")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     chosen = parser.parse_args()
-    with one_core():
+    with single_core():
         model = diffa.build("nano")
     sampler_presets = chosen.sampler_presets.split(",")
     limits = Limits(
@@ -289,7 +289,7 @@ def main() -> None:
         ProcessPoolExecutor(1, get_context("spawn")) as outside,
         served(model, limits) as (service, port),
     ):
-        with one_core():
+        with single_core():
             asked = mix(chosen.requests, Path(folder), sampler_presets, 0, chosen.per)
         portion(service, port, asked[: chosen.rows], chosen.clients, library, outside)  # warm
         for start in range(0, len(asked), chosen.portion):

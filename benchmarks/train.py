@@ -30,7 +30,7 @@ from reports import write
 from torch import Tensor
 
 import diffa
-from diffa.canvas.batch import split
+from diffa.canvas.batch import unpad_embeds
 from diffa.canvas.canvas import interleave
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.cache import FeatureCache, identity, layers_read
@@ -109,7 +109,7 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         features = model.encoder(batch.audio, batch.lengths)
     sizes, at = batch.sizes.tolist(), [AT] * len(batch.sizes)
     texts = [row[:size] for row, size in zip(noised.tokens, sizes, strict=True)]
-    embeds, ids = interleave(texts, split(model.adapt(features)), at, model.backbone.embed)
+    embeds, ids = interleave(texts, unpad_embeds(model.adapt(features)), at, model.backbone.embed)
     positions = torch.arange(ids.shape[1], device=ids.device)
     valid = positions < embeds.lengths[:, None]
     hidden = model.backbone(

@@ -10,8 +10,8 @@ import torch
 
 from diffa.errors import CheckpointError, SpecError
 from diffa.model import Model
-from diffa.spec.schema import schema
-from diffa.spec.spec import Chosen, Spec, mismatch
+from diffa.spec.schema import read_schema
+from diffa.spec.spec import PartSpec, Spec, decoding_mismatch
 
 _GIB = 2**30
 
@@ -36,10 +36,10 @@ def assemble(
     shared = shared or {}
 
     def part_of(kind: str, **wires: Any) -> Any:
-        return shared[kind] if kind in shared else make(chosen[kind], **wires)
+        return shared[kind] if kind in shared else make_part(chosen[kind], **wires)
 
     dtype = _dtype(dtype, device)
-    chosen = spec.choices()
+    chosen = spec.parts()
     meta = device.type == "meta"
     if "backbone" not in shared:
         _await_lora(chosen["backbone"], stored)
@@ -57,7 +57,7 @@ def assemble(
                 if path in stored and "checkpoint" in part.options:
                     part.options["checkpoint"] = None
                 key = path.partition(".")[2]
-                adapters[key] = make(part, source=encoder.out, width=backbone.width)
+                adapters[key] = make_part(part, source=encoder.out, width=backbone.width)
     rules = {kind: part_of(kind, vocab=backbone.vocab) for kind in ("sampler", "objective")}
     for kind, rule in rules.items():
         _check_decoding(kind, chosen, rule.decoding, backbone.decoding)
@@ -67,24 +67,24 @@ def assemble(
             if kind not in shared:
                 module = model.get_submodule(kind)
                 module.to(device, dtype if kind == "backbone" else torch.float32)
-    learn(model, spec.data["train"])
+    set_trainable(model, spec.data["train"])
     if not meta and "backbone" not in shared and "backbone.lora" in spec.data["train"]:
         model.get_submodule("backbone.lora").float()  # small steps need all their digits
     return model.eval()
 
 
-def make(part: Chosen, **wires: Any) -> Any:
+def make_part(part: PartSpec, **wires: Any) -> Any:
     """Construct a part, giving it the wires that it asks for by name."""
     cls = part.load()
     try:
-        return cls(**{name: wires[name] for name in schema(cls).wires}, **part.options)
+        return cls(**{name: wires[name] for name in read_schema(cls).wires}, **part.options)
     except Exception as error:
         set_options = {key: value for key, value in part.options.items() if value is not None}
         error.add_note(f"while building {part.kind} {part.name!r} with options {set_options}")
         raise
 
 
-def learn(model: Model, train: list[str]) -> None:
+def set_trainable(model: Model, train: list[str]) -> None:
     """Let the parts that ``train`` names learn, and freeze the others."""
     model.requires_grad_(False)
     for name in train:
@@ -94,7 +94,7 @@ def learn(model: Model, train: list[str]) -> None:
         part.requires_grad_(True)
 
 
-def _await_lora(part: Chosen, stored: Container[str]) -> None:
+def _await_lora(part: PartSpec, stored: Container[str]) -> None:
     """Leave LoRA's weights to ``load`` where they are stored, with the backbone or alone."""
     lora = part.options.get("lora")
     if lora and ("backbone.lora" in stored or "backbone" in stored):
@@ -103,12 +103,12 @@ def _await_lora(part: Chosen, stored: Container[str]) -> None:
         part.options["lora"] = None if merged and "backbone" in stored else fresh
 
 
-def _check_decoding(kind: str, chosen: Mapping[str, Chosen], own: str, rule: str) -> None:
+def _check_decoding(kind: str, chosen: Mapping[str, PartSpec], own: str, rule: str) -> None:
     if own != rule:
         names = [
             str(getattr(chosen[k].name, "__name__", chosen[k].name)) for k in (kind, "backbone")
         ]
-        raise SpecError(mismatch(kind, names[0], own, names[1], rule))
+        raise SpecError(decoding_mismatch(kind, names[0], own, names[1], rule))
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
@@ -121,10 +121,10 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _check_memory(part: Chosen, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(part: PartSpec, device: torch.device, dtype: torch.dtype) -> None:
     """Compare what the backbone needs with what is free, before gigabytes are read."""
     with torch.device("meta"):
-        count = sum(weight.numel() for weight in make(part).parameters())
+        count = sum(weight.numel() for weight in make_part(part).parameters())
     need = count * dtype.itemsize
     free = _free(device)
     half = "dtype='bfloat16', " if dtype.itemsize > 2 else ""
@@ -147,7 +147,7 @@ def _free(device: torch.device) -> int | None:
     return kilobytes.get("MemAvailable", 0) * 1024 or None
 
 
-def usable(name: str | torch.device) -> torch.device:
+def parse_device(name: str | torch.device) -> torch.device:
     """The device of a name; raises SpecError where there is none or it does not work."""
     try:
         torch.empty(0, device=name)

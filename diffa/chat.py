@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffa.errors import SpecError
 
-MARK = "<audio>"
+AUDIO_MARK = "<audio>"
 SYSTEM = "You are a helpful voice assistant."
-USER = f"This is the audio: {MARK}. {{question}}"
+USER = f"This is the audio: {AUDIO_MARK}. {{question}}"
 
 
 class Prompt(NamedTuple):
@@ -105,9 +105,9 @@ class Chat:
         The last token before ``<audio>`` can merge with it (a space does), so the audio goes after
         the longest beginning that both tokenisations share: DIFFA's "count minus one".
         """
-        if MARK not in text:
-            raise SpecError(f"prompt.user: has no {MARK} to say where the audio goes")
-        ahead = self._ids(text[: text.index(MARK)])
+        if AUDIO_MARK not in text:
+            raise SpecError(f"prompt.user: has no {AUDIO_MARK} to say where the audio goes")
+        ahead = self._ids(text[: text.index(AUDIO_MARK)])
         same = (a == b for a, b in zip(ahead, tokens, strict=False))
         for index, equal in enumerate(same):
             if not equal:

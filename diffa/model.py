@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from diffa.audio import as_batch, pad, prepare
-from diffa.canvas.batch import Asked, Rows, check, check_context, join, lay_out, read, split
+from diffa.canvas.batch import (
+    CanvasInputs,
+    RowTensors,
+    check_context_length,
+    concat_embeds,
+    forward_rows,
+    make_canvas,
+    unpad_embeds,
+    validate_inputs,
+)
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.canvas.likelihood import Score, score
-from diffa.canvas.training import measure
+from diffa.canvas.likelihood import ChoiceScores, score_choices
+from diffa.canvas.training import compute_loss
 from diffa.chat import Chat
 from diffa.errors import SpecError
 from diffa.spec.spec import Spec
@@ -71,7 +80,7 @@ class Model(nn.Module):
 
     def adapt(self, features: Features) -> Embeds:
         """Concatenate every adapter's embeddings of the features, in the spec's order."""
-        return join([adapter(features) for adapter in self.adapters.values()])
+        return concat_embeds([adapter(features) for adapter in self.adapters.values()])
 
     def logits(self, embeds: Tensor) -> Tensor:
         """Logits (B, S, V) of one full pass over embeddings (B, S, W), positions from 0."""
@@ -82,12 +91,12 @@ class Model(nn.Module):
     def generate(
         self,
         prompt: Tensor | Sequence[Tensor],
-        audio: Rows = None,
+        audio: RowTensors = None,
         *,
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
-        draft: Rows = None,
+        draft: RowTensors = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Generation:
         """Answer prompts of token ids (L,), one or a list, with the spec's sampler.
@@ -108,7 +117,9 @@ class Model(nn.Module):
             AudioError: unusable audio, or too much of it for the backbone's context.
             SpecError: arguments that do not fit together.
         """
-        asked = check(self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft)
+        asked = validate_inputs(
+            self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
+        )
         canvas, denoise = self._open(asked)
         with torch.no_grad():
             for step in self.sampler(canvas, denoise):
@@ -119,15 +130,17 @@ class Model(nn.Module):
     def stream(
         self,
         prompt: Tensor | Sequence[Tensor],
-        audio: Rows = None,
+        audio: RowTensors = None,
         *,
         audio_at: int | Sequence[int] | None = None,
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
-        draft: Rows = None,
+        draft: RowTensors = None,
     ) -> Iterator[Step]:
         """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
-        asked = check(self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft)
+        asked = validate_inputs(
+            self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
+        )
         canvas, denoise = self._open(asked)
         steps = self.sampler(canvas, denoise)
         while True:
@@ -193,7 +206,7 @@ class Model(nn.Module):
         samples: int = 128,
         seed: int = 0,
         batch: int = 16,
-    ) -> Score:
+    ) -> ChoiceScores:
         """Measure how likely each of some answers is, without decoding: ``Score.best`` answers a
         multiple-choice question.
 
@@ -214,7 +227,7 @@ class Model(nn.Module):
         prompt = self.chat_format.encode(question, system=system, audio=wave is not None)
         ids = [self.backbone.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
         with torch.no_grad():
-            return score(
+            return score_choices(
                 self.backbone,
                 prompt.tokens.to(self.device),
                 self._hear([wave])[0],
@@ -247,7 +260,7 @@ class Model(nn.Module):
         audio: tuple[Tensor, Tensor] | None = None,
         features: Features | None = None,
         owner: Tensor | None = None,
-        reading: Callable[..., Tensor] = read,
+        reading: Callable[..., Tensor] = forward_rows,
     ) -> Loss:
         """Corrupt answers, run the model with gradients, and measure the objective.
 
@@ -265,10 +278,10 @@ class Model(nn.Module):
         if features is None and audio is not None:
             features = self.encoder(*audio)
         heard = None if features is None else self.adapt(features)
-        rows = None if heard is None else split(heard)
+        rows = None if heard is None else unpad_embeds(heard)
         if rows is not None and owner is not None:
             rows = [rows[i] for i in owner.tolist()]
-        return measure(
+        return compute_loss(
             self.backbone,
             self.objective,
             tokens,
@@ -280,7 +293,7 @@ class Model(nn.Module):
             reading=reading,
         )
 
-    def _open(self, asked: Asked) -> tuple[Canvas, Denoiser]:
+    def _open(self, asked: CanvasInputs) -> tuple[Canvas, Denoiser]:
         """Listen, and lay out the canvas with the call that drives it."""
         rate, most = self.encoder.sample_rate, max_length(self.backbone)
         with torch.no_grad():
@@ -288,12 +301,12 @@ class Model(nn.Module):
             for tokens, sound, wave in zip(asked.prompts, heard, asked.waves, strict=True):
                 count = 0 if sound is None else len(sound)
                 seconds = 0.0 if wave is None else len(wave) / rate
-                check_context(len(tokens), count, asked.answer.shape[1], seconds, most)
-            canvas = lay_out(self.backbone, asked, heard)
+                check_context_length(len(tokens), count, asked.answer.shape[1], seconds, most)
+            canvas = make_canvas(self.backbone, asked, heard)
         return canvas, Denoiser(self.backbone, canvas)
 
     def _hear(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Embeddings (N, W) of each row's audio; None for a row without."""
         spoken = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
-        heard = iter(split(self.listen(*pad(spoken))) if spoken else ())
+        heard = iter(unpad_embeds(self.listen(*pad(spoken))) if spoken else ())
         return [None if wave is None else next(heard) for wave in waves]

@@ -40,10 +40,10 @@ def save(model: Model, folder: str | Path) -> None:
     from diffa import __version__
 
     folder = Path(folder)
-    spec = pin(model.spec)
-    if found := pairs_of(model):
+    spec = absolute_checkpoints(model.spec)
+    if found := lora_options(model):
         spec = spec.change(found)
-    tensors, tied = _unshared(stored(model))
+    tensors, tied = _unshared(saved_state(model))
     notes = {"format": "pt", "diffa": __version__, "spec": spec.to_json()}
     with replacing(folder) as fresh:
         (fresh / SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
@@ -73,17 +73,17 @@ def load(
 
     from diffa import __version__
     from diffa.assembly import assemble
-    from diffa.checkpoints.read import read_json
+    from diffa.checkpoints.read import load_config
     from diffa.spec.spec import Spec
 
     folder = Path(folder)
-    spec = Spec(read_json(folder, SPEC)).resolve()
+    spec = Spec(load_config(folder, SPEC)).resolve()
     tensors, version = _read(folder / WEIGHTS)
-    found = {path for path in spec.choices() if any(k.startswith(f"{path}.") for k in tensors)}
+    found = {path for path in spec.parts() if any(k.startswith(f"{path}.") for k in tensors)}
     if found & {"backbone"} and all(k.startswith(_LORA) for k in tensors if k[:9] == "backbone."):
         found = found - {"backbone"} | {"backbone.lora"}
     model = assemble(spec, torch.device(device), dtype, stored=found)
-    wanted = stored(model)
+    wanted = saved_state(model)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         raise CheckpointError(
@@ -97,10 +97,10 @@ def load(
                 raise CheckpointError(f"{folder}: {key} has shape {sizes}")
             if not target.is_meta:
                 target.copy_(tensors[key])
-    return merged(model, folder) if merge else model
+    return merge_lora(model, folder) if merge else model
 
 
-def merged(model: Model, folder: Path) -> Model:
+def merge_lora(model: Model, folder: Path) -> Model:
     """Fold a model's live LoRA pairs into its backbone; ``folder`` is where they are saved.
 
     Raises:
@@ -124,7 +124,7 @@ def merged(model: Model, folder: Path) -> Model:
     return model
 
 
-def pairs_of(model: Model) -> dict[str, Any]:
+def lora_options(model: Model) -> dict[str, Any]:
     """Return what a spec says of the backbone's live LoRA pairs, by path; {} where there are none.
 
     Pairs that were read know their rank and layers, which their spec need not say.
@@ -142,11 +142,11 @@ def pairs_of(model: Model) -> dict[str, Any]:
     }
 
 
-def stored(model: Model) -> dict[str, Tensor]:
+def saved_state(model: Model) -> dict[str, Tensor]:
     """Weights that ``save`` writes, by name: of parts that learn or have no checkpoint."""
     train = model.spec.data["train"]
     state: dict[str, Tensor] = {}
-    for path, part in model.spec.choices().items():
+    for path, part in model.spec.parts().items():
         if part.kind not in ("encoder", "adapter", "backbone"):
             continue
         learns = path in train or path.partition(".")[0] in train
@@ -159,10 +159,10 @@ def stored(model: Model) -> dict[str, Tensor]:
     return state
 
 
-def pin(spec: Spec) -> Spec:
+def absolute_checkpoints(spec: Spec) -> Spec:
     """Write relative checkpoint folders out in full, so that the spec works from anywhere."""
     changes = {}
-    for path, part in spec.choices().items():
+    for path, part in spec.parts().items():
         for option in ("checkpoint", "tokenizer"):
             name = part.options.get(option)
             if isinstance(name, str) and Path(name).is_dir():

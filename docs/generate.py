@@ -74,7 +74,7 @@ def kind_page(kind: str) -> Iterator[str]:
     written = "{name: NAME, OPTION: VALUE}"
     where = f"adapters: {{KEY: {written}}}" if kind == "adapter" else f"{kind}: {written}"
     yield f"Generated from the constructors. In a spec: `{where}`.\n"
-    for part in registry.parts(kind):
+    for part in registry.list_parts(kind):
         if part.is_builtin:
             yield from part_section(kind, part)
 
@@ -82,21 +82,25 @@ def kind_page(kind: str) -> Iterator[str]:
 def part_section(kind: str, part: Any) -> Iterator[str]:
     """One part: what it does, its options, types, defaults and meanings."""
     from diffa.spec import registry
-    from diffa.spec.docstrings import meanings
-    from diffa.spec.schema import describe, schema
+    from diffa.spec.docstrings import option_descriptions
+    from diffa.spec.schema import describe_type, read_schema
 
-    cls = registry.load(kind, part.name)
+    cls = registry.load_part(kind, part.name)
     yield f"## {part.name}\n"
     yield prose(cls) + "\n"
     if part.extras:
         yield f"Needs `pip install '{part.dist}[{','.join(part.extras)}]'`.\n"
-    told, options = meanings(cls), schema(cls).options
+    told, options = option_descriptions(cls), read_schema(cls).options
     if not options:
         yield "It has no options.\n"
         return
     yield "| option | type | default | meaning |\n|---|---|---|---|"
     for name, option in options.items():
-        cells = [f"`{name}`", cell(describe(option.hint)), f"`{json.dumps(plain(option.default))}`"]
+        cells = [
+            f"`{name}`",
+            cell(describe_type(option.hint)),
+            f"`{json.dumps(plain(option.default))}`",
+        ]
         yield f"| {' | '.join(cells)} | {cell(told.get(name, ''))} |"
     yield ""
 
@@ -125,7 +129,7 @@ def sections() -> Iterator[str]:
     import dataclasses
     import typing
 
-    from diffa.spec.schema import describe
+    from diffa.spec.schema import describe_type
     from diffa.trainers import config_sections as held
 
     titles = {
@@ -142,7 +146,7 @@ def sections() -> Iterator[str]:
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             shown = json.dumps(plain(default))
-            yield f"| `{field.name}` | {cell(describe(hints[field.name]))} | `{shown}` |"
+            yield f"| `{field.name}` | {cell(describe_type(hints[field.name]))} | `{shown}` |"
         yield ""
 
 

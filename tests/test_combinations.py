@@ -84,7 +84,7 @@ def spec(encoder, adapter, backbone):
 
 def test_no_part_is_forgotten():
     for kind, known in (("encoder", ENCODERS), ("adapter", ADAPTERS), ("backbone", BACKBONES)):
-        own = {part.name for part in registry.parts(kind) if part.is_builtin}
+        own = {part.name for part in registry.list_parts(kind) if part.is_builtin}
         assert own == {part["name"] for part in known.values()}
 
 

@@ -140,14 +140,14 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(site: Path) ->
 @pytest.mark.slow
 def test_every_part_is_listed_with_its_options(site: Path) -> None:
     from diffa.spec import registry
-    from diffa.spec.schema import schema
+    from diffa.spec.schema import read_schema
 
     for kind in registry.KINDS:
         text = (site / "parts" / f"{kind}s.html").read_text(encoding="utf-8")
-        for part in registry.parts(kind):
+        for part in registry.list_parts(kind):
             if not part.is_builtin:
                 continue
             assert f'id="{part.name}"' in text, (kind, part.name)
-            for option in schema(registry.load(kind, part.name)).options:
+            for option in read_schema(registry.load_part(kind, part.name)).options:
                 assert f"<code>{option}</code>" in text, (kind, part.name, option)
     assert "<code>--host</code>" in (site / "commands.html").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ print(json.dumps({
     "tokens": len(answer.tokens[0]),
     "home": sys.modules["acme_diffa"].__file__,
     "broken": [name for name in sys.modules if "broken_diffa" in name],
-    "conv": registry.load("adapter", "conv").__module__,
+    "conv": registry.load_part("adapter", "conv").__module__,
 }))
 """
 

@@ -55,11 +55,11 @@ def package(request, tmp_path: Path, monkeypatch):
     point = "[diffa.samplers]\nacme-backwards = acme_backwards:Backwards\n"
     (info / "entry_points.txt").write_text(point)
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry.refresh()
+    registry.clear_scan()
     yield request.param
     sys.modules.pop("acme_backwards", None)
     monkeypatch.undo()
-    registry.refresh()
+    registry.clear_scan()
 
 
 def suite() -> type[SamplerSuite]:
@@ -69,7 +69,7 @@ def suite() -> type[SamplerSuite]:
 @pytest.mark.parametrize("package", ["whole"], indirect=True)
 def test_it_conforms_and_answers(package, tmp_path):
     assert failures(suite()) == {}
-    (part,) = [part for part in registry.parts("sampler") if part.dist == "acme-backwards"]
+    (part,) = [part for part in registry.list_parts("sampler") if part.dist == "acme-backwards"]
     assert (part.name, part.version) == ("acme-backwards", "1.2")
     spec = toy.spec(toy.write_tokenizer(tmp_path / "tokenizer"))
     spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}

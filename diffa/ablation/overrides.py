@@ -10,9 +10,9 @@ from typing import Any
 from diffa.ablation.related_parts import related
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
-from diffa.spec.schema import schema
+from diffa.spec.schema import read_schema
 from diffa.spec.spec import Spec
-from diffa.spec.validation import KEYS
+from diffa.spec.validation import SPEC_KEYS
 from diffa.trainers.config import Recipe
 
 _WHOLE = ("both", "all")
@@ -37,7 +37,7 @@ def changed(recipe: Recipe, path: str, value: Any) -> Recipe:
         return _exchanged(recipe, place, value)
     if path == "seed":
         raise SpecError("--vary seed: seeds are not compared, they are repeated: --seeds 3")
-    if top in KEYS and top != "spec":
+    if top in SPEC_KEYS and top != "spec":
         return _with(recipe, spec=_spec(recipe).set(place, value))
     paths = [path]
     if path.startswith("stages.*."):
@@ -110,7 +110,7 @@ def _exchanged(recipe: Recipe, kind: str, value: str | Mapping[str, Any]) -> Rec
     if isinstance(value, Mapping):
         data[kind] = dict(value)
     elif value != old["name"]:
-        known = schema(registry.load(kind, value)).options
+        known = read_schema(registry.load_part(kind, value)).options
         data[kind] = {"name": value, **related(kind, old, value, known)}
     stages = copy.deepcopy(recipe.data["stages"])
     if kind == "backbone":
@@ -136,5 +136,5 @@ def _follow(data: dict[str, Any], stages: list[dict[str, Any]]) -> None:
 
 def _decoding(kind: str, part: Any) -> str:
     name = part["name"] if isinstance(part, Mapping) else part
-    cls = registry.load(kind, name) if isinstance(name, str) else name
+    cls = registry.load_part(kind, name) if isinstance(name, str) else name
     return str(cls.decoding)

@@ -58,9 +58,9 @@ class Conv(nn.Module):
         )
         self.numbering = Numbering(width, numbered) if numbered else None
         self.layernorm = nn.LayerNorm(width)
-        if checkpoint is not None and not ckpt.dry():
-            folder = ckpt.find(checkpoint, revision)
-            ckpt.fill(self, ckpt.read_weights(folder, "semantic_connector."), source=folder)
+        if checkpoint is not None and not ckpt.is_meta():
+            folder = ckpt.find_checkpoint(checkpoint, revision)
+            ckpt.load_state(self, ckpt.read_weights(folder, "semantic_connector."), source=folder)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Return how many embeddings come from ``lengths`` (B,) frames: whole strides."""

@@ -29,10 +29,10 @@ class Prompt(nn.Module):
         if num_embeddings < 1:
             raise SpecError(f"num_embeddings must be at least 1, got {num_embeddings}")
         self.prompts = nn.Embedding(num_embeddings, width)
-        if checkpoint is not None and not ckpt.dry():
-            folder = ckpt.find(checkpoint, revision)
+        if checkpoint is not None and not ckpt.is_meta():
+            folder = ckpt.find_checkpoint(checkpoint, revision)
             state = ckpt.read_weights(folder, "trainable_prompts.")
-            ckpt.fill(self.prompts, state, source=folder)
+            ckpt.load_state(self.prompts, state, source=folder)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Return ``num_embeddings`` for every row, whatever its frames (B,)."""

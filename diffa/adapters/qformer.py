@@ -53,11 +53,11 @@ class QFormer(nn.Module):
             }
         )
         self.proj = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width))
-        if checkpoint is not None and not ckpt.dry():
-            folder = ckpt.find(checkpoint, revision)
+        if checkpoint is not None and not ckpt.is_meta():
+            folder = ckpt.find_checkpoint(checkpoint, revision)
             state = ckpt.read_weights(folder, "acoustic_connector.")
             _check_taps(state, len(self.taps), source=str(folder))
-            ckpt.fill(self, state, source=folder)
+            ckpt.load_state(self, state, source=folder)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
         """Return the number of queries for every row, whatever its frames (B,)."""

@@ -66,7 +66,7 @@ class Causal(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        folder, found = weights.choose(checkpoint, revision, config)
+        folder, found = weights.resolve_config(checkpoint, revision, config)
         source = str(folder or "config")
         settings = _settings(found, source)
         self.max_length = _max_length(settings, source)
@@ -186,9 +186,9 @@ def _make(settings: Any, folder: Path | None, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        if folder is None or weights.dry():
+        if folder is None or weights.is_meta():
             with torch.random.fork_rng(devices=[]):
-                if not weights.dry():
+                if not weights.is_meta():
                     torch.manual_seed(seed)
                 return AutoModelForCausalLM.from_config(settings).eval()
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -83,7 +83,7 @@ class LLaDAMoE(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        folder, found = weights.choose(checkpoint, revision, config)
+        folder, found = weights.resolve_config(checkpoint, revision, config)
         self.tokenizer = read_tokenizer(tokenizer, folder)
         source = folder or "config"
         shape, sparse, self.vocab = read(found, self.tokenizer, source=source)

@@ -72,7 +72,7 @@ class Llama(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        folder, found = weights.choose(checkpoint, revision, config)
+        folder, found = weights.resolve_config(checkpoint, revision, config)
         shape, self.vocab = read(found, source=folder or "config")
         self.width, self.max_length = shape.width, shape.context
         with torch.device("meta") if folder else torch.get_default_device():

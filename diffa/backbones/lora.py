@@ -67,7 +67,7 @@ def adapt(body: nn.Module, lora: Mapping[str, Any] | None, targets: Collection[s
         return
     chosen = read(lora)
     found: dict[str, Pair] = {}
-    if chosen.checkpoint is not None and not checkpoint.dry():
+    if chosen.checkpoint is not None and not checkpoint.is_meta():
         found = read_pairs(chosen.checkpoint, chosen.revision)
     if chosen.merge:
         for name, pair in found.items():
@@ -109,7 +109,7 @@ def read(lora: Mapping[str, Any]) -> Options:
 
 def read_pairs(name: str, revision: str | None = None) -> dict[str, Pair]:
     """Read pairs in DIFFA-2's keys, or from a model that ``diffa.save`` wrote."""
-    folder = checkpoint.find(name, revision)
+    folder = checkpoint.find_checkpoint(name, revision)
     for prefix in PREFIXES:
         if found := checkpoint.read_weights(folder, prefix):
             return pairs(found, str(folder))

@@ -19,9 +19,9 @@ def read_tokenizer(name: str | None, folder: Path | None) -> Any:
     Raises:
         CheckpointError: files are there but no tokenizer can be read from them.
     """
-    if checkpoint.dry():
+    if checkpoint.is_meta():
         return None
-    place = folder if name is None else checkpoint.find(name, weights=False)
+    place = folder if name is None else checkpoint.find_checkpoint(name, weights=False)
     if place is None or not any((place / file).is_file() for file in _FILES):
         if name is not None:
             raise CheckpointError(f"{place} holds no tokenizer: expected one of {_FILES}")
@@ -30,7 +30,7 @@ def read_tokenizer(name: str | None, folder: Path | None) -> Any:
 
     # With its class named, a tokenizer needs no model's config, and transformers, which does not
     # know LLaDA's, would warn about it.
-    named = (place / _FILES[2]).is_file() and checkpoint.read_json(place, _FILES[2])
+    named = (place / _FILES[2]).is_file() and checkpoint.load_config(place, _FILES[2])
     known = {"config": PretrainedConfig()} if named and named.get("tokenizer_class") else {}
     try:
         return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **known)

@@ -252,7 +252,7 @@ def load(
 
     A checkpoint with tied embeddings may leave the head out. In a dry run nothing is read.
     """
-    if weights.dry():
+    if weights.is_meta():
         return
     if folder is None:
         transformer.initialise(seed)
@@ -260,5 +260,5 @@ def load(
     state = read(folder)
     if transformer.shape.tied:
         state = {"ff_out.weight": state["wte.weight"], **state}
-    weights.fill(transformer, state, source=folder)
+    weights.load_state(transformer, state, source=folder)
     transformer.tie()

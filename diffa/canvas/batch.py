@@ -13,10 +13,10 @@ from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import AudioError, SpecError
 from diffa.types import Embeds, Vocab
 
-Rows = Tensor | Sequence[Tensor | None] | None
+RowTensors = Tensor | Sequence[Tensor | None] | None
 
 
-class Asked(NamedTuple):
+class CanvasInputs(NamedTuple):
     """What a batch is asked, each list with an entry per row.
 
     Attributes:
@@ -34,15 +34,15 @@ class Asked(NamedTuple):
     answer: Tensor
 
 
-def check(
+def validate_inputs(
     vocab: Vocab,
     prompt: Tensor | Sequence[Tensor],
-    audio: Rows,
+    audio: RowTensors,
     audio_at: int | Sequence[int] | None,
     max_tokens: int,
     seeds: int | Sequence[int] | None,
-    draft: Rows,
-) -> Asked:
+    draft: RowTensors,
+) -> CanvasInputs:
     """Check the arguments of ``Model.generate``, and give every row its own.
 
     Raises:
@@ -51,18 +51,18 @@ def check(
     if max_tokens < 1:
         raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
     given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
-    prompts = [check_tokens(tokens, vocab) for tokens in given]
-    waves = rows_of(audio, len(prompts), "recordings")
-    places = spread("audio_at", audio_at, len(prompts))
+    prompts = [validate_tokens(tokens, vocab) for tokens in given]
+    waves = per_row_tensors(audio, len(prompts), "recordings")
+    places = per_row_ints("audio_at", audio_at, len(prompts))
     for tokens, at in zip(prompts, places, strict=True):
         if not 0 <= at <= len(tokens):
             raise SpecError(f"audio_at is {at}, but the prompt has {len(tokens)} tokens")
-    drawn = spread("seeds", seeds, len(prompts))
-    answer = begin(rows_of(draft, len(prompts), "drafts"), max_tokens, vocab)
-    return Asked(prompts, waves, places, drawn, answer)
+    drawn = per_row_ints("seeds", seeds, len(prompts))
+    answer = initial_answer(per_row_tensors(draft, len(prompts), "drafts"), max_tokens, vocab)
+    return CanvasInputs(prompts, waves, places, drawn, answer)
 
 
-def lay_out(backbone: Any, asked: Asked, heard: Sequence[Tensor | None]) -> Canvas:
+def make_canvas(backbone: Any, asked: CanvasInputs, heard: Sequence[Tensor | None]) -> Canvas:
     """Make the canvas of a batch, where the backbone is, with embeddings (N, W) of its audio."""
     device = next(backbone.parameters()).device
     prompts = [tokens.to(device) for tokens in asked.prompts]
@@ -71,7 +71,7 @@ def lay_out(backbone: Any, asked: Asked, heard: Sequence[Tensor | None]) -> Canv
     return Canvas(embeds, text, answer, embed=backbone.embed, vocab=backbone.vocab, seeds=seeds)
 
 
-def rows_of(given: Rows, count: int, what: str) -> list[Tensor | None]:
+def per_row_tensors(given: RowTensors, count: int, what: str) -> list[Tensor | None]:
     """Return one tensor or None per row from a tensor, a list of them, or None.
 
     Raises:
@@ -87,7 +87,7 @@ def rows_of(given: Rows, count: int, what: str) -> list[Tensor | None]:
     return rows
 
 
-def spread(name: str, value: int | Sequence[int] | None, rows: int) -> list[int]:
+def per_row_ints(name: str, value: int | Sequence[int] | None, rows: int) -> list[int]:
     """Return one value per row from one value, a list of them, or None for zeros."""
     if value is None or isinstance(value, int):
         return [value or 0] * rows
@@ -97,7 +97,7 @@ def spread(name: str, value: int | Sequence[int] | None, rows: int) -> list[int]
     return values
 
 
-def check_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
+def validate_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
     """Return token ids (L,) as int64, or say what is wrong with them."""
     if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         shape = tuple(tokens.shape)
@@ -107,7 +107,7 @@ def check_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
     return tokens.long()
 
 
-def begin(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -> Tensor:
+def initial_answer(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -> Tensor:
     """What the answers begin with, (B, A): the rows' drafts, then masks.
 
     Raises:
@@ -122,11 +122,13 @@ def begin(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -> Tensor:
             raise SpecError("a draft needs a masked backbone: a causal one writes every token")
         if len(tokens) > length:
             raise SpecError(f"a draft of {len(tokens)} tokens is longer than {length}")
-        answer[row, : len(tokens)] = check_tokens(tokens, vocab)
+        answer[row, : len(tokens)] = validate_tokens(tokens, vocab)
     return answer
 
 
-def check_context(prompt: int, audio: int, answer: int, seconds: float, most: int | None) -> None:
+def check_context_length(
+    prompt: int, audio: int, answer: int, seconds: float, most: int | None
+) -> None:
     """Refuse a row that is longer than the backbone's context of ``most`` slots.
 
     Raises:
@@ -143,22 +145,22 @@ def check_context(prompt: int, audio: int, answer: int, seconds: float, most: in
     )
 
 
-def split(embeds: Embeds) -> list[Tensor]:
+def unpad_embeds(embeds: Embeds) -> list[Tensor]:
     """Each row's own embeddings (N, W), without padding."""
     pairs = zip(embeds.values, embeds.lengths.tolist(), strict=True)
     return [values[:length] for values, length in pairs]
 
 
-def join(parts: Sequence[Embeds]) -> Embeds:
+def concat_embeds(parts: Sequence[Embeds]) -> Embeds:
     """Concatenate embeddings row by row: part after part, without the padding between."""
     if len(parts) == 1:
         return parts[0]
     lengths = torch.stack([part.lengths for part in parts]).sum(dim=0)
-    rows = [torch.cat(row) for row in zip(*(split(part) for part in parts), strict=True)]
+    rows = [torch.cat(row) for row in zip(*(unpad_embeds(part) for part in parts), strict=True)]
     return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
 
-def read(
+def forward_rows(
     backbone: Any,
     tokens: Tensor,
     lengths: Tensor,
@@ -182,7 +184,7 @@ def read(
     valid = positions < embeds.lengths[:, None]
     context = AttentionContext(valid=None if bool(valid.all()) else valid)
     hidden: Tensor = backbone(embeds.values, positions.expand(text.shape), context)
-    return at_slots(hidden, text_slots(tokens, sounds, at))
+    return gather_slots(hidden, text_slots(tokens, sounds, at))
 
 
 def text_slots(tokens: Tensor, heard: Sequence[Tensor | None], at: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ def text_slots(tokens: Tensor, heard: Sequence[Tensor | None], at: Tensor) -> Te
     return index + torch.tensor(counts, device=tokens.device)[:, None] * behind
 
 
-def at_slots(hidden: Tensor, slots: Tensor) -> Tensor:
+def gather_slots(hidden: Tensor, slots: Tensor) -> Tensor:
     """Return states (B, S, W) at slots (B, L), (B, L, W); padding gets any."""
     slots = slots.clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from diffa.types import Embeds, Vocab
 
-GIVEN = -1  # in ``tokens``: the slot's content is an embedding that has no token (audio, padding)
-Hide = Literal["text", "audio", "both"]
+NO_TOKEN = (
+    -1
+)  # in ``tokens``: the slot's content is an embedding that has no token (audio, padding)
+HiddenInputs = Literal["text", "audio", "both"]
 
 
 class Canvas:
@@ -24,7 +26,7 @@ class Canvas:
 
     Args:
         prompt: embeddings of the prompts, audio included, (B, P, W) with lengths (B,).
-        text: token ids of the prompts, (B, P), ``GIVEN`` where there is audio or padding.
+        text: token ids of the prompts, (B, P), ``NO_TOKEN`` where there is audio or padding.
         answer: tokens the answers begin with, (B, A): masks, or a draft.
         embed: token ids -> embeddings of the backbone.
         vocab: the backbone's vocabulary.
@@ -74,7 +76,7 @@ class Canvas:
     @property
     def audio(self) -> Tensor:
         """Which slots are audio embeddings, (rows, S) bool."""
-        return (self.tokens == GIVEN) & self.valid
+        return (self.tokens == NO_TOKEN) & self.valid
 
     def undecided(self) -> Tensor:
         """Return which answer tokens are still masks, (B, A) bool."""
@@ -117,7 +119,7 @@ class Canvas:
         content = self.content[:, answer]
         content.copy_(torch.where(where[:, :, None], embedded.to(content.dtype), content))
 
-    def branch(self, hide: Hide) -> None:
+    def branch(self, hide: HiddenInputs) -> None:
         """Add guidance's unconditional twin of every row, with its own prompt and memory.
 
         ``text`` masks the prompt's tokens and keeps the audio (DIFFA's and LLaDA's guidance),
@@ -131,7 +133,7 @@ class Canvas:
         if hide in ("text", "both"):
             columns = torch.arange(self.size, device=valid.device) < self.start
             mask = torch.tensor([self.vocab.mask], device=valid.device)
-            content[(self.tokens != GIVEN) & columns] = self._embed(mask).to(content.dtype)
+            content[(self.tokens != NO_TOKEN) & columns] = self._embed(mask).to(content.dtype)
         if hide in ("audio", "both"):
             valid &= ~spoken
             self.ragged = self.ragged or bool(spoken.any())
@@ -179,7 +181,7 @@ def interleave(
     """Put each row's audio embeddings (N, W) into its prompt (L,) before an index.
 
     Returns:
-        Embeddings of the rows (B, P, W), and their token ids (B, P), ``GIVEN`` where there is
+        Embeddings of the rows (B, P, W), and their token ids (B, P), ``NO_TOKEN`` where there is
         audio or padding.
     """
     values, ids = [], []
@@ -187,13 +189,13 @@ def interleave(
         words = embed(tokens)
         if heard is not None:
             words = torch.cat([words[:at], heard.to(words.dtype), words[at:]])
-            gap = tokens.new_full((len(heard),), GIVEN)
+            gap = tokens.new_full((len(heard),), NO_TOKEN)
             tokens = torch.cat([tokens[:at], gap, tokens[at:]])
         values.append(words)
         ids.append(tokens)
     lengths = torch.tensor([len(row) for row in ids], device=ids[0].device)
     padded = torch.nn.utils.rnn.pad_sequence
-    return Embeds(padded(values, True), lengths), padded(ids, True, padding_value=GIVEN)
+    return Embeds(padded(values, True), lengths), padded(ids, True, padding_value=NO_TOKEN)
 
 
 def first_for_padding(slots: Tensor) -> Tensor:

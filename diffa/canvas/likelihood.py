@@ -15,7 +15,7 @@ from diffa.errors import SpecError
 _LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 
 
-class Score(NamedTuple):
+class ChoiceScores(NamedTuple):
     """Log-likelihoods of choices given a question.
 
     Attributes:
@@ -31,7 +31,7 @@ class Score(NamedTuple):
     num_forwards: int
 
 
-class Query(NamedTuple):
+class TokenQuery(NamedTuple):
     """One token to score: its row, where it stands in the answer, and its weight in a choice."""
 
     row: int
@@ -41,7 +41,7 @@ class Query(NamedTuple):
     weight: float
 
 
-def score(
+def score_choices(
     backbone: Any,
     prompt: Tensor,
     heard: Tensor | None,
@@ -51,7 +51,7 @@ def score(
     samples: int,
     seed: int,
     batch: int,
-) -> Score:
+) -> ChoiceScores:
     """Score choices of token ids (A,) after a prompt (L,) with audio embeddings (N, W) or None.
 
     A masked backbone gives the bound of LLaDA (arXiv 2502.09992, equation 6): l of A tokens are
@@ -68,9 +68,9 @@ def score(
             raise SpecError(f"{name} must be at least 1, got {value}")
     masked = backbone.decoding == "masked"
     if masked:
-        rows, queries = noised(choices, backbone.vocab.mask, samples=samples, seed=seed)
+        rows, queries = masked_queries(choices, backbone.vocab.mask, samples=samples, seed=seed)
     else:
-        rows, queries = plain(choices)
+        rows, queries = causal_queries(choices)
     values = torch.zeros(len(choices), dtype=torch.float64)
     num_forwards = 0
     for start in range(0, len(rows), batch):
@@ -84,12 +84,12 @@ def score(
         values.index_add_(0, owners, logs.double().cpu() * weights)
         num_forwards += 1
     lengths = torch.tensor([len(choice) for choice in choices])
-    return Score(values, int(values.argmax()), lengths, num_forwards)
+    return ChoiceScores(values, int(values.argmax()), lengths, num_forwards)
 
 
-def noised(
+def masked_queries(
     choices: Sequence[Tensor], mask: int, *, samples: int, seed: int
-) -> tuple[list[Tensor], list[Query]]:
+) -> tuple[list[Tensor], list[TokenQuery]]:
     """Mask every choice ``samples`` times; rows that come out alike are kept once.
 
     The counts are stratified over the samples, and both they and the order of masking are the
@@ -112,14 +112,16 @@ def noised(
                 tokens[place] = mask
             row = rows.setdefault(tuple(tokens), len(rows))
             weight = size / count / many
-            queries += [Query(row, place, int(choice[place]), index, weight) for place in hidden]
+            queries += [
+                TokenQuery(row, place, int(choice[place]), index, weight) for place in hidden
+            ]
     return [torch.tensor(row) for row in rows], queries
 
 
-def plain(choices: Sequence[Tensor]) -> tuple[list[Tensor], list[Query]]:
+def causal_queries(choices: Sequence[Tensor]) -> tuple[list[Tensor], list[TokenQuery]]:
     """Every choice as it is, each token to be read off the slot before it."""
     queries = [
-        Query(index, place, int(token), index, 1.0)
+        TokenQuery(index, place, int(token), index, 1.0)
         for index, choice in enumerate(choices)
         for place, token in enumerate(choice)
     ]
@@ -140,7 +142,7 @@ def _hidden(
 
 
 def _logs(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, queries: Sequence[Query], ahead: int
+    head: Callable[[Tensor], Tensor], hidden: Tensor, queries: Sequence[TokenQuery], ahead: int
 ) -> Tensor:
     """Log-probability (Q,) in float32 of every query's token."""
     rows = torch.tensor([q.row for q in queries], device=hidden.device)

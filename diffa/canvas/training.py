@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffa.canvas.batch import at_slots, read, text_slots
+from diffa.canvas.batch import forward_rows, gather_slots, text_slots
 from diffa.canvas.canvas import interleave
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 from diffa.types import Backbone, BlockObjective, Loss, Objective, SecondCorruption
 
 
-def measure(
+def compute_loss(
     backbone: Backbone,
     objective: Objective,
     tokens: Tensor,
@@ -26,7 +26,7 @@ def measure(
     lengths: Tensor,
     heard: Sequence[Tensor | None] | None = None,
     audio_at: Tensor | None = None,
-    reading: Callable[..., Tensor] = read,
+    reading: Callable[..., Tensor] = forward_rows,
 ) -> Loss:
     """Corrupt answers, let the backbone read them, and measure the objective.
 
@@ -38,10 +38,10 @@ def measure(
         SpecError: an objective of blocks, and a ``reading`` of its own.
     """
     block = objective.block_length if isinstance(objective, BlockObjective) else None
-    if block is not None and reading is not read:
+    if block is not None and reading is not forward_rows:
         raise SpecError("an objective with a block reads rows in its own way: leave packing out")
     if block is not None:
-        reading = partial(read_blocks, plain=tokens, answer=answer, block=block)
+        reading = partial(forward_blocks, plain=tokens, answer=answer, block=block)
     first = objective.corrupt(tokens, answer, seeds)
     hidden = reading(backbone, first.tokens, lengths, heard, audio_at)
     total, weight = objective.loss(hidden, backbone.head, tokens, first)
@@ -55,7 +55,7 @@ def measure(
     return Loss(total, weight, hidden, first)
 
 
-def read_blocks(
+def forward_blocks(
     backbone: Any,
     tokens: Tensor,
     lengths: Tensor,
@@ -84,13 +84,13 @@ def read_blocks(
     embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
     slots = torch.arange(text.shape[1], device=text.device)
     index = text_slots(tokens, sounds, at)
-    index, positions, attn_mask = beside(index, copies, embeds.lengths, len(slots), block)
+    index, positions, attn_mask = block_layout(index, copies, embeds.lengths, len(slots), block)
     context = AttentionContext(valid=slots < embeds.lengths[:, None], attn_mask=attn_mask)
     hidden: Tensor = backbone(embeds.values, positions, context)
-    return at_slots(hidden, index)
+    return gather_slots(hidden, index)
 
 
-def beside(
+def block_layout(
     index: Tensor, copies: Sequence[Tensor], lengths: Tensor, width: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Let copies at the end of each row of ``lengths`` (B,) slots stand where their originals do.

@@ -9,12 +9,12 @@ from typing import Any
 
 from diffa.errors import CheckpointError
 
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TEXT = (".json", ".jinja", "merges.txt", "vocab.txt", "tokenizer.model")
 _SECONDS = 5.0  # the Hub answers in well under a second, or it is not going to
 
 
-def fetch(repository: str, sub: str, revision: str | None, *, weights: bool) -> Path:
+def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights: bool) -> Path:
     """Return the local folder of ``repository/sub``, from the cache or else from the network.
 
     Fetches configuration, tokenizer files and one set of weights, never code. Raises
@@ -37,7 +37,7 @@ def fetch(repository: str, sub: str, revision: str | None, *, weights: bool) -> 
 def _cached(repository: str, sub: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", *WHOLE, *(f"{whole}.index.json" for whole in WHOLE)):
+    for file in ("config.json", *WEIGHT_FILES, *(f"{whole}.index.json" for whole in WEIGHT_FILES)):
         inside = f"{sub}/{file}" if sub else file
         path = try_to_load_from_cache(repository, inside, revision=revision)
         if isinstance(path, str):
@@ -58,7 +58,7 @@ def _names(folder: Path) -> dict[str, Path]:
 
 def _weight_files(names: Collection[str]) -> list[str] | None:
     """Return one whole set of weights among file names, safetensors first; None without one."""
-    for whole in WHOLE:
+    for whole in WEIGHT_FILES:
         stem, suffix = whole.rsplit(".", 1)
         if whole in names:
             return [whole]
@@ -87,7 +87,9 @@ def _download(repository: str, sub: str, revision: str | None, *, weights: bool)
     if weights:
         tensors = _weight_files(names)
         if tensors is None:
-            raise CheckpointError(f"{repository}/{sub} on the Hub holds no {' or '.join(WHOLE)}")
+            raise CheckpointError(
+                f"{repository}/{sub} on the Hub holds no {' or '.join(WEIGHT_FILES)}"
+            )
         wanted += tensors
     folder = snapshot_download(
         repository,

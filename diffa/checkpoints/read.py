@@ -16,12 +16,12 @@ from diffa.errors import CheckpointError, SpecError
 _ASSETS = Path(__file__).parent.parent / "assets"
 
 
-def dry() -> bool:
+def is_meta() -> bool:
     """Return whether modules are being built under ``torch.device("meta")``: load no weights."""
     return torch.get_default_device().type == "meta"
 
 
-def find(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def find_checkpoint(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the folder of a checkpoint; raises CheckpointError where there is none.
 
     ``name`` is a folder, ``package:FOLDER`` for weights inside diffa, or a Hub id
@@ -39,7 +39,7 @@ def find(name: str, revision: str | None = None, *, weights: bool = True) -> Pat
     shipped = _ASSETS / "configs" / repository.replace("/", "--") / sub
     if not weights and (shipped / "config.json").is_file():
         return shipped
-    return hub.fetch(repository, sub, revision, weights=weights)
+    return hub.fetch_checkpoint(repository, sub, revision, weights=weights)
 
 
 def _inside(root: Path, sub: str, name: str) -> Path:
@@ -59,7 +59,7 @@ def _hub_id(name: str) -> tuple[str, str]:
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def read_json(folder: Path, file: str) -> dict[str, Any]:
+def load_config(folder: Path, file: str) -> dict[str, Any]:
     """Return the JSON object in ``folder / file``; raises CheckpointError."""
     path = Path(folder) / file
     try:
@@ -80,7 +80,7 @@ def read_weights(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     memory-mapped, in the file's dtype. Raises CheckpointError for absent or damaged files.
     """
     folder = Path(folder)
-    for whole in hub.WHOLE:
+    for whole in hub.WEIGHT_FILES:
         index = folder / f"{whole}.index.json"
         if (folder / whole).is_file():
             return _strip(_read(folder / whole, prefix), prefix)
@@ -90,13 +90,13 @@ def read_weights(folder: Path, prefix: str = "") -> dict[str, Tensor]:
                 state.update(_read(folder / shard, prefix))
             return _strip(state, prefix)
     raise CheckpointError(
-        f"{folder} holds no weights: expected {' or '.join(hub.WHOLE)}, or shards with an index"
+        f"{folder} holds no weights: expected {' or '.join(hub.WEIGHT_FILES)}, or shards with an index"
     )
 
 
 def _shards(index: Path, prefix: str) -> list[str]:
     """Return the files that an index names for keys below ``prefix``."""
-    table = read_json(index.parent, index.name).get("weight_map")
+    table = load_config(index.parent, index.name).get("weight_map")
     if not isinstance(table, dict):
         raise CheckpointError(f"{index} has no 'weight_map' object")
     files = sorted({str(file) for key, file in table.items() if key.startswith(prefix)})
@@ -142,7 +142,7 @@ def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
+def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
     """Put ``state`` into ``module``, every key in its place; raises CheckpointError otherwise.
 
     A module on the meta device takes the tensors themselves (their dtype, no copy); a real one
@@ -174,7 +174,7 @@ def _some(keys: Iterable[str], most: int = 6) -> str:
     return ", ".join(keys[:most]) + more
 
 
-def choose(
+def resolve_config(
     checkpoint: str | None, revision: str | None, config: Mapping[str, Any] | None
 ) -> tuple[Path | None, Mapping[str, Any]]:
     """Return a checkpoint's folder and configuration, or None and the configuration given.
@@ -186,5 +186,5 @@ def choose(
     if checkpoint is None:
         assert config is not None
         return None, config
-    folder = find(checkpoint, revision, weights=not dry())
-    return folder, read_json(folder, "config.json")
+    folder = find_checkpoint(checkpoint, revision, weights=not is_meta())
+    return folder, load_config(folder, "config.json")

@@ -105,11 +105,11 @@ def show_step(model: Any) -> Callable[[Any], None]:
     """Return what prints a step's canvas to stderr, one line per forward."""
     from rich.console import Console
 
-    from diffa.runtime.render import canvas_text
+    from diffa.runtime.render import render_step
 
     console = Console(stderr=True, highlight=False)
     tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
-    return lambda step: console.print(canvas_text(step, 0, tokenizer, vocab))
+    return lambda step: console.print(render_step(step, 0, tokenizer, vocab))
 
 
 def load_model(
@@ -144,11 +144,11 @@ def device_of(name: str) -> str:
     """The device that ``--device`` names; raises SpecError where it is none."""
     import torch
 
-    from diffa.assembly import usable
+    from diffa.assembly import parse_device
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return str(usable(name))
+        return str(parse_device(name))
     except SpecError as error:
         raise SpecError(f"--device {error}") from error

@@ -33,8 +33,10 @@ def plugins(
     """List every installed part, where it comes from and whether it works."""
     if context.invoked_subcommand:
         return
-    rows = [_row(part, names) for kind in registry.PLUGIN_KINDS for part in registry.parts(kind)]
-    for fault in registry.faults():
+    rows = [
+        _row(part, names) for kind in registry.PLUGIN_KINDS for part in registry.list_parts(kind)
+    ]
+    for fault in registry.scan_faults():
         say(fault)
     if as_json:
         print_json(rows)
@@ -48,15 +50,15 @@ def check(
     as_json: JSON = False,
 ) -> None:
     """Import one part, check it against its kind's contract and show its schema."""
-    from diffa.spec.schema import describe, schema
+    from diffa.spec.schema import describe_type, read_schema
 
     kind, colon, name = part.partition(":")
     if not colon or not name:
         raise SpecError(f"a part is named KIND:NAME, such as adapter:conv, got {part!r}")
-    found, cls = registry.find(kind, name), registry.load(kind, name)
-    known = schema(cls)
+    found, cls = registry.find_part(kind, name), registry.load_part(kind, name)
+    known = read_schema(cls)
     options = [
-        {"option": key, "type": describe(option.hint), "default": option.default}
+        {"option": key, "type": describe_type(option.hint), "default": option.default}
         for key, option in known.options.items()
     ]
     if as_json:
@@ -92,7 +94,7 @@ def new(
 def _row(part: registry.Part, names: bool) -> dict[str, str]:
     row = {
         "kind": part.kind,
-        "name": registry.handle(part),
+        "name": registry.short_name(part),
         "package": f"{part.dist} {part.version}",
         "target": part.target,
     }
@@ -101,7 +103,7 @@ def _row(part: registry.Part, names: bool) -> dict[str, str]:
 
 def _health(part: registry.Part) -> str:
     try:
-        registry.load(part.kind, f"{part.dist}:{part.name}")
+        registry.load_part(part.kind, f"{part.dist}:{part.name}")
     except DiffaError as error:
         return f"broken: {error}"
     except Exception as error:  # a part of any kind of brokenness is listed, not raised

@@ -118,7 +118,7 @@ def _check(name: str, kind: str) -> None:
             f"a plugin's name is small letters, digits and single hyphens, such as 'my-{kind}', "
             f"got {name!r}"
         )
-    if any(part.is_builtin and part.name == name for part in registry.parts(kind)):
+    if any(part.is_builtin and part.name == name for part in registry.list_parts(kind)):
         raise SpecError(f"diffa has {kind} {name!r} of its own, which would win: choose another")
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is not None:

@@ -8,7 +8,7 @@ import typer
 
 from diffa.cli.ask import DEVICE, DTYPE, SPEC, load_model
 from diffa.cli.spec import SAMPLER_PRESET, SET
-from diffa.runtime.threads import one_core
+from diffa.runtime.threads import single_core
 
 
 def ui(
@@ -27,6 +27,6 @@ def ui(
     from diffa.ui.launch import launch, require
 
     require()  # before weights are read
-    with one_core():  # the page answers in a thread of its own
+    with single_core():  # the page answers in a thread of its own
         model, name = load_model(spec, changes, sampler_preset, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

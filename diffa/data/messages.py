@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffa.chat import MARK
+from diffa.chat import AUDIO_MARK
 from diffa.data.samples import DataError
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ def to_messages(row: Row, *, system: str = "") -> Row:
     turns = [{"role": "system", "content": system}] if system else []
     heard = [row["audio_filepath"]] if row.get("audio_filepath") else []
     turns += [
-        {"role": "user", "content": MARK * len(heard) + row.get("input", "")},
+        {"role": "user", "content": AUDIO_MARK * len(heard) + row.get("input", "")},
         {"role": "assistant", "content": row.get("target", "")},
     ]
     made: Row = {"messages": turns, "audios": heard}
@@ -47,11 +47,13 @@ def from_messages(row: Row) -> Row:
         raise DataError(f"is a conversation of {found}; a question and its answer are expected")
     (_, question), (_, answer) = [turn for turn in turns if turn[0] != "system"]
     audios = row.get("audios") or []
-    if len(audios) > 1 or question.count(MARK) > 1:
+    if len(audios) > 1 or question.count(AUDIO_MARK) > 1:
         raise DataError(f"has {len(audios)} recordings; a row holds one")
-    if len(audios) != question.count(MARK):
-        raise DataError(f"has {len(audios)} recordings but {question.count(MARK)} {MARK} marks")
-    made: Row = {"input": question.replace(MARK, "").strip(), "target": answer}
+    if len(audios) != question.count(AUDIO_MARK):
+        raise DataError(
+            f"has {len(audios)} recordings but {question.count(AUDIO_MARK)} {AUDIO_MARK} marks"
+        )
+    made: Row = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
     if audios:
         made["audio_filepath"] = _path(audios[0])
     if "rejected_response" in row:

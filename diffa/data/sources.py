@@ -8,7 +8,7 @@ from typing import Any
 from diffa.data.samples import DataError, Source
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
-from diffa.spec.schema import fit, plain, schema
+from diffa.spec.schema import coerce, read_schema, to_plain
 
 SourceFactory = Callable[..., Source]
 
@@ -39,23 +39,26 @@ def open_source(
 
 def _installed(name: str, extra: Mapping[str, SourceFactory]) -> type[Any]:
     try:
-        registry.find("source", name)
+        registry.find_part("source", name)
     except SpecError as error:
         known = (*extra, *registry.available("source"))
         text = str(error) if "ambiguous" in str(error) else ""
         raise DataError(text or f"there is no source {name!r}{suggest(name, known)}") from error
-    return registry.load("source", name)
+    return registry.load_part("source", name)
 
 
 def _fitted(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as the constructor declares them; raises ValueError with every fault."""
-    known = schema(cls).options
+    known = read_schema(cls).options
     faults = [
         f"there is no option {key!r}{suggest(key, known)}" for key in options if key not in known
     ]
     fitted = {
-        key: fit(
-            plain(value), known[key].hint, key, lambda path, text: faults.append(f"{path}: {text}")
+        key: coerce(
+            to_plain(value),
+            known[key].hint,
+            key,
+            lambda path, text: faults.append(f"{path}: {text}"),
         )
         for key, value in options.items()
         if key in known

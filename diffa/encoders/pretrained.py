@@ -121,14 +121,14 @@ class Pretrained(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        folder, found = ckpt.choose(checkpoint, revision, config)
+        folder, found = ckpt.resolve_config(checkpoint, revision, config)
         family = _family(found, str(folder or "config"))
         cls = _load(family.model)
         settings = _settings(cls, family, found)
         self._listener: Listener = family.listener(settings, _front(folder))
         self._window = _window(self._listener, window_seconds)
         self.sample_rate, self.out = self._listener.sample_rate, self._listener.out
-        if folder is None or ckpt.dry():
+        if folder is None or ckpt.is_meta():
             self.encoder = _draw(cls, settings, seed)
         else:
             self.encoder = _fill(cls, settings, folder, family.prefix)
@@ -192,7 +192,7 @@ def _front(folder: Path | None) -> Mapping[str, Any]:
         return {}
     for file in ("preprocessor_config.json", "processor_config.json"):
         if (folder / file).is_file():
-            told = ckpt.read_json(folder, file)
+            told = ckpt.load_config(folder, file)
             inner = told.get("feature_extractor", told)
             return inner if isinstance(inner, Mapping) else {}
     return {}
@@ -214,7 +214,7 @@ def _window(listener: Listener, seconds: float | None) -> int | None:
 
 
 def _draw(cls: Any, settings: Any, seed: int) -> Any:
-    if ckpt.dry():
+    if ckpt.is_meta():
         return cls(settings).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

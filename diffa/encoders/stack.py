@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffa.encoders.frontends import torchaudio
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
-from diffa.spec.schema import schema
+from diffa.spec.schema import read_schema
 from diffa.types import Features, FeatureSpec
 
 
@@ -94,8 +94,8 @@ def _make(place: str, part: Mapping[str, Any]) -> Any:
     options = {key: value for key, value in part.items() if key != "name"}
     if not isinstance(part.get("name"), str):
         raise SpecError(f"{place} must name an encoder: {{name: whisper, ...}}")
-    cls = registry.load("encoder", part["name"])
-    known = schema(cls).options
+    cls = registry.load_part("encoder", part["name"])
+    known = read_schema(cls).options
     for option in options:
         if option not in known:
             raise SpecError(f"{place}.{option}: unknown option{suggest(option, known)}")

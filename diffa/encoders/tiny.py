@@ -50,7 +50,7 @@ class Tiny(WindowedWhisper):
         )
         with torch.device("meta"):
             self.encoder = WhisperEncoder(config)
-        if not checkpoint.dry():
+        if not checkpoint.is_meta():
             self.encoder.to_empty(device=torch.get_default_device())
             _draw(self.encoder, seed)
 

@@ -61,9 +61,11 @@ class Timm(nn.Module):
             raise SpecError("pretrained and checkpoint exclude each other: drop one of them")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = _create(model, (self._rows, num_mel_bins), pretrained and not ckpt.dry())
-        if checkpoint is not None and not ckpt.dry():
-            _fill(self.encoder, ckpt.find(checkpoint, revision))
+            self.encoder = _create(
+                model, (self._rows, num_mel_bins), pretrained and not ckpt.is_meta()
+            )
+        if checkpoint is not None and not ckpt.is_meta():
+            _fill(self.encoder, ckpt.find_checkpoint(checkpoint, revision))
         self.out, self._wide = self._probe(model)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
@@ -152,4 +154,4 @@ def _fill(model: Any, folder: Path) -> None:
     first = f"{model.default_cfg.get('first_conv')}.weight"
     if first in state and state[first].dim() == 4 and state[first].shape[1] == 3:
         state[first] = state[first].sum(dim=1, keepdim=True)
-    ckpt.fill(model, state, source=folder)
+    ckpt.load_state(model, state, source=folder)

@@ -35,7 +35,7 @@ class Whisper(WindowedWhisper):
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
         self.trailing_silence = checked(trailing_silence)
-        folder = ckpt.find(checkpoint, revision, weights=not ckpt.dry())
+        folder = ckpt.find_checkpoint(checkpoint, revision, weights=not ckpt.is_meta())
         config = WhisperConfig.from_dict(_whisper(folder))
         self.mel = _front_end(folder, config.num_mel_bins)
         self.sample_rate = self.mel.rate
@@ -47,13 +47,13 @@ class Whisper(WindowedWhisper):
         )
         with torch.device("meta"):
             self.encoder = WhisperEncoder(config)
-        if not ckpt.dry():
-            ckpt.fill(self.encoder, _weights(folder), source=folder)
+        if not ckpt.is_meta():
+            ckpt.load_state(self.encoder, _weights(folder), source=folder)
             self.encoder.float()  # large-v3 is published in float16
 
 
 def _whisper(folder: Path) -> dict[str, object]:
-    config = ckpt.read_json(folder, "config.json")
+    config = ckpt.load_config(folder, "config.json")
     if config.get("model_type") != "whisper":
         raise CheckpointError(
             f"{folder / 'config.json'} describes a {config.get('model_type')!r} model, "
@@ -66,7 +66,7 @@ def _front_end(folder: Path, bins: int) -> Mel:
     """Return the front end that preprocessor_config.json describes; Whisper's own without one."""
     if not (folder / "preprocessor_config.json").is_file():
         return Mel(bins)
-    told = ckpt.read_json(folder, "preprocessor_config.json")
+    told = ckpt.load_config(folder, "preprocessor_config.json")
     mel = Mel(
         bins=told.get("feature_size", bins),
         fft=told.get("n_fft", Mel().fft),

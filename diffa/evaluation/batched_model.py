@@ -16,8 +16,8 @@ from diffa.build import swap
 from diffa.errors import DiffaError, SpecError
 from diffa.evaluation.batches import Clip
 from diffa.evaluation.items import Question
-from diffa.runtime.threads import one_core
-from diffa.spec.schema import schema
+from diffa.runtime.threads import single_core
+from diffa.spec.schema import read_schema
 from diffa.types import Step
 
 # Rows that are worth a core of their own. Small matrices do not keep two cores busy: two threads
@@ -91,7 +91,7 @@ class Asking:
         )
         begun: deque[tuple[list[Clip], list[Tensor | str], list[Future[list[Asked]]]]] = deque()
         stop = threading.Event()
-        with one_core():  # the parts have the cores; threads that begin later get them all again
+        with single_core():  # the parts have the cores; threads that begin later get them all again
             try:
                 for batch in batches:
                     asked, waves = [c.question for c in batch], [hear(c.number) for c in batch]
@@ -130,7 +130,7 @@ class Asking:
         """The model with its sampler's block set; itself where there is none to set."""
         if block not in self._models:
             sampler = self.model.spec.data["sampler"]
-            known = schema(type(self.model.sampler)).options
+            known = read_schema(type(self.model.sampler)).options
             same = block is None or "block" not in known or sampler.get("block") == block
             changed = {**sampler, "block": block}
             self._models[block] = self.model if same else swap(self.model, sampler=changed)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from diffa.runtime.render import canvas_text
+from diffa.runtime.render import render_step
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -129,7 +129,7 @@ def watch(model: Model, audio: Path, ask: Ask, console: Console) -> tuple[str, i
 
         def show(step: Step) -> None:
             count = Text(f"{len(shown) + 1:3d}  ", style="dim")
-            shown.append(count + canvas_text(step, 0, tokenizer, vocab))
+            shown.append(count + render_step(step, 0, tokenizer, vocab))
             if console.is_terminal:
                 live.update(shown[-1], refresh=True)
             else:

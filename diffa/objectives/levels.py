@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffa.objectives.rng import uniform
-from diffa.runtime.rng import GOLDEN, shifted
+from diffa.runtime.rng import GOLDEN_GAMMA, shift_right
 
 Levels = Literal["independent", "antithetic", "spread"]
 
@@ -30,7 +30,7 @@ def times(levels: Levels, seeds: Tensor, block: Tensor | None = None) -> Tensor:
     of a row are spread alike. ``independent`` blocks have draws of their own.
     """
     if levels == "spread":
-        bits = shifted(seeds.to(torch.int64) * GOLDEN + _HALF, 41)
+        bits = shift_right(seeds.to(torch.int64) * GOLDEN_GAMMA + _HALF, 41)
         base = (bits.to(torch.float32) + 0.5) * 2.0**-23
         if block is None:
             return base

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffa.runtime.rng import GOLDEN, mixed, shifted
+from diffa.runtime.rng import GOLDEN_GAMMA, shift_right, splitmix64
 
 
 def uniform(seeds: Tensor, counter: Tensor) -> Tensor:
     """Return float32 draws strictly between 0 and 1 for seeds and counters that broadcast."""
-    state = mixed(seeds.to(torch.int64) * GOLDEN + GOLDEN)
-    bits = shifted(mixed(state + counter.to(torch.int64) * GOLDEN), 41)
+    state = splitmix64(seeds.to(torch.int64) * GOLDEN_GAMMA + GOLDEN_GAMMA)
+    bits = shift_right(splitmix64(state + counter.to(torch.int64) * GOLDEN_GAMMA), 41)
     # 23 bits and a half: the largest float32 below 1 is 1 - 2^-24
     return (bits.to(torch.float32) + 0.5) * 2.0**-23

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffa.errors import SpecError
 from diffa.objectives.likelihood import rows_nll
 from diffa.objectives.masked import Masked
-from diffa.runtime.rng import GOLDEN, mixed
+from diffa.runtime.rng import GOLDEN_GAMMA, splitmix64
 from diffa.types import Decoding, Noised, Vocab
 
 _APART = 1 << 40  # draws counted from here share nothing with those counted from 0
@@ -99,8 +99,8 @@ class VRPO:
         """
         numbers = torch.arange(self.samples, device=seeds.device) + (_APART if apart else 0)
         found = [
-            self.corrupt(tokens, answer, mixed(seeds.to(torch.int64) + salt))
-            for salt in numbers * GOLDEN
+            self.corrupt(tokens, answer, splitmix64(seeds.to(torch.int64) + salt))
+            for salt in numbers * GOLDEN_GAMMA
         ]
         return Noised(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -11,26 +11,28 @@ if TYPE_CHECKING:
 
     from diffa.types import Step, Vocab
 
-MASK, END = "░", "·"
-SURE = 0.9
+MASK_GLYPH, END_GLYPH = "░", "·"
+CONFIDENT = 0.9
 
 
-def canvas_text(step: Step, row: int, tokenizer: Any, vocab: Vocab) -> Text:
+def render_step(step: Step, row: int, tokenizer: Any, vocab: Vocab) -> Text:
     """Draw one row of a step: masks as shaded blocks, ends as dots, doubtful tokens dimmer."""
     text = Text()
     tokens = step.tokens[row].tolist()
     for place, token in enumerate(tokens):
         if token == vocab.mask:
-            text.append(MASK, style="dim")
+            text.append(MASK_GLYPH, style="dim")
         elif token in (vocab.eos, vocab.pad):
-            text.append(END, style="dim")
+            text.append(END_GLYPH, style="dim")
         else:
-            sure = float(step.confidence[row, place]) >= SURE
-            text.append(spell(token, tokens, place, tokenizer), style="bold" if sure else "yellow")
+            sure = float(step.confidence[row, place]) >= CONFIDENT
+            text.append(
+                token_text(token, tokens, place, tokenizer), style="bold" if sure else "yellow"
+            )
     return text
 
 
-def spell(token: int, tokens: list[int], place: int, tokenizer: Any) -> str:
+def token_text(token: int, tokens: list[int], place: int, tokenizer: Any) -> str:
     """Return a token's own letters, its leading space kept, special tokens left out.
 
     Tokenizers drop a space at the start of a text, so the token is decoded behind its neighbour.

@@ -50,7 +50,7 @@ class ComputeThread:
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
+def single_core() -> Iterator[None]:
     """Compute on one core for a while, so that this thread starts no team, for another is to."""
     import torch
 

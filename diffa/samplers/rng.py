@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffa.runtime.rng import GOLDEN, mixed, shifted
+from diffa.runtime.rng import GOLDEN_GAMMA, shift_right, splitmix64
 
 
 def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tensor:
@@ -14,10 +14,14 @@ def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tenso
     A counter-based generator (splitmix64): the same for a row alone and in any batch, on any
     device. ``seeds`` and ``step`` are (B,); ``stream`` keeps different uses apart.
     """
-    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN  # wraps, as intended
-    key = mixed(mixed(seeds.long() + streams + GOLDEN) + step.long() * GOLDEN + GOLDEN)
-    bits = mixed(key[:, None] + slots.long() * GOLDEN + GOLDEN)
-    return (shifted(bits, 11).double() + 0.5) * 2.0**-53
+    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN_GAMMA  # wraps, as intended
+    key = splitmix64(
+        splitmix64(seeds.long() + streams + GOLDEN_GAMMA)
+        + step.long() * GOLDEN_GAMMA
+        + GOLDEN_GAMMA
+    )
+    bits = splitmix64(key[:, None] + slots.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
+    return (shift_right(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:

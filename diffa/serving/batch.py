@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffa.canvas.batch import Asked, begin, lay_out
+from diffa.canvas.batch import CanvasInputs, initial_answer, make_canvas
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.canvas.kv_cache import AttentionContext
@@ -88,14 +88,14 @@ class Cohort:
 
     def _canvas(self) -> Canvas:
         jobs = [ticket.job for ticket in self.tickets]
-        asked = Asked(
+        asked = CanvasInputs(
             [job.prompt for job in jobs],
             [job.wave for job in jobs],
             [job.audio_at for job in jobs],
             [job.seed for job in jobs],
-            begin([None] * len(jobs), jobs[0].max_tokens, self._backbone.vocab),
+            initial_answer([None] * len(jobs), jobs[0].max_tokens, self._backbone.vocab),
         )
-        return lay_out(self._backbone, asked, self._heard)
+        return make_canvas(self._backbone, asked, self._heard)
 
     def _decode(self, canvas: Canvas) -> None:
         sampler = self.tickets[0].job.sampler

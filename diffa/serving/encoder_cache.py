@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffa.audio import pad
-from diffa.canvas.batch import split
+from diffa.canvas.batch import unpad_embeds
 
 TOGETHER = 8  # recordings that the encoder hears at once: longer batches make others wait
 
@@ -52,7 +52,7 @@ class Ears:
     def _listen(self, waves: Sequence[Tensor]) -> Sequence[Tensor | Exception]:
         """Hear a batch; where that fails, each by itself."""
         try:
-            return split(self._model.listen(*pad(waves)))
+            return unpad_embeds(self._model.listen(*pad(waves)))
         except Exception as error:
             if len(waves) == 1:
                 return [error]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffa.errors import DiffaError, SpecError
-from diffa.runtime.threads import one_core
+from diffa.runtime.threads import single_core
 from diffa.serving.app import create_app
 from diffa.serving.limits import Limits
 from diffa.serving.middleware import Receive, Scope, Send
@@ -52,7 +52,7 @@ class Served(NamedTuple):
     def service(self) -> Service:
         """Load the model and start its engine."""
         more: Any = {"limits": self.limits, "keys": self.keys, "hosts": self.hosts}
-        with one_core():  # the engine answers in threads of its own
+        with single_core():  # the engine answers in threads of its own
             model = self.load()
         return Service(model, self.name, **more)
 

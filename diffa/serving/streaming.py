@@ -41,14 +41,14 @@ def draft(moment: Moment, chat: Chat, vocab: Any) -> dict[str, Any]:
 
     A mask is None; tokens are spelled as they stand in their row.
     """
-    from diffa.runtime.render import spell
+    from diffa.runtime.render import token_text
 
     tokens = moment.tokens.tolist()
     special = (vocab.eos, vocab.pad)
     words = [
         None if token == vocab.mask
         else "" if token in special
-        else spell(token, tokens, place, chat.tokenizer)
+        else token_text(token, tokens, place, chat.tokenizer)
         for place, token in enumerate(tokens)
     ]  # fmt: skip
     return {

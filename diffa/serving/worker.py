@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffa.canvas.batch import check_context
+from diffa.canvas.batch import check_context_length
 from diffa.serving.batch import Arrival, Cohort, Work
 from diffa.serving.batched_forward import Call, together
 from diffa.serving.encoder_cache import Ears
@@ -119,7 +119,7 @@ class Lane:
         seconds = 0.0 if job.wave is None else len(job.wave) / model.encoder.sample_rate
         most = max_length(model.backbone)
         try:
-            check_context(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
+            check_context_length(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
         except Exception as error:
             log_error(_log, "a request does not begin", error)
             ticket.end(Failed(error))

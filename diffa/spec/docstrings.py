@@ -8,13 +8,13 @@ import re
 _ENTRY = re.compile(r"(\w+): (.*)")
 
 
-def summary(cls: type) -> str:
+def docstring_summary(cls: type) -> str:
     """Return the first sentence of a class's docstring, on one line; "" where it has none."""
     text = _own(cls)
     return " ".join(text.split("\n\n")[0].split())
 
 
-def meanings(cls: type) -> dict[str, str]:
+def option_descriptions(cls: type) -> dict[str, str]:
     """Return what the ``Args:`` section of a class's docstring says of each parameter."""
     found: dict[str, str] = {}
     name = ""

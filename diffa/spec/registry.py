@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from diffa.errors import PluginError, SpecError, suggest
-from diffa.spec.schema import schema
+from diffa.spec.schema import read_schema
 
 DISTRIBUTION = "diffa-audio"
 """The name under which the package index has this library; ``diffa`` there is another project."""
@@ -72,24 +72,24 @@ _cached: _Scan | None = None
 
 def available(kind: str) -> tuple[str, ...]:
     """Names of the installed parts of a kind, "package:name" where two packages share one."""
-    return tuple(sorted(handle(part) for part in parts(kind)))
+    return tuple(sorted(short_name(part) for part in list_parts(kind)))
 
 
-def parts(kind: str) -> tuple[Part, ...]:
+def list_parts(kind: str) -> tuple[Part, ...]:
     """Every installed part of a kind, diffa's own first; nothing is imported."""
     if kind not in PLUGIN_KINDS:
         raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, PLUGIN_KINDS)}")
     return _scan().parts[kind]
 
 
-def faults() -> tuple[str, ...]:
+def scan_faults() -> tuple[str, ...]:
     """What is wrong with installed packages whose entry points cannot be read."""
     return _scan().faults
 
 
-def find(kind: str, name: str) -> Part:
+def find_part(kind: str, name: str) -> Part:
     """Return the part a name stands for; SpecError where it is unknown or ambiguous."""
-    known = parts(kind)
+    known = list_parts(kind)
     if not known:
         raise SpecError(
             f"no {kind} is installed: diffa is not installed here; run pip install -e ."
@@ -111,9 +111,9 @@ def find(kind: str, name: str) -> Part:
     return found[0]
 
 
-def load(kind: str, name: str) -> type[Any]:
+def load_part(kind: str, name: str) -> type[Any]:
     """Import the class a name stands for; PluginError where it fails or breaks the contract."""
-    part = find(kind, name)
+    part = find_part(kind, name)
     module, _, attribute = part.target.partition(":")
     try:
         cls: Any = importlib.import_module(module)
@@ -126,13 +126,13 @@ def load(kind: str, name: str) -> type[Any]:
     if cls is None:
         raise PluginError(f"{part.origin} does not exist: {module} has no {attribute!r}")
     try:
-        check(kind, cls)
+        validate_part(kind, cls)
     except PluginError as error:
         raise PluginError(f"{error}; it is {part.origin}") from error
     return cls  # type: ignore[no-any-return]
 
 
-def check(kind: str, cls: Any) -> None:
+def validate_part(kind: str, cls: Any) -> None:
     """Raise PluginError unless a class has the members, wires and options its kind must have."""
     if not isinstance(cls, type):
         raise PluginError(f"{kind} {cls!r} is not a class")
@@ -140,7 +140,7 @@ def check(kind: str, cls: Any) -> None:
     if missing:
         raise PluginError(f"{kind} {cls.__name__} lacks {', '.join(missing)}")
     offered = WIRES[kind]
-    for wire in schema(cls).wires:
+    for wire in read_schema(cls).wires:
         if wire not in offered:
             raise PluginError(
                 f"{kind} {cls.__name__} asks for the wire {wire!r}{suggest(wire, offered)} "
@@ -148,7 +148,7 @@ def check(kind: str, cls: Any) -> None:
             )
 
 
-def refresh() -> None:
+def clear_scan() -> None:
     """Forget the scan of installed packages, after one was installed or removed."""
     global _cached
     _cached = None
@@ -199,11 +199,11 @@ def _collect(
                 found[kind].append(part)
 
 
-def handle(part: Part) -> str:
+def short_name(part: Part) -> str:
     """The shortest text that ``find`` understands as this part."""
     if part.is_builtin:
         return part.name
-    rivals = [other for other in parts(part.kind) if other.name == part.name]
+    rivals = [other for other in list_parts(part.kind) if other.name == part.name]
     return part.name if len(rivals) == 1 else f"{part.dist}:{part.name}"
 
 

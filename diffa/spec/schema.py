@@ -39,7 +39,7 @@ class Schema(NamedTuple):
 _read: weakref.WeakKeyDictionary[type, Schema] = weakref.WeakKeyDictionary()
 
 
-def schema(cls: type) -> Schema:
+def read_schema(cls: type) -> Schema:
     """Return the wires and options of a part; PluginError where its constructor is no schema."""
     if cls not in _read:
         _read[cls] = _schema(cls)
@@ -63,7 +63,7 @@ def _schema(cls: type) -> Schema:
     return Schema(tuple(wires), options)
 
 
-def fit(value: Any, hint: Any, path: str, report: Report) -> Any:
+def coerce(value: Any, hint: Any, path: str, report: Report) -> Any:
     """Return ``value`` as ``hint`` wants it (1 becomes 1.0 for a float), reporting misfits."""
     exact = _fit(value, hint, widen=False)
     if exact is not _MISFIT:
@@ -75,16 +75,16 @@ def fit(value: Any, hint: Any, path: str, report: Report) -> Any:
     return value
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Say a type hint as a spec's author would: ``int or null``, ``one of 'a', 'b'``."""
     hint = _unwrap(hint)
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(part) for part in inner)
+        return " or ".join(describe_type(part) for part in inner)
     if hint in _LISTS or origin in _LISTS:
-        return f"list of {describe(inner[0])}" if inner else "list"
+        return f"list of {describe_type(inner[0])}" if inner else "list"
     if hint in _MAPPINGS or origin in _MAPPINGS:
         return "mapping"
     if hint in (None, type(None)):
@@ -92,20 +92,20 @@ def describe(hint: Any) -> str:
     return "any value" if hint in (Any, object) else getattr(hint, "__name__", str(hint))
 
 
-def takes_mapping(hint: Any) -> bool:
+def accepts_mapping(hint: Any) -> bool:
     """Whether a mapping can be a value of this hint."""
     hint = _unwrap(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return any(takes_mapping(part) for part in get_args(hint))
+        return any(accepts_mapping(part) for part in get_args(hint))
     return hint in (Any, object, *_MAPPINGS) or get_origin(hint) in _MAPPINGS
 
 
-def plain(value: Any, depth: int = 0) -> Any:
+def to_plain(value: Any, depth: int = 0) -> Any:
     """Copy a value into plain JSON types; paths become text, what does not fit stays."""
     if isinstance(value, Mapping) and depth < _DEPTH:
-        return {key: plain(inner, depth + 1) for key, inner in value.items()}
+        return {key: to_plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple) and depth < _DEPTH:
-        return [plain(inner, depth + 1) for inner in value]
+        return [to_plain(inner, depth + 1) for inner in value]
     if hasattr(value, "__fspath__"):
         return str(value)
     for kind in _SCALARS:  # numpy's float64 and enumerations of text are subclasses
@@ -132,7 +132,7 @@ def _option(cls: type, parameter: inspect.Parameter) -> Option:
     hint = _resolve(cls, parameter.annotation, where)
     _require_json(hint, where)
     faults: list[str] = []
-    default = fit(plain(parameter.default), hint, "", lambda _, text: faults.append(text))
+    default = coerce(to_plain(parameter.default), hint, "", lambda _, text: faults.append(text))
     if faults:
         raise PluginError(f"the default of {where} does not fit: {'; '.join(faults)}")
     return Option(hint, default)
@@ -163,7 +163,7 @@ def _require_json(hint: Any, where: str) -> None:
             _require_json(part, where)
         return
     raise PluginError(
-        f"{where} has the type {describe(hint)}, which JSON cannot hold; use bool, int, float, "
+        f"{where} has the type {describe_type(hint)}, which JSON cannot hold; use bool, int, float, "
         "str, Literal, list[...], Mapping[str, ...] or `X | None`"
     )
 
@@ -240,7 +240,7 @@ def _explain(value: Any, hint: Any, path: str, report: Report) -> None:
                 _explain(item, inner[-1], f"{path}.{key}".lstrip("."), report)
         if pairs != ():
             return
-    report(path, f"expected {describe(hint)}, got {value!r}{_hint_at(value, parts)}")
+    report(path, f"expected {describe_type(hint)}, got {value!r}{_hint_at(value, parts)}")
 
 
 def _hint_at(value: Any, parts: tuple[Any, ...]) -> str:

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
-from diffa.spec.schema import Schema, plain, schema
-from diffa.spec.validation import KEYS, PROMPT, complete, mismatch
+from diffa.spec.schema import Schema, to_plain
+from diffa.spec.validation import PROMPT_DEFAULTS, SPEC_KEYS, decoding_mismatch, validate_spec
 from diffa.spec.yaml import parse_json, parse_yaml, read_mapping, write_yaml
 
-__all__ = ["Chosen", "Schema", "Spec", "mismatch", "presets", "schema"]
+__all__ = ["PartSpec", "Schema", "Spec", "decoding_mismatch", "presets"]
 
 _PRESETS = Path(__file__).parent.parent / "assets" / "presets"
 _PARTS = ("encoder", "backbone", "objective", "sampler")
 
 
-class Chosen(NamedTuple):
+class PartSpec(NamedTuple):
     """A part that a spec names, at its dotted path, with every option filled in."""
 
     path: str
@@ -32,15 +32,15 @@ class Chosen(NamedTuple):
 
     def load(self) -> type[Any]:
         """Import the part's class."""
-        return registry.load(self.kind, self.name) if isinstance(self.name, str) else self.name
+        return registry.load_part(self.kind, self.name) if isinstance(self.name, str) else self.name
 
 
 class Spec:
     """A checked spec. It never changes: ``set`` and ``resolve`` return new ones."""
 
     def __init__(self, data: Mapping[Any, Any], source: str = "") -> None:
-        self._written: dict[str, Any] = plain(data)
-        self._complete = complete(self._written, source)
+        self._written: dict[str, Any] = to_plain(data)
+        self._complete = validate_spec(self._written, source)
 
     @classmethod
     def read(cls, spec: Spec | Mapping[Any, Any] | str | os.PathLike[str]) -> Spec:
@@ -66,7 +66,7 @@ class Spec:
     @property
     def data(self) -> dict[str, Any]:
         """The spec as it was written, in plain types; a copy."""
-        return dict(plain(self._written))
+        return dict(to_plain(self._written))
 
     def resolve(self) -> Spec:
         """Return the spec with every default filled in and a named sampler preset written out."""
@@ -80,19 +80,19 @@ class Spec:
         """Return a spec with several values changed, checked once they are all in place."""
         data = self.data
         for path, value in values.items():
-            self._put(data, path, plain(value))
+            self._put(data, path, to_plain(value))
         return Spec(data)
 
-    def choices(self) -> dict[str, Chosen]:
+    def parts(self) -> dict[str, PartSpec]:
         """Every part by dotted path, in the order they are built; sampler presets are left out."""
-        done = plain(self._complete)
+        done = to_plain(self._complete)
         places = [
             ("encoder", "encoder", done["encoder"]),
             ("backbone", "backbone", done["backbone"]),
         ]
         places += [(f"adapters.{k}", "adapter", part) for k, part in done["adapters"].items()]
         places += [(kind, kind, done[kind]) for kind in ("objective", "sampler")]
-        return {p: Chosen(p, kind, part.pop("name"), part) for p, kind, part in places}
+        return {p: PartSpec(p, kind, part.pop("name"), part) for p, kind, part in places}
 
     def digest(self) -> str:
         """Name what the spec builds in 12 hexadecimal digits.
@@ -127,11 +127,11 @@ class Spec:
         return hash(self.digest())
 
     def __repr__(self) -> str:
-        names = {path: _class_name(part.name) for path, part in self.choices().items()}
+        names = {path: _class_name(part.name) for path, part in self.parts().items()}
         return f"Spec({', '.join(f'{path}={name}' for path, name in names.items())})"
 
     def _refuse_classes(self) -> None:
-        for path, part in self.choices().items():
+        for path, part in self.parts().items():
             if not isinstance(part.name, str):
                 raise SpecError(
                     f"{path}: the class {_class_name(part.name)} stands for a name, so this spec "
@@ -141,8 +141,8 @@ class Spec:
     def _put(self, data: dict[str, Any], path: str, value: Any) -> None:
         """Change one place of the written data; whether it fits is checked afterwards."""
         top, *rest = path.split(".")
-        if top not in KEYS:
-            raise SpecError(f"{path}: there is no {top!r} in a spec{suggest(top, KEYS)}")
+        if top not in SPEC_KEYS:
+            raise SpecError(f"{path}: there is no {top!r} in a spec{suggest(top, SPEC_KEYS)}")
         if not rest:
             data[top] = value
         elif top in _PARTS:
@@ -150,10 +150,10 @@ class Spec:
             _reach(data[top], self._complete[top], rest, path)[rest[-1]] = value
         elif top in ("adapters", "sampler_presets"):
             self._put_named(data, top, rest, path, value)
-        elif top == "prompt" and len(rest) == 1 and rest[0] in PROMPT:
+        elif top == "prompt" and len(rest) == 1 and rest[0] in PROMPT_DEFAULTS:
             data["prompt"] = {**(data.get("prompt") or {}), rest[0]: value}
         elif top == "prompt":
-            raise SpecError(f"{path}: unknown path{suggest(rest[0], PROMPT)}")
+            raise SpecError(f"{path}: unknown path{suggest(rest[0], PROMPT_DEFAULTS)}")
         else:
             raise SpecError(f"{path}: {top} is set as a whole: set {top!r}")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from diffa.errors import DiffaError, PluginError, SpecError, suggest
 from diffa.spec import registry
-from diffa.spec.schema import Schema, fit, schema
+from diffa.spec.schema import Schema, coerce, read_schema
 
 FORMAT = 1
-KEYS = (
+SPEC_KEYS = (
     "format",
     "encoder",
     "adapters",
@@ -21,7 +21,7 @@ KEYS = (
     "prompt",
     "sampler_presets",
 )
-PROMPT: dict[str, str | int] = {
+PROMPT_DEFAULTS: dict[str, str | int] = {
     "system": "You are a helpful voice assistant.",
     "user": "This is the audio: <audio>. {question}",
     "max_tokens": 128,  # of an answer, unless the caller says otherwise
@@ -32,7 +32,7 @@ _DEFAULTS = {
 }
 
 
-def complete(written: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
+def validate_spec(written: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
     """Return the spec with every default filled in; SpecError lists all of its faults at once."""
     task = _Completion(written)
     done = task.run()
@@ -47,7 +47,7 @@ def complete(written: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
     return done
 
 
-def mismatch(path: str, name: str, decoding: str, backbone: str, rule: str) -> str:
+def decoding_mismatch(path: str, name: str, decoding: str, backbone: str, rule: str) -> str:
     """Say that a sampler or objective of one decoding meets a backbone of another."""
     remedy = _DEFAULTS.get(rule, {}).get(path.partition(".")[0])
     hint = f"; use {remedy!r}" if remedy else ""
@@ -72,8 +72,8 @@ class _Completion:
             )
             return {}  # what the rest means is not known either
         for key in self.written:
-            if key not in KEYS:
-                self.fault(str(key), f"unknown key{suggest(str(key), KEYS)}")
+            if key not in SPEC_KEYS:
+                self.fault(str(key), f"unknown key{suggest(str(key), SPEC_KEYS)}")
         done: dict[str, Any] = {"format": FORMAT}
         done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
         done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
@@ -86,7 +86,7 @@ class _Completion:
         done["train"] = self.train()
         done["prompt"] = self.prompt()
         self.decodings(done)
-        return {key: done[key] for key in KEYS}
+        return {key: done[key] for key in SPEC_KEYS}
 
     def fault(self, path: str, text: str, error: Exception | None = None) -> None:
         self.faults.append((f"{path}: {text}" if path else text, error))
@@ -125,10 +125,10 @@ class _Completion:
     def load(self, path: str, kind: str, name: str | type) -> Schema | None:
         try:
             if isinstance(name, type):
-                registry.check(kind, name)
-            cls = registry.load(kind, name) if isinstance(name, str) else name
+                registry.validate_part(kind, name)
+            cls = registry.load_part(kind, name) if isinstance(name, str) else name
             self.classes[path] = cls
-            return schema(cls)
+            return read_schema(cls)
         except DiffaError as error:
             self.fault(path, str(error), error)
             return None
@@ -142,7 +142,7 @@ class _Completion:
                 continue
             if key in known.options:
                 place = f"{path}.{key}"
-                done[key] = fit(given, known.options[key].hint, place, self.fault)
+                done[key] = coerce(given, known.options[key].hint, place, self.fault)
             elif key in known.wires:
                 self.fault(f"{path}.{key}", "is wired by build, never written in a spec; remove it")
             else:
@@ -212,14 +212,16 @@ class _Completion:
         """Complete the chat's turns; the user's holds the places of audio and question."""
         value = self.written.get("prompt") or {}
         if not isinstance(value, Mapping):
-            self.fault("prompt", f"expected a mapping with {', '.join(PROMPT)}, got {value!r}")
+            self.fault(
+                "prompt", f"expected a mapping with {', '.join(PROMPT_DEFAULTS)}, got {value!r}"
+            )
             return {}
-        done: dict[str, Any] = dict(PROMPT)
+        done: dict[str, Any] = dict(PROMPT_DEFAULTS)
         for key, text in value.items():
-            if key in PROMPT:
-                done[key] = fit(text, type(PROMPT[key]), f"prompt.{key}", self.fault)
+            if key in PROMPT_DEFAULTS:
+                done[key] = coerce(text, type(PROMPT_DEFAULTS[key]), f"prompt.{key}", self.fault)
             else:
-                self.fault(f"prompt.{key}", f"unknown key{suggest(str(key), PROMPT)}")
+                self.fault(f"prompt.{key}", f"unknown key{suggest(str(key), PROMPT_DEFAULTS)}")
         length = done["max_tokens"]
         if isinstance(length, int) and length < 1:
             self.fault("prompt.max_tokens", f"must be at least 1, got {length}")
@@ -236,7 +238,7 @@ class _Completion:
             if isinstance(own, str) and isinstance(rule, str) and own != rule:
                 name, backbone = done[path]["name"], done["backbone"]["name"]
                 names = [n if isinstance(n, str) else n.__name__ for n in (name, backbone)]
-                self.fault("", mismatch(path, names[0], own, names[1], rule))
+                self.fault("", decoding_mismatch(path, names[0], own, names[1], rule))
 
 
 def _taken(name: str) -> bool:

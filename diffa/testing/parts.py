@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffa.errors import suggest
 from diffa.spec import registry
-from diffa.spec.schema import fit, schema
+from diffa.spec.schema import coerce, read_schema
 
 HEAVY = ("transformers", "torchaudio", "timm", "xformers", "peft", "accelerate", "datasets")
 """Packages that are slow or fragile to import: a part imports them inside its constructor."""
@@ -44,29 +44,29 @@ class PartSuite:
             return self.part
         if self.name is None:
             raise AssertionError(f"{type(self).__name__} sets neither `name` nor `part`")
-        return registry.load(self.kind, self.name)
+        return registry.load_part(self.kind, self.name)
 
     def make(self, options: Mapping[str, Any] | None = None, **wires: Any) -> Any:
         """Construct the part with the suite's options, ``options`` on top, and its wires."""
         cls = self.cls
-        wanted = {wire: wires[wire] for wire in schema(cls).wires}
+        wanted = {wire: wires[wire] for wire in read_schema(cls).wires}
         with seeded(0):
             return cls(**wanted, **{**self.options, **(options or {})})
 
     def test_the_constructor_is_a_schema(self) -> None:
         """Wires by position, options by keyword with types and JSON defaults, every member."""
-        registry.check(self.kind, self.cls)
-        defaults = {name: option.default for name, option in schema(self.cls).options.items()}
+        registry.validate_part(self.kind, self.cls)
+        defaults = {name: option.default for name, option in read_schema(self.cls).options.items()}
         json.dumps(defaults, allow_nan=False)
 
     def test_the_given_options_are_declared(self) -> None:
         """Nothing is set that the constructor does not declare, and every value has its type."""
-        known, faults = schema(self.cls).options, []
+        known, faults = read_schema(self.cls).options, []
         for name, value in self.options.items():
             if name not in known:
                 faults.append(f"{name}: undeclared option{suggest(name, known)}")
             else:
-                fit(value, known[name].hint, name, lambda at, why: faults.append(f"{at}: {why}"))
+                coerce(value, known[name].hint, name, lambda at, why: faults.append(f"{at}: {why}"))
         ensure(not faults, "; ".join(faults))
 
     def test_importing_it_is_light(self) -> None:

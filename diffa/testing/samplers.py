@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffa.canvas.canvas import Canvas
-from diffa.spec.schema import schema
+from diffa.spec.schema import read_schema
 from diffa.testing.parts import PartSuite, ensure, seeded
 from diffa.testing.toy import CAUSAL, MASKED, Chaos, Joint, Law, Sure, ToyDenoise, toy_canvas
 from diffa.types import Step, Vocab
@@ -148,7 +148,7 @@ class SamplerSuite(PartSuite):
     def test_samples_follow_the_model_exactly(self) -> None:
         """Under ``exact`` every answer of three tokens comes as often as enumeration says."""
         if self.exact is None:
-            options = schema(self.cls).options
+            options = read_schema(self.cls).options
             ensure("temperature" not in options, "it has a temperature: set `exact`")
             return
         law, rows = Joint(), 4000

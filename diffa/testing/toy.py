@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.canvas.canvas import GIVEN, Canvas
+from diffa.canvas.canvas import NO_TOKEN, Canvas
 from diffa.types import Embeds, Vocab
 
 MASKED = Vocab(size=8, eos=5, pad=6, mask=7)
@@ -35,13 +35,13 @@ def toy_canvas(
     draft: Tensor | None = None,
     vocab: Vocab = MASKED,
 ) -> Canvas:
-    """A canvas whose embeddings are one-hot tokens; ``GIVEN`` in a prompt is an audio slot.
+    """A canvas whose embeddings are one-hot tokens; ``NO_TOKEN`` in a prompt is an audio slot.
 
     ``draft`` (B, length) is what the answers begin with instead of masks.
     """
     count = len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    text = torch.full((count, int(lengths.max())), GIVEN)
+    text = torch.full((count, int(lengths.max())), NO_TOKEN)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = torch.tensor(prompt)
     begin = vocab.pad if vocab.mask is None else vocab.mask
@@ -126,7 +126,7 @@ class ToyDenoise:
         grown = torch.full(slots.shape, _UNSEEN)
         grown[: self._seen.shape[0], : self._seen.shape[1]] = self._seen
         sure, token = self.canvas.content.max(dim=-1)
-        now = torch.where(slots, torch.where(sure > 0.9, token, GIVEN), grown)
+        now = torch.where(slots, torch.where(sure > 0.9, token, NO_TOKEN), grown)
         self._seen = now if write else grown
         return now
 

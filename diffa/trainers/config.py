@@ -13,7 +13,7 @@ from typing import Any
 from diffa.data.augment import Augment
 from diffa.data.formats import MANIFEST_FIELDS
 from diffa.errors import DiffaError, SpecError, suggest
-from diffa.spec.schema import Report, fit, plain, schema
+from diffa.spec.schema import Report, coerce, read_schema, to_plain
 from diffa.spec.spec import Spec
 from diffa.spec.yaml import parse_yaml, read_mapping, write_yaml
 from diffa.trainers.config_sections import (
@@ -42,7 +42,7 @@ class Recipe:
     """
 
     def __init__(self, data: Mapping[Any, Any], folder: Path | None = None) -> None:
-        self.data: dict[str, Any] = plain(data)
+        self.data: dict[str, Any] = to_plain(data)
         self.folder = folder or Path.cwd()
         faults: list[str] = []
         self.head = read(Head, self.data, "", lambda w, t: faults.append(f"{w}: {t}"))
@@ -93,7 +93,7 @@ class Recipe:
 
     def same_as(self, other: Mapping[str, Any]) -> list[str]:
         """Return the top-level paths in which another recipe's mapping differs."""
-        mine, theirs = _flat(self.data), _flat(plain(other))
+        mine, theirs = _flat(self.data), _flat(to_plain(other))
         return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
     def _spec(self, faults: list[str]) -> Spec | None:
@@ -218,9 +218,9 @@ def _check_numbers(stage: Stage, path: str, report: Report) -> None:
 
 def _check_parts(stage: Stage, path: str, spec: Spec, report: Report) -> None:
     """Check that what a stage trains and uses is in the spec."""
-    adapters = [key.removeprefix("adapters.") for key in spec.choices() if "adapters." in key]
+    adapters = [key.removeprefix("adapters.") for key in spec.parts() if "adapters." in key]
     known = ["encoder", "adapters", "backbone", *(f"adapters.{key}" for key in adapters)]
-    known += ["backbone.lora"] if spec.choices()["backbone"].options.get("lora") else []
+    known += ["backbone.lora"] if spec.parts()["backbone"].options.get("lora") else []
     used = adapters if stage.adapters is None else stage.adapters
     for name in used:
         if name not in adapters:
@@ -257,8 +257,8 @@ def _check_objective(stage: Stage, path: str, spec: Spec, report: Report) -> Non
     """Check a stage's objective, and that it compares pairs where the stage has pairs."""
     try:
         if stage.objective is not None:
-            spec = spec.set("objective", plain(stage.objective)).resolve()
-        objective = spec.choices()["objective"].load()
+            spec = spec.set("objective", to_plain(stage.objective)).resolve()
+        objective = spec.parts()["objective"].load()
     except DiffaError as error:
         report(f"{path}.objective", str(error).replace("invalid spec:", "").strip())
         return
@@ -272,12 +272,12 @@ def _check_objective(stage: Stage, path: str, spec: Spec, report: Report) -> Non
 
 
 def _check_options(options: Mapping[str, Any], cls: type, path: str, report: Report) -> None:
-    known = schema(cls).options
+    known = read_schema(cls).options
     for key, value in options.items():
         if key not in known:
             report(f"{path}.{key}", f"unknown option{suggest(key, known)}")
         else:
-            fit(value, known[key].hint, f"{path}.{key}", report)
+            coerce(value, known[key].hint, f"{path}.{key}", report)
 
 
 def _check_head(head: Head, stages: Sequence[Stage], faults: list[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from diffa.errors import suggest
-from diffa.spec.schema import Report, fit
+from diffa.spec.schema import Report, coerce
 
 Part = str | Mapping[str, Any]
 
@@ -220,7 +220,7 @@ def read(cls: type[Section], data: Any, path: str, report: Report) -> Section:
         if key not in names:
             note(where, f"unknown option{suggest(str(key), names)}")
             continue
-        fitted = fit(value, hints[key], where, note)
+        fitted = coerce(value, hints[key], where, note)
         if not any(fault.startswith(where) for fault in faults):
             values[key] = fitted
     return cls(**values)

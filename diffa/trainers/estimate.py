@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffa.backbones.tokenizer import read_tokenizer
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.checkpoints.read import find
+from diffa.checkpoints.read import find_checkpoint
 from diffa.data.mixture import Mixture
 from diffa.data.samples import Sample, TimedSource
 from diffa.errors import CheckpointError
@@ -131,10 +131,10 @@ def estimate(model: Model, stage: Stage, mixed: Mixture, *, half: bool) -> Estim
 
 def tokenizer_of(model: Model) -> Any:
     """Return the backbone's tokenizer, which a dry build leaves out, if it is on this machine."""
-    options = model.spec.choices()["backbone"].options
+    options = model.spec.parts()["backbone"].options
     names = [options.get("tokenizer"), options.get("checkpoint")]
     try:
-        found = [find(name, weights=False) for name in names if name]
+        found = [find_checkpoint(name, weights=False) for name in names if name]
         return next(iter(filter(None, (read_tokenizer(None, place) for place in found))), None)
     except CheckpointError:
         return None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from diffa.assembly import usable
+from diffa.assembly import parse_device
 from diffa.build import build
 from diffa.data.samples import CheckedSource, OnError
 from diffa.data.sources import SourceFactory
@@ -97,7 +97,7 @@ def train(
         TrainingError: the run cannot start, go on or be saved.
     """
     checked = Recipe.read(recipe).change(overrides)
-    place = own(usable(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    place = own(parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     setting = Setting(
         recipe=checked,
         out=Path(out).expanduser(),

@@ -172,7 +172,7 @@ def feature_cache(model: Model, stage: Stage, setting: Setting) -> FeatureCache 
     source = model.encoder.out
     return FeatureCache(
         setting.out / chosen.folder,
-        identity(str(model.spec.choices()["encoder"].options), model.encoder),
+        identity(str(model.spec.parts()["encoder"].options), model.encoder),
         layers_read(model.adapters.values(), source),
         source.layers + 1,
         dtype=chosen.dtype,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffa.assembly import make
+from diffa.assembly import make_part
 from diffa.backbones.lora import layers, wake
 from diffa.errors import SpecError
 from diffa.model import Model
@@ -76,7 +76,7 @@ def staged(model: Model, stage: Stage) -> Model:
         adapters={key: model.adapters[key] for key in spec.data["adapters"]},
         backbone=model.backbone,
         sampler=model.sampler,
-        objective=make(spec.choices()["objective"], vocab=model.backbone.vocab),
+        objective=make_part(spec.parts()["objective"], vocab=model.backbone.vocab),
         spec=spec,
     )
     release(seen, stage.train)

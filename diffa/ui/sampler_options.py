@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from diffa.errors import DiffaError, SpecError
 from diffa.spec import registry
-from diffa.spec.docstrings import meanings, summary
-from diffa.spec.schema import Schema, schema
+from diffa.spec.docstrings import docstring_summary, option_descriptions
+from diffa.spec.schema import Schema, read_schema
 from diffa.spec.spec import Spec
 from diffa.spec.yaml import parse_yaml
 
@@ -40,11 +40,11 @@ def samplers(decoding: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in registry.available("sampler"):
         try:
-            cls = registry.load("sampler", name)
+            cls = registry.load_part("sampler", name)
         except DiffaError:  # a broken package is no reason not to show the others
             continue
         if cls.decoding == decoding:
-            found[name] = summary(cls)
+            found[name] = docstring_summary(cls)
     return found
 
 
@@ -118,7 +118,7 @@ def rules(sampler: str) -> list[str]:
 
 def meaning(sampler: str, option: str) -> str:
     """What an option of a sampler does, as a sentence; "" where its author did not say."""
-    text = meanings(registry.load("sampler", sampler)).get(option, "")
+    text = option_descriptions(registry.load_part("sampler", sampler)).get(option, "")
     text = text.replace("``", "").removeprefix("instead, ").rstrip(".")
     return text[:1].upper() + text[1:] + "." if text else ""
 
@@ -131,7 +131,7 @@ def rule_meaning(sampler: str, rule: str) -> str:
 
 
 def _schema(sampler: str) -> Schema:
-    return schema(registry.load("sampler", sampler))
+    return read_schema(registry.load_part("sampler", sampler))
 
 
 def _filled(what: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from diffa.runtime.render import spell
+from diffa.runtime.render import token_text
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -120,7 +120,7 @@ def frame(step: Step, number: int, since: list[int], model: Model) -> Frame:
         if token in (vocab.eos, vocab.pad):
             shown.append(Token("", "end", sure, since[place]))
         else:
-            text = spell(token, tokens, place, tokenizer)
+            text = token_text(token, tokens, place, tokenizer)
             shown.append(Token(text, "word" if text else "end", sure, since[place]))
     return tuple(shown)
 

@@ -8,7 +8,7 @@ from helpers import small
 
 import diffa
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.canvas.likelihood import noised, score
+from diffa.canvas.likelihood import masked_queries, score_choices
 from diffa.errors import SpecError
 
 MODEL = small.backbone()
@@ -43,7 +43,7 @@ def measure(choices, **options):
     options = {"samples": 64, "seed": 0, "batch": 16, **options}
     tensors = [torch.tensor(choice) for choice in choices]
     with torch.no_grad():
-        return score(MODEL, PROMPT, AUDIO, 2, tensors, **options)
+        return score_choices(MODEL, PROMPT, AUDIO, 2, tensors, **options)
 
 
 def test_one_token_answers_are_exact_and_cost_one_forward():
@@ -62,7 +62,9 @@ def test_longer_answers_give_the_bound_that_enumeration_gives():
 
 
 def test_choices_share_their_draws():
-    _, queries = noised([torch.tensor([7, 2, 5]), torch.tensor([8, 3, 6])], 39, samples=9, seed=3)
+    _, queries = masked_queries(
+        [torch.tensor([7, 2, 5]), torch.tensor([8, 3, 6])], 39, samples=9, seed=3
+    )
     places = [[q.place for q in queries if q.choice == choice] for choice in (0, 1)]
     assert places[0] == places[1]
     same = measure([[7, 2, 5], [7, 2, 5]], samples=3)

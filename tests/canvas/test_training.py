@@ -12,9 +12,9 @@ from helpers import small
 from torch import nn
 
 from diffa.backbones.dream import Dream
-from diffa.canvas.batch import read
+from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.canvas.training import beside, measure, read_blocks
+from diffa.canvas.training import block_layout, compute_loss, forward_blocks
 from diffa.errors import SpecError
 from diffa.objectives.masked import Masked
 
@@ -69,7 +69,9 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
     noisy = torch.where(answer & (torch.rand(tokens.shape) < 0.6), small.MASK, tokens)
     rest = {key: given[key] for key in ("lengths", "heard", "audio_at")}
     with torch.no_grad():
-        found = read_blocks(model, noisy, *rest.values(), plain=tokens, answer=answer, block=block)
+        found = forward_blocks(
+            model, noisy, *rest.values(), plain=tokens, answer=answer, block=block
+        )
         for row, (before, size, heard, at) in enumerate(ROWS):
             for first in range(0, size, block):
                 last = min(first + block, size)
@@ -91,7 +93,7 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
 def test_one_block_reads_the_answer_whole():
     """With one block the copies see the prompt and each other, as a diffusion model's answer."""
     index = torch.arange(5)[None]
-    read_off, positions, attn_mask = beside(
+    read_off, positions, attn_mask = block_layout(
         index, [torch.tensor([2, 3, 4])], torch.tensor([8]), 8, block=3
     )
     assert read_off.tolist() == [[0, 1, 5, 6, 7]]
@@ -103,7 +105,7 @@ def test_one_block_reads_the_answer_whole():
 
 def loss(objective: Masked, model: nn.Module, seeds: torch.Tensor) -> torch.Tensor:
     given = dict(batch())
-    found = measure(model, objective, given.pop("tokens"), given.pop("answer"), seeds, **given)
+    found = compute_loss(model, objective, given.pop("tokens"), given.pop("answer"), seeds, **given)
     return found.sum / found.weight
 
 
@@ -118,7 +120,9 @@ def test_complementary_masks_add_up_to_the_whole_answer():
     assert (second.tokens[second.masked] == small.MASK).all()
     parts = []
     for view in (first, second):
-        hidden = read(model, view.tokens, given["lengths"], given["heard"], given["audio_at"])
+        hidden = forward_rows(
+            model, view.tokens, given["lengths"], given["heard"], given["audio_at"]
+        )
         parts.append(objective.loss(hidden, model.head, given["tokens"], view))
     expected = (parts[0][0] + parts[1][0]) / (parts[0][1] + parts[1][1])
     assert torch.allclose(loss(objective, model, torch.arange(3)), expected)
@@ -131,14 +135,14 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows(options):
     model, given = small.backbone(), batch()
     objective = Masked(model.vocab, **options)
     seeds = torch.tensor([5, 6, 7])
-    whole = measure(
+    whole = compute_loss(
         model, objective, given["tokens"], given["answer"], seeds,
         **{key: given[key] for key in ("lengths", "heard", "audio_at")},
     )  # fmt: skip
     total, weight = 0.0, 0.0
     for row in range(len(ROWS)):
         one, size = slice(row, row + 1), int(given["lengths"][row])
-        part = measure(
+        part = compute_loss(
             model, objective, given["tokens"][one, :size], given["answer"][one, :size], seeds[one],
             lengths=given["lengths"][one], heard=given["heard"][one],
             audio_at=given["audio_at"][one],
@@ -163,7 +167,7 @@ def exact(model: nn.Module, block: int) -> float:
                 noisy[0, hidden_at] = small.MASK
                 answer = torch.arange(before + size)[None] >= before
                 with torch.no_grad():
-                    hidden = read_blocks(
+                    hidden = forward_blocks(
                         model, noisy, torch.tensor([before + size]), plain=tokens, answer=answer,
                         block=block,
                     )  # fmt: skip
@@ -183,7 +187,7 @@ def test_block_diffusion_is_unbiased(block):
     objective = Masked(model.vocab, masking="count", block=block)
     noised = objective.corrupt(tokens, answer, torch.arange(many))
     with torch.no_grad():
-        hidden = read_blocks(
+        hidden = forward_blocks(
             model, noised.tokens, torch.full((many,), before + size), plain=tokens,
             answer=answer, block=block,
         )  # fmt: skip
@@ -200,7 +204,7 @@ def test_blocks_and_packing_do_not_combine():
     given = {key: batch()[key] for key in ("tokens", "answer", "lengths")}
     objective = Masked(model.vocab, masking="count", block=2)
     with pytest.raises(SpecError, match="leave packing out"):
-        measure(
+        compute_loss(
             model, objective, given["tokens"], given["answer"], torch.arange(3),
             lengths=given["lengths"], reading=lambda *_: torch.zeros(()),
         )  # fmt: skip

@@ -62,25 +62,25 @@ def shard(folder: Path, suffix: str, save) -> None:
 
 
 def test_a_folder_is_its_own_checkpoint(tmp_path):
-    assert checkpoint.find(str(tmp_path)) == tmp_path
+    assert checkpoint.find_checkpoint(str(tmp_path)) == tmp_path
 
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file: give the folder"):
-        checkpoint.find(str(tmp_path / "model.safetensors"))
+        checkpoint.find_checkpoint(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["absent", "/no/such/folder", "./a/b", "a//b", "a/b/../c", ""])
 def test_what_is_neither_folder_nor_hub_id_says_so(name, cache):
     with pytest.raises(CheckpointError, match="neither a folder here"):
-        checkpoint.find(name)
+        checkpoint.find_checkpoint(name)
 
 
 def test_an_absent_hub_id_fails_fast_and_says_what_to_do(cache):
     start = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.find("some-one/some-thing")
+        checkpoint.find_checkpoint("some-one/some-thing")
     assert time.perf_counter() - start < 10
     for part in ("not on this machine", "hf download some-one/some-thing", "path of a folder"):
         assert part in str(caught.value)
@@ -90,32 +90,32 @@ def test_the_offline_switch_is_respected(cache, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(hub, "_download", lambda *_, **__: pytest.fail("reached for the network"))
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
-        checkpoint.find("some-one/some-thing")
+        checkpoint.find_checkpoint("some-one/some-thing")
 
 
 def test_the_cache_is_used_without_a_network(cache):
     folder = put_in_cache(cache, "a/b", {"config.json": b"{}", "model.safetensors": b"x"})
-    assert checkpoint.find("a/b") == folder
+    assert checkpoint.find_checkpoint("a/b") == folder
 
 
 def test_a_folder_inside_a_repository_is_found(cache):
     files = {"config.json": b"{}", "stage1/config.json": b"{}", "stage1/pytorch_model.bin": b"x"}
     folder = put_in_cache(cache, "a/b", files)
-    assert checkpoint.find("a/b/stage1") == folder / "stage1"
+    assert checkpoint.find_checkpoint("a/b/stage1") == folder / "stage1"
 
 
 def test_a_cached_configuration_does_not_stand_for_weights(cache):
     folder = put_in_cache(cache, "a/b", {"config.json": b"{}"})
-    assert checkpoint.find("a/b", weights=False) == folder
+    assert checkpoint.find_checkpoint("a/b", weights=False) == folder
     with pytest.raises(CheckpointError, match="cannot be reached"):
-        checkpoint.find("a/b")
+        checkpoint.find_checkpoint("a/b")
 
 
 def test_a_half_downloaded_checkpoint_does_not_count(cache):
     files = {"config.json": b"{}", "model.safetensors.index.json": b"{}"}
     put_in_cache(cache, "a/b", files | {"model-00001-of-00002.safetensors": b"x"})
     with pytest.raises(CheckpointError, match="cannot be reached"):
-        checkpoint.find("a/b")
+        checkpoint.find_checkpoint("a/b")
 
 
 def test_only_what_is_read_is_downloaded(cache, monkeypatch):
@@ -132,25 +132,25 @@ def test_only_what_is_read_is_downloaded(cache, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    checkpoint.find("a/b", "v1")
+    checkpoint.find_checkpoint("a/b", "v1")
     assert asked["allow_patterns"] == ["config.json", "tokenizer.json", "model.safetensors"]
     assert asked["revision"] == "v1"
-    checkpoint.find("a/b", weights=False)
+    checkpoint.find_checkpoint("a/b", weights=False)
     assert asked["allow_patterns"] == ["config.json", "tokenizer.json"]
 
 
 def test_weights_inside_the_package_stay_inside_it():
     with pytest.raises(CheckpointError, match="ships no such weights"):
-        checkpoint.find("package:../../tests")
+        checkpoint.find_checkpoint("package:../../tests")
 
 
 # read
 
 
 def test_a_dry_run_is_noticed():
-    assert not checkpoint.dry()
+    assert not checkpoint.is_meta()
     with torch.device("meta"):
-        assert checkpoint.dry()
+        assert checkpoint.is_meta()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_bad_configuration_says_what_is_wrong(tmp_path, content, told):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=told):
-        checkpoint.read_json(tmp_path, "config.json")
+        checkpoint.load_config(tmp_path, "config.json")
 
 
 def test_weights_below_a_prefix_lose_it(tmp_path):
@@ -255,21 +255,23 @@ def test_a_module_on_meta_takes_the_tensors_themselves():
     with torch.device("meta"):
         layer = nn.Linear(3, 2)
     state = {"weight": torch.ones(2, 3, dtype=torch.bfloat16), "bias": torch.zeros(2)}
-    checkpoint.fill(layer, state, source="here")
+    checkpoint.load_state(layer, state, source="here")
     assert layer.weight.data_ptr() == state["weight"].data_ptr()
     assert layer.weight.dtype == torch.bfloat16 and layer.weight.requires_grad
 
 
 def test_a_real_module_keeps_its_dtype(layer):
     state = {"weight": torch.ones(2, 3, dtype=torch.float16), "bias": torch.zeros(2)}
-    checkpoint.fill(layer, state, source="here")
+    checkpoint.load_state(layer, state, source="here")
     assert layer.weight.dtype == torch.float32 and layer.weight.eq(1).all()
 
 
 def test_every_fault_is_told_at_once_and_nothing_is_changed(layer):
     before = layer.weight.clone()
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.fill(layer, {"weight": torch.ones(3, 3), "more": torch.ones(1)}, source="here")
+        checkpoint.load_state(
+            layer, {"weight": torch.ones(3, 3), "more": torch.ones(1)}, source="here"
+        )
     for part in (
         "here",
         "Linear",
@@ -284,4 +286,4 @@ def test_every_fault_is_told_at_once_and_nothing_is_changed(layer):
 def test_long_lists_are_shortened(layer):
     state = {f"key{i}": torch.ones(1) for i in range(50)}
     with pytest.raises(CheckpointError, match=r"key0, key1.* and 44 more"):
-        checkpoint.fill(layer, state, source="here")
+        checkpoint.load_state(layer, state, source="here")

@@ -234,7 +234,7 @@ def test_spec_show_counts_parameters_without_weights(diffa_):
 def test_plugins_lists_a_broken_part_with_the_reason_and_the_rest(diffa_, site):
     install(site, "acme-diffa", {"adapter": {"broken": "acme:Pool"}}, {"acme": "import not_here"})
     install(site, "beta-diffa", {"adapter": {"puddle": "beta:Pool"}}, {"beta": POOL})
-    registry.refresh()
+    registry.clear_scan()
     rows = {row["name"]: row for row in json.loads(diffa_("plugins", "--json").out)}
     assert rows["broken"]["health"].startswith("broken: adapter 'broken' from acme-diffa")
     assert "not_here" in rows["broken"]["health"]
@@ -253,7 +253,7 @@ def test_plugins_lists_a_broken_part_with_the_reason_and_the_rest(diffa_, site):
 
 def test_plugins_check_shows_the_schema(diffa_, site):
     install(site, "beta-diffa", {"adapter": {"puddle": "beta:Pool"}}, {"beta": POOL})
-    registry.refresh()
+    registry.clear_scan()
     found = json.loads(diffa_("plugins", "check", "adapter:beta-diffa:puddle", "--json").out)
     assert found["wires"] == ["source", "width"]
     assert found["options"][0] == {"option": "stride", "type": "int", "default": 4}
@@ -263,7 +263,7 @@ def test_plugins_check_shows_the_schema(diffa_, site):
 def test_plugins_check_refuses_a_part_that_breaks_its_contract(diffa_, site):
     code = POOL.replace("out_lengths", "lengths")
     install(site, "acme-diffa", {"adapter": {"bad": "acme:Pool"}}, {"acme": code})
-    registry.refresh()
+    registry.clear_scan()
     done = diffa_("plugins", "check", "adapter:bad")
     assert done.code == 1 and "adapter Pool lacks out_lengths" in done.err
 

@@ -46,7 +46,7 @@ def tones(tmp_path, monkeypatch):
         install(
             site, "acme-tones", {"source": {"tones": "acme_tones:Tones"}}, {"acme_tones": TONES}
         )
-        registry.refresh()
+        registry.clear_scan()
         yield site
 
 
@@ -101,21 +101,21 @@ def test_an_unknown_source_brings_a_suggestion(tones):
 
 def test_two_packages_with_one_source_ask_for_the_package(tones):
     install(tones, "beta-tones", {"source": {"tones": "acme_tones:Tones"}})
-    registry.refresh()
+    registry.clear_scan()
     with pytest.raises(DataError, match="write 'acme-tones:tones' or 'beta-tones:tones'"):
         open_source("tones", {})
 
 
 def test_a_name_that_diffa_ships_means_diffas_source(tones):
     install(tones, "acme-nano", {"source": {"nano-text": "acme_tones:Tones"}})
-    registry.refresh()
-    assert registry.find("source", "nano-text").target == "diffa.nano.sources:NanoText"
+    registry.clear_scan()
+    assert registry.find_part("source", "nano-text").target == "diffa.nano.sources:NanoText"
     assert open_source("acme-nano:nano-text", {}).answers == ["high"]
 
 
 def test_a_source_without_a_length_breaks_the_contract(tones):
     install(tones, "half", {"source": {"half": "half:Half"}}, {"half": "class Half:\n    pass\n"})
-    registry.refresh()
+    registry.clear_scan()
     with pytest.raises(PluginError, match=r"source Half lacks __len__, __getitem__; .* from half"):
         open_source("half", {})
 

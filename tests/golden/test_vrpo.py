@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffa
-from diffa.canvas.batch import read, split
+from diffa.canvas.batch import forward_rows, unpad_embeds
 from diffa.objectives.vrpo import VRPO
 from diffa.types import Noised
 
@@ -49,7 +49,7 @@ def bounds(
         noised = recorded(values, name, PROMPTS[clip], model.backbone.vocab.mask)
         rows, size = noised.tokens.shape
         lengths, at = torch.full((rows,), size), torch.full((rows,), AUDIO_AT)
-        hidden = read(model.backbone, noised.tokens, lengths, [heard] * rows, at)
+        hidden = forward_rows(model.backbone, noised.tokens, lengths, [heard] * rows, at)
         tokens = values[f"{name}.tokens"][None]
         found.append(rule.bounds(hidden, model.backbone.head, tokens, noised))
     return torch.cat(found)
@@ -62,7 +62,7 @@ def test_bounds_margins_and_loss_are_the_references(
     rule = VRPO(model.backbone.vocab, samples=4, beta=0.2)
     waves = [values[f"clip{clip}.waveform"].float() / 32768 for clip in (0, 1)]
     with torch.no_grad():
-        heard = [split(model.listen(wave))[0] for wave in waves]
+        heard = [unpad_embeds(model.listen(wave))[0] for wave in waves]
     policy = torch.cat([bounds(model, values, rule, clip, heard[clip]) for clip in (0, 1)])
     with torch.no_grad(), louder_queries(model):
         reference = torch.cat([bounds(model, values, rule, clip, heard[clip]) for clip in (0, 1)])

@@ -71,10 +71,10 @@ def site_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """Put a folder on the path for one test; modules imported from it are forgotten after."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(folder))
-    registry.refresh()
+    registry.clear_scan()
     yield folder
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
     monkeypatch.undo()
-    registry.refresh()
+    registry.clear_scan()

@@ -7,18 +7,18 @@ import diffa
 from diffa.adapters.conv import Conv
 from diffa.adapters.numbering import Numbering
 from diffa.backbones.transformer import rotate, turns
-from diffa.canvas.batch import read
+from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.collate import Collate
 from diffa.data.rows import Answering
 from diffa.data.samples import Sample
-from diffa.nano.sources import NanoText
 from diffa.errors import SpecError
 from diffa.nano.alignment import Hinting, chosen
 from diffa.nano.auxiliary import Saying, Script, number, numbered
 from diffa.nano.corpus.labels import Hint, hints, spoken_words
 from diffa.nano.corpus.vocabulary import BLANK
 from diffa.nano.initialization import _looking, start
+from diffa.nano.sources import NanoText
 from diffa.trainers.checkpoints import TrainingError
 from diffa.trainers.config_sections import Stage
 from diffa.trainers.learners.answers import Answers
@@ -84,7 +84,7 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
             )[0]
         expected = torch.cat([hidden[:at], hidden[shared:]])
         torch.testing.assert_close(packed[i, :size], expected, atol=1e-5, rtol=1e-4)
-    whole = read(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+    whole = forward_rows(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
     assert whole.shape == packed.shape
     assert not torch.allclose(whole[0], packed[0])  # there the recording sees the question
     with torch.no_grad():  # each alone: as whole rows are read

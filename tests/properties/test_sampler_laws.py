@@ -69,17 +69,17 @@ def make(way: str, block: int) -> Any:
     name, options = WAYS[way]
     if name != "greedy":
         options = {"block": block, **options}
-    return registry.load("sampler", name)(CAUSAL if name == "greedy" else MASKED, **options)
+    return registry.load_part("sampler", name)(CAUSAL if name == "greedy" else MASKED, **options)
 
 
 def test_every_sampler_and_policy_is_under_these_laws() -> None:
     """A sampler or an option of ``blockwise`` that is added has to be added above."""
-    shipped = {part.name for part in registry.parts("sampler") if part.is_builtin}
+    shipped = {part.name for part in registry.list_parts("sampler") if part.is_builtin}
     assert {name for name, _ in WAYS.values()} == shipped
     used = {option for name, options in WAYS.values() if name == "blockwise" for option in options}
-    from diffa.spec.schema import schema
+    from diffa.spec.schema import read_schema
 
-    assert set(schema(Blockwise).options) - used == {"block"}
+    assert set(read_schema(Blockwise).options) - used == {"block"}
 
 
 class Case(NamedTuple):
@@ -168,7 +168,7 @@ DRAWS: dict[str, tuple[str, dict[str, Any]]] = {
 def samples(name: str, options: dict[str, Any], law: Joint, count: int) -> Tensor:
     vocab = CAUSAL if name == "greedy" else MASKED
     canvas = toy_canvas([[1]] * count, 3, seeds=range(count), vocab=vocab)
-    sampler = registry.load("sampler", name)(vocab, temperature=1.0, **options)
+    sampler = registry.load_part("sampler", name)(vocab, temperature=1.0, **options)
     for _ in sampler(canvas, ToyDenoise(canvas, law)):
         pass
     return canvas.answer[:count]

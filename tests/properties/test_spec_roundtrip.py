@@ -98,10 +98,10 @@ def test_set_changes_one_value_and_leaves_the_original(data: dict[str, Any], blo
     before = spec.data
     changed = spec.set("sampler.block", block)
     assert spec.data == before
-    options = changed.choices()["sampler"].options
+    options = changed.parts()["sampler"].options
     assert options["block"] == block
-    assert {**options, "block": 0} == {**spec.choices()["sampler"].options, "block": 0}
-    same = changed.choices()["sampler"].options == spec.choices()["sampler"].options
+    assert {**options, "block": 0} == {**spec.parts()["sampler"].options, "block": 0}
+    same = changed.parts()["sampler"].options == spec.parts()["sampler"].options
     assert (changed.digest() == spec.digest()) == same
 
 

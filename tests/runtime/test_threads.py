@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffa.errors import DiffaError
-from diffa.runtime.threads import ComputeThread, one_core
+from diffa.runtime.threads import ComputeThread, single_core
 
 
 def test_a_hand_is_one_thread_in_which_an_iterator_goes_on():
@@ -46,11 +46,11 @@ def test_a_hand_has_the_cores_of_whoever_makes_it():
     assert done == ["2", "2"]
 
 
-def test_one_core_for_a_while(monkeypatch):
+def test_single_core_for_a_while(monkeypatch):
     counts = [3]
     monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    with pytest.raises(KeyError), one_core():
+    with pytest.raises(KeyError), single_core():
         assert counts == [3, 1]
         raise KeyError
     assert counts == [3, 1, 3]
@@ -75,13 +75,13 @@ print(torch.get_num_threads(), ComputeThread()(torch.get_num_threads))
 """
 _TEAMS = """
 import os, torch
-from diffa.runtime.threads import one_core
+from diffa.runtime.threads import single_core
 torch.set_num_threads(2)
 def work():
     torch.ones(512, 512).mm(torch.ones(512, 512)).exp()
     return len(os.listdir("/proc/self/task"))
 before = len(os.listdir("/proc/self/task"))
-with one_core():
+with single_core():
     narrow = work()
 print(before, narrow, work())
 """

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from diffa.canvas.canvas import GIVEN
+from diffa.canvas.canvas import NO_TOKEN
 from diffa.errors import SpecError
 from diffa.samplers import selection as select
 from diffa.samplers.blocks import Blocks
@@ -243,7 +243,7 @@ def test_audio_is_recomputed_once_in_so_many_forwards():
         heard.append(rows is None or 0 in rows[0])
         blocks.advance()
     assert heard == [True, False, False, True, False, False, True]
-    assert (canvas.tokens[0, :2] == GIVEN).all()
+    assert (canvas.tokens[0, :2] == NO_TOKEN).all()
 
 
 def scores(count=40, width=9):

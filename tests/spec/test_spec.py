@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import diffa
 from diffa.errors import PluginError, SpecError
 from diffa.spec import registry
-from diffa.spec.schema import fit, schema
+from diffa.spec.schema import coerce, read_schema
 from diffa.spec.spec import Spec, presets
 from diffa.spec.yaml import parse_json, parse_yaml, write_yaml
 
@@ -144,7 +144,7 @@ def test_resolve_fills_in_every_default():
     assert done["prompt"]["user"] == "This is the audio: <audio>. {question}"
     assert done["encoder"]["name"] == "tiny"
     for part, kind in ((done["adapters"]["semantic"], "adapter"), (done["sampler"], "sampler")):
-        known = schema(registry.load(kind, part["name"])).options
+        known = read_schema(registry.load_part(kind, part["name"])).options
         assert list(part) == ["name", *known]
         assert all(part[name] == option.default for name, option in known.items())
     assert done["adapters"]["acoustic"]["queries"] == 8
@@ -191,14 +191,14 @@ def test_every_checkpoint_that_a_preset_reads_dry_ships_its_configuration():
 
 def test_options_take_their_declared_types_and_no_others(site):
     install(site, "acme", {"adapter": {"many": "many:Many"}}, {"many": MANY})
-    registry.refresh()
-    cls = registry.load("adapter", "many")
-    assert schema(cls).wires == ("source", "width")
-    known = schema(cls).options
+    registry.clear_scan()
+    cls = registry.load_part("adapter", "many")
+    assert read_schema(cls).wires == ("source", "width")
+    known = read_schema(cls).options
 
     def fitted(option, value):
         found: list[str] = []
-        done = fit(value, known[option].hint, option, lambda path, text: found.append(path))
+        done = coerce(value, known[option].hint, option, lambda path, text: found.append(path))
         return (done, found)
 
     for option, given_, done in [
@@ -395,7 +395,7 @@ def test_a_class_may_stand_for_a_name_but_is_not_written_down():
     space: dict[str, type] = {"__name__": "notebook"}
     exec(POOL, space)
     spec = Spec.read({**SMALL, "adapters": {"mine": {"name": space["Pool"], "stride": 2}}})
-    chosen = spec.choices()["adapters.mine"]
+    chosen = spec.parts()["adapters.mine"]
     assert chosen.load() is space["Pool"] and chosen.options == {"stride": 2, "mode": "mean"}
     assert spec.digest() != Spec.read(SMALL).digest()
     for write in (spec.to_json, spec.to_yaml):
@@ -408,7 +408,7 @@ def test_a_class_may_stand_for_a_name_but_is_not_written_down():
 
 def test_a_broken_plugin_is_named_beside_other_faults(site):
     install(site, "acme", {"adapter": {"broken": "acme:Pool"}}, {"acme": "import nowhere_at_all"})
-    registry.refresh()
+    registry.clear_scan()
     assert Spec.read(SMALL)  # a spec that does not name it is not disturbed
     with pytest.raises(
         PluginError, match=r"adapters.a: adapter 'broken' from acme .*nowhere_at_all"
@@ -422,7 +422,7 @@ def test_a_broken_plugin_is_named_beside_other_faults(site):
 def test_an_ambiguous_name_is_reported_in_its_place(site):
     install(site, "acme-diffa", {"adapter": {"puddle": "acme:Pool"}}, {"acme": POOL})
     install(site, "beta-diffa", {"adapter": {"puddle": "acme:Pool"}})
-    registry.refresh()
+    registry.clear_scan()
     assert faults(adapters={"a": "puddle"}) == [
         "adapters.a: adapter 'puddle' is ambiguous: "
         "write 'acme-diffa:puddle' or 'beta-diffa:puddle'"

@@ -16,8 +16,8 @@ import diffa
 from diffa.errors import AudioError, PluginError, SpecError
 from diffa.nano.demo import recordings
 from diffa.spec import registry
-from diffa.spec.docstrings import meanings
-from diffa.spec.schema import schema
+from diffa.spec.docstrings import option_descriptions
+from diffa.spec.schema import read_schema
 from diffa.spec.spec import Spec
 from diffa.ui import html as drawing
 from diffa.ui import sampler_options
@@ -146,7 +146,7 @@ def test_options_without_a_control_are_written_out_and_read_back() -> None:
 def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
     for name in sampler_options.samplers("masked"):
         made = sampler_options.write(Chosen(sampler=name, temperature=0.5))
-        assert set(made) - {"name"} <= set(schema(registry.load("sampler", name)).options)
+        assert set(made) - {"name"} <= set(read_schema(registry.load_part("sampler", name)).options)
     with pytest.raises(SpecError, match="'revise' has no rule 'factor'"):
         sampler_options.write(Chosen(sampler="revise", rule="factor"))
 
@@ -185,8 +185,8 @@ def test_every_control_has_its_meaning_in_a_line() -> None:
 
 def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
     for name, does in sampler_options.samplers("masked").items():
-        cls = registry.load("sampler", name)
-        silent = schema(cls).options.keys() - meanings(cls).keys()
+        cls = registry.load_part("sampler", name)
+        silent = read_schema(cls).options.keys() - option_descriptions(cls).keys()
         assert does and not silent, (name, silent)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffa.canvas.batch import read
+from diffa.canvas.batch import forward_rows
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch
 from diffa.nano.alignment import Hinting
@@ -85,7 +85,7 @@ class Answers(nn.Module):
                 batch.answer,
                 batch.seeds,
                 lengths=batch.sizes,
-                reading=packing or read,
+                reading=packing or forward_rows,
                 **heard,
             )
         total, weight = loss[0], loss[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffa.canvas.batch import read, split
+from diffa.canvas.batch import forward_rows, unpad_embeds
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch
 from diffa.trainers.checkpoints import TrainingError
@@ -99,10 +99,10 @@ class Prefers(nn.Module):
         model, draws = self.model, len(noised.tokens) // len(batch.tokens)
         heard = None
         if batch.audio is not None:
-            clips = split(model.adapt(self._features(batch)))
+            clips = unpad_embeds(model.adapt(self._features(batch)))
             heard = [clips[i] for i in batch.owner.tolist()] * draws
         at = None if batch.audio_at is None else batch.audio_at.repeat(draws)
-        hidden = read(model.backbone, noised.tokens, batch.sizes.repeat(draws), heard, at)
+        hidden = forward_rows(model.backbone, noised.tokens, batch.sizes.repeat(draws), heard, at)
         bounds: Tensor = model.objective.bounds(hidden, model.backbone.head, batch.tokens, noised)
         return bounds
 
