@@ -1,4 +1,4 @@
-"""The command ``diffa ablate``: a grid over a recipe, and the table that comes of it."""
+"""The command ``diffa ablate``: train a grid of recipe variants and tabulate the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffa.cli.output import say
+from diffa.cli.options import RecipeArgument, RecipeSetOption, TrainingDeviceOption
+from diffa.cli.output import print_note, print_table
 from diffa.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -15,65 +16,69 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    recipe: Annotated[str, typer.Argument(help="A recipe that diffa ships, or a YAML file.")],
+    recipe: RecipeArgument,
     vary: Annotated[
         list[str],
         typer.Option(
             metavar="PATH=A,B",
-            help="What to compare: adapters=semantic,both; backbone=llada,llama; "
-            "sampler.block=8,32; stages.0.optimizer.lr=1e-4,1e-3. May be repeated: every "
-            "combination is run.",
+            help="Values to compare, such as sampler.block=8,32 or adapters=semantic,both; "
+            "repeat it to run every combination.",
         ),
     ],
-    seeds: Annotated[int, typer.Option(help="Repetitions of every combination.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of random seeds per combination.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the study; runs/NAME-ablation by default.")
+        Path | None, typer.Option(help="Folder of the study (default: runs/RECIPE-ablation).")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe for all runs."),
-    ] = None,
+    overrides: RecipeSetOption = None,
     score: Annotated[
         str | None,
-        typer.Option(help="Command that measures a model: words {model} and {json} are replaced."),
+        typer.Option(
+            help="Command that scores each model; {model} and {json} are replaced by its folder "
+            "and the result file (default: none)."
+        ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="The number to compare by; exact answers or the loss.")
+        str | None,
+        typer.Option(help="Metric to compare (default: exact answers, or the loss without them)."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes at once; 0: in this one.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Number of parallel processes; 0 trains in this process.")
+    ] = 1,
+    device: TrainingDeviceOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the grid.")
+        bool, typer.Option("--dry-run", help="Check everything and show the grid without training.")
     ] = False,
 ) -> None:
-    """Train and measure every combination under several seeds; run it again to go on."""
-    from diffa.ablation.study import ablate as run
+    """Train and score every combination of recipe values under several seeds.
 
-    place = out or Path("runs") / f"{Path(recipe).stem}-ablation"
-    study = run(
+    The same command continues a study that was interrupted.
+    """
+    from diffa.ablation.study import ablate as run_study
+
+    study = run_study(
         recipe,
         vary,
-        out=place,
+        out=out or Path("runs") / f"{Path(recipe).stem}-ablation",
         seeds=seeds,
-        overrides=set_ or [],
+        overrides=overrides or [],
         score=score,
         jobs=jobs,
         device=device,
         dry_run=dry_run,
-        say=say,
+        say=print_note,
     )
     if dry_run:
-        _plan(study)
+        _print_plan(study)
         return
-    print(write(study, metric))
+    print(write_tables(study, metric))
     for name, fault in study.faults.items():
-        say(f"{name}: {fault}")
+        print_note(f"{name}: {fault}")
     if study.faults:
         raise typer.Exit(1)
 
 
-def write(study: Study, metric: str | None = None) -> str:
-    """Write the study's tables and picture into its folder; return the table as Markdown."""
+def write_tables(study: Study, metric: str | None = None) -> str:
+    """Write the study's tables and plot into its folder; return the table as Markdown."""
     from diffa.ablation import plot, table
 
     text = table.markdown(study, metric)
@@ -91,16 +96,14 @@ def write(study: Study, metric: str | None = None) -> str:
     return text
 
 
-def _plan(study: Study) -> None:
-    """Show every combination: its values, what it trains, and which results there are."""
-    from diffa.cli.output import print_table
-
+def _print_plan(study: Study) -> None:
+    """Print every combination: its values, its stages, and the number of finished runs."""
     columns = [*(axis.path for axis in study.axes), "stages", "digest", "results"]
     rows = []
     for cells in study.groups():
         stages = " ".join(stage.name for stage in cells[0].recipe.stages)
-        there = sum(cell.name in study.results for cell in cells)
-        own = [*cells[0].settings.values(), stages, cells[0].digest, f"{there} of {len(cells)}"]
-        rows.append(own)
+        finished = sum(cell.name in study.results for cell in cells)
+        state = f"{finished} of {len(cells)}"
+        rows.append([*cells[0].settings.values(), stages, cells[0].digest, state])
     print_table(columns, rows)
-    say(f"{len(study.cells)} runs, {len({c.training for c in study.cells})} trainings")
+    print_note(f"{len(study.cells)} runs, {len({c.training for c in study.cells})} trainings")

@@ -4,55 +4,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffa.cli.output import print_json, say
-from diffa.cli.spec import JSON, SAMPLER_PRESET, SET, default_spec, read_spec
-from diffa.errors import SpecError
+from diffa.cli.models import load_model
+from diffa.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxTokensOption,
+    SamplerPresetOption,
+    SetOption,
+    SpecOption,
+    SystemOption,
+    WatchOption,
+)
+from diffa.cli.output import print_json, print_note
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.types import Step
 
 TRANSCRIBE = "Please transcribe the audio to text."
 """The instruction of DIFFA's own ASR evaluation."""
 
-AUDIO = Annotated[str, typer.Argument(metavar="AUDIO", help="A recording: wav, flac, ogg, mp3.")]
-SPEC = Annotated[
-    str,
-    typer.Option("--spec", help="Preset, YAML or JSON file, or a saved model's folder."),
+AudioArgument = Annotated[
+    str, typer.Argument(metavar="AUDIO", help="Recording: a wav, flac, ogg or mp3 file.")
 ]
-DEVICE = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1; the GPU if there is one.")
-]
-TOKENS = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Length of the answer's canvas.")
-]
-DTYPE = Annotated[
-    str | None, typer.Option("--dtype", help="Of the backbone: bfloat16, float32, ...")
-]
-WATCH = Annotated[bool, typer.Option("--watch", help="Show the answer forming, on stderr.")]
-SYSTEM = Annotated[str | None, typer.Option("--system", help="Another system turn.")]
 
 
 def ask(
-    audio: AUDIO,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the recording.")],
-    spec: SPEC = "",
-    changes: SET = None,
-    sampler_preset: SAMPLER_PRESET = "",
-    device: DEVICE = "auto",
-    max_tokens: TOKENS = None,
-    system: SYSTEM = None,
-    dtype: DTYPE = None,
-    watch: WATCH = False,
-    as_json: JSON = False,
+    audio: AudioArgument,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="Question about the recording.")
+    ],
+    spec: SpecOption = "",
+    overrides: SetOption = None,
+    sampler_preset: SamplerPresetOption = "",
+    device: DeviceOption = "auto",
+    max_tokens: MaxTokensOption = None,
+    system: SystemOption = None,
+    dtype: DtypeOption = None,
+    watch: WatchOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask a question about a recording; the answer goes to stdout."""
-    model, name = load_model(spec, changes, sampler_preset, device, dtype)
-    begin = time.perf_counter()
-    shown = show_step(model) if watch else None
-    answer = model.answer(audio, question, system=system, max_tokens=max_tokens, on_step=shown)
-    seconds = time.perf_counter() - begin
+    """Answer a question about a recording and print the answer to stdout."""
+    model, name = load_model(spec, overrides, sampler_preset, device, dtype)
+    start = time.perf_counter()
+    on_step = step_printer(model) if watch else None
+    answer = model.answer(audio, question, system=system, max_tokens=max_tokens, on_step=on_step)
+    seconds = time.perf_counter() - start
     if as_json:
         print_json(
             {
@@ -68,41 +70,32 @@ def ask(
         )
         return
     print(answer.text)
-    say(f"{name}: {answer.num_forwards} backbone passes in {seconds:.1f} s")
+    print_note(f"{name}: {answer.num_forwards} forward passes in {seconds:.1f} s")
 
 
 def transcribe(
-    audio: AUDIO,
-    spec: SPEC = "",
-    changes: SET = None,
-    sampler_preset: SAMPLER_PRESET = "",
-    device: DEVICE = "auto",
-    max_tokens: TOKENS = None,
+    audio: AudioArgument,
+    spec: SpecOption = "",
+    overrides: SetOption = None,
+    sampler_preset: SamplerPresetOption = "",
+    device: DeviceOption = "auto",
+    max_tokens: MaxTokensOption = None,
     instruction: Annotated[
-        str, typer.Option("--instruction", help="What the model is asked to do.")
+        str, typer.Option("--instruction", help="Instruction given to the model.")
     ] = TRANSCRIBE,
-    dtype: DTYPE = None,
-    watch: WATCH = False,
-    as_json: JSON = False,
+    dtype: DtypeOption = None,
+    watch: WatchOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write down what is said in a recording."""
+    """Transcribe the speech of a recording and print the transcript to stdout."""
     ask(
-        audio,
-        instruction,
-        spec,
-        changes,
-        sampler_preset,
-        device,
-        max_tokens,
-        None,
-        dtype,
-        watch,
-        as_json,
-    )
+        audio, instruction, spec, overrides, sampler_preset, device, max_tokens, None, dtype,
+        watch, as_json,
+    )  # fmt: skip
 
 
-def show_step(model: Any) -> Callable[[Any], None]:
-    """Return what prints a step's canvas to stderr, one line per forward."""
+def step_printer(model: Model) -> Callable[[Step], None]:
+    """Return a callback that prints each step's canvas to stderr, one line per forward pass."""
     from rich.console import Console
 
     from diffa.runtime.render import render_step
@@ -110,45 +103,3 @@ def show_step(model: Any) -> Callable[[Any], None]:
     console = Console(stderr=True, highlight=False)
     tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
     return lambda step: console.print(render_step(step, 0, tokenizer, vocab))
-
-
-def load_model(
-    name: str, changes: list[str] | None, sampler_preset: str, device: str, dtype: str | None = None
-) -> tuple[Any, str]:
-    """Build a spec's model, or load a saved one; also say which name it goes by."""
-    import diffa
-
-    name = name or default_spec()
-    spec = read_spec(name, changes, sampler_preset)  # before torch: faults show at once
-    place = device_of(device)
-    if not (Path(name) / "model.safetensors").is_file():
-        return diffa.build(spec, device=place, dtype=dtype), name
-    model = diffa.load(name, device=place, dtype=dtype)
-    if changes or sampler_preset:
-        new = spec.resolve().data
-        check_saved(model.spec.data, new)
-        model = diffa.swap(model, sampler=new["sampler"])
-    return model, name
-
-
-def check_saved(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise SpecError where more of a saved model's spec has been set than its sampler."""
-    moved = [
-        key for key in new if key not in ("sampler", "sampler_presets") and new[key] != old[key]
-    ]
-    if moved:
-        raise SpecError(f"only the sampler of a saved model can be set, not {', '.join(moved)}")
-
-
-def device_of(name: str) -> str:
-    """The device that ``--device`` names; raises SpecError where it is none."""
-    import torch
-
-    from diffa.assembly import parse_device
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(parse_device(name))
-    except SpecError as error:
-        raise SpecError(f"--device {error}") from error

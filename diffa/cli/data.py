@@ -1,70 +1,82 @@
-"""The commands that make data and look at it: ``diffa data nano | manifest | check | ...``."""
+"""The commands that make and check data: ``diffa data nano | manifest | check | ...``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import typer
 
-from diffa.cli import synthesis as construction
-from diffa.cli.output import print_json, print_table, say
-from diffa.errors import SpecError
+from diffa.cli import synthesis
+from diffa.cli.manifests import cell, read_manifests, with_progress
+from diffa.cli.options import (
+    FsddOption,
+    JsonOption,
+    ManifestOutOption,
+    Split,
+)
+from diffa.cli.output import print_json, print_note, print_notes, print_table
 
-app = typer.Typer(help="Make training data.", no_args_is_help=True, rich_markup_mode=None)
-app.command()(construction.captions)
-app.command()(construction.rewrite)
-app.command()(construction.preferences)
+app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
+app.command()(synthesis.captions)
+app.command()(synthesis.rewrite)
+app.command()(synthesis.preferences)
 
-JSON = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
-MANIFESTS = Annotated[
-    list[Path], typer.Argument(metavar="MANIFEST...", help=".json, .jsonl or .parquet files.")
+ManifestsArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="MANIFEST...", help="Manifests: .json, .jsonl or .parquet files."),
 ]
-AUDIO = Annotated[bool, typer.Option("--audio/--no-audio", help="Open the recordings.")]
+CheckAudioOption = Annotated[
+    bool, typer.Option("--audio/--no-audio", help="Open the recordings, too.")
+]
+BandOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--band",
+        metavar="NAME=LOW,HIGH",
+        help="Limits between low, normal and high of a measure, such as speed=2,4; "
+        "may be repeated.",
+    ),
+]
 
 
 @app.callback()
 def data() -> None:
-    """Make training data."""
+    """Make and check training data."""
 
 
-@app.command()
-def nano(
+@app.command("nano")
+def make_nano_corpus(
     out: Annotated[Path, typer.Option("--out", help="Folder for audio/ and the manifest.")],
-    split: Annotated[str, typer.Option("--split", help="train or test recordings.")] = "train",
-    count: Annotated[int, typer.Option("--count", min=1, help="Rows to write.")] = 1000,
-    seed: Annotated[int, typer.Option("--seed", help="Another seed, another corpus.")] = 0,
-    per: Annotated[int, typer.Option("--per", min=1, help="Questions per utterance.")] = 1,
-    form: Annotated[str, typer.Option("--format", help="jsonl or json.")] = "jsonl",
-    fsdd: Annotated[str, typer.Option("--fsdd", help="Folder of the FSDD recordings.")] = "",
+    split: Annotated[Split, typer.Option("--split", help="Recordings to use.")] = "train",
+    count: Annotated[int, typer.Option("--count", min=1, help="Number of rows.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the corpus.")] = 0,
+    per: Annotated[
+        int, typer.Option("--per", min=1, help="Number of questions per recording.")
+    ] = 1,
+    form: Annotated[
+        Literal["jsonl", "json"], typer.Option("--format", help="Format of the manifest.")
+    ] = "jsonl",
+    fsdd: FsddOption = "",
     leave_out: Annotated[
-        list[str] | None, typer.Option("--leave-out", help="A speaker to leave out.")
+        list[str] | None,
+        typer.Option("--leave-out", help="Speaker to leave out; may be repeated (default: none)."),
     ] = None,
 ) -> None:
     """Write the nano corpus: spoken digits, sounds and melodies with questions about them."""
-    if split not in ("train", "test"):
-        raise SpecError(f"--split is 'train' or 'test', got {split!r}")
-    if form not in ("jsonl", "json"):
-        raise SpecError(f"--format is 'jsonl' or 'json', got {form!r}")
     from diffa.nano.corpus.examples import write_corpus
 
     manifest = write_corpus(
-        out,
-        cast(Literal["train", "test"], split),
-        seed,
-        count,
-        fsdd=fsdd or None,
-        leave_out=tuple(leave_out or ()),
-        per=per,
-        form=cast(Literal["json", "jsonl"], form),
-    )
+        out, split, seed, count, fsdd=fsdd or None, leave_out=tuple(leave_out or ()), per=per,
+        form=form,
+    )  # fmt: skip
     print(manifest)
-    say(f"{count} rows of the {split} recordings, seed {seed}")
+    print_note(f"{count} rows of the {split} recordings, seed {seed}")
 
 
-@app.command()
-def corpora(as_json: JSON = False) -> None:
-    """List the published corpora that can be read, and what their labels say."""
+@app.command("corpora")
+def list_corpora(as_json: JsonOption = False) -> None:
+    """List the published corpora that diffa reads, and their labels."""
     from diffa.data.corpora.readers import CORPORA
 
     rows = [
@@ -74,74 +86,84 @@ def corpora(as_json: JSON = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table(list(rows[0]), [[_cell(cell) for cell in row.values()] for row in rows])
+        print_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
 
 
-@app.command()
-def manifest(
-    corpus: Annotated[str, typer.Argument(help="As `diffa data corpora` names it.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where it was unpacked.")],
-    out: construction.OUT,
-    split: Annotated[str, typer.Option("--split", help="Its own part: train, test ...")] = "",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Draw so many.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of that draw.")] = 0,
+@app.command("manifest")
+def write_manifest(
+    corpus: Annotated[str, typer.Argument(help="Corpus name; `diffa data corpora` lists them.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the corpus.")],
+    out: ManifestOutOption,
+    split: Annotated[
+        str, typer.Option("--split", help="Split of the corpus, such as train (default: all).")
+    ] = "",
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, help="Number of recordings to draw (default: all)."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed for --count.")] = 0,
     measured: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Pitch, volume and speaking rate.")
+        bool,
+        typer.Option("--measure/--no-measure", help="Measure pitch, volume and speaking rate."),
     ] = True,
     instructions: Annotated[
-        Path | None, typer.Option("--instructions", help="A file of instructions, one per line.")
+        Path | None,
+        typer.Option(
+            "--instructions", help="File of instructions, one per line (default: built-in ones)."
+        ),
     ] = None,
-    band: Annotated[
-        list[str] | None, typer.Option("--band", metavar="NAME=LOW,HIGH", help="speed=2,4")
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
+    band: BandOption = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Number of processes.")] = 1,
 ) -> None:
-    """Write a manifest of a published corpus, its attributes measured and labelled."""
+    """Write a manifest of a published corpus with measured and labelled attributes."""
     from diffa.data.corpora.readers import read_corpus
     from diffa.data.formats import write_rows
     from diffa.data.synthesis.rows import read_instructions, rows_of, spread
 
-    bands, said = construction.bands(band), read_instructions(instructions) if instructions else ()
-    found = read_corpus(corpus, folder, split)
-    clips = found.clips if count is None else spread(found.clips, count, seed)
+    bands = synthesis.parse_bands(band)
+    texts = read_instructions(instructions) if instructions else ()
+    source = read_corpus(corpus, folder, split)
+    clips = source.clips if count is None else spread(source.clips, count, seed)
     faults: list[str] = []
-    made = rows_of(
-        clips, faults, measured=measured, workers=workers, bands=bands, instructions=said
+    rows = rows_of(
+        clips, faults, measured=measured, workers=workers, bands=bands, instructions=texts
     )
-    print(write_rows(out, construction.shown(made, len(clips))))
-    construction.tell([*found.problems, *faults], "could not be used")
-    say(f"{len(clips) - len(faults)} rows of {corpus}")
+    print(write_rows(out, with_progress(rows, len(clips))))
+    print_notes([*source.problems, *faults], "could not be used")
+    print_note(f"{len(clips) - len(faults)} rows of {corpus}")
 
 
-@app.command()
-def attributes(
+@app.command("attributes")
+def measure_attributes(
     audio: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Recordings.")],
-    band: Annotated[list[str] | None, typer.Option("--band", metavar="NAME=LOW,HIGH")] = None,
-    as_json: JSON = False,
+    band: BandOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure pitch, volume and speaking rate of recordings."""
     from diffa.audio import prepare
     from diffa.data.synthesis.attributes import describe
     from diffa.data.synthesis.measures import RATE, measure
 
-    bands, rows = construction.bands(band), []
+    bands, rows = synthesis.parse_bands(band), []
     for path in audio:
-        found = measure(prepare(path, RATE).numpy())
-        words = describe({}, found, "", bands)
-        numbers = {k: None if v is None else round(v, 2) for k, v in found._asdict().items()}
+        measures = measure(prepare(path, RATE).numpy())
+        words = describe({}, measures, "", bands)
+        numbers = {k: None if v is None else round(v, 2) for k, v in measures._asdict().items()}
         rows.append({"audio": str(path), **numbers, "attributes": words})
     if as_json:
         print_json(rows)
         return
     columns = ["audio", "seconds", "Hz", "dBFS", "syllables/s", "words"]
-    print_table(columns, [[_cell(cell) for cell in row.values()] for row in rows])
+    print_table(columns, [[cell(value) for value in row.values()] for row in rows])
 
 
-@app.command()
-def check(manifests: MANIFESTS, audio: AUDIO = True, as_json: JSON = False) -> None:
-    """Check every row of manifests; exit 1 where training could not use one.
+@app.command("check")
+def check_manifests(
+    manifests: ManifestsArgument, audio: CheckAudioOption = True, as_json: JsonOption = False
+) -> None:
+    """Check every row of manifests; exit code 1 if training could not use one.
 
-    Parquet and conversations are read as `diffa data convert` would write them for training.
+    Parquet files and conversations are checked in the form that `diffa data convert` writes.
     """
     from diffa.data.validation import validate
 
@@ -159,75 +181,89 @@ def check(manifests: MANIFESTS, audio: AUDIO = True, as_json: JSON = False) -> N
         )
     else:
         for name, report in reports.items():
-            bad, odd = len(report.faults), len(report.warnings)
-            print(f"{name}: {report.rows} rows, {bad} unusable, {odd} warnings")
-            construction.tell([str(fault) for fault in report.faults], "unusable")
-            construction.tell([str(warning) for warning in report.warnings], "warnings")
+            counts = f"{len(report.faults)} unusable, {len(report.warnings)} warnings"
+            print(f"{name}: {report.rows} rows, {counts}")
+            print_notes([str(fault) for fault in report.faults], "unusable")
+            print_notes([str(warning) for warning in report.warnings], "warnings")
     if any(report.faults for report in reports.values()):
         raise typer.Exit(1)
 
 
-@app.command()
-def stats(manifests: MANIFESTS, as_json: JSON = False) -> None:
-    """Count samples and hours by dataset, as DIFFA's Table 1 does, and attributes' values."""
+@app.command("stats")
+def count_samples(manifests: ManifestsArgument, as_json: JsonOption = False) -> None:
+    """Count samples and hours per dataset, and the values of each attribute."""
     from diffa.data.statistics import table, values
 
-    rows = construction.all_rows(manifests)
+    rows = read_manifests(manifests)
     lines = table(rows)
     if as_json:
         print_json({"table": [line._asdict() for line in lines], "values": values(rows)})
         return
-    print_table(list(lines[0]._fields), [[_cell(cell) for cell in line] for line in lines])
+    print_table(list(lines[0]._fields), [[cell(value) for value in line] for line in lines])
     for name, counts in values(rows).items():
         print(f"{name}: {', '.join(f'{value} {count}' for value, count in counts.items())}")
 
 
-@app.command()
-def leaks(
-    train: Annotated[Path, typer.Argument(help="A manifest.")],
-    test: Annotated[Path | None, typer.Argument(help="Another; TRAIN alone: duplicates.")] = None,
-    audio: AUDIO = True,
+@app.command("leaks")
+def find_leaks(
+    train: Annotated[Path, typer.Argument(help="Manifest of the training split.")],
+    test: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Manifest of the test split (default: none; duplicates in TRAIN are reported)."
+        ),
+    ] = None,
+    audio: CheckAudioOption = True,
     near: Annotated[
-        bool, typer.Option("--near", help="Also find copies at another level or coding.")
+        bool,
+        typer.Option("--near", help="Also find recordings copied at another volume or coding."),
     ] = False,
     ignored: Annotated[
-        list[str] | None, typer.Option("--ignore", metavar="KIND", help="speaker, text, ...")
+        list[str] | None,
+        typer.Option(
+            "--ignore",
+            metavar="KIND",
+            help="Kind of leak to ignore: id, audio, sound, speaker, text or question; "
+            "may be repeated.",
+        ),
     ] = None,
-    as_json: JSON = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find what two splits share, or what one holds twice; exit 1 where there is something.
+    """Find samples that two splits share, or duplicates in one; exit code 1 if there are any.
 
-    Kinds: id, audio (the same samples), sound (--near), speaker, text, question.
+    Kinds: id, audio (the same samples), sound (with --near), speaker, text, question.
     """
-    from diffa.data.leakage import duplicates
-    from diffa.data.leakage import leaks as find
+    from diffa.data.leakage import duplicates, leaks
 
-    rows = construction.all_rows([train])
+    rows = read_manifests([train])
     if test is None:
-        found = duplicates(rows, listen=audio)
+        report = duplicates(rows, listen=audio)
     else:
-        found = find(rows, construction.all_rows([test]), listen=audio, near=near)
-    shared = [one for one in found.shared if one.kind not in (ignored or ())]
+        report = leaks(rows, read_manifests([test]), listen=audio, near=near)
+    shared = [one for one in report.shared if one.kind not in (ignored or ())]
     if as_json:
-        print_json({"shared": [one._asdict() for one in shared], "notes": found.notes})
+        print_json({"shared": [one._asdict() for one in shared], "notes": report.notes})
     else:
         for one in shared:
-            print(f"{one.kind}: {one.what} (rows {_cell(one.left)} and {_cell(one.right)})")
+            print(f"{one.kind}: {one.what} (rows {cell(one.left)} and {cell(one.right)})")
         print(f"{len(shared)} shared")
-        construction.tell(found.notes, "notes")
+        print_notes(report.notes, "notes")
     if shared:
         raise typer.Exit(1)
 
 
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help=".json, .jsonl or .parquet, in either form.")],
-    out: Annotated[Path, typer.Argument(help="The same, in the form its name ends in.")],
+@app.command("convert")
+def convert_manifest(
+    source: Annotated[
+        Path, typer.Argument(help="Manifest to read: a .json, .jsonl or .parquet file.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Manifest to write; its ending decides the format.")],
     messages: Annotated[
-        bool, typer.Option("--messages", help="Write messages + audios, as other trainers read.")
+        bool,
+        typer.Option("--messages", help="Write the columns messages and audios of chat trainers."),
     ] = False,
 ) -> None:
-    """Convert a manifest between JSON, JSONL and Parquet, and to or from messages + audios."""
+    """Convert a manifest between JSON, JSONL and Parquet, and to or from chat messages."""
     from diffa.data.formats import read_rows, write_rows
     from diffa.data.samples import DataError, listed
 
@@ -235,13 +271,5 @@ def convert(
     if not rows:
         raise DataError(f"{source} holds no usable row\n{listed(faults, 3)}".rstrip())
     print(write_rows(out, rows, messages=messages))
-    construction.tell([str(fault) for fault in faults], "rows left out")
-    say(f"{len(rows)} rows")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(str(one) for one in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
-    return "" if value is None else str(value)
+    print_notes([str(fault) for fault in faults], "rows left out")
+    print_note(f"{len(rows)} rows")

@@ -1,4 +1,4 @@
-"""Find out what works on this machine: every library is tried in a process of its own."""
+"""Check what works on this machine; a library that crashes is tried in its own process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 
 from diffa.spec.registry import DISTRIBUTION
 
-_SECONDS = 180  # a cold disk reads torch slowly
-_LATE = 1000  # an exit code no process has
+_TIMEOUT = 180  # seconds: a cold disk reads torch slowly
+_TIMED_OUT = 1000  # an exit code that no process has
 
-# What each library is here for, in a few lines of Python that exercise just that.
+# One trial per library: the few lines of Python that diffa needs of it.
 _TORCH = "import torch; assert (torch.ones(2) @ torch.ones(2)).item() == 2"
 _TORCHAUDIO = (
     "import torch, torchaudio; torchaudio.functional.resample(torch.ones(1, 160), 16000, 8000)"
 )
-_TRANSFORMERS = (  # a broken torchaudio shows here too: its audio utilities import it
+_TRANSFORMERS = (  # also fails with a broken torchaudio, which its audio utilities import
     "import numpy; from transformers import WhisperFeatureExtractor; "
     "WhisperFeatureExtractor()(numpy.zeros(1600), sampling_rate=16000)"
 )
@@ -55,8 +55,7 @@ count = torch.cuda.device_count()
 print(f"note: {count} x {p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
 """
 
-
-_TOGETHER = """
+_BATCH = """
 import contextlib, io, json, sys
 for name, trial in json.loads(sys.argv[1]):
     printed = io.StringIO()
@@ -72,7 +71,7 @@ for name, trial in json.loads(sys.argv[1]):
 
 
 class Finding(NamedTuple):
-    """The state of one thing: works, broken with the reason, or absent with what to install."""
+    """The state of a library or device: works, broken (with the reason) or absent (with a hint)."""
 
     name: str
     version: str
@@ -81,12 +80,12 @@ class Finding(NamedTuple):
     required: bool
 
     @property
-    def ill(self) -> bool:
-        """Whether diffa cannot do its work because of this."""
+    def blocks(self) -> bool:
+        """Whether diffa cannot run because of this."""
         return self.required and self.state != "works"
 
     def row(self) -> dict[str, Any]:
-        """The finding as one row of a table."""
+        """Return the finding as a row of a table."""
         need = "required" if self.required else "optional"
         return {
             "name": self.name,
@@ -100,7 +99,7 @@ class Finding(NamedTuple):
 class _Library(NamedTuple):
     name: str
     trial: str
-    extra: str  # of diffa; empty where the library is required
+    extra: str  # the extra of diffa that installs it; empty if it is required
 
 
 _LIBRARIES = (
@@ -125,27 +124,26 @@ _LIBRARIES = (
 
 
 def examine(names: Sequence[str] | None = None) -> list[Finding]:
-    """Try every library, espeak-ng and the GPU, or only those named; some seconds' work."""
-    chosen = [lib for lib in _LIBRARIES if names is None or lib.name in names]
-    present = {lib.name: lib.trial for lib in chosen if importlib.util.find_spec(lib.name)}
+    """Check every library, espeak-ng and the GPU, or only those named; takes some seconds."""
+    libraries = [lib for lib in _LIBRARIES if names is None or lib.name in names]
+    trials = {lib.name: lib.trial for lib in libraries if importlib.util.find_spec(lib.name)}
     if names is None or "GPU" in names:
-        present["GPU"] = _GPU
-    verdicts = attempt(present)
-    findings = [_library(library, verdicts.get(library.name)) for library in chosen]
+        trials["GPU"] = _GPU
+    states = attempt(trials)
+    findings = [_library(library, states.get(library.name)) for library in libraries]
     if names is None or DISTRIBUTION in names:
         findings.insert(0, _installation())
     if names is None or "python" in names:
         findings.insert(0, _python())
     if names is None or "espeak-ng" in names:
         findings.append(_espeak())
-    if "GPU" in verdicts:
-        findings.append(_gpu(*verdicts["GPU"]))
+    if "GPU" in states:
+        findings.append(_gpu(*states["GPU"]))
     return findings
 
 
 def _python() -> Finding:
-    fine = sys.version_info >= (3, 11)
-    state = "works" if fine else "broken: diffa needs Python 3.11 or later"
+    state = "works" if sys.version_info >= (3, 11) else "broken: diffa needs Python 3.11 or later"
     return Finding("python", platform.python_version(), state, sys.executable, True)
 
 
@@ -162,12 +160,12 @@ def _installation() -> Finding:
     return Finding(DISTRIBUTION, version, "works", str(Path(__file__).parents[1]), True)
 
 
-def _library(library: _Library, verdict: tuple[str, str] | None) -> Finding:
+def _library(library: _Library, state: tuple[str, str] | None) -> Finding:
     required = not library.extra
-    if verdict is None:
-        wanted = f"{DISTRIBUTION}[{library.extra}]" if library.extra else library.name
-        return Finding(library.name, "", "absent", f"pip install '{wanted}'", required)
-    return Finding(library.name, _version(library.name), *verdict, required)
+    if state is None:
+        package = f"{DISTRIBUTION}[{library.extra}]" if library.extra else library.name
+        return Finding(library.name, "", "absent", f"pip install '{package}'", required)
+    return Finding(library.name, _version(library.name), *state, required)
 
 
 def _gpu(state: str, note: str) -> Finding:
@@ -181,7 +179,7 @@ def _gpu(state: str, note: str) -> Finding:
 def _espeak() -> Finding:
     program = shutil.which("espeak-ng")
     if program is None:
-        hint = "apt-get install espeak-ng (only for making speech to train on)"
+        hint = "apt-get install espeak-ng (only needed to synthesise speech for training)"
         return Finding("espeak-ng", "", "absent", hint, False)
     try:
         done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
@@ -194,26 +192,26 @@ def _espeak() -> Finding:
 
 
 def attempt(trials: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Run pieces of Python: each one's state, and a note it printed.
+    """Run pieces of Python; return the state of each, and the note that it printed.
 
-    One process tries them all, since most import torch; what fails there, or comes after a
-    crash, is judged in a process of its own.
+    One process runs them all, because importing torch in each would be slow. Those that fail
+    there, or come after a crash, run again in a process of their own.
     """
-    together = _run(_TOGETHER, json.dumps(list(trials.items())))
-    lines = [line for line in together.stdout.splitlines() if line.startswith('["')]
-    fine: dict[str, str] = dict(json.loads(line) for line in lines)
+    batch = _run(_BATCH, json.dumps(list(trials.items())))
+    lines = [line for line in batch.stdout.splitlines() if line.startswith('["')]
+    passed: dict[str, str] = dict(json.loads(line) for line in lines)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        rest = [name for name in trials if name not in fine]
-        alone = dict(zip(rest, pool.map(lambda name: _alone(trials[name]), rest), strict=True))
-    return {name: alone.get(name) or ("works", _note(fine[name])) for name in trials}
+        failed = [name for name in trials if name not in passed]
+        retried = dict(zip(failed, pool.map(lambda name: _try(trials[name]), failed), strict=True))
+    return {name: retried.get(name) or ("works", _note(passed[name])) for name in trials}
 
 
-def _alone(trial: str) -> tuple[str, str]:
+def _try(trial: str) -> tuple[str, str]:
     done = _run(trial)
     if done.returncode == 0:
         return "works", _note(done.stdout)
-    if done.returncode == _LATE:
-        return f"broken: no answer within {_SECONDS} s", ""
+    if done.returncode == _TIMED_OUT:
+        return f"broken: no answer within {_TIMEOUT} s", ""
     if done.returncode < 0:
         return f"broken: the process was killed by signal {-done.returncode}", ""
     return f"broken: {_last(done.stderr)}", ""
@@ -225,15 +223,15 @@ def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, env=environment
+            command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment
         )
-    except subprocess.TimeoutExpired as late:
-        seen = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return subprocess.CompletedProcess(command, _LATE, seen, "")
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        return subprocess.CompletedProcess(command, _TIMED_OUT, output, "")
 
 
-def _note(printed: str) -> str:
-    return " ".join(line[6:] for line in printed.splitlines() if line.startswith("note: "))
+def _note(output: str) -> str:
+    return " ".join(line[6:] for line in output.splitlines() if line.startswith("note: "))
 
 
 def _last(text: str) -> str:

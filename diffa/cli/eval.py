@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 
-from diffa.cli.ask import DEVICE, DTYPE, load_model
-from diffa.cli.output import print_json, print_table, say
-from diffa.cli.spec import JSON, SAMPLER_PRESET, SET, SPEC
+from diffa.cli.models import load_model
+from diffa.cli.options import (
+    AudioFolderOption,
+    DeviceOption,
+    DtypeOption,
+    FsddOption,
+    JsonOption,
+    PerMinuteOption,
+    SamplerPresetOption,
+    SetOption,
+    SpecOption,
+)
+from diffa.cli.output import print_json, print_note, print_table
 from diffa.errors import SpecError
 
 app = typer.Typer(
@@ -17,17 +27,67 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-SUITE = Annotated[
+Mode = Literal["generate", "likelihood"]
+
+SuiteArgument = Annotated[
     str,
-    typer.Argument(metavar="SUITE", help="mmsu, mmau, mmar, voicebench, asr, spokenqa, nano-suite"),
+    typer.Argument(
+        metavar="SUITE",
+        help="Benchmark: mmsu, mmau, mmar, voicebench, asr, spokenqa or nano-suite.",
+    ),
 ]
-SUBSET = Annotated[str, typer.Option("--subset", help="Of voicebench: sd-qa, ifeval, ...")]
-SEED = Annotated[int, typer.Option("--seed", help="Of guesses, draws and intervals.")]
-JUDGE = Annotated[
-    str, typer.Option("--url", help="An OpenAI-compatible endpoint: http://localhost:8000/v1")
+DataOption = Annotated[
+    Path,
+    typer.Option("--data", help="Benchmark data: a JSON, JSONL or Parquet file, or its folder."),
 ]
-JUDGE_MODEL = Annotated[str, typer.Option("--model", help="The judge's name there.")]
-OUT = Annotated[Path, typer.Option("--out", help="Folder for records, official files and scores.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder for records, files in the official format and scores.")
+]
+SubsetOption = Annotated[
+    str,
+    typer.Option(
+        "--subset",
+        help="Subset of voicebench, such as sd-qa or ifeval (default: by the file's name).",
+    ),
+]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", help="Id of an official prompt (default: the first).")
+]
+ModeOption = Annotated[
+    Mode,
+    typer.Option("--mode", help="Answer by generation, or by the likelihood of each choice."),
+]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Maximum rows per batch.")]
+BatchSecondsOption = Annotated[
+    float,
+    typer.Option("--batch-seconds", help="Maximum audio per batch with padding, in seconds."),
+]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=1, help="Answer length in tokens (default: the paper's)."),
+]
+BlockOption = Annotated[
+    int | None,
+    typer.Option("--block", min=1, help="Block length in tokens (default: the paper's)."),
+]
+SamplesOption = Annotated[
+    int,
+    typer.Option("--samples", min=1, help="Monte Carlo samples per choice in likelihood mode."),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Number of rows to run (default: all).")
+]
+RankOption = Annotated[
+    int, typer.Option("--rank", help="Rank of this process if accelerate does not set it.")
+]
+WorldSizeOption = Annotated[
+    int, typer.Option("--world-size", help="Number of processes if accelerate does not set it.")
+]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", help="Random seed for guesses, samples and confidence intervals."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 @app.callback()
@@ -35,143 +95,126 @@ def evaluation() -> None:
     """Run and score benchmarks by their official rules."""
 
 
-@app.command()
-def run(
-    suite: SUITE,
-    data: Annotated[Path, typer.Option("--data", help="JSON, JSONL, Parquet, or their folder.")],
-    out: OUT,
-    spec: SPEC = "",
-    subset: SUBSET = "",
-    prompt: Annotated[str, typer.Option("--prompt", help="Id of an official prompt.")] = "",
-    mode: Annotated[str, typer.Option("--mode", help="generate or likelihood.")] = "generate",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows at once, at most.")] = 16,
-    budget: Annotated[
-        float, typer.Option("--budget", help="Seconds of audio at once, padding counted.")
-    ] = 480.0,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Instead of the paper's.")
-    ] = None,
-    block: Annotated[
-        int | None, typer.Option("--block", min=1, help="Instead of the paper's.")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Draws per choice, for likelihoods.")
-    ] = 128,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first rows.")
-    ] = None,
-    audio: Annotated[
-        Path | None, typer.Option("--audio", help="Where relative audio paths start.")
-    ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="Of this process, without accelerate.")] = 0,
-    world: Annotated[int, typer.Option("--world", help="Processes, without accelerate.")] = 1,
-    seed: SEED = 0,
-    changes: SET = None,
-    sampler_preset: SAMPLER_PRESET = "",
-    device: DEVICE = "auto",
-    dtype: DTYPE = None,
-    as_json: JSON = False,
+@app.command("run")
+def run_benchmark(
+    suite: SuiteArgument,
+    data: DataOption,
+    out: OutOption,
+    spec: SpecOption = "",
+    subset: SubsetOption = "",
+    prompt: PromptOption = "",
+    mode: ModeOption = "generate",
+    batch: BatchOption = 16,
+    batch_seconds: BatchSecondsOption = 480.0,
+    max_tokens: MaxTokensOption = None,
+    block: BlockOption = None,
+    samples: SamplesOption = 128,
+    limit: LimitOption = None,
+    audio: AudioFolderOption = None,
+    rank: RankOption = 0,
+    world_size: WorldSizeOption = 1,
+    seed: SeedOption = 0,
+    overrides: SetOption = None,
+    sampler_preset: SamplerPresetOption = "",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask a model a whole benchmark and score it; goes on where it was stopped."""
-    from diffa.evaluation import distributed as processes
-    from diffa.evaluation import runner
+    """Run a model on a benchmark and score it; the same command continues an interrupted run."""
+    from diffa.evaluation import distributed, runner
     from diffa.evaluation.files import Table
-    from diffa.evaluation.suites import suite as find
+    from diffa.evaluation.suites import suite as find_suite
 
-    chosen, table = find(suite, subset or _subset(suite, data)), Table(data, audio)
-    place = processes.place(rank, world, device)
-    model, _ = load_model(spec, changes, sampler_preset, place.device, dtype)
-    settings = runner.Settings(
-        prompt=prompt,
-        mode=cast(Literal["generate", "likelihood"], mode),
-        batch=batch,
-        budget=budget,
-        max_tokens=max_tokens,
-        block=block,
-        samples=samples,
-        seed=seed,
-        limit=limit,
-        rank=place.rank,
-        world=place.world,
-    )
-    shown = processes.shown(place)
-    report = runner.run(model, chosen, table, out, settings, on_progress=shown)
+    benchmark, table = find_suite(suite, subset or _subset(suite, data)), Table(data, audio)
+    place = distributed.place(rank, world_size, device)
+    model, _ = load_model(spec, overrides, sampler_preset, place.device, dtype)
+    config = runner.Settings(
+        prompt=prompt, mode=mode, batch=batch, budget=batch_seconds, max_tokens=max_tokens,
+        block=block, samples=samples, seed=seed, limit=limit, rank=place.rank, world=place.world,
+    )  # fmt: skip
+    on_progress = distributed.shown(place)
+    report = runner.run(model, benchmark, table, out, config, on_progress=on_progress)
     if place.wait is not None:
         place.wait()
-        if report is None and place.rank == 0:
-            report = runner.run(model, chosen, table, out, settings)
+        if report is None and place.rank == 0:  # the last process may have been another one
+            report = runner.run(model, benchmark, table, out, config)
     if report is None:
-        say(f"this process is done; {out} is scored when the others are")
+        print_note(f"this process is done; {out} is scored when the others are")
     elif place.rank == 0 or place.wait is None:
-        show(report, as_json)
-        later = getattr(chosen, "kind", "") in ("open", "qa")
-        if later:  # without a judge there are answers, but no score
+        print_report(report, as_json)
+        if getattr(benchmark, "kind", "") in ("open", "qa"):  # answers need a judge to be scored
             files = " ".join(str(file) for file in sorted(out.glob("diffa-*.jsonl")))
-            say(f"not judged yet: diffa eval judge {files} --url URL --model NAME")
-        say(f"records, official files and scores: {out}")
+            print_note(f"next: diffa eval judge {files} --url URL --model NAME")
+        print_note(f"records, official files and scores: {out}")
 
 
-@app.command()
-def score(
-    suite: SUITE,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Predictions, official format.")],
-    subset: SUBSET = "",
+@app.command("score")
+def score_predictions(
+    suite: SuiteArgument,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Predictions in the suite's official format.")
+    ],
+    subset: SubsetOption = "",
     reference: Annotated[
-        Path | None, typer.Option("--reference", help="For asr: `id text` lines of what is said.")
+        Path | None,
+        typer.Option(
+            "--reference", help="Reference transcripts of asr: lines of an id and its text."
+        ),
     ] = None,
-    seed: SEED = 0,
-    as_json: JSON = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Score predictions in the suite's official format, without a model; accuracies are shares."""
-    from diffa.evaluation import score_file as scoring
+    """Score predictions in the suite's official format; no model is needed."""
+    from diffa.evaluation.score_file import score_file
 
-    show(scoring.score_file(suite, file, subset=subset, reference=reference, seed=seed), as_json)
+    print_report(score_file(suite, file, subset=subset, reference=reference, seed=seed), as_json)
 
 
-@app.command()
-def judge(
+@app.command("judge")
+def judge_answers(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="VoiceBench answers (JSONL).")],
-    url: JUDGE,
-    model: JUDGE_MODEL = "gpt-4o-mini",
-    subset: SUBSET = "",
+    url: Annotated[
+        str,
+        typer.Option("--url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1."),
+    ],
+    model: Annotated[
+        str, typer.Option("--model", help="Name of the judge model at the endpoint.")
+    ] = "gpt-4o-mini",
+    subset: SubsetOption = "",
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder of judgements [default: beside FILE]."),
+        typer.Option("--cache", help="Folder that caches judgements (default: beside FILE)."),
     ] = None,
-    per_minute: Annotated[
-        float | None, typer.Option("--per-minute", help="Requests per minute, at most.")
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Requests at once.")] = 4,
+    per_minute: PerMinuteOption = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Number of parallel requests.")
+    ] = 4,
 ) -> None:
-    """Let a judge read answers to alpacaeval, commoneval, wildvoice or sd-qa.
+    """Let a judge model rate answers to alpacaeval, commoneval, wildvoice or sd-qa.
 
-    The key of the service is read from OPENAI_API_KEY.
+    The variable OPENAI_API_KEY holds the endpoint's key.
     """
     from diffa.evaluation.judge import Judge
     from diffa.evaluation.judge_file import judge_file
     from diffa.llm.client import Endpoint
 
-    asked = Judge(
-        Endpoint(url, model, per_minute=per_minute), cache or file.with_name("judgements")
-    )
-    result, failed = judge_file(file, asked, subset=subset, workers=workers)
+    endpoint = Endpoint(url, model, per_minute=per_minute)
+    rater = Judge(endpoint, cache or file.with_name("judgements"))
+    result, failed = judge_file(file, rater, subset=subset, workers=workers)
     print(result)
     for number, reason in failed[:20]:
-        say(f"row {number} was not judged: {reason}")
-    say(f"next: diffa eval score voicebench {result}")
+        print_note(f"row {number} was not judged: {reason}")
+    print_note(f"next: diffa eval score voicebench {result}")
 
 
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another of the same rows.")],
-    seed: SEED = 0,
-    as_json: JSON = False,
+@app.command("compare")
+def compare_runs(
+    a: RunArgument, b: RunArgument, seed: SeedOption = 0, as_json: JsonOption = False
 ) -> None:
     """Compare two runs of one benchmark with paired tests."""
-    from diffa.evaluation.compare import compare as weigh
+    from diffa.evaluation.compare import compare
 
-    report = weigh(a, b, seed=seed)
+    report = compare(a, b, seed=seed)
     if as_json:
         print_json(report)
         return
@@ -179,41 +222,48 @@ def compare(
     columns = ["a", "b", "difference", "interval", "p_permutation", "p_mcnemar", "only_a", "only_b"]
     rows = [[name, *(_cell(report[name][column]) for column in columns)] for name in parsers]
     print_table(["parser", *columns], rows)
-    say(f"{report['equal_answers']} of {report['items']} answers are the same text")
+    print_note(f"{report['equal_answers']} of {report['items']} answers have the same text")
 
 
-@app.command()
-def table(
+@app.command("table")
+def tabulate_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
-    parser: Annotated[str, typer.Option("--parser", help="official or fixed.")] = "fixed",
-    group: Annotated[str, typer.Option("--group", help="Rows by: task_name, category, ...")] = "",
+    parser: Annotated[
+        Literal["official", "fixed"], typer.Option("--parser", help="Answer parser to tabulate.")
+    ] = "fixed",
+    group: Annotated[
+        str,
+        typer.Option(
+            "--group", help="Field that groups the rows, such as task_name (default: none)."
+        ),
+    ] = "",
 ) -> None:
     """Print several runs of one benchmark side by side, as Markdown."""
-    from diffa.evaluation.tables import table as drawn
+    from diffa.evaluation.tables import table
 
-    print(drawn(runs, parser=parser, group=group), end="")
+    print(table(runs, parser=parser, group=group), end="")
 
 
 @app.command("nano-suite")
-def nano_suite(
+def make_nano_suite(
     out: Annotated[Path, typer.Option("--out", help="Folder for audio/ and nano-suite.jsonl.")],
     per_task: Annotated[
         int, typer.Option("--per-task", min=1, help="Questions for each of the nine tasks.")
     ] = 50,
-    fsdd: Annotated[str, typer.Option("--fsdd", help="Folder of the FSDD recordings.")] = "",
-    seed: Annotated[int, typer.Option("--seed", help="Another seed, another suite.")] = 20_261_121,
+    fsdd: FsddOption = "",
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the suite.")] = 20_261_121,
 ) -> None:
-    """Make a small real benchmark of spoken digits in MMSU's shape."""
+    """Make a small benchmark of spoken digits in MMSU's format."""
     from diffa.nano.suite_files import TASKS, write_suite
 
     print(write_suite(out, fsdd=fsdd or None, seed=seed, per_task=per_task))
-    say(
+    print_note(
         f"{per_task * len(TASKS)} questions; next: diffa eval run nano-suite --data {out} --out RUN"
     )
 
 
-def show(report: dict[str, Any], as_json: bool) -> None:
-    """Print a report as JSON, or as a table of parsers and one of groups."""
+def print_report(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report as JSON, or as a table of parsers and one table per group."""
     if as_json:
         print_json(report)
         return
@@ -224,19 +274,15 @@ def show(report: dict[str, Any], as_json: bool) -> None:
     rows = [[name, *(_cell(report[name].get(k)) for k in columns)] for name in parsers]
     print_table(["", *columns], rows, f"{report['suite']}, {report['items']} items")
     for group in report[parsers[0]].get("groups", {}) if parsers else ():
-        found = [report[name]["groups"][group] for name in parsers]
+        scores = [report[name]["groups"][group] for name in parsers]
         lines = [
-            [
-                value,
-                str(found[0][value]["items"]),
-                *(_cell(next(iter(f[value].values()))) for f in found),
-            ]
-            for value in found[0]
+            [value, str(row["items"]), *(_cell(next(iter(s[value].values()))) for s in scores)]
+            for value, row in scores[0].items()
         ]
         print_table([group, "items", *parsers], lines)
     for kind in ("faults", "repeated", "failed", "notes"):
-        for fault in report.get(kind, [])[:20]:
-            say(f"row {fault['row']} {fault['reason']}" if isinstance(fault, dict) else str(fault))
+        for note in report.get(kind, [])[:20]:
+            print_note(f"row {note['row']} {note['reason']}" if isinstance(note, dict) else note)
 
 
 def _cell(value: Any) -> str:
@@ -255,7 +301,7 @@ def _subset(suite: str, path: Path) -> str:
         return ""
     from diffa.evaluation.score_file import subset_of
 
-    found = subset_of(path)
-    if not found:
+    subset = subset_of(path)
+    if not subset:
         raise SpecError(f"which part of voicebench is {path}? name it with --subset")
-    return found
+    return subset

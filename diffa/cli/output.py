@@ -1,4 +1,4 @@
-"""Where the command line writes: results to stdout, explanations to stderr."""
+"""Output of the command line: results go to stdout, notes to stderr."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_WIDE = 400  # without a terminal nothing is wrapped or cut: the output may be read by a program
+_WIDE = 400  # without a terminal nothing is wrapped: a program may read the output
 
 
-def say(text: str) -> None:
-    """Write one explanation to stderr."""
+def print_note(text: str) -> None:
+    """Print a note to stderr."""
     print(text, file=sys.stderr)
 
 
+def print_notes(lines: Sequence[str], title: str, limit: int = 10) -> None:
+    """Print the number of lines and the first of them to stderr; nothing without lines."""
+    if not lines:
+        return
+    print_note(f"{len(lines)} {title}:")
+    for line in lines[:limit]:
+        print_note(f"  {line}")
+    if len(lines) > limit:
+        print_note(f"  and {len(lines) - limit} more")
+
+
 def print_json(value: Any) -> None:
-    """Write a value to stdout as indented JSON."""
+    """Print a value to stdout as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Write rows of text to stdout as a table."""
+    """Print rows of text to stdout as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -34,15 +45,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
-    for line in _lines(console, table):
-        print(line)
-
-
-def _lines(console: Any, table: Any) -> list[str]:
-    """Render without the trailing blanks that a table pads its cells with."""
     with console.capture() as capture:
         console.print(table)
-    return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
+    for line in capture.get().splitlines():
+        if line.strip():
+            print(line.rstrip())  # a table pads its cells with blanks
 
 
 def _style(cell: str) -> str:

@@ -3,92 +3,99 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from diffa.cli.output import print_json, print_table, say
-from diffa.cli.spec import JSON
+from diffa.cli.options import JsonOption
+from diffa.cli.output import print_json, print_note, print_table
 from diffa.errors import DiffaError, SpecError
 from diffa.spec import registry
 
 app = typer.Typer(
-    help="List and check the parts that are installed.",
+    help="List and check the installed parts.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
-
-
-author = typer.Typer(help="Write plugins of your own.", no_args_is_help=True, rich_markup_mode=None)
+author = typer.Typer(help="Write a new plugin.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
-def plugins(
+def list_plugins(
     context: typer.Context,
-    as_json: JSON = False,
+    as_json: JsonOption = False,
     names: Annotated[
-        bool, typer.Option("--names", help="Import nothing: leave the health column out.")
+        bool,
+        typer.Option("--names", help="List names without importing the parts or checking them."),
     ] = False,
 ) -> None:
-    """List every installed part, where it comes from and whether it works."""
+    """List every installed part, its package and whether it works."""
     if context.invoked_subcommand:
         return
     rows = [
         _row(part, names) for kind in registry.PLUGIN_KINDS for part in registry.list_parts(kind)
     ]
     for fault in registry.scan_faults():
-        say(fault)
+        print_note(fault)
     if as_json:
         print_json(rows)
     elif rows:
         print_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-@app.command()
-def check(
-    part: Annotated[str, typer.Argument(metavar="KIND:NAME", help="Such as adapter:conv.")],
-    as_json: JSON = False,
+@app.command("check")
+def check_plugin(
+    name: Annotated[
+        str, typer.Argument(metavar="KIND:NAME", help="Part to check, such as adapter:conv.")
+    ],
+    as_json: JsonOption = False,
 ) -> None:
-    """Import one part, check it against its kind's contract and show its schema."""
+    """Import a part, check it against the contract of its kind and show its options."""
     from diffa.spec.schema import describe_type, read_schema
 
-    kind, colon, name = part.partition(":")
-    if not colon or not name:
-        raise SpecError(f"a part is named KIND:NAME, such as adapter:conv, got {part!r}")
-    found, cls = registry.find_part(kind, name), registry.load_part(kind, name)
-    known = read_schema(cls)
+    kind, colon, short = name.partition(":")
+    if not colon or not short:
+        raise SpecError(f"a part is named KIND:NAME, such as adapter:conv, got {name!r}")
+    part, signature = registry.find_part(kind, short), read_schema(registry.load_part(kind, short))
     options = [
         {"option": key, "type": describe_type(option.hint), "default": option.default}
-        for key, option in known.options.items()
+        for key, option in signature.options.items()
     ]
     if as_json:
-        print_json({**found._asdict(), "wires": list(known.wires), "options": options})
+        print_json({**part._asdict(), "wires": list(signature.wires), "options": options})
         return
-    print(f"{found.origin}, version {found.version}: works")
-    print(f"wires: {', '.join(known.wires) or 'none'}")
+    print(f"{part.origin}, version {part.version}: works")
+    print(f"wires: {', '.join(signature.wires) or 'none'}")
     if options:
-        print_table(list(options[0]), [[str(_shown(v)) for v in row.values()] for row in options])
+        rows = [["null" if v is None else str(v) for v in row.values()] for row in options]
+        print_table(list(options[0]), rows)
     if kind in registry.KINDS:
-        say(f"diffa.testing has a conformance suite for {kind}s: run it in the part's own tests")
+        print_note(
+            f"next: run the conformance suite for {kind}s of diffa.testing in the part's tests"
+        )
 
 
 @author.callback()
 def plugin() -> None:
-    """Write plugins of your own."""
+    """Write a new plugin."""
 
 
-@author.command()
-def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The part's name in specs.")],
-    kind: Annotated[str, typer.Option("--kind", help=", ".join(registry.KINDS))] = "adapter",
+@author.command("new")
+def new_plugin(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the package and of its part in specs.")
+    ],
+    kind: Annotated[
+        str, typer.Option("--kind", help=f"Kind of the part: {', '.join(registry.KINDS)}.")
+    ] = "adapter",
 ) -> None:
     """Write a package NAME in this folder, with one part that passes its own tests."""
     from diffa.cli import scaffold
 
-    made = scaffold.new(name, kind, Path())
-    for path in made.files:
+    result = scaffold.write_plugin(name, kind, Path())
+    for path in result.files:
         print(path)
-    say("then: " + "; ".join(made.next))
+    print_note("next: " + "; ".join(result.next))
 
 
 def _row(part: registry.Part, names: bool) -> dict[str, str]:
@@ -106,10 +113,6 @@ def _health(part: registry.Part) -> str:
         registry.load_part(part.kind, f"{part.dist}:{part.name}")
     except DiffaError as error:
         return f"broken: {error}"
-    except Exception as error:  # a part of any kind of brokenness is listed, not raised
+    except Exception as error:  # a plugin may fail in any way, and the list must still be complete
         return f"broken: {type(error).__name__}: {error}"
     return "works"
-
-
-def _shown(value: Any) -> Any:
-    return "null" if value is None else value

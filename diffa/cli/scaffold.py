@@ -1,4 +1,4 @@
-"""Write the first version of a plugin: a package with one part that passes its own tests."""
+"""Write a new plugin: a package with one part that passes its own tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffa.spec import registry
 
 _TEMPLATES = Path(__file__).parent.parent / "assets" / "templates"
 
-# what the suite of each template must know: the flags that say what the template rightly does
+# Flags of the conformance suites: what a template does that not every part of its kind does.
 _FLAGS = {"objective": "    unbiased = True\n"}
 
 _PYPROJECT = """\
@@ -31,7 +31,7 @@ dependencies = ["diffa-audio"]
 [project.optional-dependencies]
 test = ["pytest>=8"]
 
-# this line is what makes diffa find the part: its name in specs, and where its class is
+# The entry point lets diffa find the part: its name in specs, and its class.
 [project.entry-points."diffa.{kind}s"]
 {name} = "{module}:{cls}"
 
@@ -40,7 +40,7 @@ py-modules = ["{module}"]
 """
 
 _TEST = '''\
-"""The conformance of {name}: everything diffa asks of {article_low} {kind}."""
+"""Check that {name} meets the contract of {article_low} {kind}."""
 
 from diffa.testing import {suite}
 
@@ -52,7 +52,7 @@ class Test{cls}({suite}):
 _README = """\
 # {name}
 
-{article} {kind} for `diffa`. Install it, and specs can name it:
+{article} {kind} for diffa. After installing it, use it in a spec:
 
 ```yaml
 {example}
@@ -62,9 +62,9 @@ _README = """\
     pytest
     diffa plugins check {kind}:{name}
 
-`{module}.py` is the whole plugin. Its constructor is its schema: parameters by position are given
-by diffa ({wires}), parameters by keyword are options of a spec. `tests/` runs diffa's conformance
-suite; what the part rightly does otherwise is said there by a flag (see `diffa.testing`).
+`{module}.py` is the whole plugin. Its constructor is its schema: diffa passes the positional
+parameters ({wires}), and keyword parameters are options in a spec. `tests/` runs diffa's
+conformance suite; the suite's flags declare deviations (see `diffa.testing`).
 """
 
 _EXAMPLES = {
@@ -77,25 +77,25 @@ _EXAMPLES = {
 
 
 class Plugin(NamedTuple):
-    """Where a new plugin lies and how to go on with it."""
+    """A new plugin: its folder, its files and the commands to run next."""
 
     folder: Path
     files: tuple[Path, ...]
     next: tuple[str, ...]
 
 
-def new(name: str, kind: str, folder: str | Path = ".") -> Plugin:
+def write_plugin(name: str, kind: str, folder: str | Path = ".") -> Plugin:
     """Write the plugin ``name`` with one part of a kind into ``folder / name``.
 
-    It can be installed with pip at once, and passes its own conformance tests.
+    The package can be installed with pip and passes its own conformance tests.
 
     Raises:
-        SpecError: no such kind, a name that cannot be used, or a folder that is there already.
+        SpecError: The kind is unknown, the name cannot be used, or the folder exists.
     """
-    _check(name, kind)
+    _check_name(name, kind)
     place = Path(folder) / name
     if place.exists():
-        raise SpecError(f"{place} is there already: choose another name or remove it")
+        raise SpecError(f"{place} exists: choose another name or remove it")
     words = _words(name, kind)
     files = {
         "pyproject.toml": _PYPROJECT.format(**words),
@@ -110,19 +110,21 @@ def new(name: str, kind: str, folder: str | Path = ".") -> Plugin:
     return Plugin(place, tuple(place / file for file in files), steps)
 
 
-def _check(name: str, kind: str) -> None:
+def _check_name(name: str, kind: str) -> None:
     if kind not in registry.KINDS:
         raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, registry.KINDS)}")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise SpecError(
-            f"a plugin's name is small letters, digits and single hyphens, such as 'my-{kind}', "
-            f"got {name!r}"
+            "a plugin's name has lower-case letters, digits and single hyphens, "
+            f"such as 'my-{kind}', got {name!r}"
         )
     if any(part.is_builtin and part.name == name for part in registry.list_parts(kind)):
-        raise SpecError(f"diffa has {kind} {name!r} of its own, which would win: choose another")
+        raise SpecError(
+            f"diffa ships a {kind} {name!r}, which takes precedence: choose another name"
+        )
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is not None:
-        raise SpecError(f"a Python module {module!r} is installed already: choose another name")
+        raise SpecError(f"a Python module {module!r} is installed: choose another name")
 
 
 def _words(name: str, kind: str) -> dict[str, str]:
@@ -136,7 +138,7 @@ def _words(name: str, kind: str) -> dict[str, str]:
         "article": article,
         "article_low": article.lower(),
         "flags": _FLAGS.get(kind, ""),
-        "wires": ", ".join(f"`{wire}`" for wire in registry.WIRES[kind]) or "none here",
+        "wires": ", ".join(f"`{wire}`" for wire in registry.WIRES[kind]) or "none for this kind",
         "example": _EXAMPLES[kind].format(name=name),
     }
 

@@ -1,152 +1,197 @@
-"""The command that serves a model: ``diffa serve``."""
+"""The command ``diffa serve``: a model behind OpenAI's protocol."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffa.cli.ask import DEVICE, DTYPE, SPEC, load_model
-from diffa.cli.map import GPUS, RAY, find_source
-from diffa.cli.output import say
-from diffa.cli.spec import SAMPLER_PRESET, SET, default_spec
+from diffa.cli.models import default_spec, load_model, model_source
+from diffa.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    GpusOption,
+    RayOption,
+    SamplerPresetOption,
+    SetOption,
+    SpecOption,
+)
+from diffa.cli.output import print_note
 from diffa.errors import SpecError
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.serving.ray_serve import Replicas, Served
 
 KEYS = "DIFFA_API_KEYS"
 
+NameOption = Annotated[
+    str,
+    typer.Option("--name", help="Model name that clients use (default: the spec's name)."),
+]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        "--port", min=0, max=65535, help="Port to listen on; 0 takes a free one without --ray."
+    ),
+]
+BatchOption = Annotated[
+    int, typer.Option("--max-batch-size", min=1, help="Maximum number of requests per batch.")
+]
+WaitingOption = Annotated[
+    int,
+    typer.Option(
+        "--max-waiting", min=1, help="Maximum number of waiting requests; more are refused (429)."
+    ),
+]
+BytesOption = Annotated[
+    int, typer.Option("--max-bytes", min=1024, help="Maximum request body, in bytes.")
+]
+AudioOption = Annotated[
+    float, typer.Option("--max-audio", min=0.1, help="Maximum length of a recording, in seconds.")
+]
+TokensOption = Annotated[
+    int, typer.Option("--max-tokens", min=1, help="Maximum length of an answer, in tokens.")
+]
+DeadlineOption = Annotated[
+    float,
+    typer.Option("--deadline", min=0.1, help="Time limit of a request, in seconds."),
+]
+CacheOption = Annotated[
+    int,
+    typer.Option(
+        "--cached-embeddings",
+        min=0,
+        help="Audio embeddings kept for further questions about a recording; 0 keeps none.",
+    ),
+]
+DrainOption = Annotated[
+    float,
+    typer.Option("--drain", min=0, help="Time to finish running requests at shutdown, in seconds."),
+]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-keys",
+        help=f"File of accepted API keys, one per line (default: the variable {KEYS}).",
+    ),
+]
+FetchOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fetch-from",
+        metavar="HOST[:PORT]",
+        help="Host allowed in audio_url; may be repeated (default: none).",
+    ),
+]
+ReplicasOption = Annotated[
+    int, typer.Option("--replicas", min=1, help="Number of model replicas; needs --ray.")
+]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=1, help="CPU threads of each replica; needs --ray.")
+]
+
 
 def serve(
-    spec: SPEC = "",
-    changes: SET = None,
-    sampler_preset: SAMPLER_PRESET = "",
-    device: DEVICE = "auto",
-    dtype: DTYPE = None,
-    name: Annotated[str, typer.Option("--name", help="What clients call the model.")] = "",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests at a time.")] = 16,
-    waiting: Annotated[
-        int, typer.Option("--waiting", min=1, help="Requests that may wait; more get 429.")
-    ] = 64,
-    max_bytes: Annotated[
-        int, typer.Option("--max-bytes", min=1024, help="Of a request's body.")
-    ] = 32 * 2**20,
-    max_audio: Annotated[
-        float, typer.Option("--max-audio", min=0.1, help="Seconds of a recording.")
-    ] = 600.0,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most.")
-    ] = 1024,
-    deadline: Annotated[
-        float, typer.Option("--deadline", min=0.1, help="Seconds until an answer must be there.")
-    ] = 300.0,
-    remember: Annotated[
-        int, typer.Option("--remember", min=0, help="Audio embeddings kept for more questions.")
-    ] = 8192,
-    drain: Annotated[
-        float, typer.Option("--drain", min=0, help="Seconds to finish in at shutdown.")
-    ] = 30.0,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option("--api-keys", help=f"File with one key per line; or the variable {KEYS}."),
-    ] = None,
-    fetch_from: Annotated[
-        list[str] | None,
-        typer.Option("--fetch-from", help="HOST[:PORT] that audio_url may name; none without."),
-    ] = None,
-    ray: RAY = None,
-    replicas: Annotated[
-        int, typer.Option("--replicas", min=1, help="With --ray: models at once.")
-    ] = 1,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="With --ray: CPU threads per replica.")
-    ] = 1,
-    gpus: GPUS = 0.0,
+    spec: SpecOption = "",
+    overrides: SetOption = None,
+    sampler_preset: SamplerPresetOption = "",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    name: NameOption = "",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    max_batch_size: BatchOption = 16,
+    max_waiting: WaitingOption = 64,
+    max_bytes: BytesOption = 32 * 2**20,
+    max_audio: AudioOption = 600.0,
+    max_tokens: TokensOption = 1024,
+    deadline: DeadlineOption = 300.0,
+    cached_embeddings: CacheOption = 8192,
+    drain: DrainOption = 30.0,
+    api_keys: KeysOption = None,
+    fetch_from: FetchOption = None,
+    ray: RayOption = None,
+    replicas: ReplicasOption = 1,
+    threads: ThreadsOption = 1,
+    gpus: GpusOption = 0.0,
 ) -> None:
     """Serve a model in OpenAI's protocol: chat completions and transcriptions."""
-    _check_extra()
+    _check_libraries()
     from diffa.serving.limits import Limits
     from diffa.serving.ray_serve import Replicas, Served
-    from diffa.serving.ray_serve import serve as run_replicas
-    from diffa.serving.run import bind
-    from diffa.serving.run import serve as run
 
-    _check_ray(ray, port, alone=(replicas, threads, gpus) == (1, 1, 0.0))
-    keys, found = read_keys(api_keys), spec or default_spec()
+    if ray is None and (replicas, threads, gpus) != (1, 1, 0.0):
+        raise SpecError("--replicas, --threads and --gpus need --ray: an address, auto or local")
+    if ray is not None and not port:
+        raise SpecError("--ray needs a --port: its proxies cannot choose one")
+    keys, spec = read_keys(api_keys), spec or default_spec()
     limits = Limits(
-        rows=rows, waiting=waiting, bytes=max_bytes, audio=max_audio, tokens=max_tokens,
-        deadline=deadline, remember=remember, drain=drain,
+        rows=max_batch_size, waiting=max_waiting, bytes=max_bytes, audio=max_audio,
+        tokens=max_tokens, deadline=deadline, remember=cached_embeddings, drain=drain,
     )  # fmt: skip
-    hosts = [place.lower() for place in fetch_from or ()]
-    options = (found, changes, sampler_preset, device, dtype)
-    load = partial(_load, *options) if ray is None else _travelling(*options, gpus=gpus)
-    served = Served(load, name or Path(found).stem, limits, keys, hosts)
-    shown = f"{served.name} at http://{host}:{{}}/v1, {'with' if keys else 'without'} API keys"
+    load: Callable[[], Model]
+    if ray is None:
+        load = partial(_load, spec, overrides, sampler_preset, device, dtype)
+    else:  # the replicas' machines may have other devices than this one
+        place = ("cuda" if gpus else "cpu") if device == "auto" else device
+        load = model_source(spec, overrides, sampler_preset, place, dtype).load
+    hosts = [entry.lower() for entry in fetch_from or ()]
+    served = Served(load, name or Path(spec).stem, limits, keys, hosts)
+    _run(served, host, port, ray, Replicas(replicas, threads, gpus))
+
+
+def _run(served: Served, host: str, port: int, ray: str | None, replicas: Replicas) -> None:
+    """Serve in this process, or on a Ray cluster, until a signal arrives."""
+    from diffa.serving import ray_serve
+    from diffa.serving import run as local
+
+    access = f"{'with' if served.keys else 'without'} API keys"
     if ray is not None:
-        each = Replicas(replicas, threads, gpus)
-        told = f"{shown.format(port)}, {replicas} replicas"
-        run_replicas(served, host, port, ray, each, lambda: say(told))
+        note = f"{served.name} at http://{host}:{port}/v1, {access}, {replicas.number} replicas"
+        ray_serve.serve(served, host, port, ray, replicas, lambda: print_note(note))
         return
-    taken = bind(host, port)  # before a model is loaded in vain
+    socket = local.bind(host, port)  # before a model is loaded in vain
     service = served.service()
-    say(shown.format(taken.getsockname()[1]))
-    run(service, taken)
+    print_note(f"{served.name} at http://{host}:{socket.getsockname()[1]}/v1, {access}")
+    local.serve(service, socket)
 
 
 def read_keys(path: Path | None) -> list[str]:
-    """API keys of a file, one per line, or of the environment, with commas between.
+    """Read API keys from a file (one per line) or the environment (separated by commas).
 
     Raises:
-        SpecError: the file cannot be read or holds none.
+        SpecError: The file cannot be read or is empty.
     """
     if path is None:
         return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
     try:
-        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"--api-keys {path} cannot be read: {error}") from error
-    if not (keys := [key for key in keys if key]):
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
         raise SpecError(f"--api-keys {path} holds no key")
     return keys
 
 
-def _load(*options: Any) -> Any:
-    return load_model(*options)[0]
+def _load(
+    spec: str, overrides: list[str] | None, sampler_preset: str, device: str, dtype: str | None
+) -> Model:
+    return load_model(spec, overrides, sampler_preset, device, dtype)[0]
 
 
-def _travelling(
-    name: str,
-    changes: list[str] | None,
-    sampler_preset: str,
-    device: str,
-    dtype: str | None,
-    gpus: float,
-) -> Callable[[], Any]:
-    """What loads the model on another machine, whose devices may be others than those here."""
-    place = ("cuda" if gpus else "cpu") if device == "auto" else device
-    return find_source(name, changes, sampler_preset, place, dtype).load
-
-
-def _check_ray(ray: str | None, port: int, *, alone: bool) -> None:
-    """Refuse options that go together with others; raises SpecError."""
-    if ray is None and not alone:
-        raise SpecError("--replicas, --threads and --gpus need --ray: an address, auto or local")
-    if ray is not None and not port:
-        raise SpecError("--ray needs a --port: its proxies cannot choose one")
-
-
-def _check_extra() -> Any:
-    """Say which extra is missing before a model is loaded."""
-    import importlib
-
+def _check_libraries() -> None:
+    """Name the missing extra before a model is loaded."""
     for library in ("fastapi", "uvicorn", "multipart", "prometheus_client"):
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise SpecError(
-                f"diffa serve needs {library}: pip install 'diffa-audio[serve]'"
-            ) from error
+            hint = "pip install 'diffa-audio[serve]'"
+            raise SpecError(f"diffa serve needs {library}: {hint}") from error

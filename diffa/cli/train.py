@@ -1,11 +1,13 @@
-"""The command ``diffa train``, to be mounted by the command line."""
+"""The command ``diffa train``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from diffa.cli.options import RecipeArgument, RecipeSetOption, TrainingDeviceOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,51 +16,49 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe that diffa ships, or a YAML file.")],
+    recipe: RecipeArgument,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the run; runs/NAME by default.")
+        Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE).")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe; may be repeated."),
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on where the run in --out stopped.")] = False,
+    overrides: RecipeSetOption = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out from its last checkpoint.")
+    ] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Go on from this checkpoint of the run.")
+        Path | None,
+        typer.Option(help="Checkpoint of the run to continue from (default: its last)."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the plan.")
+        bool, typer.Option("--dry-run", help="Check everything and show the plan without training.")
     ] = False,
     on_error: Annotated[
-        str, typer.Option(help="Unusable rows: 'skip' them, counted, or 'stop'.")
+        Literal["skip", "stop"],
+        typer.Option(help="Reaction to unusable rows: 'skip' counts and skips them, 'stop' exits."),
     ] = "stop",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    device: TrainingDeviceOption = None,
 ) -> None:
-    """Train a model as a recipe says: stage after stage, resumable at every checkpoint."""
-    from diffa.errors import SpecError
-    from diffa.trainers.run import train
+    """Train a model by a recipe, stage after stage; every checkpoint can be resumed."""
+    from diffa.trainers.run import train as run_recipe
 
-    if on_error not in ("skip", "stop"):
-        raise SpecError(f"--on-error is 'skip' or 'stop', got {on_error!r}")
-    report = train(
+    report = run_recipe(
         recipe,
         out=out or Path("runs") / Path(recipe).stem,
         resume=checkpoint or resume,
         dry_run=dry_run,
-        overrides=set_ or [],
-        on_error="skip" if on_error == "skip" else "stop",
+        overrides=overrides or [],
+        on_error=on_error,
         device=device,
     )
-    show(report, dry_run=dry_run)
+    _print_report(report, dry_run=dry_run)
 
 
-def show(report: Report, *, dry_run: bool) -> None:
+def _print_report(report: Report, *, dry_run: bool) -> None:
     """Print a table of the stages, and how to use the model."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table("stage", "steps", "rows per epoch", "learning", "left out", "result")
+    table = Table("stage", "steps", "rows per epoch", "trainable", "skipped", "result")
     for stage in report.stages:
         numbers = {k.removeprefix("eval_"): v for k, v in stage.metrics.items()}
         result = " ".join(f"{name} {value:.3g}" for name, value in numbers.items())
@@ -72,33 +72,29 @@ def show(report: Report, *, dry_run: bool) -> None:
         )
     console.print(table)
     if dry_run:
-        show_estimates(report, console)
-        console.print("A dry run: nothing was trained.")
+        _print_estimates(report, console)
+        console.print("Dry run: nothing was trained.")
     else:
-        console.print(f"Ask it: diffa ask AUDIO QUESTION --spec {report.folder / 'model'}")
+        console.print(f"Next: diffa ask AUDIO QUESTION --spec {report.folder / 'model'}")
 
 
-def show_estimates(report: Report, console: Console) -> None:
-    """Print what each stage would take: per epoch, and on each device."""
+def _print_estimates(report: Report, console: Console) -> None:
+    """Print what each stage needs: per epoch, and on each device."""
     from rich.table import Table
 
     names = ("stage", "audio h", "text tokens", "audio embeddings", "memory per device, GiB")
     table = Table(*names, title="Per epoch, and on each device")
-    guessed = False
-    for stage in report.stages:
-        found = stage.estimate
-        if found is None:
-            continue
-        guessed = guessed or found.guessed
-        parts = " + ".join(f"{size / 2**30:.1f}" for size in found.memory)
+    estimates = [(stage.name, stage.estimate) for stage in report.stages if stage.estimate]
+    for name, estimate in estimates:
+        parts = " + ".join(f"{size / 2**30:.1f}" for size in estimate.memory)
         table.add_row(
-            stage.name,
-            f"{found.hours:,.1f}",
-            f"{found.tokens:,}",
-            f"{found.sounds:,}",
-            f"{found.memory.total / 2**30:.1f} = {parts}",
+            name,
+            f"{estimate.hours:,.1f}",
+            f"{estimate.tokens:,}",
+            f"{estimate.sounds:,}",
+            f"{estimate.memory.total / 2**30:.1f} = {parts}",
         )
     console.print(table)
-    console.print("Memory: weights + gradients + optimiser + the longest batch, nothing sharded.")
-    if guessed:
-        console.print("Tokens are guessed from letters: the tokenizer is not on this machine.")
+    console.print("Memory: weights + gradients + optimizer + the longest batch, without sharding.")
+    if any(estimate.guessed for _, estimate in estimates):
+        console.print("Token counts are estimated from letters: the tokenizer is not available.")

@@ -6,27 +6,39 @@ from typing import Annotated
 
 import typer
 
-from diffa.cli.ask import DEVICE, DTYPE, SPEC, load_model
-from diffa.cli.spec import SAMPLER_PRESET, SET
+from diffa.cli.models import load_model
+from diffa.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    SamplerPresetOption,
+    SetOption,
+    SpecOption,
+)
 from diffa.runtime.threads import single_core
 
 
 def ui(
-    spec: SPEC = "",
-    changes: SET = None,
-    sampler_preset: SAMPLER_PRESET = "",
-    device: DEVICE = "auto",
-    dtype: DTYPE = None,
+    spec: SpecOption = "",
+    overrides: SetOption = None,
+    sampler_preset: SamplerPresetOption = "",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
     host: Annotated[
-        str, typer.Option("--host", help="127.0.0.1: this machine alone; 0.0.0.0: everyone.")
+        str,
+        typer.Option(
+            "--host",
+            help="Address to listen on: 127.0.0.1 admits this machine only, 0.0.0.0 all networks.",
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Where to listen.")] = 7860,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")
+    ] = 7860,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Open a page on which answers can be watched forming (needs the extra `ui`)."""
+    """Serve a web page that shows answers forming (needs the extra `ui`)."""
     from diffa.ui.launch import launch, require
 
     require()  # before weights are read
     with single_core():  # the page answers in a thread of its own
-        model, name = load_model(spec, changes, sampler_preset, device, dtype)
+        model, name = load_model(spec, overrides, sampler_preset, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

@@ -29,7 +29,7 @@ def place(rank: int, world: int, device: str) -> Place:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Place(rank, world, device)
     if world > 1:
-        raise SpecError("--rank and --world are for processes that accelerate did not start")
+        raise SpecError("--rank and --world-size are for processes that accelerate did not start")
     try:
         from accelerate import PartialState
     except ImportError as error:

@@ -60,7 +60,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         super().__init__()
         from accelerate import Accelerator
 
-        from diffa.cli.ask import load_model
+        from diffa.cli.models import load_model
 
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise SpecError(f"batch_size must be a number of at least 1, got {batch_size!r}")
@@ -180,12 +180,11 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         given = [one[1](document) if callable(one[1]) else one[1] for one in batch]
         choices = [str(choice).strip() for choice in given]
         audio = self._audio(doc_to_visual, doc_id, task, split)
-        asked = {"system": self.system}
-        scored = self.model.score(audio, context, choices, samples=self.samples, **asked)
+        scored = self.model.score(audio, context, choices, samples=self.samples, system=self.system)
         longest = int(scored.lengths.max()) + 1  # room to end the turn
-        said = self.model.answer(audio, context, max_tokens=longest, **asked).text
+        answer = self.model.answer(audio, context, max_tokens=longest, system=self.system)
         losses = (-scored.values.cpu() / scored.lengths.cpu()).tolist()
-        return [(loss, said == choice) for loss, choice in zip(losses, choices, strict=True)]
+        return [(loss, answer.text == choice) for loss, choice in zip(losses, choices, strict=True)]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse: the models answer one question at a time."""

@@ -12,10 +12,10 @@ import yaml
 from helpers.fakes import POOL, install, site_packages
 
 import diffa
-from diffa.cli import ask as answers
 from diffa.cli import main
-from diffa.cli import spec as specs
+from diffa.cli.ask import TRANSCRIBE
 from diffa.cli.doctor import attempt, examine
+from diffa.cli.models import default_spec
 from diffa.errors import AudioError, SpecError
 from diffa.spec import registry
 
@@ -78,7 +78,7 @@ def fake(monkeypatch):
 def test_ask_prints_the_answer_alone_on_stdout(diffa_, fake, mine):
     done = diffa_("ask", "a.wav", "Who?", "--spec", mine, "--max-tokens", 9, "--system", "Hi.")
     assert (done.code, done.out) == (0, "a.wav: Who?\n")
-    assert "3 backbone passes" in done.err
+    assert "3 forward passes" in done.err
     assert (fake["max_tokens"], fake["system"]) == (9, "Hi.")
 
 
@@ -92,11 +92,11 @@ def test_ask_in_json_names_the_spec_that_answered(diffa_, fake, mine):
 
 def test_transcribe_asks_for_the_text(diffa_, fake, mine):
     done = diffa_("transcribe", "a.wav", "--spec", mine)
-    assert done.out == f"a.wav: {answers.TRANSCRIBE}\n"
+    assert done.out == f"a.wav: {TRANSCRIBE}\n"
     assert diffa_("transcribe", "a.wav", "--spec", mine, "--instruction", "Go").out == "a.wav: Go\n"
 
 
-def test_a_named_setting_chooses_the_sampler(diffa_, fake, mine):
+def test_a_sampler_preset_selects_the_sampler(diffa_, fake, mine):
     diffa_(
         "ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slow", "--set", "sampler.block=2"
     )
@@ -116,7 +116,7 @@ def test_without_a_spec_the_default_is_nano_else_tiny_with_a_word_about_it(
     assert done.code == 0 and "untrained" in done.err and "--spec diffa-1" in done.err
     assert "untrained" not in done.out
     (folder / "assets" / "presets" / "nano.yaml").write_text("")
-    assert specs.default_spec() == "nano"
+    assert default_spec() == "nano"
 
 
 def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monkeypatch, tmp_path):
@@ -276,9 +276,9 @@ def test_doctor_judges_every_library_by_itself(site, monkeypatch):
         (site / f"{name}.py").write_text(code)
     monkeypatch.setattr("importlib.util.find_spec", _find_spec_without("peft"))
     found = {f.name: f for f in examine(["einops", "timm", "peft", "huggingface_hub", "python"])}
-    assert found["einops"].state == "broken: OSError: libbroken.so" and found["einops"].ill
+    assert found["einops"].state == "broken: OSError: libbroken.so" and found["einops"].blocks
     assert found["timm"].state == "broken: the process was killed by signal 6"
-    assert not found["timm"].ill  # optional
+    assert not found["timm"].blocks  # optional
     assert (found["peft"].state, found["peft"].note) == (
         "absent",
         "pip install 'diffa-audio[train]'",
@@ -291,14 +291,14 @@ def test_doctor_names_the_strangers_package_that_overwrites_diffa(site):
     assert fine.state == "works" and fine.required
     install(site, "diffa", {})
     (finding,) = examine(["diffa-audio"])
-    assert finding.ill and "'diffa' (a line-diff tool)" in finding.state
+    assert finding.blocks and "'diffa' (a line-diff tool)" in finding.state
     assert finding.note.startswith("pip uninstall diffa && pip install --force-reinstall")
 
 
 def test_doctor_says_how_to_install_a_checkout_that_is_only_on_the_path(monkeypatch):
     monkeypatch.setattr("diffa.cli.doctor._version", lambda name: "unknown")
     (finding,) = examine(["diffa-audio"])
-    assert finding.ill and finding.note.startswith("pip install -e .")
+    assert finding.blocks and finding.note.startswith("pip install -e .")
 
 
 def _find_spec_without(missing: str):

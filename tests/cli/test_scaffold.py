@@ -41,39 +41,39 @@ class TestObjectiveTemplate(ObjectiveSuite):
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)
-def test_a_plugin_is_whole(kind, tmp_path):
-    made = scaffold.new(f"acme-{kind}", kind, tmp_path)
-    assert made.folder == tmp_path / f"acme-{kind}"
-    for file in made.files:
+def test_a_new_plugin_has_its_own_names_in_every_file(kind, tmp_path):
+    plugin = scaffold.write_plugin(f"acme-{kind}", kind, tmp_path)
+    assert plugin.folder == tmp_path / f"acme-{kind}"
+    for file in plugin.files:
         text = file.read_text()
         assert "Part" not in text.replace("Part of", "") or file.suffix == ".md"
         if file.suffix == ".py":
             compile(text, str(file), "exec")
-    told = (made.folder / "pyproject.toml").read_text()
-    assert 'dependencies = ["diffa-audio"]' in told
-    assert f'acme-{kind} = "acme_{kind}:Acme{kind.capitalize()}"' in told
+    project = (plugin.folder / "pyproject.toml").read_text()
+    assert 'dependencies = ["diffa-audio"]' in project
+    assert f'acme-{kind} = "acme_{kind}:Acme{kind.capitalize()}"' in project
 
 
 @pytest.mark.parametrize(
-    "name, kind, told",
+    "name, kind, message",
     [
         ("my-pool", "adaptor", "did you mean 'adapter'"),
-        ("My Pool", "adapter", "small letters"),
-        ("../up", "adapter", "small letters"),
-        ("pool", "adapter", "of its own"),
-        ("torch", "adapter", "installed already"),
+        ("My Pool", "adapter", "lower-case letters"),
+        ("../up", "adapter", "lower-case letters"),
+        ("pool", "adapter", "takes precedence"),
+        ("torch", "adapter", "is installed"),
     ],
 )
-def test_names_that_cannot_be_used_are_refused(name, kind, told, tmp_path):
-    with pytest.raises(SpecError, match=told):
-        scaffold.new(name, kind, tmp_path)
+def test_names_that_cannot_be_used_are_refused(name, kind, message, tmp_path):
+    with pytest.raises(SpecError, match=message):
+        scaffold.write_plugin(name, kind, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_never_overwritten(tmp_path):
-    scaffold.new("acme-pool", "adapter", tmp_path)
-    with pytest.raises(SpecError, match="there already"):
-        scaffold.new("acme-pool", "adapter", tmp_path)
+    scaffold.write_plugin("acme-pool", "adapter", tmp_path)
+    with pytest.raises(SpecError, match="exists"):
+        scaffold.write_plugin("acme-pool", "adapter", tmp_path)
 
 
 USE = """
@@ -86,25 +86,25 @@ spec = dict(encoder=dict(name="tiny", width=16, layers=1, heads=2, window_second
             adapters=dict(audio=dict(name="acme-pool", stride=5)),
             backbone=dict(name="llada", config=config))
 model = diffa.build(spec)
-found = model.listen(torch.zeros(16000))
-assert found.values.shape == (1, 10, 16), found.values.shape
-print("heard")
+embeds = model.listen(torch.zeros(16000))
+assert embeds.values.shape == (1, 10, 16), embeds.values.shape
+print("embedded")
 """
 
 
 def test_a_new_plugin_installs_passes_its_tests_and_works_in_a_spec(tmp_path):
-    """Made, built and installed without network or diffa's own tree, tested, used."""
-    made, target = scaffold.new("acme-pool", "adapter", tmp_path), tmp_path / "site"
+    """Written, built and installed without network or diffa's own tree, tested, used."""
+    plugin, target = scaffold.write_plugin("acme-pool", "adapter", tmp_path), tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     install += ["--no-build-isolation", "--disable-pip-version-check"]
-    run(*install, "--target", str(target), str(made.folder))
-    seen = {"PYTHONPATH": str(target)}
-    checked = run(
+    run(*install, "--target", str(target), str(plugin.folder))
+    site = {"PYTHONPATH": str(target)}
+    report = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests",
-        cwd=made.folder, **seen,
+        cwd=plugin.folder, **site,
     )  # fmt: skip
-    assert " passed" in checked and "failed" not in checked
-    assert "heard" in run(sys.executable, "-c", USE, cwd=tmp_path, **seen)
+    assert " passed" in report and "failed" not in report
+    assert "embedded" in run(sys.executable, "-c", USE, cwd=tmp_path, **site)
 
 
 def run(*command, cwd=None, **variables):

@@ -53,7 +53,7 @@ def test_at_sigterm_what_is_in_flight_finishes_and_the_process_ends_well(tmp_pat
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "diffa", "serve", "--spec", "tiny", "--port", str(port)]
     made = subprocess.Popen(
-        [*words, "--drain", "300", "--rows", "3"],
+        [*words, "--drain", "300", "--max-batch-size", "3"],
         stderr=(tmp_path / "log").open("wb"),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -77,7 +77,7 @@ def test_the_resolved_spec_and_all_limits_travel(monkeypatch, tmp_path):
     monkeypatch.setattr(replicas, "serve", lambda *given: passed.extend(given))
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
-    words = ["--rows", "3", "--waiting", "5", "--drain", "7", "--api-keys", str(keys)]
+    words = ["--max-batch-size", "3", "--max-waiting", "5", "--drain", "7", "--api-keys", str(keys)]
     words += ["--fetch-from", "Files:80", "--set", "sampler.steps=4", "--name", "mine"]
     words += ["--ray", "auto", "--replicas", "2", "--threads", "4", "--gpus", "0.5"]
     with pytest.raises(SystemExit):

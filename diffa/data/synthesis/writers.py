@@ -25,11 +25,14 @@ class Writer(Protocol):
 
     Attributes:
         name: of the model, as data names its source.
-        settings: whatever else decides its replies.
     """
 
     name: str
-    settings: Mapping[str, Any]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Whatever else decides the replies, such as the sampling parameters."""
+        ...
 
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Reply]]:
         """Yield every conversation's index and reply, in any order, as they come."""

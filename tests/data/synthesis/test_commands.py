@@ -171,24 +171,29 @@ def test_recordings_are_measured_from_the_command_line(fsdd: Path) -> None:
     assert row["attributes"]["volume"] == "quiet" and row["duration"] == 0.5
 
 
+def test_an_unknown_split_is_a_usage_error() -> None:
+    refused = data("preferences", "--out", "a", "--split", "dev")
+    assert refused.exit_code == 2
+    assert "'dev' is not one of 'train', 'test'" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("captions", "m.jsonl", "--out", "a.json"), "say who writes"),
+        (("captions", "m.jsonl", "--out", "a.json"), "name one language model"),
         (
             ("captions", "m.jsonl", "--out", "a.json", "--spec", "nano", "--local", "x"),
-            "say who writes",
+            "name one language model",
         ),
         (("captions", "m.jsonl", "--out", "a.json", "--endpoint", "http://127.0.0.1"), "--model"),
         (("preferences", "--out", "a.json"), "name a folder"),
-        (("preferences", "--out", "a", "--split", "dev"), "'train' or 'test'"),
         (("preferences", "--out", "a", "--local", "x"), "name one"),
         (("preferences", "m.json", "--out", "a", "--local", "x", "--endpoint", "y"), "not both"),
         (("attributes", "a.wav", "--band", "speed=fast"), "NAME=LOW,HIGH"),
         (("attributes", "a.wav", "--band", "colour=1,2"), "LOW <= HIGH"),
     ],
 )
-def test_orders_that_cannot_be_followed_say_what_is_wrong(
+def test_options_that_exclude_each_other_are_refused_with_the_reason(
     words: tuple[str, ...], message: str
 ) -> None:
     refused = data(*words)
