@@ -47,23 +47,23 @@ def ladder(steps: int) -> dict[str, Rung]:
     """Everything that is measured beside the baseline."""
     dual: dict[str, Any] = {"cache": "dual"}
     options: dict[str, tuple[dict[str, Any], int]] = {
-        "exact": ({"steps": steps, "stop": False}, 1),
+        "exact": ({"steps": steps, "stop_at_eos": False}, 1),
         "stop": ({"steps": steps}, 1),
-        "prefix": ({"steps": steps, "stop": False, "cache": "prefix"}, 1),
-        "dual": ({"steps": steps, "stop": False, **dual}, 1),
-        "vicinity": ({"steps": steps, **dual, "vicinity": 8}, 1),
-        "suffix": ({"steps": steps, "cache": "prefix", "suffix": 32}, 1),
+        "prefix": ({"steps": steps, "stop_at_eos": False, "cache": "prefix"}, 1),
+        "dual": ({"steps": steps, "stop_at_eos": False, **dual}, 1),
+        "vicinity": ({"steps": steps, **dual, "vicinity_window": 8}, 1),
+        "suffix window": ({"steps": steps, "cache": "prefix", "suffix_window": 32}, 1),
         "threshold": ({"threshold": 0.9, **dual}, 1),
         "factor": ({"factor": 1.0, **dual}, 1),
-        "entropy": ({"entropy": 0.1, **dual}, 1),
-        "leap": ({"threshold": 0.9, "leap": 0.75, **dual}, 1),
-        "spread": ({"threshold": 0.9, "spread": 0.4, **dual}, 1),
-        "stable": ({"threshold": 0.6, "stable": 0.015, **dual}, 1),
-        "credit": ({"threshold": 0.9, "credit": 0.7, **dual}, 1),
+        "entropy bound": ({"entropy_bound": 0.1, **dual}, 1),
+        "local leap": ({"threshold": 0.9, "neighbor_threshold": 0.75, **dual}, 1),
+        "run threshold": ({"threshold": 0.9, "run_threshold": 0.4, **dual}, 1),
+        "KLASS": ({"threshold": 0.6, "kl_threshold": 0.015, **dual}, 1),
+        "credit": ({"threshold": 0.9, "credit_strength": 0.7, **dual}, 1),
         "dual-batch4": ({"steps": steps, **dual}, 4),
     }
     return {
-        name: Rung({"name": "blockwise", "block": BLOCK, **chosen}, rows)
+        name: Rung({"name": "blockwise", "block_length": BLOCK, **chosen}, rows)
         for name, (chosen, rows) in options.items()
     }
 

@@ -81,7 +81,12 @@ def measure(model: Any, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def run(model: Any, rows: int) -> list[float]:
     """Seconds of every step of the dual cache on ``rows`` questions, one forward each."""
-    options = {"name": "blockwise", "block": decode.BLOCK, "steps": decode.LENGTH, "stop": False}
+    options = {
+        "name": "blockwise",
+        "block_length": decode.BLOCK,
+        "steps": decode.LENGTH,
+        "stop_at_eos": False,
+    }
     sampler = diffa.swap(model, sampler={**options, "cache": "dual"}).sampler
     canvas, denoise = decode.open_canvas(model, [question(model, row) for row in range(rows)])
     return list(timed(sampler(canvas, denoise), model.device))

@@ -43,8 +43,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
         for block in (block for block in BLOCKS if length % block == 0):
-            tried = diffa.swap(model, sampler={"name": "blockwise", "block": block})
-            row: dict[str, Any] = {"length": length, "block": block}
+            tried = diffa.swap(model, sampler={"name": "blockwise", "block_length": block})
+            row: dict[str, Any] = {"length": length, "block_length": block}
             for kind in ("caption", "transcribe"):
                 row[kind] = error(tried, [pair for pair in asked if pair[1].kind == kind], length)
             rows.append(row)

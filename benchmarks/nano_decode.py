@@ -25,31 +25,40 @@ from diffa.data.samples import Sample
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = 16
-DUAL: dict[str, Any] = {"name": "blockwise", "block": BLOCK, "cache": "dual"}
-PLAIN: dict[str, Any] = {"name": "blockwise", "block": BLOCK}
+DUAL: dict[str, Any] = {"name": "blockwise", "block_length": BLOCK, "cache": "dual"}
+PLAIN: dict[str, Any] = {"name": "blockwise", "block_length": BLOCK}
 SAMPLERS: dict[str, dict[str, Any]] = {
     "one per step": PLAIN,
     "prefix": {**PLAIN, "cache": "prefix"},
     "dual": DUAL,
-    "dual, vicinity 4": {**DUAL, "vicinity": 4},
-    "suffix 8": {**PLAIN, "suffix": 8},
-    "audio every 4": {**PLAIN, "refresh_audio": 4},
-    "drift .1": {**DUAL, "drift": 0.1},
+    "dual, vicinity 4": {**DUAL, "vicinity_window": 4},
+    "suffix 8": {**PLAIN, "suffix_window": 8},
+    "audio every 4": {**PLAIN, "audio_refresh_interval": 4},
+    "drift .1": {**DUAL, "drift_threshold": 0.1},
     "threshold .9": {**PLAIN, "threshold": 0.9},
     "threshold .7": {**PLAIN, "threshold": 0.7},
     "factor 1": {**PLAIN, "factor": 1.0},
     "factor 1, dual": {**DUAL, "factor": 1.0},
-    "entropy .1": {**PLAIN, "entropy": 0.1},
-    "leap": {**PLAIN, "threshold": 0.9, "leap": 0.75},
-    "spread": {**PLAIN, "threshold": 0.9, "spread": 0.4},
-    "stable": {**PLAIN, "threshold": 0.6, "stable": 0.015},
-    "credit": {**PLAIN, "threshold": 0.9, "credit": 0.7},
-    "prophet": {"name": "prophet", "block": BLOCK},
-    "wino": {"name": "wino", "block": BLOCK},
-    "remdm": {"name": "remdm", "block": BLOCK},
-    "growing": {"name": "growing", "block": BLOCK, "initial": BLOCK, "threshold": 0.9},
-    "speculative": {"name": "speculative", "block": BLOCK},
-    "revise": {"name": "revise", "block": BLOCK, "threshold": 0.9},  # of nothing: no draft is given
+    "entropy .1": {**PLAIN, "entropy_bound": 0.1},
+    "local leap": {**PLAIN, "threshold": 0.9, "neighbor_threshold": 0.75},
+    "run threshold": {**PLAIN, "threshold": 0.9, "run_threshold": 0.4},
+    "KLASS": {**PLAIN, "threshold": 0.6, "kl_threshold": 0.015},
+    "credit": {**PLAIN, "threshold": 0.9, "credit_strength": 0.7},
+    "prophet": {"name": "prophet", "block_length": BLOCK},
+    "wino": {"name": "wino", "block_length": BLOCK},
+    "remdm": {"name": "remdm", "block_length": BLOCK},
+    "growing": {
+        "name": "growing",
+        "block_length": BLOCK,
+        "initial_length": BLOCK,
+        "threshold": 0.9,
+    },
+    "speculative": {"name": "speculative", "block_length": BLOCK},
+    "revise": {
+        "name": "revise",
+        "block_length": BLOCK,
+        "threshold": 0.9,
+    },  # of nothing: no draft is given
 }
 
 

@@ -29,15 +29,15 @@ VOCAB = Vocab(size=12, eos=9, pad=9, mask=11)
 # name, options, whether the expectation is the bound of the whole answer, backbone passes
 SCHEMES: list[tuple[str, dict[str, Any], bool, int]] = [
     ("bernoulli", {}, True, 1),
-    ("bernoulli, antithetic", {"levels": "antithetic"}, True, 1),
-    ("bernoulli, spread", {"levels": "spread"}, True, 1),
+    ("bernoulli, antithetic", {"time_sampling": "antithetic"}, True, 1),
+    ("bernoulli, low discrepancy", {"time_sampling": "low_discrepancy"}, True, 1),
     ("count", {"masking": "count"}, True, 1),
-    ("count, antithetic", {"masking": "count", "levels": "antithetic"}, True, 1),
-    ("count, spread", {"masking": "count", "levels": "spread"}, True, 1),
-    ("complementary", {"masking": "count", "complementary": True}, True, 2),
+    ("count, antithetic", {"masking": "count", "time_sampling": "antithetic"}, True, 1),
+    ("count, low discrepancy", {"masking": "count", "time_sampling": "low_discrepancy"}, True, 1),
+    ("complementary", {"masking": "count", "complementary_masking": True}, True, 2),
     (
-        "complementary, spread",
-        {"masking": "count", "complementary": True, "levels": "spread"},
+        "complementary, low discrepancy",
+        {"masking": "count", "complementary_masking": True, "time_sampling": "low_discrepancy"},
         True,
         2,
     ),
@@ -46,11 +46,11 @@ SCHEMES: list[tuple[str, dict[str, Any], bool, int]] = [
         for form in ("bernoulli", "count")
         for name in ("cosine", "polynomial", "geometric")
     ),
-    ("count, block 2", {"masking": "count", "block": 2}, False, 1),
-    ("count, block 1", {"masking": "count", "block": 1}, False, 1),
+    ("count, block 2", {"masking": "count", "block_length": 2}, False, 1),
+    ("count, block 1", {"masking": "count", "block_length": 1}, False, 1),
     ("no weight", {"normalization": "masked"}, False, 1),
-    ("cart 0.3", {"cart": 0.3}, False, 1),
-    ("count, full 0.25", {"masking": "count", "full": 0.25}, False, 1),
+    ("cart 0.3", {"cart_p": 0.3}, False, 1),
+    ("count, full 0.25", {"masking": "count", "full_mask_prob": 0.25}, False, 1),
 ]
 
 

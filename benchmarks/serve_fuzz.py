@@ -148,9 +148,18 @@ class Faults:
 
     def wrong_option(self, rng: random.Random) -> bytes:
         """Sampler options that are unknown, out of range or do not combine."""
-        names = ["block", "steps", "threshold", "factor", "entropy", "guidance", "cache", "order"]
+        names = [
+            "block_length",
+            "steps",
+            "threshold",
+            "factor",
+            "entropy_bound",
+            "cfg_scale",
+            "cache",
+            "ranking",
+        ]
         options = {rng.choice([*names, "x", "vocab", "name"]): rng.choice([*NASTY, -5, 10**9])}
-        options["block"] = rng.choice([0, -1, 10**9, "8", None, 1.5, [1]])
+        options["block_length"] = rng.choice([0, -1, 10**9, "8", None, 1.5, [1]])
         return http(CHAT, dumped(chat(self.good["WAV"], diffa={"sampler": options})))
 
     def cut_base64(self, rng: random.Random) -> bytes:

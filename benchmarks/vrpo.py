@@ -118,7 +118,11 @@ def spread(
     """
     learning = [p for p in learner.parameters() if p.requires_grad]
     rule = learner.model.objective
-    kept, rule.shared, rule.beta = rule.beta, shared, 1e-3  # small: its sigmoid never underflows
+    kept, rule.shared_masks, rule.beta = (
+        rule.beta,
+        shared,
+        1e-3,
+    )  # small: its sigmoid never underflows
     rows = min(len(data), chosen.pairs)
     kinds = ("margin", "loss", "gradient", "mean_margin", "mean_gradient")
     sums = [dict.fromkeys(kinds, 0.0) for _ in chosen.betas]

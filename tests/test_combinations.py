@@ -77,7 +77,7 @@ def spec(encoder, adapter, backbone):
         "encoder": ENCODERS[encoder],
         "adapters": {"audio": ADAPTERS[adapter]},
         "backbone": BACKBONES[backbone],
-        "sampler": {"name": "blockwise", "block": 4} if masked else "greedy",
+        "sampler": {"name": "blockwise", "block_length": 4} if masked else "greedy",
         "objective": "masked" if masked else "autoregressive",
     }
 

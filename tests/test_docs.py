@@ -92,7 +92,7 @@ def test_every_block_runs(
 
 def test_a_block_that_fails_is_noticed() -> None:
     with pytest.raises(AssertionError, match="ended with 2"):
-        call(["diffa", "spec", "check", "nano", "--set", "sampler.blok=8"])
+        call(["diffa", "spec", "check", "nano", "--set", "sampler.block_lenth=8"])
     with pytest.raises(AssertionError):
         shell("false\ntrue")
 

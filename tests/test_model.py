@@ -28,13 +28,13 @@ def prompts() -> list[torch.Tensor]:
 
 
 SAMPLERS: list[dict[str, Any]] = [
-    {"block": 8, "steps": 24},
-    {"block": 8, "threshold": 0.4},
-    {"block": 12, "factor": 1.0},
-    {"block": 8, "entropy": 0.5},
-    {"block": 6, "order": "margin", "steps": 10},
-    {"block": 8, "order": "random", "steps": 12, "temperature": 0.8},
-    {"block": 8, "steps": 12, "guidance": 1.0, "unconditional": "both"},
+    {"block_length": 8, "steps": 24},
+    {"block_length": 8, "threshold": 0.4},
+    {"block_length": 12, "factor": 1.0},
+    {"block_length": 8, "entropy_bound": 0.5},
+    {"block_length": 6, "ranking": "margin", "steps": 10},
+    {"block_length": 8, "ranking": "random", "steps": 12, "temperature": 0.8},
+    {"block_length": 8, "steps": 12, "cfg_scale": 1.0, "cfg_drop": "both"},
 ]
 
 
@@ -147,13 +147,13 @@ def test_token_ids_outside_the_vocabulary_are_refused(golden1: Golden) -> None:
 
 def test_a_stopped_answer_is_filled_with_eos(golden1: Golden) -> None:
     model, _ = golden1
-    free = diffa.swap(model, sampler={"name": "blockwise", "block": 8, "stop": False})
+    free = diffa.swap(model, sampler={"name": "blockwise", "block_length": 8, "stop_at_eos": False})
     tokens = free.generate(prompts()[1], max_tokens=24).tokens[0]
     early = int(tokens[5])
     vocab = model.backbone.vocab
     try:
         model.backbone.vocab = vocab._replace(eos=early)
-        stop = diffa.swap(model, sampler={"name": "blockwise", "block": 8})
+        stop = diffa.swap(model, sampler={"name": "blockwise", "block_length": 8})
         made = stop.generate(prompts()[1], max_tokens=24)
     finally:
         model.backbone.vocab = vocab

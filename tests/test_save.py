@@ -27,7 +27,7 @@ def small(**parts: Any) -> dict[str, Any]:
                 "weight_tying": True,
             },
         },
-        "sampler": {"name": "blockwise", "block": 4},
+        "sampler": {"name": "blockwise", "block_length": 4},
         **parts,
     }  # fmt: skip
 

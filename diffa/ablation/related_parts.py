@@ -28,9 +28,9 @@ _SHARED = (
     "attn_implementation",
     "gradient_checkpointing",
     "seed",
-    "block",
+    "block_length",
     "temperature",
-    "stop",
+    "stop_at_eos",
 )
 
 

@@ -21,7 +21,7 @@ def ablate(
         list[str],
         typer.Option(
             metavar="PATH=A,B",
-            help="Values to compare, such as sampler.block=8,32 or adapters=semantic,both; "
+            help="Values to compare, such as sampler.block_length=8,32 or adapters=semantic,both; "
             "repeat it to run every combination.",
         ),
     ],

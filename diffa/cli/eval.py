@@ -66,9 +66,9 @@ MaxTokensOption = Annotated[
     int | None,
     typer.Option("--max-tokens", min=1, help="Answer length in tokens (default: the paper's)."),
 ]
-BlockOption = Annotated[
+BlockLengthOption = Annotated[
     int | None,
-    typer.Option("--block", min=1, help="Block length in tokens (default: the paper's)."),
+    typer.Option("--block-length", min=1, help="Block length in tokens (default: the paper's)."),
 ]
 SamplesOption = Annotated[
     int,
@@ -107,7 +107,7 @@ def run_benchmark(
     batch: BatchOption = 16,
     batch_seconds: BatchSecondsOption = 480.0,
     max_tokens: MaxTokensOption = None,
-    block: BlockOption = None,
+    block_length: BlockLengthOption = None,
     samples: SamplesOption = 128,
     limit: LimitOption = None,
     audio: AudioFolderOption = None,
@@ -130,7 +130,7 @@ def run_benchmark(
     model, _ = load_model(spec, overrides, sampler_preset, place.device, dtype)
     config = runner.Settings(
         prompt=prompt, mode=mode, batch=batch, budget=batch_seconds, max_tokens=max_tokens,
-        block=block, samples=samples, seed=seed, limit=limit, rank=place.rank, world=place.world,
+        block_length=block_length, samples=samples, seed=seed, limit=limit, rank=place.rank, world=place.world,
     )  # fmt: skip
     on_progress = distributed.shown(place)
     report = runner.run(model, benchmark, table, out, config, on_progress=on_progress)

@@ -52,7 +52,7 @@ def parse_override(text: str, option: str = "--set") -> tuple[str, Any]:
 
     path, equals, value = text.partition("=")
     if not path.strip() or not equals:
-        raise SpecError(f"{option} takes PATH=VALUE, such as sampler.block=16, got {text!r}")
+        raise SpecError(f"{option} takes PATH=VALUE, such as sampler.block_length=16, got {text!r}")
     try:
         return path.strip(), parse_yaml(value)
     except SpecError as error:

@@ -29,7 +29,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="PATH=VALUE",
-        help="Value to override in the spec, such as sampler.block=16; may be repeated.",
+        help="Value to override in the spec, such as sampler.block_length=16; may be repeated.",
     ),
 ]
 SamplerPresetOption = Annotated[

@@ -117,7 +117,7 @@ class Asking:
         stop: threading.Event | None = None,
     ) -> list[Asked]:
         """Answer a batch of one setting; a wave that is text says why there is none."""
-        model = self.with_block(questions[0].block)
+        model = self.with_block(questions[0].block_length)
         name = model.spec.digest()
         sound = [i for i, wave in enumerate(waves) if not isinstance(wave, str)]
         found = self._ask(model, [questions[i] for i in sound], [waves[i] for i in sound], stop)
@@ -131,8 +131,10 @@ class Asking:
         if block not in self._models:
             sampler = self.model.spec.data["sampler"]
             known = read_schema(type(self.model.sampler)).options
-            same = block is None or "block" not in known or sampler.get("block") == block
-            changed = {**sampler, "block": block}
+            same = (
+                block is None or "block_length" not in known or sampler.get("block_length") == block
+            )
+            changed = {**sampler, "block_length": block}
             self._models[block] = self.model if same else swap(self.model, sampler=changed)
         return self._models[block]
 

@@ -50,4 +50,4 @@ def pending(batches: Sequence[list[Clip]], done: Mapping[int, object]) -> list[l
 
 def _settings(clip: Clip) -> tuple[int, int, str]:
     asked = clip.question
-    return asked.max_tokens, asked.block or 0, asked.system or ""
+    return asked.max_tokens, asked.block_length or 0, asked.system or ""

@@ -38,14 +38,14 @@ class Question(NamedTuple):
         text: the user's words; empty where the audio says everything.
         choices: answers whose likelihoods can be compared instead of generating one.
         max_tokens: length of the answer (the papers' settings).
-        block: width of a block, for samplers that have one; None keeps the spec's.
+        block_length: Answer tokens per block, for samplers that have blocks. None: the spec's.
         system: instead of the spec's system turn.
     """
 
     text: str
     choices: tuple[str, ...] = ()
     max_tokens: int = 16
-    block: int | None = None
+    block_length: int | None = None
     system: str | None = None
 
 

@@ -34,7 +34,7 @@ class Settings(NamedTuple):
         mode: generate answers, or take the choice that the model finds likeliest.
         batch: rows per batch at most; it does not change answers.
         budget: seconds of audio per batch at most, padding counted.
-        max_tokens, block: instead of the papers' answer length and block.
+        max_tokens, block_length: instead of the papers' answer length and block.
         samples: draws per choice of several tokens, for likelihoods.
         seed: of official random guesses, likelihoods' draws and the bootstrap.
         limit: only the first rows; all where None.
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     batch: int = 16
     budget: float = 480.0
     max_tokens: int | None = None
-    block: int | None = None
+    block_length: int | None = None
     samples: int = 128
     seed: int = 0
     limit: int | None = None
@@ -278,7 +278,7 @@ def _question(suite: Suite, row: Row, settings: Settings) -> Question | None:
     question = suite.ask(row.fields, settings.prompt)
     return question._replace(
         max_tokens=settings.max_tokens or question.max_tokens,
-        block=settings.block or question.block,
+        block_length=settings.block_length or question.block_length,
     )
 
 

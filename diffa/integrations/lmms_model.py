@@ -31,7 +31,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
     Args:
         spec: preset, file or saved model's folder.
         sampler_preset: named sampler preset of the spec.
-        changes: ``PATH=VALUE`` pairs with ``;`` between them: ``sampler.block=4;sampler.steps=4``.
+        changes: ``PATH=VALUE`` pairs joined by ``;``: ``sampler.block_length=4;sampler.steps=4``.
         max_tokens: length of every answer, whatever the task asks for; the papers' tables use 4
             for MMSU and 16 for MMAU, where lmms-eval's tasks ask for 256 and more.
         system: another system turn.

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from diffa.types import Step
 
 NANO, UNTRAINED = "nano", "tiny"
-FAST = {"name": "blockwise", "block": 8, "threshold": 0.9, "cache": "none"}
-REFERENCE = {"name": "blockwise", "block": 8, "stop": False}  # DIFFA's loop: one token per forward
+FAST = {"name": "blockwise", "block_length": 8, "threshold": 0.9, "cache": "none"}
+REFERENCE = {
+    "name": "blockwise",
+    "block_length": 8,
+    "stop_at_eos": False,
+}  # DIFFA's loop: one token per forward
 
 
 class Ask(NamedTuple):

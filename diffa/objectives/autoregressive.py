@@ -15,11 +15,18 @@ from diffa.types import Decoding, Noised, Vocab
 
 
 class Autoregressive:
-    """Predict every answer token from what stands before it.
+    """Predict every answer token from the tokens before it.
 
-    ``normalization``: per answer token of the batch (``batch``), or the mean of per-sample means
-    (``sample``), or of every row's mean by the tokens' weights (``row``). ``padding``: weight of
-    EOS tokens, relative to all others.
+    Args:
+        vocab: The backbone's vocabulary.
+        normalization: Average the loss over the batch's answer tokens (batch), over samples
+            (sample), or over rows by the weights of their tokens (row).
+        eos_weight: Loss weight of EOS tokens relative to all others.
+        chunk_size: Tokens whose logits are computed at a time. Default: fitted to 128 MiB of
+            logits.
+
+    Raises:
+        SpecError: a number out of its range.
     """
 
     decoding: Decoding = "causal"
@@ -29,14 +36,14 @@ class Autoregressive:
         vocab: Vocab,
         *,
         normalization: Literal["batch", "sample", "row"] = "batch",
-        padding: float = 1.0,
-        chunk: int | None = None,
+        eos_weight: float = 1.0,
+        chunk_size: int | None = None,
     ) -> None:
-        if not padding > 0:
-            raise SpecError(f"padding must be positive, got {padding}")
-        if chunk is not None and chunk < 1:
-            raise SpecError(f"chunk must be at least 1, got {chunk}")
-        self.normalization, self.padding, self.chunk = normalization, padding, chunk
+        if not eos_weight > 0:
+            raise SpecError(f"eos_weight must be positive, got {eos_weight}")
+        if chunk_size is not None and chunk_size < 1:
+            raise SpecError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.normalization, self.eos_weight, self.chunk_size = normalization, eos_weight, chunk_size
         self.eos = vocab.eos
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
@@ -44,8 +51,8 @@ class Autoregressive:
         predicted = answer.clone()
         predicted[:, :1] = False  # nothing stands before it
         weight = predicted.to(torch.float32)
-        if self.padding != 1.0:
-            weight = torch.where(tokens == self.eos, self.padding * weight, weight)
+        if self.eos_weight != 1.0:
+            weight = torch.where(tokens == self.eos, self.eos_weight * weight, weight)
         return Noised(tokens, predicted, weight, answer)
 
     def loss(
@@ -60,5 +67,5 @@ class Autoregressive:
     ) -> Measure:
         """Return ``loss`` together with how many answer tokens were predicted right."""
         ahead = noised.masked[:, 1:]
-        rows = rows_nll(hidden[:, :-1][ahead], head, tokens[:, 1:][ahead], self.chunk)
+        rows = rows_nll(hidden[:, :-1][ahead], head, tokens[:, 1:][ahead], self.chunk_size)
         return pooled(rows, noised, self.normalization)

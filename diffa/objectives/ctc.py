@@ -19,7 +19,7 @@ def ctc(
     *,
     blank: int,
     exact: bool = False,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Return CTC (Graves et al. 2006) per word of embeddings (B, N, W) against word ids per row.
 
@@ -36,7 +36,7 @@ def ctc(
     logits = _logits(embeds.values, head, classes)
     if exact:
         rows = embeds.values.flatten(0, 1)
-        logs = logits - rows_log_total(rows, head, chunk).view(*logits.shape[:2], 1)
+        logs = logits - rows_log_total(rows, head, chunk_size).view(*logits.shape[:2], 1)
         # torch's gradient holds for classes that add up to one: all other words are one class more
         rest = (1 - logs.exp().sum(dim=2, keepdim=True)).clamp(min=1e-6).log()
         logs = torch.cat([logs, rest], dim=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffa.objectives.rng import uniform
 from diffa.runtime.rng import GOLDEN_GAMMA, shift_right
 
-Levels = Literal["independent", "antithetic", "spread"]
+Levels = Literal["independent", "antithetic", "low_discrepancy"]
 
 _HALF = -(1 << 63)
 _PLASTIC = 0.7548776662466927  # 1 over the plastic number: spreads blocks within a row
@@ -25,11 +25,11 @@ _PLASTIC = 0.7548776662466927  # 1 over the plastic number: spreads blocks withi
 def times(levels: Levels, seeds: Tensor, block: Tensor | None = None) -> Tensor:
     """Return uniform times (B, 1) for ``seeds`` (B, 1), or (B, L) for the blocks of tokens (B, L).
 
-    ``antithetic``: seeds 2k and 2k + 1 get t and 1 - t. ``spread``: seed s gets the fraction of
+    ``antithetic``: seeds 2k and 2k + 1 get t and 1 - t. ``low_discrepancy``: seed s gets the fraction of
     s times the golden ratio, so any run of seeds is spread evenly (Kronecker's sequence); blocks
     of a row are spread alike. ``independent`` blocks have draws of their own.
     """
-    if levels == "spread":
+    if levels == "low_discrepancy":
         bits = shift_right(seeds.to(torch.int64) * GOLDEN_GAMMA + _HALF, 41)
         base = (bits.to(torch.float32) + 0.5) * 2.0**-23
         if block is None:

@@ -45,13 +45,13 @@ def frozen_matrix(head: Callable[[Tensor], Tensor]) -> Tensor | None:
 
 
 def rows_nll(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int | None = None
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk_size: int | None = None
 ) -> Rows:
     """Score targets (N,) under the head's reading of hidden (N, W), ``chunk`` rows at a time."""
     matrix = frozen_matrix(head)
     if matrix is not None and matrix.shape[1] == hidden.shape[1]:
-        return _frozen_rows(hidden, matrix, targets, chunk or _fitting(len(matrix)))
-    step = chunk or _fitting(_width_of(head, hidden))
+        return _frozen_rows(hidden, matrix, targets, chunk_size or _fitting(len(matrix)))
+    step = chunk_size or _fitting(_width_of(head, hidden))
     parts = [
         _through(head, hidden[i : i + step], targets[i : i + step]) for i in _starts(hidden, step)
     ]
@@ -62,7 +62,7 @@ def rows_entropy(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     temperature: float,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Entropy (N,) in nats of the head's reading of hidden (N, W) at a temperature, in float32."""
 
@@ -70,24 +70,24 @@ def rows_entropy(
         logs = (logits / temperature).log_softmax(dim=1)
         return -(logs.exp() * logs.clamp(min=-1e4)).sum(dim=1)
 
-    return _rows(hidden, head, score, chunk)
+    return _rows(hidden, head, score, chunk_size)
 
 
 def rows_log_total(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], chunk: int | None = None
+    hidden: Tensor, head: Callable[[Tensor], Tensor], chunk_size: int | None = None
 ) -> Tensor:
     """Log-sum-exp (N,) over the vocabulary of the head's reading of hidden (N, W), in float32."""
-    return _rows(hidden, head, lambda logits: logits.logsumexp(dim=1), chunk)
+    return _rows(hidden, head, lambda logits: logits.logsumexp(dim=1), chunk_size)
 
 
 def _rows(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], Tensor],
-    chunk: int | None,
+    chunk_size: int | None,
 ) -> Tensor:
     """One number (N,) per row of logits, a few rows at a time, forward and backward."""
-    step = chunk or _fitting(_width_of(head, hidden))
+    step = chunk_size or _fitting(_width_of(head, hidden))
     parts = [hidden[i : i + step] for i in _starts(hidden, step)]
     if not torch.is_grad_enabled():
         return torch.cat([score(head(part).float()) for part in parts])
@@ -130,13 +130,13 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, chunk: int
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         nll = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
             # (C, V); logsumexp and softmax in float32 whatever the matrix is kept in
             logits = (hidden[part].to(matrix.dtype) @ matrix.T).to(nll.dtype)
             top = torch.logsumexp(logits, 1)
@@ -159,5 +159,5 @@ class _FrozenHead(torch.autograd.Function):
         return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
-def _frozen_rows(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk: int) -> Rows:
-    return Rows(*_FrozenHead.apply(hidden, matrix, targets, chunk))  # type: ignore[no-untyped-call]
+def _frozen_rows(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk_size: int) -> Rows:
+    return Rows(*_FrozenHead.apply(hidden, matrix, targets, chunk_size))  # type: ignore[no-untyped-call]

@@ -20,36 +20,42 @@ from diffa.types import Decoding, Noised, Vocab
 
 
 class Masked:
-    """Mask answer tokens at a random level and restore them, weighted by one over the level.
+    """Mask answer tokens at a random level and predict them, weighted by one over the level.
 
-    The expectation is the bound on the likelihood, of the whole answer or of its blocks in turn,
-    but for ``full``, ``cart``, ``certainty``, ``padding`` and the normalizations ``masked`` and
-    ``row``.
+    The expectation is the evidence bound of LLaDA (arXiv 2502.09992, eq. 3), for the whole answer
+    or block by block. ``full_mask_prob``, ``cart_p``, ``certainty_weight``, ``eos_weight`` and the
+    normalizations ``masked`` and ``row`` give up the bound.
 
     Args:
-        vocab: the backbone's vocabulary.
-        schedule: how the level rises with time; the expectation is the same, the variance not.
-        power: of the polynomial schedule.
-        eps: lowest level (LLaDA: 1e-3); biases the bound by as much.
-        masking: each token by itself (``bernoulli``), or an exact ``count`` of them: less variance.
-        levels: of the rows: ``independent``, ``antithetic`` pairs, or ``spread`` evenly (low
-            discrepancy); the latter two where rows of a step have consecutive seeds.
-        complementary: pass every row twice, with a set masked and with the rest masked; audio is
-            listened to once (LaViDa). Needs the masking ``count``.
-        block: block diffusion (BD3-LM, 2503.09573): every block of so many answer tokens has its
-            own level and sees the blocks before it unmasked; 1 is autoregression.
-        normalization: divides the weighted sum by the batch's answer tokens (``batch``: DIFFA),
-            takes the mean of per-sample means (``sample``: LLaDA), or leaves the level's weight
-            out and takes the mean over masked tokens (``masked``: Whisper-LLaDA), or the mean of
-            every row's mean over its masked tokens (``row``).
-        cart: weigh tokens by the visible text around them instead of by the level (Dream: 0.3).
-        certainty: weight of the entropy of tokens that are restored right, which trains for
-            decoding several at once (certainty forcing: dParallel, 2509.26488).
-        warmth: temperature of that entropy.
-        full: share of the rows that are masked entirely, at weight 1.
-        padding: weight of EOS tokens, relative to all others (LLaDA: 1); below it a short answer
-            in a long room is not drowned by its padding.
-        chunk: rows that meet the vocabulary at once.
+        vocab: The backbone's vocabulary.
+        schedule: Noise schedule from time to masking level (MD4, arXiv 2406.04329). Changes the
+            variance of the loss, not its expectation.
+        power: Exponent of the polynomial schedule.
+        eps: Lowest masking level (LLaDA: 1e-3). Biases the bound by as much.
+        masking: Mask each token independently (bernoulli), or an exact share of them (count), which
+            has less variance.
+        time_sampling: Noise times of a step's rows: independent, antithetic pairs, or
+            low_discrepancy, spread evenly over the rows. The last two need consecutive seeds.
+        complementary_masking: Train every row twice, on a set of masks and on all other tokens
+            (LaViDa, arXiv 2505.16839). Needs ``masking: count``.
+        block_length: Answer tokens per block for block diffusion, each with its own level (BD3-LM,
+            arXiv 2503.09573). Default: the whole answer is one block.
+        normalization: Average the loss over the batch's answer tokens (batch, DIFFA), over samples
+            (sample, LLaDA), or unweighted over masked tokens (masked) or rows (row).
+        cart_p: Weight tokens by nearby visible text instead of by level, with this geometric
+            parameter (CART, Dream: 0.3). Default: off.
+        certainty_weight: Weight of the entropy of correctly predicted tokens (certainty forcing,
+            dParallel, arXiv 2509.26488). Default: off.
+        certainty_temperature: Temperature of the entropy that ``certainty_weight`` adds.
+        full_mask_prob: Share of rows whose whole answer is masked, at weight 1.
+        eos_weight: Loss weight of EOS tokens relative to all others (LLaDA: 1). Below 1, padding
+            after short answers counts less.
+        chunk_size: Tokens whose logits are computed at a time. Default: fitted to 128 MiB of
+            logits.
+
+    Raises:
+        SpecError: no mask in the vocabulary, a number out of its range, or options that do not
+            combine.
     """
 
     decoding: Decoding = "masked"
@@ -62,39 +68,56 @@ class Masked:
         power: float = 2.0,
         eps: float = 1e-3,
         masking: Literal["bernoulli", "count"] = "bernoulli",
-        levels: Levels = "independent",
-        complementary: bool = False,
-        block: int | None = None,
+        time_sampling: Levels = "independent",
+        complementary_masking: bool = False,
+        block_length: int | None = None,
         normalization: Literal["batch", "sample", "masked", "row"] = "batch",
-        cart: float = 0.0,
-        certainty: float = 0.0,
-        warmth: float = 0.5,
-        full: float = 0.0,
-        padding: float = 1.0,
-        chunk: int | None = None,
+        cart_p: float = 0.0,
+        certainty_weight: float = 0.0,
+        certainty_temperature: float = 0.5,
+        full_mask_prob: float = 0.0,
+        eos_weight: float = 1.0,
+        chunk_size: int | None = None,
     ) -> None:
         if vocab.mask is None:
             raise SpecError("the objective 'masked' needs a backbone whose vocabulary has a mask")
-        for name, share in {"eps": eps, "cart": cart}.items():
+        for name, share in {"eps": eps, "cart_p": cart_p}.items():
             if not 0.0 <= share < 1.0:
                 raise SpecError(f"{name} must lie in [0, 1), got {share}")
-        if not 0.0 <= full <= 1.0:
-            raise SpecError(f"full must lie in [0, 1], got {full}")
-        for name, value in {"chunk": chunk, "block": block}.items():
+        if not 0.0 <= full_mask_prob <= 1.0:
+            raise SpecError(f"full_mask_prob must lie in [0, 1], got {full_mask_prob}")
+        for name, value in {"chunk_size": chunk_size, "block_length": block_length}.items():
             if value is not None and value < 1:
                 raise SpecError(f"{name} must be at least 1, got {value}")
-        if not padding > 0:
-            raise SpecError(f"padding must be positive, got {padding}")
-        if certainty < 0 or not warmth > 0:
-            raise SpecError(f"certainty and warmth must be positive, got {certainty} and {warmth}")
-        if complementary and masking != "count":
-            raise SpecError("complementary needs masking: count; see diffa.objectives.masking")
+        if not eos_weight > 0:
+            raise SpecError(f"eos_weight must be positive, got {eos_weight}")
+        if certainty_weight < 0 or not certainty_temperature > 0:
+            raise SpecError(
+                "certainty_weight must be at least 0 and certainty_temperature above 0, "
+                f"got {certainty_weight} and {certainty_temperature}"
+            )
+        if complementary_masking and masking != "count":
+            raise SpecError("complementary_masking needs masking: count")
         self.mask: int = vocab.mask
         self.schedule = schedules.named(schedule, power)
-        self.eps, self.masking, self.levels, self.block_length = eps, masking, levels, block
-        self.complementary, self.normalization, self.cart = complementary, normalization, cart
-        self.certainty, self.warmth, self.full, self.chunk = certainty, warmth, full, chunk
-        self.padding, self.eos = padding, vocab.eos
+        self.eps, self.masking, self.time_sampling, self.block_length = (
+            eps,
+            masking,
+            time_sampling,
+            block_length,
+        )
+        self.complementary_masking, self.normalization, self.cart_p = (
+            complementary_masking,
+            normalization,
+            cart_p,
+        )
+        self.certainty_weight, self.certainty_temperature, self.full_mask_prob, self.chunk_size = (
+            certainty_weight,
+            certainty_temperature,
+            full_mask_prob,
+            chunk_size,
+        )
+        self.eos_weight, self.eos = eos_weight, vocab.eos
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
         """Mask answer tokens of ``tokens`` (B, L); row b draws from ``seeds`` (B,) [b] only."""
@@ -103,7 +126,7 @@ class Masked:
 
     def second(self, tokens: Tensor, noised: Noised, seeds: Tensor) -> Noised | None:
         """With ``complementary``, the same answers with all else masked; the sums add up."""
-        if not self.complementary:
+        if not self.complementary_masking:
             return None
         answer = noised.answer
         _, _, weight = self._draw(answer, seeds.to(tokens.device)[:, None])
@@ -114,9 +137,9 @@ class Masked:
         block = hiding.blocks(answer, self.block_length)
         # the n-th answer token of its row, wherever that starts
         draws = uniform(seeds, torch.cumsum(answer, 1))
-        t = times(self.levels, seeds, None if self.block_length is None else block.number)
+        t = times(self.time_sampling, seeds, None if self.block_length is None else block.number)
         level, slope = self.schedule.level(t), self.schedule.slope(t)
-        if self.complementary:
+        if self.complementary_masking:
             masked, weight, other = hiding.halved(level, draws, answer, block)
         elif self.masking == "count":
             masked, weight = hiding.counted(level, draws, answer, block)
@@ -125,18 +148,20 @@ class Masked:
             level = schedules.floored(level, self.eps)
             masked, weight = hiding.independent(level, draws, answer)
             other = weight
-        everything = uniform(seeds, torch.full_like(seeds, -2)) < self.full
+        everything = uniform(seeds, torch.full_like(seeds, -2)) < self.full_mask_prob
         masked = torch.where(everything, answer, masked)
-        whole = 2.0 if self.complementary else 1.0  # the other copy has nothing left to mask
+        whole = (
+            2.0 if self.complementary_masking else 1.0
+        )  # the other copy has nothing left to mask
         return masked, torch.where(everything, whole, slope * weight), slope * other
 
     def _noised(self, tokens: Tensor, answer: Tensor, masked: Tensor, weight: Tensor) -> Noised:
-        if self.cart:
-            weight = by_context(masked, answer, self.cart)
+        if self.cart_p:
+            weight = by_context(masked, answer, self.cart_p)
         elif self.normalization in ("masked", "row"):
             weight = torch.ones_like(weight)
-        if self.padding != 1.0:
-            weight = torch.where(tokens == self.eos, self.padding * weight, weight)
+        if self.eos_weight != 1.0:
+            weight = torch.where(tokens == self.eos, self.eos_weight * weight, weight)
         noisy = torch.where(masked, torch.full_like(tokens, self.mask), tokens)
         return Noised(noisy, masked, weight * masked, answer)
 
@@ -152,9 +177,11 @@ class Masked:
     ) -> Measure:
         """Return ``loss`` together with how many masked tokens were restored."""
         asked = hidden[noised.masked]
-        rows = rows_nll(asked, head, tokens[noised.masked], self.chunk)
+        rows = rows_nll(asked, head, tokens[noised.masked], self.chunk_size)
         found = pooled(rows, noised, self.normalization)
-        if not self.certainty:
+        if not self.certainty_weight:
             return found
-        doubt = rows_entropy(asked[rows.hits], head, self.warmth, self.chunk).sum()
-        return found._replace(sum=found.sum + self.certainty * doubt)
+        doubt = rows_entropy(
+            asked[rows.hits], head, self.certainty_temperature, self.chunk_size
+        ).sum()
+        return found._replace(sum=found.sum + self.certainty_weight * doubt)

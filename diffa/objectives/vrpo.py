@@ -31,24 +31,27 @@ class Preference(NamedTuple):
 
 
 class VRPO:
-    """Prefer chosen answers to rejected ones, likelihoods being Monte-Carlo bounds.
+    """Prefer chosen answers to rejected ones by Monte-Carlo bounds on their likelihoods.
 
-    Each answer's bound is the mean over ``samples`` levels with one mask each: of A answer tokens
-    exactly k are hidden, k uniform in 1..A, and A / k times their summed log-likelihood counts.
-    Policy and reference read the same masks; chosen and rejected answers have their own.
-
-    As any objective it can also measure single answers (``corrupt`` and ``loss``); trainers that
-    know pairs call ``draws``, ``bounds`` and ``compare``.
+    Each bound is the mean over ``samples`` draws: of A answer tokens exactly k are masked, k
+    uniform in 1..A, and A / k times their summed log-likelihood counts. Chosen and rejected answers
+    are masked independently. It also measures single answers (``corrupt`` and ``loss``); trainers
+    of pairs call ``draws``, ``bounds`` and ``compare``.
 
     Args:
-        vocab: of the backbone, with a mask.
-        samples: levels per answer (DIFFA-2: 4, LLaDA 1.5: 8).
-        beta: how far the policy may leave the reference: small is far.
-        sft_weight: of the chosen answers' own loss per token, from the same draws (LLaDA 1.5:
-            0.05, DIFFA-2: 0).
-        shared: whether policy and reference read the same masks; false is for comparison.
-        eps: lowest k / A that a weight follows.
-        chunk: rows that meet the vocabulary at once.
+        vocab: The backbone's vocabulary; needs a mask token.
+        samples: Monte-Carlo draws per answer (DIFFA-2: 4, LLaDA 1.5: 8).
+        beta: Inverse strength of the preference, as in DPO: small values allow a policy far from
+            the reference.
+        sft_weight: Weight of the chosen answers' own loss per token (LLaDA 1.5: 0.05, DIFFA-2: 0).
+        shared_masks: Mask policy and reference alike (antithetic sampling of LLaDA 1.5); false only
+            for comparison.
+        eps: Lowest masked share k / A that a weight A / k follows.
+        chunk_size: Tokens whose logits are computed at a time. Default: fitted to 128 MiB of
+            logits.
+
+    Raises:
+        SpecError: no mask in the vocabulary, or a number out of its range.
     """
 
     decoding: Decoding = "masked"
@@ -61,9 +64,9 @@ class VRPO:
         samples: int = 4,
         beta: float = 0.2,
         sft_weight: float = 0.0,
-        shared: bool = True,
+        shared_masks: bool = True,
         eps: float = 1e-3,
-        chunk: int | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         if samples < 1:
             raise SpecError(f"samples must be at least 1, got {samples}")
@@ -75,9 +78,9 @@ class VRPO:
             raise SpecError(f"eps must lie in (0, 1], got {eps}")
         if vocab.mask is None:
             raise SpecError("the objective 'vrpo' needs a backbone whose vocabulary has a mask")
-        self._single = Masked(vocab, masking="count", chunk=chunk)
+        self._single = Masked(vocab, masking="count", chunk_size=chunk_size)
         self.samples, self.beta, self.sft_weight = samples, beta, sft_weight
-        self.shared, self.eps, self.chunk = shared, eps, chunk
+        self.shared_masks, self.eps, self.chunk_size = shared_masks, eps, chunk_size
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
         """Hide k of each row's answer tokens; row b of (B, L) draws from ``seeds`` [b] only."""
@@ -117,7 +120,7 @@ class VRPO:
         """
         count = len(noised.tokens) // len(tokens)
         wanted = tokens.repeat(count, 1)[noised.masked]
-        rows = rows_nll(hidden[noised.masked], head, wanted, self.chunk)
+        rows = rows_nll(hidden[noised.masked], head, wanted, self.chunk_size)
         owner = noised.masked.nonzero()[:, 0] % len(tokens)
         total = rows.nll.new_zeros(len(tokens))
         return total.index_add(0, owner, -rows.nll * noised.weights[noised.masked]) / count

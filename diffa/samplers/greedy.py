@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Greedy:
-    """Write one token after the other, each read off the newest slot.
+    """Decode one token after the other from left to right, for causal backbones.
 
     Args:
-        vocab: the backbone's vocabulary.
-        temperature: 0 takes the likeliest token.
-        top_p: with a temperature, sample among the likeliest tokens that hold this share
-            (nucleus sampling, arXiv 1904.09751).
-        stop: end a row at its first EOS; the rest becomes EOS.
+        vocab: The backbone's vocabulary.
+        temperature: Sampling temperature. Default: take the most likely token.
+        top_p: With a temperature, sample among the most likely tokens whose probabilities sum up to
+            this value (nucleus sampling, arXiv 1904.09751). Default: all.
+        stop_at_eos: End a row at its first EOS; the rest becomes EOS.
 
     Raises:
         SpecError: a number out of its range.
@@ -33,13 +33,23 @@ class Greedy:
     decoding: Literal["causal"] = "causal"
 
     def __init__(
-        self, vocab: Vocab, *, temperature: float = 0.0, top_p: float = 1.0, stop: bool = True
+        self,
+        vocab: Vocab,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_at_eos: bool = True,
     ) -> None:
         if not 0 <= temperature < float("inf"):
             raise SpecError(f"temperature must be 0 or more, got {temperature}")
         if not 0 < top_p <= 1:
             raise SpecError(f"top_p must lie above 0 and up to 1, got {top_p}")
-        self.vocab, self.temperature, self.top_p, self.stop = vocab, temperature, top_p, stop
+        self.vocab, self.temperature, self.top_p, self.stop_at_eos = (
+            vocab,
+            temperature,
+            top_p,
+            stop_at_eos,
+        )
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
@@ -54,7 +64,7 @@ class Greedy:
             tokens, confidence = self._read(denoise(recompute, rows), canvas.seeds, place, slot)
             canvas.write(slot, tokens, confidence)
             final[:, place] = True
-            if self.stop:
+            if self.stop_at_eos:
                 ended = alive & (tokens[:, 0] == self.vocab.eos)
                 behind = torch.arange(canvas.length, device=slot.device) > place
                 canvas.fill(ended[:, None] & behind, self.vocab.eos)

@@ -21,11 +21,11 @@ def unmask(
     canvas: Canvas,
     denoise: Denoise,
     *,
-    block: int,
+    block_length: int,
     understand: Callable[[Tensor, Place], Predictions],
     take: Callable[[Predictions, Place], Tensor],
     slots: Slots | None = None,
-    stop: bool = True,
+    stop_at_eos: bool = True,
 ) -> Iterator[Step]:
     """Unmask blocks from left to right, yielding after every forward.
 
@@ -39,17 +39,17 @@ def unmask(
         stop: end a row when all tokens before its first EOS are decided.
     """
     slots = slots or Slots([])
-    blocks = Blocks(canvas, block)
+    blocks = Blocks(canvas, block_length)
     given = ~canvas.undecided()
     while (place := blocks.enter()) is not None:
         recompute, write = slots(canvas, place)
         predictions = understand(denoise(recompute, place.rows, write=write), place)
         taken = torch.where(take(predictions, place), place.rows, -1)
         canvas.write(taken, predictions.tokens, predictions.confidence)
-        if stop:
+        if stop_at_eos:
             end(canvas, given)
         blocks.advance()
-        yield snapshot(canvas, given=given if stop else None)
+        yield snapshot(canvas, given=given if stop_at_eos else None)
 
 
 class Loop(NamedTuple):
@@ -63,11 +63,11 @@ class Loop(NamedTuple):
         stop: end a row when all tokens before its first EOS are decided.
     """
 
-    block: int
-    order: Order = "confidence"
+    block_length: int
+    ranking: Order = "confidence"
     temperature: float = 0.0
     cache: Cache = "none"
-    stop: bool = True
+    stop_at_eos: bool = True
 
     def __call__(
         self, canvas: Canvas, denoise: Denoise, take: Callable[[Predictions, Place], Tensor]
@@ -76,16 +76,16 @@ class Loop(NamedTuple):
         return unmask(
             canvas,
             denoise,
-            block=self.block,
-            understand=reader(canvas, order=self.order, temperature=self.temperature),
+            block_length=self.block_length,
+            understand=reader(canvas, ranking=self.ranking, temperature=self.temperature),
             take=take,
             slots=cached(self.cache),
-            stop=self.stop,
+            stop_at_eos=self.stop_at_eos,
         )
 
 
 def reader(
-    canvas: Canvas, *, order: Order = "confidence", temperature: float = 0.0
+    canvas: Canvas, *, ranking: Order = "confidence", temperature: float = 0.0
 ) -> Callable[[Tensor, Place], Predictions]:
     """The plain way to read logits: clean, choose, rank."""
     return lambda logits, place: read(
@@ -93,6 +93,6 @@ def reader(
         seeds=canvas.seeds,
         step=place.step,
         places=place.places,
-        order=order,
+        ranking=ranking,
         temperature=temperature,
     )

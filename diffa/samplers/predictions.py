@@ -50,7 +50,7 @@ def read(
     seeds: Tensor,
     step: Tensor,
     places: Tensor,
-    order: Order = "confidence",
+    ranking: Order = "confidence",
     temperature: float = 0.0,
 ) -> Predictions:
     """Choose a token for every slot of clean logits (B, R, V), and rank the slots.
@@ -65,12 +65,12 @@ def read(
         best = logits.gather(-1, tokens[..., None])[..., 0]
     confidence = (best - total).exp()
     score = confidence
-    if order == "random":
+    if ranking == "random":
         score = uniform(seeds, step, places, stream=2)
-    elif order == "margin":
+    elif ranking == "margin":
         top = (logits.topk(2, dim=-1).values - total[..., None]).exp()
         score = top[..., 0] - top[..., 1]
-    elif order == "entropy":
+    elif ranking == "entropy":
         score = -entropy(logits, total)
     return Predictions(tokens, confidence, score, logits, total)
 

@@ -20,18 +20,23 @@ if TYPE_CHECKING:
 
 
 class Prophet:
-    """Decode a block by a fixed schedule until the mean gap between the two best logits of its
-    masks passes a bound, then commit to it (Prophet, arXiv 2508.19982).
+    """Decode by a fixed schedule, and commit a whole block once the model is sure of it.
+
+    A block is committed when the mean gap between the two highest logits of its masks exceeds a
+    bound (Prophet, arXiv 2508.19982).
 
     Args:
-        vocab: the backbone's vocabulary.
-        block: answer tokens per block; the whole answer's span for multiple choice.
-        steps: forwards over the whole answer if nothing is committed; one per token where None.
-        early: the bound on the gap in the first third of a block's masks.
-        middle: in the second third.
-        late: in the last.
-        cache: as in ``blockwise``.
-        stop: end a row when all tokens before its first EOS are decided.
+        vocab: The backbone's vocabulary.
+        block_length: Answer tokens per block; use the whole answer for multiple choice.
+        steps: Denoising steps for the whole answer if nothing is committed. Default: one token per
+            step.
+        early_gap: Logit gap that commits a block in the first third of its masks.
+        middle_gap: Logit gap that commits a block in the second third of its masks.
+        late_gap: Logit gap that commits a block in the last third of its masks.
+        cache: Keys and values kept within a block: none, those before it (prefix), or also those
+            after it (dual).
+        stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
+            EOS.
 
     Raises:
         SpecError: a number out of its range.
@@ -43,19 +48,23 @@ class Prophet:
         self,
         vocab: Vocab,
         *,
-        block: int = 32,
+        block_length: int = 32,
         steps: int | None = None,
-        early: float = 7.5,
-        middle: float = 5.0,
-        late: float = 2.5,
+        early_gap: float = 7.5,
+        middle_gap: float = 5.0,
+        late_gap: float = 2.5,
         cache: Cache = "none",
-        stop: bool = True,
+        stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block=block, steps=steps)
-        for name, value in {"early": early, "middle": middle, "late": late}.items():
+        self.rule = Rule(block_length=block_length, steps=steps)
+        for name, value in {
+            "early_gap": early_gap,
+            "middle_gap": middle_gap,
+            "late_gap": late_gap,
+        }.items():
             positive(name, value)
-        self.vocab, self.bounds = vocab, (early, middle, late)
-        self.loop = Loop(block, cache=cache, stop=stop)
+        self.vocab, self.bounds = vocab, (early_gap, middle_gap, late_gap)
+        self.loop = Loop(block_length, cache=cache, stop_at_eos=stop_at_eos)
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""

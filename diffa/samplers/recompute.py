@@ -29,18 +29,18 @@ class Remembered:
     """Between refreshes at each block's begin: ``prefix`` recomputes from the block on, ``dual``
     the block alone (Fast-dLLM, arXiv 2505.22618), and ``vicinity`` slots to its sides (dInfer)."""
 
-    def __init__(self, cache: Cache, vicinity: int) -> None:
-        self.cache, self.vicinity = cache, vicinity
+    def __init__(self, cache: Cache, vicinity_window: int) -> None:
+        self.cache, self.vicinity_window = cache, vicinity_window
 
     def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
         """Keep the block's surroundings for rows that did not just enter it."""
         count = canvas.count
         # Positions, not slots: between a short prompt and its answer lies padding.
         here = canvas.positions[:count]
-        start = here.gather(1, place.first[:, None]) - self.vicinity
+        start = here.gather(1, place.first[:, None]) - self.vicinity_window
         window = here >= start
         if self.cache == "dual":
-            last = here.gather(1, (place.end - 1)[:, None]) + self.vicinity
+            last = here.gather(1, (place.end - 1)[:, None]) + self.vicinity_window
             window &= here <= last
         return chosen & (window | place.fresh[:, None])
 
@@ -131,14 +131,26 @@ def cached(cache: Cache) -> Slots:
     return Slots([] if cache == "none" else [Remembered(cache, 0)])
 
 
-def check(vicinity: int, suffix: int | None, refresh_audio: int, drift: float, cache: str) -> None:
+def check(
+    vicinity_window: int,
+    suffix_window: int | None,
+    audio_refresh_interval: int,
+    drift_threshold: float,
+    cache: str,
+) -> None:
     """Refuse numbers out of their range, and policies that need a cache without one."""
-    lowest = {"vicinity": (vicinity, 0), "suffix": (suffix or 0, 0)}
-    for name, (value, least) in {**lowest, "refresh_audio": (refresh_audio, 1)}.items():
+    lowest = {"vicinity_window": (vicinity_window, 0), "suffix_window": (suffix_window or 0, 0)}
+    for name, (value, least) in {
+        **lowest,
+        "audio_refresh_interval": (audio_refresh_interval, 1),
+    }.items():
         if value < least:
             raise SpecError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= drift < float("inf"):
-        raise SpecError(f"drift must be 0 or more, got {drift}")
-    for name, given in {"vicinity": vicinity, "drift": drift}.items():
+    if not 0 <= drift_threshold < float("inf"):
+        raise SpecError(f"drift_threshold must be 0 or more, got {drift_threshold}")
+    for name, given in {
+        "vicinity_window": vicinity_window,
+        "drift_threshold": drift_threshold,
+    }.items():
         if given and cache == "none":
-            raise SpecError(f"{name} says what a cache recomputes: set cache to prefix or dual")
+            raise SpecError(f"{name} needs a cache: set cache to prefix or dual")

@@ -24,21 +24,25 @@ if TYPE_CHECKING:
 
 
 class ReMDM:
-    """Unmask a block by schedule, remasking its decided tokens at random in between (ReMDM,
-    arXiv 2503.00307). Tokens that were given stay, and so do finished blocks.
+    """Unmask a block by a fixed schedule, and mask decided tokens again at random (ReMDM).
+
+    Tokens of a draft and of finished blocks stay (arXiv 2503.00307).
 
     Args:
-        vocab: the backbone's vocabulary.
-        block: answer tokens per block.
-        steps: forwards over the whole answer; twice its length where None.
-        eta: strength of remasking, from 0 to 1.
-        scale: a token's probability of being masked again, with m the most that the schedule
-            allows: ``cap`` min(eta, m), ``rescale`` eta m, ``confidence`` eta m shared out by
-            softmax of minus confidence.
-        order: what ranks masked tokens.
-        temperature: of the tokens; 0 takes the likeliest.
-        cache: as in ``blockwise``.
-        stop: end a row when all tokens before its first EOS are decided.
+        vocab: The backbone's vocabulary.
+        block_length: Answer tokens per block (LLaDA).
+        steps: Denoising steps for the whole answer. Default: twice its length.
+        eta: Strength of remasking, from 0 (none) to 1.
+        remasking_schedule: Probability of masking a token again, m being the largest that the
+            schedule allows: min(eta, m) (cap), eta m (rescale), or eta m weighted by low
+            confidence.
+        ranking: Order in which masked tokens are accepted: highest confidence, margin to the second
+            token, lowest entropy, or random.
+        temperature: Sampling temperature. Default: take the most likely token.
+        cache: Keys and values kept within a block: none, those before it (prefix), or also those
+            after it (dual).
+        stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
+            EOS.
 
     Raises:
         SpecError: a number out of its range.
@@ -50,21 +54,27 @@ class ReMDM:
         self,
         vocab: Vocab,
         *,
-        block: int = 32,
+        block_length: int = 32,
         steps: int | None = None,
         eta: float = 0.05,
-        scale: Literal["cap", "rescale", "confidence"] = "cap",
-        order: Order = "confidence",
+        remasking_schedule: Literal["cap", "rescale", "confidence"] = "cap",
+        ranking: Order = "confidence",
         temperature: float = 0.0,
         cache: Cache = "none",
-        stop: bool = True,
+        stop_at_eos: bool = True,
     ) -> None:
-        Rule(block=block, steps=steps)
+        Rule(block_length=block_length, steps=steps)
         positive("temperature", temperature)
         if not 0 <= eta <= 1:
             raise SpecError(f"eta must lie between 0 and 1, got {eta}")
-        self.vocab, self.block, self.steps, self.eta, self.scale = vocab, block, steps, eta, scale
-        self.loop = Loop(block, order, temperature, cache, stop)
+        self.vocab, self.block_length, self.steps, self.eta, self.remasking_schedule = (
+            vocab,
+            block_length,
+            steps,
+            eta,
+            remasking_schedule,
+        )
+        self.loop = Loop(block_length, ranking, temperature, cache, stop_at_eos)
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
@@ -79,15 +89,15 @@ class ReMDM:
 
         for _ in self.loop(canvas, denoise, take):
             canvas.fill(self._again(canvas, latest[0], ours), canvas.vocab.mask or 0)
-            yield snapshot(canvas, revised=self.block)
+            yield snapshot(canvas, revised=self.block_length)
 
     def _steps(self, canvas: Canvas, place: Place) -> Tensor:
         """Forwards (B,) of the rows' active blocks."""
-        share = canvas.length / self.block
+        share = canvas.length / self.block_length
         steps = self.steps or 2 * canvas.length
-        per = per_block(None, canvas.length, self.block)
+        per = per_block(None, canvas.length, self.block_length)
         counts = torch.tensor(per, device=place.block.device)[place.block.clamp(min=0)]
-        return (counts * steps / (share * self.block)).long().clamp(min=1)
+        return (counts * steps / (share * self.block_length)).long().clamp(min=1)
 
     def _target(self, canvas: Canvas, place: Place, ahead: int) -> Tensor:
         """How many of the block's masks are to be decided ``ahead`` forwards from now, (B,)."""
@@ -106,8 +116,8 @@ class ReMDM:
         now = self._target(canvas, place, 1) / place.due.clamp(min=1)
         then = self._target(canvas, place, 2) / place.due.clamp(min=1)
         most = ((1 - then) / now.clamp(min=1e-6)).clamp(0, 1)[:, None]
-        sigma = most.clamp(max=self.eta) if self.scale == "cap" else self.eta * most
-        if self.scale == "confidence":
+        sigma = most.clamp(max=self.eta) if self.remasking_schedule == "cap" else self.eta * most
+        if self.remasking_schedule == "confidence":
             doubt = (-canvas.confidence).masked_fill(~able, -torch.inf).softmax(dim=1)
             sigma = (sigma * doubt.nan_to_num() * able.sum(dim=1, keepdim=True)).clamp(max=1)
         draws = uniform(canvas.seeds, place.step, places.expand_as(ours), stream=3)

@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 
 
 class Revise:
-    """Read a draft once, mask its doubtful tokens again, and decode as usual (deliberation:
-    Whisper-LLaDA's correction of transcripts). Without a draft it is plain decoding.
+    """Mask the doubtful tokens of a draft again, then decode as ``blockwise`` does.
+
+    One pass scores the draft (Whisper-LLaDA's deliberation over transcripts). Without a draft this
+    is blockwise decoding.
 
     Args:
-        vocab: the backbone's vocabulary.
-        doubt: a draft's token below this probability, all others given, is masked again.
-        block: answer tokens per block.
-        steps: forwards over the whole answer, or
-        threshold: accept probabilities of at least this.
-        cache: as in ``blockwise``.
-        stop: end a row when all tokens before its first EOS are decided.
+        vocab: The backbone's vocabulary.
+        remask_threshold: Mask a draft's token again if its probability is below this value.
+        block_length: Answer tokens per block (LLaDA).
+        steps: Denoising steps for the whole answer, as in ``blockwise``. Default: one token per
+            step.
+        threshold: Accept every token whose probability reaches this value (Fast-dLLM). Excludes
+            ``steps``.
+        cache: Keys and values kept within a block: none, those before it (prefix), or also those
+            after it (dual).
+        stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
+            EOS.
 
     Raises:
         SpecError: steps and threshold together, or a number out of its range.
@@ -42,18 +48,18 @@ class Revise:
         self,
         vocab: Vocab,
         *,
-        doubt: float = 0.5,
-        block: int = 32,
+        remask_threshold: float = 0.5,
+        block_length: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
         cache: Cache = "none",
-        stop: bool = True,
+        stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block=block, steps=steps, threshold=threshold)
-        if not 0 <= doubt <= 1:
-            raise SpecError(f"doubt must lie between 0 and 1, got {doubt}")
-        self.vocab, self.doubt = vocab, doubt
-        self.loop = Loop(block, cache=cache, stop=stop)
+        self.rule = Rule(block_length=block_length, steps=steps, threshold=threshold)
+        if not 0 <= remask_threshold <= 1:
+            raise SpecError(f"remask_threshold must lie between 0 and 1, got {remask_threshold}")
+        self.vocab, self.remask_threshold = vocab, remask_threshold
+        self.loop = Loop(block_length, cache=cache, stop_at_eos=stop_at_eos)
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Revise and fill the canvas's answers, yielding after every forward."""
@@ -75,6 +81,6 @@ class Revise:
         known = logits.gather(-1, tokens[..., None])[..., 0]
         share = (known - logits.logsumexp(dim=-1)).exp()
         canvas.write(rows, tokens, share)
-        doubted = torch.where((share < self.doubt) & (rows >= 0), rows, -1)
+        doubted = torch.where((share < self.remask_threshold) & (rows >= 0), rows, -1)
         masks = torch.full_like(tokens, canvas.vocab.mask or 0)
         canvas.write(doubted, masks, torch.zeros_like(share))

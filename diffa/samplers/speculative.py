@@ -20,19 +20,24 @@ if TYPE_CHECKING:
 
 
 class Speculative:
-    """The tokens of ``blockwise`` with a dual cache, in fewer forwards: drafts of the block after
-    one, two, ... more steps are read beside it, each in a branch of its own, and as many steps are
-    taken as the drafts foresaw (FreeDave, arXiv 2510.00294).
+    """Decode the tokens of ``blockwise`` with a dual cache in fewer passes, by self-speculation.
+
+    Each pass also reads drafts of the block one, two, ... steps ahead, each in a branch of its own,
+    and takes as many steps as the drafts predicted right (FreeDave, arXiv 2510.00294).
 
     Args:
-        vocab: the backbone's vocabulary.
-        depth: steps that one forward can take.
-        block: answer tokens per block.
-        steps: of the decoder that is sped up, over the whole answer; one per token where None, or
-        threshold: accept probabilities of at least this.
-        order: what ranks masked tokens: probability, gap to the second, entropy, or chance.
-        temperature: of the tokens; 0 takes the likeliest.
-        stop: end a row when all tokens before its first EOS are decided.
+        vocab: The backbone's vocabulary.
+        draft_steps: Most decoding steps that one forward pass can take.
+        block_length: Answer tokens per block (LLaDA).
+        steps: Denoising steps for the whole answer, as in ``blockwise``. Default: one token per
+            step.
+        threshold: Accept every token whose probability reaches this value (Fast-dLLM). Excludes
+            ``steps``.
+        ranking: Order in which masked tokens are accepted: highest confidence, margin to the second
+            token, lowest entropy, or random.
+        temperature: Sampling temperature. Default: take the most likely token.
+        stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
+            EOS.
 
     Raises:
         SpecError: steps and threshold together, or a number out of its range.
@@ -44,28 +49,33 @@ class Speculative:
         self,
         vocab: Vocab,
         *,
-        depth: int = 4,
-        block: int = 32,
+        draft_steps: int = 4,
+        block_length: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
-        order: Order = "confidence",
+        ranking: Order = "confidence",
         temperature: float = 0.0,
-        stop: bool = True,
+        stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block=block, steps=steps, threshold=threshold)
-        self.rule.check_order(order)
-        self.order: Order = order
+        self.rule = Rule(block_length=block_length, steps=steps, threshold=threshold)
+        self.rule.check_ranking(ranking)
+        self.ranking: Order = ranking
         positive("temperature", temperature)
-        if depth < 1:
-            raise SpecError(f"depth must be at least 1, got {depth}")
-        self.vocab, self.depth, self.block, self.stop = vocab, depth, block, stop
+        if draft_steps < 1:
+            raise SpecError(f"draft_steps must be at least 1, got {draft_steps}")
+        self.vocab, self.draft_steps, self.block_length, self.stop_at_eos = (
+            vocab,
+            draft_steps,
+            block_length,
+            stop_at_eos,
+        )
         self.temperature = temperature
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
-        width, blocks = min(self.block, canvas.length), Blocks(canvas, self.block)
+        width, blocks = min(self.block_length, canvas.length), Blocks(canvas, self.block_length)
         given = ~canvas.undecided()
-        slots = [canvas.scratch(width, branch=d) for d in range(1, self.depth)]
+        slots = [canvas.scratch(width, branch=d) for d in range(1, self.draft_steps)]
         shadows = torch.cat(slots) if slots else canvas.tokens.new_zeros(0)
         draft = Draft(canvas.tokens.new_zeros(canvas.count, len(slots), width), canvas.seeds < 0)
         while (place := blocks.enter()) is not None:
@@ -75,10 +85,10 @@ class Speculative:
             both = torch.cat([tokens[:, None], draft.tokens], dim=1)
             logits = look(canvas, denoise, place, own, there, both, drafted, shadows)
             taken, draft = self._follow(canvas, place, logits, own, there, both, drafted)
-            if self.stop:
+            if self.stop_at_eos:
                 end(canvas, given)
             blocks.advance(taken)
-            yield snapshot(canvas, given=given if self.stop else None)
+            yield snapshot(canvas, given=given if self.stop_at_eos else None)
 
     def _slots(self, canvas: Canvas, place: Place, width: int) -> tuple[Tensor, Tensor]:
         """The slots of each row's block (B, W), and which of them there are."""
@@ -122,7 +132,7 @@ class Speculative:
         draft = extend(
             self.rule,
             ahead,
-            self.depth - 1,
+            self.draft_steps - 1,
             now,
             there,
             chosen,
@@ -138,6 +148,6 @@ class Speculative:
             seeds=canvas.seeds,
             step=place.step,
             places=place.places,
-            order=self.order,
+            ranking=self.ranking,
             temperature=self.temperature,
         )

@@ -20,15 +20,19 @@ if TYPE_CHECKING:
 
 
 class Wino:
-    """Accept generously, and at every forward check the block's decided tokens by shadow slots
-    that see everything but the token they check (WINO, arXiv 2507.18578).
+    """Accept tokens generously, and mask those again that the next pass finds unlikely (WINO).
+
+    Shadow slots score each decided token of the block by leave-one-out: they attend to everything
+    but the token they check (arXiv 2507.18578).
 
     Args:
-        vocab: the backbone's vocabulary.
-        block: answer tokens per block.
-        accept: probability from which a mask is decided.
-        doubt: leave-one-out probability below which a decided token is masked again.
-        stop: end a row when all tokens before its first EOS are decided.
+        vocab: The backbone's vocabulary.
+        block_length: Answer tokens per block (LLaDA).
+        threshold: Accept tokens whose probability exceeds this value, and at least one per pass.
+        remask_threshold: Mask a token again if its leave-one-out probability is below this value
+            (``threshold_back`` in WINO's code).
+        stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
+            EOS.
 
     Raises:
         SpecError: a number out of its range.
@@ -40,22 +44,22 @@ class Wino:
         self,
         vocab: Vocab,
         *,
-        block: int = 128,
-        accept: float = 0.6,
-        doubt: float = 0.9,
-        stop: bool = True,
+        block_length: int = 128,
+        threshold: float = 0.6,
+        remask_threshold: float = 0.9,
+        stop_at_eos: bool = True,
     ) -> None:
-        Rule(block=block)
-        for name, value in {"accept": accept, "doubt": doubt}.items():
+        Rule(block_length=block_length)
+        for name, value in {"threshold": threshold, "remask_threshold": remask_threshold}.items():
             if not 0 <= value <= 1:
                 raise SpecError(f"{name} must lie between 0 and 1, got {value}")
-        self.vocab, self.block, self.stop = vocab, block, stop
-        self.accept, self.doubt = accept, doubt
+        self.vocab, self.block_length, self.stop_at_eos = vocab, block_length, stop_at_eos
+        self.threshold, self.remask_threshold = threshold, remask_threshold
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
-        width = min(self.block, canvas.length)
-        ours, blocks = canvas.undecided(), Blocks(canvas, self.block)
+        width = min(self.block_length, canvas.length)
+        ours, blocks = canvas.undecided(), Blocks(canvas, self.block_length)
         shadows = canvas.scratch(width, branch=1)
         while (place := blocks.enter()) is not None:
             checked, there = self._cast(canvas, place, ours, shadows)
@@ -65,7 +69,7 @@ class Wino:
             own = place.rows.shape[1]
             found, loud = logits[:, :own], logits[:, own:]
             predictions = read(found, seeds=canvas.seeds, step=place.step, places=place.places)
-            taken = select.capped(predictions.score, place.masked, self.accept, self._cap(place))
+            taken = select.capped(predictions.score, place.masked, self.threshold, self._cap(place))
             # At least one token more is decided after every forward than before it.
             doubted = self._doubted(canvas, loud, checked, there, taken.sum(dim=1) - 1)
             canvas.write(
@@ -73,10 +77,10 @@ class Wino:
             )
             masks = torch.full_like(checked, canvas.vocab.mask or 0)
             canvas.write(torch.where(doubted, checked, -1), masks, torch.zeros_like(loud[..., 0]))
-            if self.stop:
+            if self.stop_at_eos:
                 end(canvas, ~ours)
             blocks.advance()
-            yield snapshot(canvas, revised=self.block)
+            yield snapshot(canvas, revised=self.block_length)
 
     def _cast(
         self, canvas: Canvas, place: Place, ours: Tensor, shadows: Tensor
@@ -117,4 +121,4 @@ class Wino:
         known = logits.gather(-1, tokens[..., None])[..., 0]
         share = (known - logits.logsumexp(dim=-1)).exp()
         worst = select.fixed(-share, there, most) & (most > 0)[:, None]
-        return worst & (share < self.doubt)
+        return worst & (share < self.remask_threshold)

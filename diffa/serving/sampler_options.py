@@ -11,23 +11,23 @@ from diffa.errors import DiffaError
 from diffa.serving.errors import bad_request
 
 RANGES: dict[str, tuple[float, float]] = {
-    "block": (1, 512),
+    "block_length": (1, 512),
     "steps": (1, 4096),
     "threshold": (0.0, 1.0),
     "factor": (0.0, 16.0),
-    "entropy": (0.0, 16.0),
-    "leap": (0.0, 1.0),
-    "spread": (0.0, 1.0),
-    "stable": (0.0, 16.0),
-    "credit": (0.0, 4.0),
+    "entropy_bound": (0.0, 16.0),
+    "neighbor_threshold": (0.0, 1.0),
+    "run_threshold": (0.0, 1.0),
+    "kl_threshold": (0.0, 16.0),
+    "credit_strength": (0.0, 4.0),
     "temperature": (0.0, 2.0),
-    "guidance": (0.0, 8.0),
-    "vicinity": (0, 64),
-    "suffix": (0, 4096),
-    "refresh_audio": (1, 64),
-    "drift": (0.0, 1.0),
+    "cfg_scale": (0.0, 8.0),
+    "vicinity_window": (0, 64),
+    "suffix_window": (0, 4096),
+    "audio_refresh_interval": (1, 64),
+    "drift_threshold": (0.0, 1.0),
 }
-CHOICES = ("name", "order", "unconditional", "cache", "stop")
+CHOICES = ("name", "ranking", "cfg_drop", "cache", "stop_at_eos")
 _KEPT = 64
 
 
@@ -104,8 +104,8 @@ class Samplers:
 def _without_rivals(base: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The options asked for over those of ``base``; a rule that is asked for replaces the one
     there, because each decides how many tokens a forward accepts."""
-    rules = ("steps", "threshold", "factor", "entropy")
-    finer = ("leap", "spread", "stable")
+    rules = ("steps", "threshold", "factor", "entropy_bound")
+    finer = ("neighbor_threshold", "run_threshold", "kl_threshold")
     kept = dict(base)
     if any(asked.get(rule) is not None for rule in rules):
         kept = {key: value for key, value in kept.items() if key not in (*rules, *finer)}

@@ -37,8 +37,8 @@ def controls(spec: Spec, decoding: str, begin: str, title: str) -> Controls:
         list(offered), value=start.sampler, label="Sampler", info=offered.get(start.sampler, "")
     )
     block = gr.Slider(
-        1, 128, start.block, step=1, label="Block", visible=shown["block"],
-        info=sampler_options.meaning(told, "block"),
+        1, 128, start.block_length, step=1, label="Block", visible=shown["block_length"],
+        info=sampler_options.meaning(told, "block_length"),
     )  # fmt: skip
     rule = gr.Radio(
         sampler_options.rules(told), value=start.rule, label="Tokens per forward",
@@ -57,11 +57,11 @@ def controls(spec: Spec, decoding: str, begin: str, title: str) -> Controls:
         info="Of the drawn tokens; 0 takes the likeliest.",
     )  # fmt: skip
     guidance = gr.Slider(
-        0, 4, start.guidance, step=0.25, label="Guidance", visible=shown["guidance"],
+        0, 4, start.cfg_scale, step=0.25, label="Guidance", visible=shown["cfg_scale"],
         info="Away from what is said without the question; doubles the work; 0 for none.",
     )  # fmt: skip
     others = gr.Textbox(
-        start.others, label="Further options", placeholder="suffix: 64, stop: false",
+        start.others, label="Further options", placeholder="suffix_window: 64, stop_at_eos: false",
         info="Any other option of the sampler, as NAME: VALUE.",
     )  # fmt: skip
     fields = (sampler, block, rule, value, cache, temperature, guidance, others)
@@ -83,7 +83,7 @@ def _connect(
         updates = dict(chosen._asdict())
         for key in PLAIN:
             meant = sampler_options.meaning(chosen.sampler, key)
-            info = {"info": meant} if key in ("block", "cache") and meant else {}
+            info = {"info": meant} if key in ("block_length", "cache") and meant else {}
             updates[key] = gr.update(value=updates[key], visible=there[key], **info)
         updates["sampler"] = gr.update(value=chosen.sampler, info=offered.get(chosen.sampler, ""))
         updates["rule"] = gr.update(

@@ -13,11 +13,11 @@ from diffa.spec.spec import Spec
 from diffa.spec.yaml import parse_yaml
 
 ONE = "one token per forward"
-RULES = (ONE, "steps", "threshold", "factor", "entropy")
+RULES = (ONE, "steps", "threshold", "factor", "entropy_bound")
 """Ways to choose what a forward decides; options of samplers, apart from the first."""
-STARTS = {ONE: 1.0, "steps": 8.0, "threshold": 0.9, "factor": 1.0, "entropy": 0.5}
+STARTS = {ONE: 1.0, "steps": 8.0, "threshold": 0.9, "factor": 1.0, "entropy_bound": 0.5}
 """A value to begin with for each rule."""
-PLAIN = ("block", "cache", "temperature", "guidance")
+PLAIN = ("block_length", "cache", "temperature", "cfg_scale")
 """Options that have a control of their own."""
 CACHES = ("none", "prefix", "dual")
 
@@ -26,12 +26,12 @@ class Chosen(NamedTuple):
     """What the controls of one sampler preset say, in their order on the page."""
 
     sampler: str = "blockwise"
-    block: float | None = 32
+    block_length: float | None = 32
     rule: str = ONE
     value: float | None = 1.0
     cache: str = "none"
     temperature: float = 0.0
-    guidance: float = 0.0
+    cfg_scale: float = 0.0
     others: str = ""
 
 
@@ -86,8 +86,8 @@ def write(chosen: Chosen) -> dict[str, Any]:
     for key in PLAIN:
         if key in offered:
             made[key] = _filled(key, getattr(chosen, key))
-    if "block" in made:
-        made["block"] = int(made["block"])
+    if "block_length" in made:
+        made["block_length"] = int(made["block_length"])
     if chosen.rule != ONE:
         if chosen.rule not in offered:
             raise SpecError(f"the sampler {chosen.sampler!r} has no rule {chosen.rule!r}")
@@ -147,7 +147,7 @@ def _parse(text: str) -> dict[str, Any]:
         made = parse_yaml("{" + text.replace("\n", ", ") + "}")
     except SpecError as error:
         raise SpecError(
-            f"further options: {error}; write them as suffix: 64, stop: false"
+            f"further options: {error}; write them as suffix_window: 64, stop_at_eos: false"
         ) from error
     if not isinstance(made, dict) or any(
         value is None and f"{key}: null" not in text for key, value in made.items()

@@ -68,7 +68,7 @@ def test_values_are_split_at_commas_outside_of_brackets():
     ]  # fmt: skip
     assert axis.levels[2].value == {"name": "mel", "bins": [1, 2]}
     assert read_axis("backbone=llada,{name: llama, seed: 3}").levels[1].label == "llama"
-    assert [level.value for level in read_axis("sampler.block=8,16").levels] == [8, 16]
+    assert [level.value for level in read_axis("sampler.block_length=8,16").levels] == [8, 16]
 
 
 def test_a_value_may_stand_in_a_file(tmp_path):
@@ -128,7 +128,7 @@ def test_weights_are_never_guessed(world):
 
 def test_any_path_of_spec_or_recipe_can_be_varied(world):
     base = recipe(world)
-    assert changed(base, "sampler.block", 4).spec.data["sampler"]["block"] == 4
+    assert changed(base, "sampler.block_length", 4).spec.data["sampler"]["block_length"] == 4
     assert changed(base, "spec.sampler", "quick").spec.resolve().data["sampler"]["threshold"] == 0.5
     assert changed(base, "stages.tune.steps", 7).stages[1].steps == 7
     rates = changed(base, "stages.*.optimizer.lr", 1e-3).stages
@@ -137,7 +137,7 @@ def test_any_path_of_spec_or_recipe_can_be_varied(world):
     with pytest.raises(SpecError, match="seeds are not compared"):
         changed(base, "seed", 3)
     with pytest.raises(SpecError, match=r"at backbone=llada, sampler\.blok=3"):
-        cells(base, read_axes(["backbone=llada", "sampler.blok=3"]), 1)
+        cells(base, read_axes(["backbone=llada", "sampler.block_lenth=3"]), 1)
 
 
 # --- the grid -----------------------------------------------------------------------------------
@@ -149,9 +149,9 @@ def trainings(base: Recipe, *vary: str, seeds: int = 1) -> int:
 
 def test_cells_that_differ_in_decoding_alone_share_a_training(world):
     base = recipe(world)
-    assert trainings(base, "sampler.block=4,8,16", "prompt.max_tokens=4,8") == 1
+    assert trainings(base, "sampler.block_length=4,8,16", "prompt.max_tokens=4,8") == 1
     assert trainings(base, "stages.tune.evaluate.max_tokens=4,8") == 1
-    assert trainings(base, "sampler.block=4,8", seeds=3) == 3
+    assert trainings(base, "sampler.block_length=4,8", seeds=3) == 3
     assert trainings(base, "adapters=semantic,both") == 2
     assert trainings(base, "stages.tune.steps=1,2") == 2
 
@@ -159,9 +159,9 @@ def test_cells_that_differ_in_decoding_alone_share_a_training(world):
 def test_a_sampler_that_chooses_weights_belongs_to_the_training(world):
     data = plan(world)
     data["stages"][1] |= {"take": "best"}
-    assert trainings(Recipe(data, world), "sampler.block=4,8") == 1  # chosen by the loss
+    assert trainings(Recipe(data, world), "sampler.block_length=4,8") == 1  # chosen by the loss
     data["stages"][1]["evaluate"]["best"] = "exact"
-    assert trainings(Recipe(data, world), "sampler.block=4,8") == 2
+    assert trainings(Recipe(data, world), "sampler.block_length=4,8") == 2
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_every_number_of_a_score_is_found():
 
 
 def test_tables_say_what_was_measured(world):
-    axes = read_axes(["adapters=semantic,both", "sampler.block=4,8"])
+    axes = read_axes(["adapters=semantic,both", "sampler.block_length=4,8"])
     grid = cells(recipe(world), axes, 3)
     results = {
         cell.name: {
@@ -225,7 +225,7 @@ def test_tables_say_what_was_measured(world):
 SCORE = """
 import json, sys
 spec = json.load(open(sys.argv[1] + "/spec.json"))
-json.dump({"block": {"value": spec["sampler"]["block"], "n": 1}}, open(sys.argv[2], "w"))
+json.dump({"block_length": {"value": spec["sampler"]["block_length"], "n": 1}}, open(sys.argv[2], "w"))
 """
 
 
@@ -243,7 +243,16 @@ def test_a_study_runs_resumes_and_is_written(world, tmp_path, capsys):
     out = tmp_path / "study"
     (tmp_path / "score.py").write_text(SCORE)
     words = ["ablate", str(world / "recipe.yaml"), "--vary", "adapters=semantic,both"]
-    words += ["--vary", "sampler.block=2,4", "--seeds", "1", "--out", str(out), "--jobs", "0"]
+    words += [
+        "--vary",
+        "sampler.block_length=2,4",
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+        "--jobs",
+        "0",
+    ]
     words += ["--score", f"{sys.executable} {tmp_path / 'score.py'} {{model}} {{json}}"]
     assert call([*words, "--dry-run"]) == 0
     assert "4 runs, 2 trainings" in capsys.readouterr().err and not out.exists()
@@ -273,7 +282,9 @@ def test_a_study_runs_resumes_and_is_written(world, tmp_path, capsys):
     # without the command that scored them, cells are measured anew
     assert call([word for word in words if "score" not in word]) == 0
     assert "2 trainings to run" in capsys.readouterr().err
-    assert "block" not in (out / "table.csv").read_text().splitlines()[0].replace(".block", "")
+    assert "block_length" not in (out / "table.csv").read_text().splitlines()[0].replace(
+        ".block_length", ""
+    )
 
 
 @pytest.mark.parametrize("jobs", [0, pytest.param(2, marks=pytest.mark.slow)])

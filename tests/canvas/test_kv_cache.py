@@ -17,24 +17,33 @@ from diffa.samplers.wino import Wino
 MODEL = small.backbone()
 VOCAB = MODEL.vocab
 SAMPLERS = {
-    "exact": lambda: Blockwise(VOCAB, block=4),
-    "prefix": lambda: Blockwise(VOCAB, block=4, cache="prefix", threshold=0.5),
-    "dual": lambda: Blockwise(VOCAB, block=4, cache="dual", factor=1.0),
-    "vicinity": lambda: Blockwise(VOCAB, block=4, cache="dual", vicinity=2),
-    "suffix": lambda: Blockwise(VOCAB, block=4, suffix=2),
-    "suffix-prefix": lambda: Blockwise(VOCAB, block=4, cache="prefix", suffix=2),
-    "lazy": lambda: Blockwise(VOCAB, block=4, refresh_audio=3),
-    "drift": lambda: Blockwise(VOCAB, block=3, cache="dual", drift=0.05),
-    "guided": lambda: Blockwise(VOCAB, block=4, cache="dual", guidance=1.0, unconditional="audio"),
-    "sampled": lambda: Blockwise(VOCAB, block=4, temperature=1.0, cache="dual"),
-    "stable": lambda: Blockwise(VOCAB, block=4, threshold=0.4, stable=0.5),
-    "credit": lambda: Blockwise(VOCAB, block=4, threshold=0.5, credit=0.7),
-    "speculative": lambda: Speculative(VOCAB, block=4),
-    "prophet": lambda: Prophet(VOCAB, block=4, early=1.0, middle=1.0, late=1.0),
-    "wino": lambda: Wino(VOCAB, block=6, accept=0.4),
-    "remdm": lambda: ReMDM(VOCAB, block=6, eta=0.3),
-    "revise": lambda: Revise(VOCAB, block=4),
-    "growing": lambda: Growing(VOCAB, block=4, initial=4, grow=4, tail=4, enough=0.1),
+    "exact": lambda: Blockwise(VOCAB, block_length=4),
+    "prefix": lambda: Blockwise(VOCAB, block_length=4, cache="prefix", threshold=0.5),
+    "dual": lambda: Blockwise(VOCAB, block_length=4, cache="dual", factor=1.0),
+    "vicinity": lambda: Blockwise(VOCAB, block_length=4, cache="dual", vicinity_window=2),
+    "suffix window": lambda: Blockwise(VOCAB, block_length=4, suffix_window=2),
+    "suffix-prefix": lambda: Blockwise(VOCAB, block_length=4, cache="prefix", suffix_window=2),
+    "lazy": lambda: Blockwise(VOCAB, block_length=4, audio_refresh_interval=3),
+    "drift": lambda: Blockwise(VOCAB, block_length=3, cache="dual", drift_threshold=0.05),
+    "guided": lambda: Blockwise(
+        VOCAB, block_length=4, cache="dual", cfg_scale=1.0, cfg_drop="audio"
+    ),
+    "sampled": lambda: Blockwise(VOCAB, block_length=4, temperature=1.0, cache="dual"),
+    "KLASS": lambda: Blockwise(VOCAB, block_length=4, threshold=0.4, kl_threshold=0.5),
+    "credit": lambda: Blockwise(VOCAB, block_length=4, threshold=0.5, credit_strength=0.7),
+    "speculative": lambda: Speculative(VOCAB, block_length=4),
+    "prophet": lambda: Prophet(VOCAB, block_length=4, early_gap=1.0, middle_gap=1.0, late_gap=1.0),
+    "wino": lambda: Wino(VOCAB, block_length=6, threshold=0.4),
+    "remdm": lambda: ReMDM(VOCAB, block_length=6, eta=0.3),
+    "revise": lambda: Revise(VOCAB, block_length=4),
+    "growing": lambda: Growing(
+        VOCAB,
+        block_length=4,
+        initial_length=4,
+        expansion_length=4,
+        eos_check_tokens=4,
+        eos_threshold=0.1,
+    ),
 }
 
 
@@ -52,14 +61,14 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @given(
     options=st.fixed_dictionaries(
         {
-            "block": st.integers(1, 12),
+            "block_length": st.integers(1, 12),
             "cache": st.sampled_from(["prefix", "dual"]),
-            "vicinity": st.integers(0, 5),
-            "suffix": st.none() | st.integers(0, 9),
-            "refresh_audio": st.integers(1, 4),
-            "drift": st.sampled_from([0.0, 0.02, 0.5]),
+            "vicinity_window": st.integers(0, 5),
+            "suffix_window": st.none() | st.integers(0, 9),
+            "audio_refresh_interval": st.integers(1, 4),
+            "drift_threshold": st.sampled_from([0.0, 0.02, 0.5]),
             "threshold": st.none() | st.floats(0.2, 1.0),
-            "credit": st.sampled_from([0.0, 0.5]),
+            "credit_strength": st.sampled_from([0.0, 0.5]),
         }
     ),
     length=st.integers(1, 14),
@@ -76,18 +85,20 @@ def test_combined_policies_keep_rows_apart(options, length):
 @pytest.mark.parametrize("options", [{}, {"steps": 5}, {"threshold": 0.4}], ids=str)
 def test_speculation_is_token_identical_on_a_model(options):
     asked = small.questions()
-    fast, few = small.decode(MODEL, Speculative(VOCAB, block=4, **options), asked)
-    slow, many = small.decode(MODEL, Blockwise(VOCAB, block=4, cache="dual", **options), asked)
+    fast, few = small.decode(MODEL, Speculative(VOCAB, block_length=4, **options), asked)
+    slow, many = small.decode(
+        MODEL, Blockwise(VOCAB, block_length=4, cache="dual", **options), asked
+    )
     assert fast.tolist() == slow.tolist()
     assert few <= many
 
 
 def test_policies_that_leave_nothing_out_change_nothing():
     asked = small.questions()
-    plain, _ = small.decode(MODEL, Blockwise(VOCAB, block=4), asked)
-    wide = Blockwise(VOCAB, block=4, cache="dual", vicinity=99)
+    plain, _ = small.decode(MODEL, Blockwise(VOCAB, block_length=4), asked)
+    wide = Blockwise(VOCAB, block_length=4, cache="dual", vicinity_window=99)
     assert small.decode(MODEL, wide, asked)[0].tolist() == plain.tolist()
-    whole = Blockwise(VOCAB, block=4, suffix=99)
+    whole = Blockwise(VOCAB, block_length=4, suffix_window=99)
     assert small.decode(MODEL, whole, asked)[0].tolist() == plain.tolist()
 
 
@@ -161,7 +172,7 @@ def test_a_finished_row_leaves_the_batch():
     counting = Counting()
     draft = torch.full((3, 12), small.MASK)
     draft[0, 2:], draft[1, 6:] = 1, 1
-    small.decode(counting, Blockwise(VOCAB, stop=False), small.questions(), draft=draft)
+    small.decode(counting, Blockwise(VOCAB, stop_at_eos=False), small.questions(), draft=draft)
     assert counting.sizes == [3] * 2 + [2] * 4 + [1] * 6
 
 

@@ -111,7 +111,7 @@ def loss(objective: Masked, model: nn.Module, seeds: torch.Tensor) -> torch.Tens
 
 def test_complementary_masks_add_up_to_the_whole_answer():
     model = small.backbone()
-    objective = Masked(model.vocab, masking="count", complementary=True)
+    objective = Masked(model.vocab, masking="count", complementary_masking=True)
     given = batch()
     first = objective.corrupt(given["tokens"], given["answer"], torch.arange(3))
     second = objective.second(given["tokens"], first, torch.arange(3))
@@ -129,7 +129,12 @@ def test_complementary_masks_add_up_to_the_whole_answer():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"masking": "count", "complementary": True}, {"masking": "count", "block": 2}]
+    "options",
+    [
+        {},
+        {"masking": "count", "complementary_masking": True},
+        {"masking": "count", "block_length": 2},
+    ],
 )
 def test_the_loss_of_a_batch_is_the_sum_of_its_rows(options):
     model, given = small.backbone(), batch()
@@ -184,7 +189,7 @@ def test_block_diffusion_is_unbiased(block):
     many = 600
     tokens = batch()["tokens"][1:2, : before + size].repeat(many, 1)
     answer = (torch.arange(before + size) >= before).repeat(many, 1)
-    objective = Masked(model.vocab, masking="count", block=block)
+    objective = Masked(model.vocab, masking="count", block_length=block)
     noised = objective.corrupt(tokens, answer, torch.arange(many))
     with torch.no_grad():
         hidden = forward_blocks(
@@ -202,7 +207,7 @@ def test_block_diffusion_is_unbiased(block):
 def test_blocks_and_packing_do_not_combine():
     model = small.backbone()
     given = {key: batch()[key] for key in ("tokens", "answer", "lengths")}
-    objective = Masked(model.vocab, masking="count", block=2)
+    objective = Masked(model.vocab, masking="count", block_length=2)
     with pytest.raises(SpecError, match="leave packing out"):
         compute_loss(
             model, objective, given["tokens"], given["answer"], torch.arange(3),

@@ -83,11 +83,13 @@ def test_ask_prints_the_answer_alone_on_stdout(diffa_, fake, mine):
 
 
 def test_ask_in_json_names_the_spec_that_answered(diffa_, fake, mine):
-    done = diffa_("ask", "a.wav", "Who?", "--spec", mine, "--json", "--set", "sampler.block=4")
+    done = diffa_(
+        "ask", "a.wav", "Who?", "--spec", mine, "--json", "--set", "sampler.block_length=4"
+    )
     found = json.loads(done.out)
     assert found["text"] == "a.wav: Who?" and found["tokens"] == [1, 2]
     assert found["digest"] == fake["spec"].digest() != diffa.Spec.read(mine).digest()
-    assert fake["spec"].resolve().data["sampler"]["block"] == 4
+    assert fake["spec"].resolve().data["sampler"]["block_length"] == 4
 
 
 def test_transcribe_asks_for_the_text(diffa_, fake, mine):
@@ -98,10 +100,10 @@ def test_transcribe_asks_for_the_text(diffa_, fake, mine):
 
 def test_a_sampler_preset_selects_the_sampler(diffa_, fake, mine):
     diffa_(
-        "ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slow", "--set", "sampler.block=2"
+        "ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slow", "--set", "sampler.block_length=2"
     )
     sampler = fake["spec"].resolve().data["sampler"]
-    assert (sampler["threshold"], sampler["block"]) == (None, 2)
+    assert (sampler["threshold"], sampler["block_length"]) == (None, 2)
     done = diffa_("ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slwo")
     assert done.code == 2 and "no sampler preset 'slwo', did you mean 'slow'?" in done.err
 
@@ -135,8 +137,8 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
     monkeypatch.setattr(diffa, "swap", swap, raising=False)
     assert diffa_("ask", "a.wav", "?", "--spec", tmp_path).out == "yes\n"
     assert swapped == []
-    diffa_("ask", "a.wav", "?", "--spec", tmp_path, "--set", "sampler.block=2")
-    assert swapped[0]["sampler"]["block"] == 2
+    diffa_("ask", "a.wav", "?", "--spec", tmp_path, "--set", "sampler.block_length=2")
+    assert swapped[0]["sampler"]["block_length"] == 2
     done = diffa_("ask", "a.wav", "?", "--spec", tmp_path, "--set", "encoder.width=8")
     assert done.code == 2 and "only the sampler of a saved model" in done.err
 
@@ -147,9 +149,13 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
         (["ask", "missing.wav", "?"], 1, "diffa: there is no file missing.wav"),
         (["ask", "a.wav"], 2, "Missing argument 'QUESTION'"),
         (["ask", "a.wav", "?", "--set", "block"], 2, "--set takes PATH=VALUE"),
-        (["ask", "a.wav", "?", "--set", "sampler.blok=1"], 2, "did you mean 'block'?"),
-        (["ask", "a.wav", "?", "--set", "sampler.block=[1"], 2, "needs quotes"),
-        (["ask", "a.wav", "?", "--set", "sampler.block=x"], 2, "expected int, got 'x'"),
+        (
+            ["ask", "a.wav", "?", "--set", "sampler.block_lenth=1"],
+            2,
+            "did you mean 'block_length'?",
+        ),
+        (["ask", "a.wav", "?", "--set", "sampler.block_length=[1"], 2, "needs quotes"),
+        (["ask", "a.wav", "?", "--set", "sampler.block_length=x"], 2, "expected int, got 'x'"),
         (["ask", "a.wav", "?", "--device", "cpuu"], 2, "--device cpuu: "),
         (["ask", "a.wav", "?", "--max-tokens", "0"], 2, "--max-tokens"),
         (["ask", "a.wav", "?", "--spec", "tests"], 2, "tests holds no spec.json"),
@@ -195,9 +201,9 @@ def test_spec_show_prints_what_can_be_read_back(diffa_, mine):
     )
     shown = diffa.Spec.read(yaml.safe_load(done.out))
     assert shown.data["train"] == ["adapters", "backbone"]
-    assert shown.digest() in done.err and shown.data["sampler"]["block"] == 32
+    assert shown.digest() in done.err and shown.data["sampler"]["block_length"] == 32
     assert (
-        json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"]["block"]
+        json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"]["block_length"]
         == 32
     )
 
@@ -207,10 +213,16 @@ def test_spec_check_tells_good_from_bad(diffa_, mine):
     assert done.code == 0 and diffa.Spec.read(mine).digest() in done.out
     found = json.loads(diffa_("spec", "check", mine, "--json").out)
     assert found["ok"] is True
-    done = diffa_("spec", "check", mine, "--json", "--set", "sampler.block=x", "--set", "train=3")
+    done = diffa_(
+        "spec", "check", mine, "--json", "--set", "sampler.block_length=x", "--set", "train=3"
+    )
     assert done.code == 2
     found = json.loads(done.out)
-    assert found["ok"] is False and "sampler.block" in found["error"] and "train" in found["error"]
+    assert (
+        found["ok"] is False
+        and "sampler.block_length" in found["error"]
+        and "train" in found["error"]
+    )
 
 
 def test_spec_list_names_every_preset(diffa_):

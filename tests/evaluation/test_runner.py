@@ -66,14 +66,14 @@ class TestKilledRuns:
         rows = ({**row(n % COUNT), "id": n} for n in range(1000))
         file.write_text("".join(json.dumps(one) + "\n" for one in rows))
         stub = Stub(model)
-        run(stub, suite("mmsu"), Table(file), tmp_path / "whole", Settings(block=8))
+        run(stub, suite("mmsu"), Table(file), tmp_path / "whole", Settings(block_length=8))
         draw = np.random.default_rng()
         for turn in range(4):
             if not (child := os.fork()):
                 die_after(stub, file, tmp_path / "killed", int(draw.integers(1, 14)), turn % 2 == 0)
             os.waitpid(child, 0)
         asked = stub.asked
-        run(stub, suite("mmsu"), Table(file), tmp_path / "killed", Settings(block=8))
+        run(stub, suite("mmsu"), Table(file), tmp_path / "killed", Settings(block_length=8))
         assert records(tmp_path / "killed") == records(tmp_path / "whole")
         assert 0 < stub.asked - asked < 1000
 
@@ -106,7 +106,7 @@ def die_after(model: diffa.Model, data: Path, out: Path, stop: int, half: bool) 
 
     Folder.append = count
     try:
-        settings = Settings(block=8) if isinstance(model, Stub) else Settings(batch=4)
+        settings = Settings(block_length=8) if isinstance(model, Stub) else Settings(batch=4)
         run(model, suite("mmsu"), Table(data), out, settings)
     finally:
         os._exit(9)
@@ -193,7 +193,7 @@ class TestBatches:
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            settings = Settings(batch=16, max_tokens=64, block=64)
+            settings = Settings(batch=16, max_tokens=64, block_length=64)
             with pytest.raises(KeyboardInterrupt):
                 run(model, suite("mmsu"), Table(data), tmp_path, settings)
             assert torch.get_num_threads() == 2
@@ -250,11 +250,11 @@ class TestModes:
         digests = set()
         for block in (None, 2):
             out = tmp_path / str(block)
-            run(model, suite("mmsu"), Table(data), out, Settings(limit=1, block=block))
+            run(model, suite("mmsu"), Table(data), out, Settings(limit=1, block_length=block))
             line = json.loads(records(out))
             digests.add(line["spec"])
             assert line["max_tokens"] == line["num_forwards"] == 4
-        four, two = (model.spec.set("sampler.block", n).digest() for n in (4, 2))
+        four, two = (model.spec.set("sampler.block_length", n).digest() for n in (4, 2))
         assert digests == {four, two}
 
     @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ class TestModes:
         fields = {"prompt": "?", "reference": "A", "answer": "x", "choices": ["x", "y"]}
         source = data.parent / "any.jsonl"
         source.write_text(json.dumps({**row(0), **fields}) + "\n")
-        settings = Settings(max_tokens=2, block=2)
+        settings = Settings(max_tokens=2, block_length=2)
         report = run(model, suite(name, subset), Table(source), tmp_path, settings)
         assert report["items"] == 1 and not report["failed"] and not report["faults"]
         assert (tmp_path / file).is_file()

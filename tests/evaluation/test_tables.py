@@ -77,11 +77,11 @@ class TestSuites:
         }  # fmt: skip
         for name, length in lengths.items():
             asked = suite(name).ask(mcq, suite(name).prompts[0])
-            assert (asked.max_tokens, asked.block) == length
+            assert (asked.max_tokens, asked.block_length) == length
         parts = {"ifeval": (256, 32), "mmsu": (16, 16), "openbookqa": (16, 16), "sd-qa": (128, 32)}
         for name, length in parts.items():
             asked = suite("voicebench", name).ask({}, "voicebench@official")
-            assert (asked.max_tokens, asked.block) == length
+            assert (asked.max_tokens, asked.block_length) == length
             assert asked.text == asked.system == ""  # the official input is audio alone
 
     @pytest.mark.parametrize(

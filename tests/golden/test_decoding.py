@@ -69,7 +69,7 @@ def cases() -> list[tuple[str, str]]:
 
 def options(found: dict[str, str | None]) -> dict[str, Any]:
     """The blockwise sampler's options for a case: a threshold or factor excludes steps."""
-    rule: dict[str, Any] = {"stop": False}
+    rule: dict[str, Any] = {"stop_at_eos": False}
     for name in ("factor", "threshold", "steps"):
         value = found[name]
         if value not in (None, "None"):
@@ -79,8 +79,8 @@ def options(found: dict[str, str | None]) -> dict[str, Any]:
     if loop.startswith("cache_"):
         rule["cache"] = loop.removeprefix("cache_")
     if found["guidance"]:
-        rule["guidance"] = float(found["guidance"])
-    return {"name": "blockwise", "block": int(found["block"] or 0), **rule}
+        rule["cfg_scale"] = float(found["guidance"])
+    return {"name": "blockwise", "block_length": int(found["block"] or 0), **rule}
 
 
 @pytest.mark.parametrize(("folder", "case"), cases())

@@ -211,8 +211,11 @@ def test_what_is_not_offered_is_refused(stand_in: None, saved: Path) -> None:
     with pytest.raises(SpecError, match="batch_size"):
         model(saved, batch_size="auto")
     with pytest.raises(SpecError, match="unknown option"):
-        model(saved, changes="sampler.blok=4")
-    assert model(saved, changes="sampler.block=4").model.spec.data["sampler"]["block"] == 4
+        model(saved, changes="sampler.block_lenth=4")
+    assert (
+        model(saved, changes="sampler.block_length=4").model.spec.data["sampler"]["block_length"]
+        == 4
+    )
 
 
 def test_every_form_of_a_recording_is_read(tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ def test_no_masked_token_gives_zero_and_a_zero_gradient() -> None:
 
 def test_full_masks_whole_answers_at_weight_one() -> None:
     answer = torch.ones(8, 6, dtype=torch.bool)
-    noised = Masked(VOCAB, full=1.0).corrupt(torch.zeros(8, 6).long(), answer, torch.arange(8))
+    noised = Masked(VOCAB, full_mask_prob=1.0).corrupt(
+        torch.zeros(8, 6).long(), answer, torch.arange(8)
+    )
     assert torch.equal(noised.masked, answer)
     assert bool((noised.weights == 1).all())
 
@@ -192,8 +194,8 @@ def test_row_normalisation_is_the_mean_of_the_rows_own_means() -> None:
     assert torch.allclose(total / weight, (first + nll[1, 1]) / 2)
 
 
-@pytest.mark.parametrize("made", [Masked(VOCAB, full=1.0, padding=0.25),
-                                  Autoregressive(CAUSAL, padding=0.25)])  # fmt: skip
+@pytest.mark.parametrize("made", [Masked(VOCAB, full_mask_prob=1.0, eos_weight=0.25),
+                                  Autoregressive(CAUSAL, eos_weight=0.25)])  # fmt: skip
 def test_padding_weighs_the_eos_tokens_of_answers(made: Masked | Autoregressive) -> None:
     tokens = torch.tensor([[11, 5, 11, 11]])  # the first is the prompt's, 11 is EOS
     answer = torch.tensor([[False, True, True, True]])
@@ -205,8 +207,8 @@ def test_padding_weighs_the_eos_tokens_of_answers(made: Masked | Autoregressive)
     ("options", "says"),
     [
         ({"eps": 2.0}, "eps"),
-        ({"full": -0.1}, "full"),
-        ({"chunk": 0}, "chunk"),
+        ({"full_mask_prob": -0.1}, "full_mask_prob"),
+        ({"chunk_size": 0}, "chunk_size"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"schedule": "polynomial", "power": 0.0}, "power"),
     ],

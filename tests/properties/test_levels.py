@@ -26,36 +26,40 @@ VOCAB = Vocab(size=11, eos=8, pad=8, mask=10)
 few = settings(
     max_examples=12, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )
-KINDS = ["independent", "antithetic", "spread"]
+KINDS = ["independent", "antithetic", "low_discrepancy"]
 
 
 class TestAntithetic(ObjectiveSuite):
-    name, options, unbiased = "masked", {"levels": "antithetic"}, True
+    name, options, unbiased = "masked", {"time_sampling": "antithetic"}, True
 
 
 class TestSpread(ObjectiveSuite):
-    name, options, unbiased = "masked", {"levels": "spread", "masking": "count"}, True
+    name, options, unbiased = (
+        "masked",
+        {"time_sampling": "low_discrepancy", "masking": "count"},
+        True,
+    )
 
 
 class TestComplementary(ObjectiveSuite):
     """Each of the two copies alone has the bound as its expectation."""
 
     name, unbiased = "masked", True
-    options = {"masking": "count", "complementary": True}
+    options = {"masking": "count", "complementary_masking": True}
 
 
 class TestBlocks(ObjectiveSuite):
     """Unbiased for the bound of blocks (tests/test_learning.py), which is another."""
 
-    name, options = "masked", {"masking": "count", "block": 2}
+    name, options = "masked", {"masking": "count", "block_length": 2}
 
 
 class TestCart(ObjectiveSuite):
-    name, options = "masked", {"cart": 0.3}
+    name, options = "masked", {"cart_p": 0.3}
 
 
 class TestCertainty(ObjectiveSuite):
-    name, options, plain = "masked", {"certainty": 20.0}, False
+    name, options, plain = "masked", {"certainty_weight": 20.0}, False
 
 
 # levels
@@ -65,7 +69,7 @@ class TestCertainty(ObjectiveSuite):
 @few
 def test_spread_times_of_any_run_of_seeds_are_even(first: int, count: int) -> None:
     """Every arc of the circle of length w holds n w times to within the golden ratio's bound."""
-    t = times("spread", torch.arange(count)[:, None] + first)[:, 0].double().sort().values
+    t = times("low_discrepancy", torch.arange(count)[:, None] + first)[:, 0].double().sort().values
     gaps = torch.diff(t, append=t[:1] + 1)
     assert float(gaps.max()) * count < 2.7 and float(gaps.min()) * count > 0.35
 
@@ -100,14 +104,14 @@ def test_blocks_of_a_row_have_times_of_their_own(kind: str) -> None:
 
 def test_spread_and_pairs_lower_the_variance_of_a_step() -> None:
     """Sixteen rows with consecutive seeds; the loss falls with the level, as a model's does."""
-    objective = {kind: Masked(VOCAB, masking="count", levels=kind) for kind in KINDS}
+    objective = {kind: Masked(VOCAB, masking="count", time_sampling=kind) for kind in KINDS}
     found = {}
     for kind, made in objective.items():
         noised = corrupt(made, 6, 16 * 2000)
         losses = (noised.weights * (1 + noised.masked.sum(1, keepdim=True))).sum(1)
         found[kind] = float(losses.view(2000, 16).mean(1).var())
     assert found["antithetic"] < 0.8 * found["independent"]
-    assert found["spread"] < 0.3 * found["independent"]
+    assert found["low_discrepancy"] < 0.3 * found["independent"]
 
 
 # expectations
@@ -134,13 +138,21 @@ def bound(cost: torch.Tensor, width: int) -> float:
 @pytest.mark.parametrize(
     ("options", "width"),
     [
-        ({"levels": "antithetic"}, 5),
-        ({"levels": "spread"}, 5),
-        ({"levels": "spread", "masking": "count"}, 5),
-        ({"masking": "count", "complementary": True}, 5),
-        ({"masking": "count", "complementary": True, "block": 3, "levels": "spread"}, 3),
-        ({"block": 2}, 2),
-        ({"block": 2, "masking": "count", "levels": "antithetic"}, 2),
+        ({"time_sampling": "antithetic"}, 5),
+        ({"time_sampling": "low_discrepancy"}, 5),
+        ({"time_sampling": "low_discrepancy", "masking": "count"}, 5),
+        ({"masking": "count", "complementary_masking": True}, 5),
+        (
+            {
+                "masking": "count",
+                "complementary_masking": True,
+                "block_length": 3,
+                "time_sampling": "low_discrepancy",
+            },
+            3,
+        ),
+        ({"block_length": 2}, 2),
+        ({"block_length": 2, "masking": "count", "time_sampling": "antithetic"}, 2),
     ],
     ids=str,
 )
@@ -150,7 +162,7 @@ def test_the_expectation_is_the_bound(options: dict[str, Any], width: int, sched
     rows = 20_000
     noised = corrupt(objective, 5, rows)
     views = [noised]
-    if objective.complementary:
+    if objective.complementary_masking:
         seeds = torch.arange(rows) + 7
         views.append(objective.second(torch.zeros(rows, 5).long(), noised, seeds))
     block = torch.arange(5) // width
@@ -169,7 +181,7 @@ def test_the_expectation_is_the_bound(options: dict[str, Any], width: int, sched
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 2**40))
 @few
 def test_counted_blocks_have_the_size_their_weight_says(size: int, width: int, seed: int) -> None:
-    objective = Masked(VOCAB, masking="count", block=width)
+    objective = Masked(VOCAB, masking="count", block_length=width)
     noised = corrupt(objective, size, 4, seed)
     for first in range(0, size, width):
         own = slice(first, first + width)
@@ -189,7 +201,7 @@ def test_answers_that_do_not_begin_at_the_first_column_are_cut_alike() -> None:
 
 def test_full_rows_count_once_whether_or_not_there_is_a_second_copy() -> None:
     tokens, answer, seeds = torch.zeros(5, 4).long(), torch.ones(5, 4).bool(), torch.arange(5)
-    objective = Masked(VOCAB, masking="count", complementary=True, full=1.0)
+    objective = Masked(VOCAB, masking="count", complementary_masking=True, full_mask_prob=1.0)
     first = objective.corrupt(tokens, answer, seeds)
     second = objective.second(tokens, first, seeds)
     assert bool(first.masked.all()) and not bool(second.masked.any())
@@ -226,7 +238,10 @@ def test_certainty_adds_the_entropy_of_tokens_that_are_right() -> None:
     tokens = torch.randint(0, 8, (6, 9))
     hidden = torch.randn(6, 9, 6)
     hidden[:, :5] = 3 * head.weight[tokens[:, :5]]  # most of these are restored right
-    plain, sure = Masked(VOCAB), Masked(VOCAB, certainty=2.0, warmth=0.5, chunk=4)
+    plain, sure = (
+        Masked(VOCAB),
+        Masked(VOCAB, certainty_weight=2.0, certainty_temperature=0.5, chunk_size=4),
+    )
     noised = plain.corrupt(tokens, torch.ones_like(tokens).bool(), torch.arange(6))
     logits = head(hidden)
     right = noised.masked & (logits.argmax(-1) == tokens)
@@ -265,7 +280,7 @@ def spoken() -> tuple[Embeds, list[torch.Tensor], nn.Linear]:
 
 def test_exact_ctc_is_ctc_over_the_whole_vocabulary() -> None:
     embeds, words, head = spoken()
-    found = ctc(embeds, head, words, blank=29, exact=True, chunk=4)
+    found = ctc(embeds, head, words, blank=29, exact=True, chunk_size=4)
     logs = head(embeds.values).log_softmax(2).transpose(0, 1)
     due = F.ctc_loss(
         logs, torch.cat(words), embeds.lengths, torch.tensor([3, 1]), blank=29, reduction="sum"
@@ -295,11 +310,11 @@ def test_ctc_among_the_batchs_words_costs_no_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"complementary": True}, "masking: count"),
-        ({"block": 0}, "block must be at least 1"),
-        ({"cart": 1.0}, "cart must lie in"),
-        ({"certainty": -1.0}, "certainty and warmth"),
-        ({"warmth": 0.0}, "certainty and warmth"),
+        ({"complementary_masking": True}, "masking: count"),
+        ({"block_length": 0}, "block_length must be at least 1"),
+        ({"cart_p": 1.0}, "cart_p must lie in"),
+        ({"certainty_weight": -1.0}, "certainty_weight must"),
+        ({"certainty_temperature": 0.0}, "certainty_weight must"),
     ],
 )
 def test_options_that_make_no_sense_say_so(options: dict[str, Any], says: str) -> None:

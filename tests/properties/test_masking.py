@@ -165,7 +165,7 @@ def test_chunked_loss_of_a_frozen_head_is_cross_entropy(
 ) -> None:
     torch.manual_seed(0)
     head = nn.Linear(6, VOCAB.size, bias=False, dtype=torch.float64).requires_grad_(False)
-    objective = Masked(VOCAB, normalization=normalization, masking=form, chunk=chunk)
+    objective = Masked(VOCAB, normalization=normalization, masking=form, chunk_size=chunk)
     noised = objective.corrupt(*case)
     hidden = torch.randn(*case.tokens.shape, 6, dtype=torch.float64, requires_grad=True)
     total, weight = objective.loss(hidden, head, case.tokens, noised)
@@ -206,7 +206,7 @@ def test_padding_weighs_the_end_of_sequence_less_and_nothing_else(
     case: Case, padding: float, form: str
 ) -> None:
     plain = Masked(VOCAB, masking=form).corrupt(*case)
-    light = Masked(VOCAB, masking=form, padding=padding).corrupt(*case)
+    light = Masked(VOCAB, masking=form, eos_weight=padding).corrupt(*case)
     factor = torch.where(case.tokens == VOCAB.eos, padding, 1.0)
     assert torch.equal(light.masked, plain.masked)
     torch.testing.assert_close(light.weights, plain.weights * factor)

@@ -34,7 +34,7 @@ RULES: list[dict[str, Any]] = [
     {"steps": 3},
     {"threshold": 0.5},
     {"factor": 1.0},
-    {"entropy": 1.0},
+    {"entropy_bound": 1.0},
 ]
 caches = st.sampled_from(["none", "prefix", "dual"])
 
@@ -70,13 +70,13 @@ def cases(draw: Any, drafted: bool = True) -> Case:
         draft = torch.where(tokens <= VOCAB.eos, tokens, draft)  # a fifth is given, EOS too
     options = {
         **draw(st.sampled_from(RULES)),
-        "block": draw(st.integers(1, 6)),
+        "block_length": draw(st.integers(1, 6)),
         "cache": draw(caches),
-        "stop": draw(st.booleans()),
+        "stop_at_eos": draw(st.booleans()),
         "temperature": draw(st.sampled_from([0.0, 1.0])),
     }
-    if not {"threshold", "factor", "entropy"} & set(options):
-        options["order"] = draw(st.sampled_from(["confidence", "margin", "entropy", "random"]))
+    if not {"threshold", "factor", "entropy_bound"} & set(options):
+        options["ranking"] = draw(st.sampled_from(["confidence", "margin", "entropy", "random"]))
     seeds = draw(st.lists(st.integers(0, 99), min_size=rows, max_size=rows))
     return Case(prompts, draft, seeds, options)
 
@@ -101,7 +101,7 @@ def test_a_step_reveals_the_schedules_share_to_rounding(
     length: int, steps: int, block: int
 ) -> None:
     """From t to s a block of m masks loses m (t - s), rounded up in its first steps."""
-    sampler = Blockwise(VOCAB, steps=steps, block=block, stop=False)
+    sampler = Blockwise(VOCAB, steps=steps, block_length=block, stop_at_eos=False)
     canvas = toy_canvas([[1]], length)
     taken = list(sampler(canvas, ToyDenoise(canvas, Chaos(end=False))))
     masked = [length, *(int((step.tokens == VOCAB.mask).sum()) for step in taken)]
@@ -169,9 +169,9 @@ def test_final_tokens_never_change(case: Case) -> None:
 @some
 def test_blocks_finish_from_left_to_right(case: Case) -> None:
     _, steps = case.decode(end=False)
-    before, width = case.draft, case.options["block"]
+    before, width = case.draft, case.options["block_length"]
     given_end = (case.draft == VOCAB.eos).any()
-    assume(not (given_end and case.options["stop"]))  # an end fills what stands behind it
+    assume(not (given_end and case.options["stop_at_eos"]))  # an end fills what stands behind it
     for step, found in zip(steps, revealed(case, steps), strict=True):
         for row in range(len(found)):
             if bool(found[row].any()):
@@ -188,7 +188,7 @@ def test_an_end_closes_its_row_once_all_before_it_is_decided(case: Case) -> None
     for step in steps:
         for tokens, fixed in zip(step.tokens, case.draft != VOCAB.mask, strict=True):
             ends = (tokens == VOCAB.eos).nonzero()[:, 0]
-            if case.options["stop"] and len(ends):
+            if case.options["stop_at_eos"] and len(ends):
                 first = int(ends[0])
                 settled = not bool((tokens[:first] == VOCAB.mask).any())
                 closed = bool(((tokens == VOCAB.eos) | fixed)[first:].all())
@@ -381,8 +381,8 @@ def test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada(
     temperature: float,
     guidance: float,
 ) -> None:
-    options = {"cache": cache, "block": block, "temperature": temperature, **rule}
-    options |= {"guidance": guidance, "unconditional": "both"}
+    options = {"cache": cache, "block_length": block, "temperature": temperature, **rule}
+    options |= {"cfg_scale": guidance, "cfg_drop": "both"}
     texts = [torch.tensor(prompt) for prompt in prompts]
     width = llada().width
     audio = [
@@ -403,7 +403,7 @@ def test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada(
 def test_the_real_backbone_has_something_to_say() -> None:
     """The comparison above is worth nothing if all answers are alike."""
     prompts = [torch.tensor([n, (3 * n) % 9]) for n in range(9)]
-    answers, _ = written(prompts, [None] * 9, {"block": 4}, [0] * 9)
+    answers, _ = written(prompts, [None] * 9, {"block_length": 4}, [0] * 9)
     assert len(answers.unique(dim=0)) >= 5
 
 
@@ -461,6 +461,6 @@ def test_sampling_follows_the_softmax_of_the_temperature(seed: int, temperature:
 def test_a_row_that_is_given_whole_waits_beside_the_others() -> None:
     draft = torch.tensor([[VOCAB.mask], [3]])
     for cache in ("none", "prefix", "dual"):
-        case = Case([[-1, 2, 3], [0]], draft, [53, 95], {"block": 4, "cache": cache})
+        case = Case([[-1, 2, 3], [0]], draft, [53, 95], {"block_length": 4, "cache": cache})
         canvas, _ = case.decode()
         assert canvas.answer[1].tolist() == [3] and not bool(canvas.undecided().any())

@@ -29,37 +29,58 @@ many = settings(few, max_examples=20)
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("blockwise", {}),
     "steps": ("blockwise", {"steps": 3}),
-    "margin": ("blockwise", {"order": "margin"}),
-    "random order": ("blockwise", {"order": "random", "temperature": 1.0}),
+    "margin": ("blockwise", {"ranking": "margin"}),
+    "random order": ("blockwise", {"ranking": "random", "temperature": 1.0}),
     "warm": ("blockwise", {"temperature": 0.7}),
     "threshold": ("blockwise", {"threshold": 0.5}),
     "factor": ("blockwise", {"factor": 1.0}),
-    "entropy": ("blockwise", {"entropy": 1.0}),
-    "leap": ("blockwise", {"threshold": 0.7, "leap": 0.3}),
-    "spread": ("blockwise", {"threshold": 0.7, "spread": 0.3}),
-    "stable": ("blockwise", {"threshold": 0.3, "stable": 0.5}),
-    "credit": ("blockwise", {"threshold": 0.6, "credit": 0.7}),
-    "guidance": ("blockwise", {"guidance": 1.5, "unconditional": "both"}),
+    "entropy bound": ("blockwise", {"entropy_bound": 1.0}),
+    "local leap": ("blockwise", {"threshold": 0.7, "neighbor_threshold": 0.3}),
+    "run threshold": ("blockwise", {"threshold": 0.7, "run_threshold": 0.3}),
+    "KLASS": ("blockwise", {"threshold": 0.3, "kl_threshold": 0.5}),
+    "credit": ("blockwise", {"threshold": 0.6, "credit_strength": 0.7}),
+    "guidance": ("blockwise", {"cfg_scale": 1.5, "cfg_drop": "both"}),
     "prefix": ("blockwise", {"cache": "prefix"}),
     "dual": ("blockwise", {"cache": "dual"}),
-    "vicinity": ("blockwise", {"cache": "dual", "vicinity": 2}),
-    "drift": ("blockwise", {"cache": "dual", "drift": 0.35}),
-    "suffix": ("blockwise", {"suffix": 2}),
-    "lazy audio": ("blockwise", {"refresh_audio": 3}),
+    "vicinity": ("blockwise", {"cache": "dual", "vicinity_window": 2}),
+    "drift": ("blockwise", {"cache": "dual", "drift_threshold": 0.35}),
+    "suffix window": ("blockwise", {"suffix_window": 2}),
+    "lazy audio": ("blockwise", {"audio_refresh_interval": 3}),
     "everything": (
         "blockwise",
-        {"cache": "dual", "vicinity": 1, "suffix": 3, "refresh_audio": 2, "threshold": 0.5},
+        {
+            "cache": "dual",
+            "vicinity_window": 1,
+            "suffix_window": 3,
+            "audio_refresh_interval": 2,
+            "threshold": 0.5,
+        },
     ),
-    "on": ("blockwise", {"stop": False}),
-    "speculative": ("speculative", {"depth": 3}),
-    "speculative, warm": ("speculative", {"depth": 3, "temperature": 1.0, "threshold": 0.5}),
-    "prophet": ("prophet", {"early": 2.0, "middle": 1.0, "late": 0.5, "cache": "prefix"}),
-    "wino": ("wino", {"accept": 0.3}),
+    "on": ("blockwise", {"stop_at_eos": False}),
+    "speculative": ("speculative", {"draft_steps": 3}),
+    "speculative, warm": ("speculative", {"draft_steps": 3, "temperature": 1.0, "threshold": 0.5}),
+    "prophet": (
+        "prophet",
+        {"early_gap": 2.0, "middle_gap": 1.0, "late_gap": 0.5, "cache": "prefix"},
+    ),
+    "wino": ("wino", {"threshold": 0.3}),
     "remdm": ("remdm", {"eta": 0.4, "temperature": 1.0}),
-    "remdm, confidence": ("remdm", {"eta": 0.9, "scale": "confidence", "cache": "dual"}),
+    "remdm, confidence": (
+        "remdm",
+        {"eta": 0.9, "remasking_schedule": "confidence", "cache": "dual"},
+    ),
     "revise": ("revise", {"threshold": 0.5}),
-    "growing": ("growing", {"initial": 3, "grow": 2, "tail": 2, "insert": 1, "low": 0.5}),
-    "cutting": ("growing", {"cut": 0.4}),
+    "growing": (
+        "growing",
+        {
+            "initial_length": 3,
+            "expansion_length": 2,
+            "eos_check_tokens": 2,
+            "insert_length": 1,
+            "insert_threshold": 0.5,
+        },
+    ),
+    "cutting": ("growing", {"cut_threshold": 0.4}),
     "greedy": ("greedy", {}),
     "nucleus": ("greedy", {"temperature": 1.0, "top_p": 0.8}),
 }
@@ -68,7 +89,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 def make(way: str, block: int) -> Any:
     name, options = WAYS[way]
     if name != "greedy":
-        options = {"block": block, **options}
+        options = {"block_length": block, **options}
     return registry.load_part("sampler", name)(CAUSAL if name == "greedy" else MASKED, **options)
 
 
@@ -79,7 +100,7 @@ def test_every_sampler_and_policy_is_under_these_laws() -> None:
     used = {option for name, options in WAYS.values() if name == "blockwise" for option in options}
     from diffa.spec.schema import read_schema
 
-    assert set(read_schema(Blockwise).options) - used == {"block"}
+    assert set(read_schema(Blockwise).options) - used == {"block_length"}
 
 
 class Case(NamedTuple):
@@ -151,16 +172,19 @@ def test_a_row_of_a_batch_is_the_row_alone_and_final_tokens_stay(way: str, case:
 
 DRAWS: dict[str, tuple[str, dict[str, Any]]] = {
     # one token per forward, in an order that the values have no say in: draws from the joint
-    "blockwise, random": ("blockwise", {"order": "random"}),
-    "blockwise, entropy": ("blockwise", {"order": "entropy"}),
-    "blockwise, margin": ("blockwise", {"order": "margin"}),
-    "blockwise, prefix": ("blockwise", {"order": "random", "cache": "prefix", "block": 2}),
-    "blockwise, dual": ("blockwise", {"order": "random", "cache": "dual", "vicinity": 1}),
-    "blockwise, suffix": ("blockwise", {"order": "random", "suffix": 3}),
-    "blockwise, lazy audio": ("blockwise", {"order": "random", "refresh_audio": 2}),
-    "speculative": ("speculative", {"order": "random", "depth": 3}),
-    "remdm, cap": ("remdm", {"order": "random", "eta": 0.5, "steps": 12}),
-    "remdm, rescale": ("remdm", {"order": "random", "eta": 0.5, "scale": "rescale", "steps": 12}),
+    "blockwise, random": ("blockwise", {"ranking": "random"}),
+    "blockwise, entropy": ("blockwise", {"ranking": "entropy"}),
+    "blockwise, margin": ("blockwise", {"ranking": "margin"}),
+    "blockwise, prefix": ("blockwise", {"ranking": "random", "cache": "prefix", "block_length": 2}),
+    "blockwise, dual": ("blockwise", {"ranking": "random", "cache": "dual", "vicinity_window": 1}),
+    "blockwise, suffix": ("blockwise", {"ranking": "random", "suffix_window": 3}),
+    "blockwise, lazy audio": ("blockwise", {"ranking": "random", "audio_refresh_interval": 2}),
+    "speculative": ("speculative", {"ranking": "random", "draft_steps": 3}),
+    "remdm, cap": ("remdm", {"ranking": "random", "eta": 0.5, "steps": 12}),
+    "remdm, rescale": (
+        "remdm",
+        {"ranking": "random", "eta": 0.5, "remasking_schedule": "rescale", "steps": 12},
+    ),
     "greedy": ("greedy", {}),
 }
 
@@ -194,7 +218,7 @@ def test_samples_at_temperature_one_follow_the_models_joint(way: str) -> None:
 def test_several_tokens_at_once_do_not_follow_the_joint() -> None:
     """What the test above can tell: tokens drawn together are drawn as if independent."""
     law, count = Joint(), 3000
-    found = samples("blockwise", {"steps": 1, "order": "random"}, law, count)
+    found = samples("blockwise", {"steps": 1, "ranking": "random"}, law, count)
     codes = torch.bincount((found * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     due = law.table.flatten() * count
     assert float(((codes - due).square() / due).sum()) > 200
@@ -214,10 +238,10 @@ def test_several_tokens_at_once_do_not_follow_the_joint() -> None:
 def test_speculation_is_token_identical_and_never_slower(
     case: Case, depth: int, rule: dict[str, Any], warm: float, stop: bool
 ) -> None:
-    options = {"block": case.block, "temperature": warm, "stop": stop, **rule}
+    options = {"block_length": case.block, "temperature": warm, "stop_at_eos": stop, **rule}
     found, num_forwards = [], []
     for sampler in (
-        Speculative(MASKED, depth=depth, **options),
+        Speculative(MASKED, draft_steps=depth, **options),
         Blockwise(MASKED, cache="dual", **options),
     ):
         canvas = toy_canvas(case.prompts, case.draft.shape[1], seeds=case.seeds, draft=case.draft)
@@ -257,10 +281,10 @@ def taken(rule: str, case: Scores, mild: float) -> Tensor:
         "fixed": lambda: select.fixed(values, masked, _counts(values, mild)),
         "threshold": lambda: select.threshold(values, masked, strict),
         "factor": lambda: select.factor(values, masked, 4 * mild),
-        "entropy": lambda: select.entropy_bound(1 - values, masked, 3 * mild),
-        "stable": lambda: select.stable(values, masked, moved, 0.0, mild),
-        "leap": lambda: select.leap(values, masked, places, 0.8, 0.8 * strict),
-        "spread": lambda: select.spread(values, masked, places, 0.9, 0.9 * strict),
+        "entropy bound": lambda: select.entropy_bound(1 - values, masked, 3 * mild),
+        "KLASS": lambda: select.stable(values, masked, moved, 0.0, mild),
+        "local leap": lambda: select.leap(values, masked, places, 0.8, 0.8 * strict),
+        "run threshold": lambda: select.spread(values, masked, places, 0.9, 0.9 * strict),
         "capped": lambda: select.capped(values, masked, 0.2, _counts(values, mild)),
     }
     return rules[rule]()
@@ -302,7 +326,7 @@ def test_a_rule_always_takes_the_best(rule: str, case: Scores, much: float) -> N
 def test_a_milder_rule_takes_no_less(rule: str, case: Scores, much: float, less: float) -> None:
     less, much = sorted([less, much])
     strict, loose = taken(rule, case, less), taken(rule, case, much)
-    if rule == "stable":  # nothing calm: the best alone, which need not be calm later
+    if rule == "kl_threshold":  # nothing calm: the best alone, which need not be calm later
         alone = (case.moved >= less).logical_or(~case.masked).all(dim=1, keepdim=True)
         strict = strict & ~alone
     assert not bool((strict & ~loose).any())

@@ -38,11 +38,11 @@ adapters = st.one_of(
 samplers = st.fixed_dictionaries(
     {"name": st.just("blockwise")},
     optional={
-        "block": numbers,
+        "block_length": numbers,
         "threshold": st.one_of(st.none(), shares),
         "temperature": shares,
         "cache": st.sampled_from(["none", "prefix", "dual"]),
-        "stop": st.booleans(),
+        "stop_at_eos": st.booleans(),
     },
 )
 odd = st.sampled_from(
@@ -96,11 +96,14 @@ def test_completing_a_spec_changes_nothing_it_builds(data: dict[str, Any]) -> No
 def test_set_changes_one_value_and_leaves_the_original(data: dict[str, Any], block: int) -> None:
     spec = Spec.read(data)
     before = spec.data
-    changed = spec.set("sampler.block", block)
+    changed = spec.set("sampler.block_length", block)
     assert spec.data == before
     options = changed.parts()["sampler"].options
-    assert options["block"] == block
-    assert {**options, "block": 0} == {**spec.parts()["sampler"].options, "block": 0}
+    assert options["block_length"] == block
+    assert {**options, "block_length": 0} == {
+        **spec.parts()["sampler"].options,
+        "block_length": 0,
+    }
     same = changed.parts()["sampler"].options == spec.parts()["sampler"].options
     assert (changed.digest() == spec.digest()) == same
 

@@ -26,70 +26,73 @@ from diffa.testing import SamplerSuite
 from diffa.testing.toy import MASKED, Chaos, Joint, Sure, ToyDenoise, toy_canvas
 
 PROMPTS = ([1, 2, 3], [4], [-1, -1, 0, 2, -1, 3, 3])
-RANDOM = {"order": "random", "temperature": 1.0}
+RANDOM = {"ranking": "random", "temperature": 1.0}
 
 
 class TestBlockwise(SamplerSuite):
-    name, options, exact = "blockwise", {"block": 4}, RANDOM
+    name, options, exact = "blockwise", {"block_length": 4}, RANDOM
 
 
 class TestDual(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "cache": "dual", "vicinity": 1}
-    exact: ClassVar = {"order": "entropy", "temperature": 1.0}
+    name, options = "blockwise", {"block_length": 4, "cache": "dual", "vicinity_window": 1}
+    exact: ClassVar = {"ranking": "entropy", "temperature": 1.0}
 
 
 class TestPrefixAndSuffix(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "cache": "prefix", "suffix": 2}
-    exact: ClassVar = {"suffix": 12, **RANDOM}
+    name, options = "blockwise", {"block_length": 4, "cache": "prefix", "suffix_window": 2}
+    exact: ClassVar = {"suffix_window": 12, **RANDOM}
 
 
 class TestLazyAudio(SamplerSuite):
-    name, options, exact = "blockwise", {"block": 4, "refresh_audio": 3}, RANDOM
+    name, options, exact = "blockwise", {"block_length": 4, "audio_refresh_interval": 3}, RANDOM
 
 
 class TestLeap(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "threshold": 0.7, "leap": 0.3}
-    exact: ClassVar = {"threshold": None, "leap": None, **RANDOM}
+    name, options = "blockwise", {"block_length": 4, "threshold": 0.7, "neighbor_threshold": 0.3}
+    exact: ClassVar = {"threshold": None, "neighbor_threshold": None, **RANDOM}
 
 
 class TestSpread(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "threshold": 0.7, "spread": 0.3}
-    exact: ClassVar = {"threshold": None, "spread": None, **RANDOM}
+    name, options = "blockwise", {"block_length": 4, "threshold": 0.7, "run_threshold": 0.3}
+    exact: ClassVar = {"threshold": None, "run_threshold": None, **RANDOM}
 
 
 class TestStable(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "threshold": 0.3, "stable": 0.5}
-    exact: ClassVar = {"threshold": None, "stable": None, **RANDOM}
+    name, options = "blockwise", {"block_length": 4, "threshold": 0.3, "kl_threshold": 0.5}
+    exact: ClassVar = {"threshold": None, "kl_threshold": None, **RANDOM}
 
 
 class TestCredit(SamplerSuite):
-    name, options = "blockwise", {"block": 4, "threshold": 0.6, "credit": 0.7}
-    exact: ClassVar = {"threshold": None, "credit": 0.0, **RANDOM}
+    name, options = "blockwise", {"block_length": 4, "threshold": 0.6, "credit_strength": 0.7}
+    exact: ClassVar = {"threshold": None, "credit_strength": 0.0, **RANDOM}
 
 
 class TestSpeculative(SamplerSuite):
-    name, options, exact = "speculative", {"block": 5}, RANDOM
+    name, options, exact = "speculative", {"block_length": 5}, RANDOM
 
 
 class TestProphet(SamplerSuite):
-    name, options = "prophet", {"block": 4, "early": 2.0, "middle": 1.0}
+    name, options = "prophet", {"block_length": 4, "early_gap": 2.0, "middle_gap": 1.0}
 
 
 class TestWino(SamplerSuite):
-    name, options, edits = "wino", {"block": 6, "accept": 0.3}, False
+    name, options, edits = "wino", {"block_length": 6, "threshold": 0.3}, False
 
 
 class TestRemdm(SamplerSuite):
-    name, options = "remdm", {"block": 5, "eta": 0.4}
+    name, options = "remdm", {"block_length": 5, "eta": 0.4}
     exact: ClassVar = {"eta": 0.0, **RANDOM}
 
 
 class TestRevise(SamplerSuite):
-    name, options, edits = "revise", {"block": 4}, True
+    name, options, edits = "revise", {"block_length": 4}, True
 
 
 class TestGrowing(SamplerSuite):
-    name, options = "growing", {"block": 4, "initial": 4, "grow": 3, "tail": 3}
+    name, options = (
+        "growing",
+        {"block_length": 4, "initial_length": 4, "expansion_length": 3, "eos_check_tokens": 3},
+    )
 
 
 def decode(sampler, law, *, seeds=(3, 4, 5), length=12, draft=None):
@@ -102,37 +105,46 @@ def decode(sampler, law, *, seeds=(3, 4, 5), length=12, draft=None):
 @pytest.mark.parametrize("options", [{}, {"steps": 6}, {"threshold": 0.5}, RANDOM], ids=str)
 @pytest.mark.parametrize("law", [Chaos(), Chaos(3.0, end=False), Sure()], ids=["end", "on", "sure"])
 def test_speculation_writes_the_tokens_of_the_decoder_it_speeds_up(options, law):
-    fast, steps = decode(Speculative(MASKED, block=5, **options), law)
-    slow, more = decode(Blockwise(MASKED, block=5, cache="dual", **options), law)
+    fast, steps = decode(Speculative(MASKED, block_length=5, **options), law)
+    slow, more = decode(Blockwise(MASKED, block_length=5, cache="dual", **options), law)
     assert fast.tolist() == slow.tolist()
     assert len(steps) <= len(more)
 
 
 def test_speculation_needs_fewer_forwards_where_nothing_is_in_doubt():
-    assert len(decode(Speculative(MASKED, block=12, depth=4), Sure())[1]) == 1 + 3
-    assert len(decode(Speculative(MASKED, block=12, depth=1), Sure())[1]) == 12
+    assert len(decode(Speculative(MASKED, block_length=12, draft_steps=4), Sure())[1]) == 1 + 3
+    assert len(decode(Speculative(MASKED, block_length=12, draft_steps=1), Sure())[1]) == 12
 
 
 def test_a_confident_model_is_committed_to_at_once():
-    assert len(decode(Prophet(MASKED, block=12), Sure())[1]) == 1
-    assert len(decode(Prophet(MASKED, block=12, early=99, middle=99, late=99), Sure())[1]) == 12
+    assert len(decode(Prophet(MASKED, block_length=12), Sure())[1]) == 1
+    assert (
+        len(
+            decode(
+                Prophet(MASKED, block_length=12, early_gap=99, middle_gap=99, late_gap=99), Sure()
+            )[1]
+        )
+        == 12
+    )
 
 
 def test_wino_takes_back_what_leave_one_out_denies():
-    answer, steps = decode(Wino(MASKED, block=12, accept=0.2, doubt=0.9), Chaos(end=False))
+    answer, steps = decode(
+        Wino(MASKED, block_length=12, threshold=0.2, remask_threshold=0.9), Chaos(end=False)
+    )
     taken_back = sum(
         int(((before.tokens != MASKED.mask) & (after.tokens == MASKED.mask)).sum())
         for before, after in itertools.pairwise(steps)
     )
     assert taken_back > 0
     assert not (answer == MASKED.mask).any()
-    _, sure = decode(Wino(MASKED, block=12, accept=0.2, doubt=0.9), Sure())
+    _, sure = decode(Wino(MASKED, block_length=12, threshold=0.2, remask_threshold=0.9), Sure())
     assert len(sure) < 4
 
 
 def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
     canvas = toy_canvas(PROMPTS, 6)
-    wino, blocks = Wino(MASKED, block=6), Blocks(canvas, 6)
+    wino, blocks = Wino(MASKED, block_length=6), Blocks(canvas, 6)
     shadows = canvas.scratch(6, branch=1)
     checked, _ = wino._cast(canvas, blocks.enter(), ~canvas.undecided(), shadows)
     attn_mask = wino._attn_mask(canvas, checked, shadows)
@@ -144,7 +156,7 @@ def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
 
 @pytest.mark.parametrize("scale", ["cap", "rescale", "confidence"])
 def test_remasking_takes_back_tokens_and_still_ends(scale):
-    sampler = ReMDM(MASKED, block=12, eta=0.5, scale=scale, steps=24)
+    sampler = ReMDM(MASKED, block_length=12, eta=0.5, remasking_schedule=scale, steps=24)
     _, steps = decode(sampler, Chaos(end=False))
     masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
     assert any(later > earlier for earlier, later in itertools.pairwise(masks))
@@ -156,7 +168,7 @@ def test_revision_changes_what_is_doubted_and_keeps_the_rest():
     truth, _ = decode(Blockwise(MASKED), Sure())
     draft = truth.clone()
     draft[:, 3] = (draft[:, 3] + 1) % 5
-    answer, steps = decode(Revise(MASKED, doubt=0.5), Sure(), draft=draft)
+    answer, steps = decode(Revise(MASKED, remask_threshold=0.5), Sure(), draft=draft)
     assert answer.tolist() == truth.tolist()
     assert len(steps) == 2
 
@@ -166,9 +178,12 @@ def test_the_canvas_grows_until_its_tail_expects_the_end():
         wanted = torch.where(place >= 5, MASKED.eos, 1)
         return 30.0 * torch.nn.functional.one_hot(wanted, MASKED.size).float()
 
-    answer, _ = decode(Growing(MASKED, initial=2, grow=2, tail=2, block=4), ends)
+    answer, _ = decode(
+        Growing(MASKED, initial_length=2, expansion_length=2, eos_check_tokens=2, block_length=4),
+        ends,
+    )
     assert answer.tolist() == [[1] * 5 + [MASKED.eos] * 7] * 3
-    _, steps = decode(Growing(MASKED, cut=0.5, block=4), ends)
+    _, steps = decode(Growing(MASKED, cut_threshold=0.5, block_length=4), ends)
     used = [int((step.tokens == MASKED.mask).sum()) for step in steps]
     assert used[0] == 3 * 6  # one slot for the EOS itself
 
@@ -177,7 +192,16 @@ def test_an_uncertain_model_is_given_more_room():
     def unsure(known, place, prompt):
         return torch.zeros(len(place), MASKED.size)
 
-    sampler = Growing(MASKED, initial=4, grow=1, tail=1, enough=0.0, insert=2, low=0.5, stop=False)
+    sampler = Growing(
+        MASKED,
+        initial_length=4,
+        expansion_length=1,
+        eos_check_tokens=1,
+        eos_threshold=0.0,
+        insert_length=2,
+        insert_threshold=0.5,
+        stop_at_eos=False,
+    )
     _, steps = decode(sampler, unsure)
     masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
     assert any(later > earlier for earlier, later in itertools.pairwise(masks))
@@ -330,11 +354,11 @@ def test_steps_are_spread_over_blocks_by_width():
     assert sum(per_block(7, 10, 4)) == 7
 
 
-@pytest.mark.parametrize("order", ["random", "entropy", "margin"])
+@pytest.mark.parametrize("ranking", ["random", "entropy", "margin"])
 def test_marginals_at_temperature_one_are_the_models(order):
     law, count = Joint(), 3000
     canvas = toy_canvas([[1]] * count, 3, seeds=range(count))
-    for _ in Blockwise(MASKED, temperature=1.0, order=order)(canvas, ToyDenoise(canvas, law)):
+    for _ in Blockwise(MASKED, temperature=1.0, ranking=order)(canvas, ToyDenoise(canvas, law)):
         pass
     codes = (canvas.answer * torch.tensor([9, 3, 1])).sum(1)
     found = torch.bincount(codes, minlength=27) / count
@@ -344,13 +368,16 @@ def test_marginals_at_temperature_one_are_the_models(order):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"leap": 0.5}, "leap refines a threshold"),
-        ({"threshold": 0.9, "leap": 0.5, "spread": 0.5}, "choose one of leap and spread"),
-        ({"vicinity": 2}, "set cache to prefix or dual"),
-        ({"refresh_audio": 0}, "refresh_audio must be at least 1"),
+        ({"neighbor_threshold": 0.5}, "neighbor_threshold refines a threshold"),
+        (
+            {"threshold": 0.9, "neighbor_threshold": 0.5, "run_threshold": 0.5},
+            "choose one of neighbor_threshold and run_threshold",
+        ),
+        ({"vicinity_window": 2}, "set cache to prefix or dual"),
+        ({"audio_refresh_interval": 0}, "audio_refresh_interval must be at least 1"),
         ({"threshold": 1.5}, "threshold must lie between 0 and 1"),
-        ({"credit": -1.0}, "credit must be 0 or more"),
-        ({"cache": "dual", "drift": 0.1, "guidance": 1.0}, "do not combine"),
+        ({"credit_strength": -1.0}, "credit_strength must be 0 or more"),
+        ({"cache": "dual", "drift_threshold": 0.1, "cfg_scale": 1.0}, "do not combine"),
     ],
 )
 def test_options_that_make_no_sense_say_so(options, message):

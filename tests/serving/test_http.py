@@ -84,7 +84,9 @@ def test_settings_are_models_of_their_own(client, model, options, tmp_path):
 
 def test_sampler_options_change_how_an_answer_is_decoded(client):
     one = ask(client, recording(), extra_body={"diffa": {"sampler": {"steps": 12}}})
-    few = ask(client, recording(), extra_body={"diffa": {"sampler": {"steps": 3, "block": 12}}})
+    few = ask(
+        client, recording(), extra_body={"diffa": {"sampler": {"steps": 3, "block_length": 12}}}
+    )
     assert one.model_extra["diffa"]["num_forwards"] == 12
     assert few.model_extra["diffa"]["num_forwards"] == 3
 
@@ -92,8 +94,8 @@ def test_sampler_options_change_how_an_answer_is_decoded(client):
 def test_sampler_options_change_the_setting_that_the_model_names(model):
     sampler_presets, samplers = model.spec.data["sampler_presets"], Samplers(model)
     for base, own in (("fast", sampler_presets["fast"]), (None, model.spec.data["sampler"])):
-        chosen = samplers.choose({"block": 6}, None, "sampler", base)
-        assert chosen.kind == repr(sorted({**own, "block": 6}.items()))
+        chosen = samplers.choose({"block_length": 6}, None, "sampler", base)
+        assert chosen.kind == repr(sorted({**own, "block_length": 6}.items()))
         assert samplers.choose(None, None, "sampler", base).kind == repr(sorted(own.items()))
 
 
@@ -105,8 +107,13 @@ def test_a_models_setting_stays_when_options_are_given(client, monkeypatch):
         return known(samplers, asked, temperature, param, base)
 
     monkeypatch.setattr(Samplers, "choose", choose)
-    ask(client, recording(), model="tiny:fast", extra_body={"diffa": {"sampler": {"block": 6}}})
-    assert bases == [({"block": 6}, "fast")]
+    ask(
+        client,
+        recording(),
+        model="tiny:fast",
+        extra_body={"diffa": {"sampler": {"block_length": 6}}},
+    )
+    assert bases == [({"block_length": 6}, "fast")]
 
 
 def test_the_seed_decides_what_a_temperature_draws(client):
@@ -173,8 +180,8 @@ WRONG = {
     "temperature": ({"temperature": 99}, 400, "temperature"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "two answers": ({"n": 2}, 400, "n"),
-    "option": ({"extra_body": {"diffa": {"sampler": {"blok": 3}}}}, 400, "sampler.blok"),
-    "range": ({"extra_body": {"diffa": {"sampler": {"block": 0}}}}, 400, "sampler.block"),
+    "option": ({"extra_body": {"diffa": {"sampler": {"block_lenth": 3}}}}, 400, "sampler.block_lenth"),
+    "range": ({"extra_body": {"diffa": {"sampler": {"block_length": 0}}}}, 400, "sampler.block_length"),
     "rules": (
         {"extra_body": {"diffa": {"sampler": {"threshold": 0.5, "factor": 1.0}}}}, 400, "sampler",
     ),

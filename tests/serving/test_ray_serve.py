@@ -68,8 +68,8 @@ def test_a_missing_ray_names_the_extra(said, monkeypatch):
 
 def test_a_wrong_spec_is_found_before_ray_starts(said, monkeypatch):
     monkeypatch.setattr(replicas, "serve", lambda *_: pytest.fail("it has started"))
-    code, text = said("--ray", "local", "--set", "sampler.blok=8")
-    assert code == 2 and "sampler.blok" in text
+    code, text = said("--ray", "local", "--set", "sampler.block_lenth=8")
+    assert code == 2 and "sampler.block_lenth" in text
 
 
 def test_the_resolved_spec_and_all_limits_travel(monkeypatch, tmp_path):

@@ -154,8 +154,11 @@ def test_a_setting_names_a_sampler():
     offers = {"quick": {"name": "blockwise", "threshold": 0.9}}
     named = Spec.read({**SMALL, "sampler_presets": offers, "sampler": "quick"})
     assert named.resolve().data["sampler"]["threshold"] == 0.9
-    assert named.set("sampler.block", 4).resolve().data["sampler"]["block"] == 4
-    assert named.set("sampler.block", 4).resolve().data["sampler_presets"]["quick"]["block"] == 32
+    assert named.set("sampler.block_length", 4).resolve().data["sampler"]["block_length"] == 4
+    assert (
+        named.set("sampler.block_length", 4).resolve().data["sampler_presets"]["quick"]["block_length"]
+        == 32
+    )
     assert named.digest() == Spec.read({**SMALL, "sampler": offers["quick"]}).digest()
 
 
@@ -246,7 +249,7 @@ def test_specs_survive_yaml_and_json(config, block, stop):
         {
             **SMALL,
             "backbone": {"name": "llada", "config": config},
-            "sampler": {"name": "blockwise", "block": block, "stop": stop},
+            "sampler": {"name": "blockwise", "block_length": block, "stop_at_eos": stop},
         }
     )
     for text in (spec.to_yaml(), spec.to_json(), spec.resolve().to_yaml()):
@@ -258,8 +261,8 @@ def test_the_digest_follows_meaning_not_writing():
     pairs = list(SMALL["adapters"].items())
     assert Spec.read(dict(reversed(SMALL.items()))).digest() == one.digest()
     assert Spec.read({**SMALL, "adapters": dict(reversed(pairs))}).digest() != one.digest()
-    assert one.set("sampler.block", 32).digest() == one.digest()  # the default, written out
-    assert one.set("sampler.block", 31).digest() != one.digest()
+    assert one.set("sampler.block_length", 32).digest() == one.digest()  # the default, written out
+    assert one.set("sampler.block_length", 31).digest() != one.digest()
     thresholds = [one.set("sampler.threshold", value).digest() for value in (1, 1.0)]
     assert thresholds[0] == thresholds[1] != one.digest()
     mixed = {"a": 1, "b": {"c": 2, "d": 3}}
@@ -281,8 +284,8 @@ def test_set_returns_a_new_spec_and_leaves_the_old():
 @pytest.mark.parametrize(
     ("path", "value", "where"),
     [
-        ("sampler", {"name": "blockwise", "block": 8}, ("sampler", "block", 8)),
-        ("sampler.block", 8, ("sampler", "block", 8)),
+        ("sampler", {"name": "blockwise", "block_length": 8}, ("sampler", "block_length", 8)),
+        ("sampler.block_length", 8, ("sampler", "block_length", 8)),
         ("encoder.width", 32, ("encoder", "width", 32)),
         ("prompt.system", "Be brief.", ("prompt", "system", "Be brief.")),
         ("backbone.lora.checkpoint", "x", ("backbone", "lora", {"checkpoint": "x"})),
@@ -297,10 +300,10 @@ def test_set_reaches_every_place(path, value, where):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("sampler.blok", "sampler.blok: unknown option, did you mean 'block'"),
-        ("sampler.blok.deep", "sampler.blok: unknown option"),
-        ("sampler.block.deep", "'block' holds 32, not a mapping"),
-        ("samplr.block", "there is no 'samplr' in a spec, did you mean 'sampler'"),
+        ("sampler.block_lenth", "sampler.block_lenth: unknown option, did you mean 'block_length'"),
+        ("sampler.block_lenth.deep", "sampler.block_lenth: unknown option"),
+        ("sampler.block_length.deep", "'block_length' holds 32, not a mapping"),
+        ("samplr.block_length", "there is no 'samplr' in a spec, did you mean 'sampler'"),
         ("adapters.semantc.stride", "adapters has no 'semantc', did you mean 'semantic'"),
         ("adapters.third", "adapters has no 'third'"),
         ("backbone.checkpoint.x", "'checkpoint' holds 'somewhere', not a mapping"),

@@ -136,35 +136,41 @@ class TestGreedy(SamplerSuite):
 
 class TestBlockwise(SamplerSuite):
     name = "blockwise"
-    options = {"block": 4}
-    exact = {"temperature": 1.0, "order": "random"}
+    options = {"block_length": 4}
+    exact = {"temperature": 1.0, "ranking": "random"}
 
 
 class TestBlockwiseTokenByToken(SamplerSuite):
     name = "blockwise"
-    options = {"block": 1, "cache": "prefix", "stop": False}
+    options = {"block_length": 1, "cache": "prefix", "stop_at_eos": False}
     exact = {"temperature": 1.0}
 
 
 class TestBlockwiseByThreshold(SamplerSuite):
     name = "blockwise"
-    options = {"block": 4, "threshold": 0.6, "cache": "dual"}
-    exact = {"temperature": 1.0, "block": 1}
+    options = {"block_length": 4, "threshold": 0.6, "cache": "dual"}
+    exact = {"temperature": 1.0, "block_length": 1}
 
 
 class TestBlockwiseByFactor(SamplerSuite):
     name = "blockwise"
-    options = {"block": 5, "factor": 1.0, "cache": "prefix", "order": "margin"}
-    exact = {"temperature": 1.0, "block": 1}
+    options = {"block_length": 5, "factor": 1.0, "cache": "prefix", "ranking": "margin"}
+    exact = {"temperature": 1.0, "block_length": 1}
 
 
 class TestBlockwiseByEntropy(SamplerSuite):
     name = "blockwise"
-    options = {"block": 6, "entropy": 0.5}
-    exact = {"temperature": 1.0, "block": 1}
+    options = {"block_length": 6, "entropy_bound": 0.5}
+    exact = {"temperature": 1.0, "block_length": 1}
 
 
 class TestBlockwiseGuided(SamplerSuite):
     name = "blockwise"
-    options = {"block": 4, "steps": 6, "guidance": 1.0, "unconditional": "audio", "cache": "dual"}
-    exact = {"temperature": 1.0, "block": 1, "steps": None}
+    options = {
+        "block_length": 4,
+        "steps": 6,
+        "cfg_scale": 1.0,
+        "cfg_drop": "audio",
+        "cache": "dual",
+    }
+    exact = {"temperature": 1.0, "block_length": 1, "steps": None}

@@ -228,7 +228,7 @@ def test_the_chosen_answers_own_loss_is_per_token_of_theirs(world: Path) -> None
 
 
 def test_masks_apart_move_the_margin_at_once(world: Path) -> None:
-    learner = policy(world, shared=False)
+    learner = policy(world, shared_masks=False)
     parts = learner(batch(world, learner.model, [0, 1]))
     assert parts.notes is not None and abs(float(parts.notes["margin"])) > 1e-3
 

@@ -210,7 +210,7 @@ def test_a_model_learns_to_tell_high_from_low(world: Path, tmp_path: Path) -> No
         clip=10.0,
         optimizer={"lr": 2e-3, "weight_decay": 0.0},
         schedule={"warmup": 5, "hold": 0.8},
-        objective={"name": "masked", "full": 1.0},
+        objective={"name": "masked", "full_mask_prob": 1.0},
         evaluate={"data": held, "every": 90, "rows": 8, "max_tokens": 4},
         take="best",
     )
@@ -424,7 +424,12 @@ def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_
         steps=2,
         adapters=["semantic"],
         answer_length=[4, 8],
-        objective={"name": "masked", "masking": "count", "full": 0.4, "normalization": "sample"},
+        objective={
+            "name": "masked",
+            "masking": "count",
+            "full_mask_prob": 0.4,
+            "normalization": "sample",
+        },
         aids={"say": {"semantic": 0.3}, "blank": "?", "match": ["semantic"], "header": 0.3},
     )
     aids = {"blank": "?", "blur": 0.6, "noise": 0.5, "roomy": 0.25}

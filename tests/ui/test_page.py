@@ -37,7 +37,7 @@ def model() -> diffa.Model:
 @pytest.fixture(scope="module")
 def replay(model: diffa.Model) -> Replay:
     wave = load_recording(str(recordings() / "digits.flac"), model.encoder.sample_rate)
-    sampler = {"name": "blockwise", "block": 8, "threshold": 0.0052}
+    sampler = {"name": "blockwise", "block_length": 8, "threshold": 0.0052}
     return list(ask(model, "mine", sampler, Request(wave, QUESTION, max_tokens=24)))[-1]
 
 
@@ -45,7 +45,7 @@ def replay(model: diffa.Model) -> Replay:
 
 
 def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -> None:
-    sampler = {"name": "blockwise", "block": 8, "threshold": 0.0052}
+    sampler = {"name": "blockwise", "block_length": 8, "threshold": 0.0052}
     steps: list[Any] = []
     plain = diffa.swap(model, sampler=sampler).answer(
         recordings() / "digits.flac", QUESTION, max_tokens=24, on_step=steps.append
@@ -135,11 +135,13 @@ def test_controls_say_every_named_setting_exactly(preset: str) -> None:
 
 def test_options_without_a_control_are_written_out_and_read_back() -> None:
     spec = Spec.read("tiny").resolve()
-    chosen = sampler_options.read(spec, {"name": "blockwise", "suffix": 6, "stop": False})
+    chosen = sampler_options.read(
+        spec, {"name": "blockwise", "suffix_window": 6, "stop_at_eos": False}
+    )
     assert chosen.others == "suffix: 6, stop: false"
     assert (
-        sampler_options.write(chosen)["suffix"] == 6
-        and sampler_options.write(chosen)["stop"] is False
+        sampler_options.write(chosen)["suffix_window"] == 6
+        and sampler_options.write(chosen)["stop_at_eos"] is False
     )
 
 
@@ -155,7 +157,7 @@ def test_a_changed_setting_is_not_called_by_its_name() -> None:
     spec = Spec.read("tiny").resolve()
     start = sampler_options.read(spec, sampler_options.named(spec)["fast"])
     assert sampler_options.title(spec, "fast", start) == "fast"
-    assert sampler_options.title(spec, "fast", start._replace(block=3)) == "fast, changed"
+    assert sampler_options.title(spec, "fast", start._replace(block_length=3)) == "fast, changed"
 
 
 @pytest.mark.parametrize("text", ["suffix 64", "suffix: [", "- a"])
@@ -165,18 +167,26 @@ def test_options_that_cannot_be_read_are_told(text: str) -> None:
 
 
 def test_an_option_may_be_null_where_it_is_written() -> None:
-    assert sampler_options.write(Chosen(others="suffix: null, stop: false"))["suffix"] is None
+    assert (
+        sampler_options.write(Chosen(others="suffix_window: null, stop_at_eos: false"))[
+            "suffix_window"
+        ]
+        is None
+    )
 
 
 def test_a_number_that_was_cleared_is_told() -> None:
     with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
         sampler_options.write(Chosen(rule="threshold", value=None))
     with pytest.raises(SpecError, match="block needs a value"):
-        sampler_options.write(Chosen(block=None))
+        sampler_options.write(Chosen(block_length=None))
 
 
 def test_every_control_has_its_meaning_in_a_line() -> None:
-    assert sampler_options.meaning("blockwise", "block") == "Answer tokens per block."
+    assert (
+        sampler_options.meaning("blockwise", "block_length")
+        == "Answer tokens per block (LLaDA, arXiv 2502.09992)."
+    )
     assert sampler_options.meaning("blockwise", "cache").startswith("None recomputes everything")
     for rule in sampler_options.rules("blockwise"):
         assert sampler_options.rule_meaning("blockwise", rule).endswith("."), rule

@@ -32,7 +32,7 @@ class Subset(NamedTuple):
 
     kind: str
     max_tokens: int
-    block: int
+    block_length: int
 
 
 SUBSETS = {
@@ -102,8 +102,8 @@ class VoiceBench:
         about = SUBSETS[self.subset]
         choices = tuple("ABCD") if self.kind == "mcq" else ()
         if prompt == "voicebench@diffa":
-            return Question(VOICEBENCH_DIFFA, choices, about.max_tokens, about.block)
-        return Question("", choices, about.max_tokens, about.block, system="")
+            return Question(VOICEBENCH_DIFFA, choices, about.max_tokens, about.block_length)
+        return Question("", choices, about.max_tokens, about.block_length, system="")
 
     def read(self, fields: Fields, draw: random.Random) -> Readings:
         """Both readings by the subset's rules."""

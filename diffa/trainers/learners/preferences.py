@@ -74,7 +74,7 @@ class Prefers(nn.Module):
         rule = self.model.objective
         noised = rule.draws(batch.tokens, batch.answer, batch.seeds)
         other = noised
-        if not rule.shared:
+        if not rule.shared_masks:
             other = rule.draws(batch.tokens, batch.answer, batch.seeds, apart=True)
         with self.reference.standing_in():
             before = self._bounds(batch, other)
