@@ -136,7 +136,7 @@ def test_any_path_of_spec_or_recipe_can_be_varied(world):
     assert changed(base, "adapters.semantic.stride", 2).spec.data["adapters"]["semantic"]["stride"]
     with pytest.raises(SpecError, match="seeds are not compared"):
         changed(base, "seed", 3)
-    with pytest.raises(SpecError, match=r"at backbone=llada, sampler\.blok=3"):
+    with pytest.raises(SpecError, match=r"at backbone=llada, sampler\.block_lenth=3"):
         cells(base, read_axes(["backbone=llada", "sampler.block_lenth=3"]), 1)
 
 
@@ -261,7 +261,7 @@ def test_a_study_runs_resumes_and_is_written(world, tmp_path, capsys):
     assert "2 trainings to run" in told.err
     lines = list(csv.DictReader((out / "table.csv").open()))
     assert [line["adapters"] for line in lines] == ["semantic", "semantic", "both", "both"]
-    assert [float(line["block mean"]) for line in lines] == [2, 4, 2, 4]
+    assert [float(line["block_length mean"]) for line in lines] == [2, 4, 2, 4]
     assert int(lines[2]["trained"]) > int(lines[0]["trained"]) > 0
     assert all(0 <= float(line["exact mean"]) <= 1 for line in lines)
     assert lines[0]["loss mean"] == lines[1]["loss mean"] != lines[2]["loss mean"]

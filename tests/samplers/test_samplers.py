@@ -355,10 +355,10 @@ def test_steps_are_spread_over_blocks_by_width():
 
 
 @pytest.mark.parametrize("ranking", ["random", "entropy", "margin"])
-def test_marginals_at_temperature_one_are_the_models(order):
+def test_marginals_at_temperature_one_are_the_models(ranking):
     law, count = Joint(), 3000
     canvas = toy_canvas([[1]] * count, 3, seeds=range(count))
-    for _ in Blockwise(MASKED, temperature=1.0, ranking=order)(canvas, ToyDenoise(canvas, law)):
+    for _ in Blockwise(MASKED, temperature=1.0, ranking=ranking)(canvas, ToyDenoise(canvas, law)):
         pass
     codes = (canvas.answer * torch.tensor([9, 3, 1])).sum(1)
     found = torch.bincount(codes, minlength=27) / count

@@ -138,7 +138,7 @@ def test_options_without_a_control_are_written_out_and_read_back() -> None:
     chosen = sampler_options.read(
         spec, {"name": "blockwise", "suffix_window": 6, "stop_at_eos": False}
     )
-    assert chosen.others == "suffix: 6, stop: false"
+    assert chosen.others == "suffix_window: 6, stop_at_eos: false"
     assert (
         sampler_options.write(chosen)["suffix_window"] == 6
         and sampler_options.write(chosen)["stop_at_eos"] is False
@@ -178,7 +178,7 @@ def test_an_option_may_be_null_where_it_is_written() -> None:
 def test_a_number_that_was_cleared_is_told() -> None:
     with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
         sampler_options.write(Chosen(rule="threshold", value=None))
-    with pytest.raises(SpecError, match="block needs a value"):
+    with pytest.raises(SpecError, match="block_length needs a value"):
         sampler_options.write(Chosen(block_length=None))
 
 
@@ -187,7 +187,9 @@ def test_every_control_has_its_meaning_in_a_line() -> None:
         sampler_options.meaning("blockwise", "block_length")
         == "Answer tokens per block (LLaDA, arXiv 2502.09992)."
     )
-    assert sampler_options.meaning("blockwise", "cache").startswith("None recomputes everything")
+    assert sampler_options.meaning("blockwise", "cache").startswith(
+        "Keys and values kept within a block: none"
+    )
     for rule in sampler_options.rules("blockwise"):
         assert sampler_options.rule_meaning("blockwise", rule).endswith("."), rule
     assert sampler_options.rules("blockwise")[0] == ONE
