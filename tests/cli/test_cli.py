@@ -100,7 +100,15 @@ def test_transcribe_asks_for_the_text(diffa_, fake, mine):
 
 def test_a_sampler_preset_selects_the_sampler(diffa_, fake, mine):
     diffa_(
-        "ask", "a.wav", "?", "--spec", mine, "--sampler-preset", "slow", "--set", "sampler.block_length=2"
+        "ask",
+        "a.wav",
+        "?",
+        "--spec",
+        mine,
+        "--sampler-preset",
+        "slow",
+        "--set",
+        "sampler.block_length=2",
     )
     sampler = fake["spec"].resolve().data["sampler"]
     assert (sampler["threshold"], sampler["block_length"]) == (None, 2)
@@ -203,7 +211,9 @@ def test_spec_show_prints_what_can_be_read_back(diffa_, mine):
     assert shown.data["train"] == ["adapters", "backbone"]
     assert shown.digest() in done.err and shown.data["sampler"]["block_length"] == 32
     assert (
-        json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"]["block_length"]
+        json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"][
+            "block_length"
+        ]
         == 32
     )
 

@@ -156,7 +156,9 @@ def test_a_setting_names_a_sampler():
     assert named.resolve().data["sampler"]["threshold"] == 0.9
     assert named.set("sampler.block_length", 4).resolve().data["sampler"]["block_length"] == 4
     assert (
-        named.set("sampler.block_length", 4).resolve().data["sampler_presets"]["quick"]["block_length"]
+        named.set("sampler.block_length", 4)
+        .resolve()
+        .data["sampler_presets"]["quick"]["block_length"]
         == 32
     )
     assert named.digest() == Spec.read({**SMALL, "sampler": offers["quick"]}).digest()
