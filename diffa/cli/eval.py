@@ -85,7 +85,9 @@ WorldSizeOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", help="Random seed for guesses, samples and confidence intervals."),
+    typer.Option(
+        "--seed", help="Random seed for fallback answers, samples and confidence intervals."
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
