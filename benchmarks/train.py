@@ -35,7 +35,7 @@ from diffa.canvas.canvas import interleave
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Batch, Collate
-from diffa.data.rows import Row
+from diffa.data.rows import TrainingRow
 from diffa.spec.spec import Spec
 from diffa.trainers.learners.answers import Answers
 
@@ -91,14 +91,16 @@ def lengths_of(count: int) -> list[tuple[float, int]]:
     return ROWS[step - 1 :: step][-count:]
 
 
-def rows_of(count: int) -> list[Row]:
+def rows_of(count: int) -> list[TrainingRow]:
     """Rows of different lengths: drawn tokens, noise for audio, corrupted by fixed seeds."""
     drawn = torch.Generator().manual_seed(1)
     made = []
     for number, (seconds, answer) in enumerate(lengths_of(count)):
         tokens = torch.randint(0, 126000, (PROMPT + answer,), generator=drawn)
         wave = 0.1 * torch.randn(int(16000 * seconds), generator=drawn)
-        made.append(Row(tokens, torch.arange(len(tokens)) >= PROMPT, 100 + number, AT, wave))
+        made.append(
+            TrainingRow(tokens, torch.arange(len(tokens)) >= PROMPT, 100 + number, AT, wave)
+        )
     return made
 
 
@@ -106,8 +108,8 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The reference step: its summed loss and what to divide that by."""
     noised = model.objective.corrupt(batch.tokens, batch.answer, batch.seeds)
     with torch.no_grad():
-        features = model.encoder(batch.audio, batch.lengths)
-    sizes, at = batch.sizes.tolist(), [AT] * len(batch.sizes)
+        features = model.encoder(batch.audio, batch.audio_lengths)
+    sizes, at = batch.row_lengths.tolist(), [AT] * len(batch.row_lengths)
     texts = [row[:size] for row, size in zip(noised.tokens, sizes, strict=True)]
     embeds, ids = interleave(texts, unpad_embeds(model.adapt(features)), at, model.backbone.embed)
     positions = torch.arange(ids.shape[1], device=ids.device)
@@ -127,14 +129,16 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 class Step:
     """One way of making the gradients of a step from the same rows."""
 
-    def __init__(self, model: Any, rows: list[Row], name: str, cache: Path, micro: int) -> None:
+    def __init__(
+        self, model: Any, rows: list[TrainingRow], name: str, cache: Path, micro: int
+    ) -> None:
         self.model, self.name, device = model, name, model.device
-        collate = Collate(model.backbone.vocab, learned=False)
+        collate = Collate(model.backbone.vocab, learn_padding=False)
         if name == "baseline":
             groups = [rows]
             self.run: Callable[[Batch], Any] = lambda batch: plain(model, batch)
         else:
-            ordered = sorted(rows, key=lambda row: len(row.wave) if row.wave is not None else 0)
+            ordered = sorted(rows, key=lambda row: len(row.audio) if row.audio is not None else 0)
             groups = [ordered[i : i + micro] for i in range(0, len(ordered), micro)]
             kept = FeatureCache(
                 cache,

@@ -24,8 +24,7 @@ from torch import Tensor
 import diffa
 from diffa.data.collate import Batch, Collate
 from diffa.data.manifest import Manifest
-from diffa.data.preference_rows import Preferring
-from diffa.data.rows import Answering, Hearing
+from diffa.data.rows import AnswerTransform, AudioTransform, PreferenceTransform
 from diffa.data.samples import seed_of
 from diffa.nano.preferences import write_preferences
 from diffa.spec.spec import Spec
@@ -73,9 +72,11 @@ class Moments:
 
 def pair_batch(model: Any, data: Manifest, row: int, draw: int) -> Batch:
     """One pair, corrupted by the seeds of a draw."""
-    hearing = Hearing(model.encoder.sample_rate)
-    make = Preferring(Answering(model.chat_format, model.backbone.vocab, hearing), hearing)
-    return Collate(model.backbone.vocab, learned=False)([make(data[row], seed_of(row, draw))])
+    hearing = AudioTransform(model.encoder.sample_rate)
+    make = PreferenceTransform(
+        AnswerTransform(model.chat_format, model.backbone.vocab, hearing), hearing
+    )
+    return Collate(model.backbone.vocab, learn_padding=False)([make(data[row], seed_of(row, draw))])
 
 
 def variance(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ class Manifest:
             target=row[self.target].strip(),
             question=question,
             audio=self._audio(row),
-            spoken={"*": row["transcription"]} if row.get("transcription") else None,
+            ctc_targets={"*": row["transcription"]} if row.get("transcription") else None,
             key=f"{self.path.name} row {self._numbers[index]}",
             rejected=row["rejected"].strip() if self.pairs else None,
         )

@@ -17,7 +17,7 @@ from diffa.data.samples import DataError, Source, TimedSource, seed_of
 _POOL = 64  # batches that are sorted by length together
 
 
-class Place(NamedTuple):
+class DrawnRow(NamedTuple):
     """One position of a stage: which source and row, in which epoch, and its seed."""
 
     source: int
@@ -56,7 +56,7 @@ class Mixture:
             if size == 0:
                 raise DataError(f"{source!r} has no samples")
         self.shares = _shares(sizes, list(weights), batch)
-        self._order = lru_cache(maxsize=2)(self._draw)
+        self._order = lru_cache(maxsize=2)(self._draw_epoch)
         self._permutation = lru_cache(maxsize=2 * len(sizes))(self._shuffle)
 
     @property
@@ -64,16 +64,16 @@ class Mixture:
         """Samples of one epoch."""
         return sum(self.shares)
 
-    def place(self, position: int) -> Place:
+    def draw(self, position: int) -> DrawnRow:
         """Return what stands at a position of the stage, counted from 0 over all epochs."""
         epoch, at = divmod(position, self.size)
         source, row = self._order(epoch)[at]
         # consecutive over all ranks, as objectives that spread their levels over a step want it;
         # the first one is even, so that pairs stand in one batch
         first = seed_of(self.seed, epoch) >> 1 << 1
-        return Place(source, row, epoch, (first + at) % (1 << 63))
+        return DrawnRow(source, row, epoch, (first + at) % (1 << 63))
 
-    def _draw(self, epoch: int) -> list[tuple[int, int]]:
+    def _draw_epoch(self, epoch: int) -> list[tuple[int, int]]:
         """Return (source, row) for every position of an epoch."""
         rows: list[tuple[int, int]] = []
         for source, share in enumerate(self.shares):

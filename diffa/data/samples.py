@@ -20,32 +20,32 @@ class DataError(DiffaError):
 
 
 class Sample(NamedTuple):
-    """What one row teaches.
+    """What one row of training data teaches.
 
     Attributes:
-        target: the answer to learn.
-        question: the user's question; the prompt's template goes around it.
-        audio: a file, or a waveform (S,) with its ``rate``; None for text alone.
-        rate: samples per second of a waveform.
-        script: text that stands where the audio would (language models learn from it).
-        spoken_from: how many words of the script come before those that are spoken.
-        spoken: what adapters should say by CTC, by adapter key; ``*`` for any other.
-        key: names the row in messages.
-        labels: whatever else a stage learns from (an encoder's heads).
-        more: further questions about the same audio, each with its answer.
-        rejected: an answer to move away from; ``target`` is preferred to it.
+        target: The answer to learn.
+        question: The user's question, without the prompt's template.
+        audio: A file, or a waveform (S,) with its ``rate``; None for text alone.
+        rate: Samples per second of a waveform.
+        audio_text: Words that stand where the audio would; language models learn from it.
+        speech_start: How many words of ``audio_text`` come before the transcript.
+        ctc_targets: Transcript of an adapter's CTC loss, by adapter key; ``*`` for any other.
+        key: Names the row in messages.
+        labels: Whatever else a stage learns from (an encoder's heads).
+        extra_questions: Further questions about the same audio, each with its answer.
+        rejected: An answer to move away from; ``target`` is preferred to it.
     """
 
     target: str = ""
     question: str = ""
     audio: Path | Tensor | None = None
     rate: int | None = None
-    script: str | None = None
-    spoken_from: int = 0
-    spoken: Mapping[str, str] | None = None
+    audio_text: str | None = None
+    speech_start: int = 0
+    ctc_targets: Mapping[str, str] | None = None
     key: str = ""
     labels: Any = None
-    more: tuple[tuple[str, str], ...] = ()
+    extra_questions: tuple[tuple[str, str], ...] = ()
     rejected: str | None = None
 
 

@@ -64,7 +64,7 @@ class Hinting(nn.Module):
 
     def loss(self, batch: Batch, packing: Packing) -> Tensor:
         """Return the weighted loss of every label in a batch about scripts."""
-        if self._given is None or packing.places is None or batch.script is None:
+        if self._given is None or packing.places is None or batch.audio_text is None:
             raise TrainingError("aids.hints needs rows about scripts")
         flat = self._given[0].flatten(0, 1)
         total = flat.new_zeros(())
@@ -110,16 +110,19 @@ class Hinting(nn.Module):
 
         Only the labels of one batch and field compete; a source is -1 where none is told.
         """
-        assert batch.script is not None and batch.scripts is not None
+        assert batch.audio_text is not None and batch.audio_text_lengths is not None
         assert packing.places is not None
         said = [
             spoken_words(self._said(row[:count]), begin)
             for row, count, begin in zip(
-                batch.script, batch.scripts.tolist(), batch.spoken_from.tolist(), strict=True
+                batch.audio_text,
+                batch.audio_text_lengths.tolist(),
+                batch.speech_start.tolist(),
+                strict=True,
             )
         ]
         fields: dict[str, list[tuple[int, int, float, int]]] = {}
-        owners, sizes = batch.owner.tolist(), batch.sizes.tolist()
+        owners, sizes = batch.audio_index.tolist(), batch.row_lengths.tolist()
         at = packing.places.tolist()
         for row, (owner, size) in enumerate(zip(owners, sizes, strict=True)):
             for hint in hints(self._said(batch.tokens[row, :size]), said[owner]):

@@ -51,11 +51,11 @@ class Hears(nn.Module):
 
     def forward(self, batch: Batch) -> Parts:
         """Measure a batch; every row weighs the same."""
-        assert batch.audio is not None and batch.lengths is not None
+        assert batch.audio is not None and batch.audio_lengths is not None
         if self.training and batch.progress < 1 - self.whole:
-            states, lengths = self._cropped(batch.audio, batch.lengths)
+            states, lengths = self._cropped(batch.audio, batch.audio_lengths)
         else:
-            features = self.encoder(batch.audio, batch.lengths)
+            features = self.encoder(batch.audio, batch.audio_lengths)
             states, lengths = features.states, features.lengths
         heard = self._targets(batch, states[-1])
         logits = self.heads(states, lengths)

@@ -86,10 +86,10 @@ class Nano:
             question=made.question,
             audio=torch.from_numpy(made.wave),
             rate=RATE,
-            spoken=self._spoken(made.labels),
+            ctc_targets=self._spoken(made.labels),
             key=made.audio_id,
             labels=made.labels,
-            more=made.more,
+            extra_questions=made.more,
         )
 
     @staticmethod
@@ -147,9 +147,9 @@ class NanoText:
         return Sample(
             target=first.answer,
             question=first.question,
-            script=" ".join([*row.acoustic, *row.semantic]),
-            spoken_from=len(row.acoustic),
+            audio_text=" ".join([*row.acoustic, *row.semantic]),
+            speech_start=len(row.acoustic),
             key=f"nano-text-{index}",
             labels=row.labels,
-            more=tuple((made.question, made.answer) for made in others),
+            extra_questions=tuple((made.question, made.answer) for made in others),
         )

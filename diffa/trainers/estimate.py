@@ -152,7 +152,7 @@ def measure(source: Any, model: Model) -> Size:
         _seconds(s, timed.seconds(i) if timed else 0.0) for s, i in zip(samples, rows, strict=True)
     ]
     tokens = [count_tokens(sample, model) for sample in samples]
-    asked = sum(1 + len(getattr(sample, "more", ())) for sample in samples) / len(rows)
+    asked = sum(1 + len(sample.extra_questions) for sample in samples) / len(rows)
     return Size(sum(seconds) / len(rows), sum(tokens) / len(rows), max(seconds), max(tokens), asked)
 
 
@@ -166,7 +166,7 @@ def count_tokens(sample: Sample, model: Model) -> float:
     """Tokens of a row, prompt and answer (the mean of both answers of a pair)."""
     answers = [sample.target, *([sample.rejected] if sample.rejected else [])]
     asked = [(sample.question, answer) for answer in answers]
-    asked += list(getattr(sample, "more", ()))
+    asked += list(sample.extra_questions)
     if model.backbone.tokenizer is not None:
         rows = [len(model.chat_format.encode_example(q, a).tokens) for q, a in asked]
     else:

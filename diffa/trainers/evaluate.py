@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffa.data.collate import Collate
-from diffa.data.rows import Stream
+from diffa.data.rows import TrainingDataset
 from diffa.data.samples import Sample
 from diffa.evaluation.word_errors import edits
 from diffa.trainers.checkpoints import (
@@ -44,7 +44,7 @@ class Held:
         self,
         learner: Any,
         model: Any,
-        stream: Stream | None,
+        stream: TrainingDataset | None,
         collate: Collate,
         chosen: Evaluation,
         evaluators: Mapping[str, Evaluator],
@@ -65,19 +65,19 @@ class Held:
             found |= {key: float(value) for key, value in evaluator(self.model).items()}
         return found
 
-    def _losses(self, stream: Stream) -> dict[str, float]:
+    def _losses(self, stream: TrainingDataset) -> dict[str, float]:
         tally = Tally()
         for start in range(0, len(stream), self.chosen.batch):
             rows = range(start, min(start + self.chosen.batch, len(stream)))
             tally.add(self.learner(self.collate([stream[i] for i in rows]).to(self.device)))
         return tally.take()
 
-    def _answers(self, stream: Stream) -> dict[str, float]:
+    def _answers(self, stream: TrainingDataset) -> dict[str, float]:
         written, wanted = [], []
         for start in range(0, len(stream), self.chosen.batch):
             rows = range(start, min(start + self.chosen.batch, len(stream)))
             samples = [self._sample(stream, i) for i in rows]
-            asked = [s for s in samples if s.script is None]
+            asked = [s for s in samples if s.audio_text is None]
             if not asked:
                 continue
             waves = [None if s.audio is None else self._wave(s) for s in asked]
@@ -87,15 +87,15 @@ class Held:
             wanted += [s.target for s in asked]
         return compare(written, wanted) if wanted else {}
 
-    def _sample(self, stream: Stream, position: int) -> Sample:
-        place = stream.mixture.place(position)
+    def _sample(self, stream: TrainingDataset, position: int) -> Sample:
+        place = stream.mixture.draw(position)
         sample: Sample = stream.mixture.sources[place.source][place.row]
         return sample
 
     def _wave(self, sample: Sample) -> torch.Tensor:
-        from diffa.data.rows import Hearing
+        from diffa.data.rows import AudioTransform
 
-        wave = Hearing(self.model.encoder.sample_rate)(sample, 0)
+        wave = AudioTransform(self.model.encoder.sample_rate)(sample, 0)
         assert wave is not None
         return wave.to(self.device)
 

@@ -14,8 +14,14 @@ from diffa.data.augment import Augment
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Collate
 from diffa.data.mixture import Mixture
-from diffa.data.preference_rows import Preferring
-from diffa.data.rows import Answering, Hearing, Listening, Row, Stream
+from diffa.data.rows import (
+    AnswerTransform,
+    AudioTransform,
+    EncoderTransform,
+    PreferenceTransform,
+    TrainingDataset,
+    TrainingRow,
+)
 from diffa.data.samples import Sample, SpeakerSource
 from diffa.model import Model
 from diffa.nano.alignment import Hinting, chosen
@@ -32,24 +38,24 @@ from diffa.trainers.session import Setting, mixture, open_data, steps_of
 from diffa.trainers.trainer import Loop
 
 
-def row_maker(model: Model, stage: Stage, *, altered: bool) -> Callable[[Sample, int], Row]:
+def row_maker(model: Model, stage: Stage, *, altered: bool) -> Callable[[Sample, int], TrainingRow]:
     """Return what turns a stage's samples into rows."""
     rate = model.encoder.sample_rate
     augment = Augment(rate, **stage.augment) if altered and stage.augment else None
     if stage.kind == "listening":
-        return Listening(Hearing(rate, augment))
+        return EncoderTransform(AudioTransform(rate, augment))
     aids: Aids = stage_part(Aids, stage.aids)
     pairs = stage.kind == "preferences"
-    answering = Answering(
+    answering = AnswerTransform(
         model.chat_format,
         model.backbone.vocab,
-        Hearing(rate, None if pairs else augment),
+        AudioTransform(rate, None if pairs else augment),
         answer_lengths=rooms(stage),
-        roomy=aids.roomy if altered else 0.0,
-        header=aids.header,
-        longest=stage.longest,
+        padding_share=aids.roomy if altered else 0.0,
+        header_share=aids.header,
+        max_length=stage.longest,
     )
-    return Preferring(answering, Hearing(rate, augment)) if pairs else answering
+    return PreferenceTransform(answering, AudioTransform(rate, augment)) if pairs else answering
 
 
 def rooms(stage: Stage) -> list[int]:
@@ -61,7 +67,7 @@ def rooms(stage: Stage) -> list[int]:
 def collator(model: Model, stage: Stage) -> Collate:
     """Return what pads a stage's rows."""
     exact = stage.kind == "preferences" or bool(rooms(stage))
-    return Collate(model.backbone.vocab, learned=not exact)
+    return Collate(model.backbone.vocab, learn_padding=not exact)
 
 
 def learner(model: Model, stage: Stage, mixed: Mixture, setting: Setting) -> nn.Module:
@@ -122,16 +128,18 @@ def _blank(model: Model, aids: Aids, stage: Stage) -> int | None:
 
 
 @torch.no_grad()
-def match_adapters(model: Model, stage: Stage, stream: Stream, device: torch.device) -> None:
+def match_adapters(
+    model: Model, stage: Stage, stream: TrainingDataset, device: torch.device
+) -> None:
     """Let the adapters that ``aids.match`` names begin as loud as the backbone's embeddings."""
     aids: Aids = stage_part(Aids, stage.aids)
     if not aids.match:
         return
     rows = [stream[i] for i in range(min(8, len(stream)))]
     batch = collator(model, stage)(rows).to(device)
-    if batch.audio is None or batch.lengths is None:
+    if batch.audio is None or batch.audio_lengths is None:
         raise TrainingError(f"stage {stage.name!r}: aids.match needs audio")
-    features = model.encoder(batch.audio, batch.lengths)
+    features = model.encoder(batch.audio, batch.audio_lengths)
     tokens = torch.arange(model.backbone.vocab.size, device=device)
     for key in aids.match:
         match(model.adapters[key], features, model.backbone.embed(tokens))
@@ -198,7 +206,9 @@ def held_out(
         sources, weights = open_data(chosen.data, setting, pairs=stage.kind == "preferences")
         mixed = Mixture(sources, weights, batch=1, micro=1, seed=0)
         rows = min(chosen.rows, mixed.size)
-        stream = Stream(mixed, rows, row_maker(model, stage, altered=False), setting.on_error)
+        stream = TrainingDataset(
+            mixed, rows, row_maker(model, stage, altered=False), setting.on_error
+        )
     if stage.kind == "listening":
         chosen = stage_part(Evaluation, {**stage.evaluate, "generate": False})
     held = Held(
@@ -271,7 +281,7 @@ def loop(
     make = row_maker(model, stage, altered=True)
     found = held_out(model, optimised, stage, setting)
     held, chosen = found if found else (None, None)
-    stream = Stream(mixed, steps * per_step, make, setting.on_error)
+    stream = TrainingDataset(mixed, steps * per_step, make, setting.on_error)
     match_adapters(model, stage, stream, setting.device)
     number_adapters(model, stage)
     start_backbone(model, stage, setting.recipe.head.seed)

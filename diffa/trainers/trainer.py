@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from diffa.data.collate import Batch, Collate
-from diffa.data.rows import Row, Stream
+from diffa.data.rows import TrainingDataset, TrainingRow
 from diffa.trainers import distributed as shards
 from diffa.trainers import optim as optimizers
 from diffa.trainers.checkpoints import (
@@ -42,7 +42,7 @@ class Loop(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         learner: nn.Module,
-        stream: Stream,
+        stream: TrainingDataset,
         collate: Collate,
         arguments: TrainingArguments,
         *,
@@ -198,7 +198,7 @@ class Named:
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Batch]:
+    def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Batch]:
         """Return the rows as one batch."""
         return {"batch": self.collate(rows)}
 

@@ -23,7 +23,13 @@ from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Collate
 from diffa.data.manifest import Manifest
 from diffa.data.mixture import Mixture
-from diffa.data.rows import Answering, Hearing, Listening, Row, Stream
+from diffa.data.rows import (
+    AnswerTransform,
+    AudioTransform,
+    EncoderTransform,
+    TrainingDataset,
+    TrainingRow,
+)
 from diffa.data.samples import DataError, Sample, seed_of
 from diffa.encoders.tiny import Tiny
 from diffa.errors import SpecError
@@ -206,9 +212,9 @@ def test_order_is_a_pure_function_that_spares_no_row(
 
     mixture, other = make(), make()
     length = 3 * mixture.size
-    places = [mixture.place(p) for p in range(length)]
+    places = [mixture.draw(p) for p in range(length)]
     assert mixture.size % (micro * accumulate) == 0
-    assert [other.place(p) for p in reversed(range(length))] == places[::-1]
+    assert [other.draw(p) for p in reversed(range(length))] == places[::-1]
     for source, size in enumerate(sizes):
         rows = [p.row for p in places if p.source == source]
         counts = [rows.count(row) for row in range(size)]
@@ -220,14 +226,14 @@ def test_order_is_a_pure_function_that_spares_no_row(
 
 def test_weights_say_how_often_rows_pass_in_an_epoch() -> None:
     mixture = Mixture([Numbers(100), Numbers(40)], [1.0, 0.25], batch=2, micro=2)
-    epochs = [[mixture.place(e * mixture.size + i) for i in range(mixture.size)] for e in range(4)]
+    epochs = [[mixture.draw(e * mixture.size + i) for i in range(mixture.size)] for e in range(4)]
     assert all(sum(p.source == 1 for p in epoch) == 10 for epoch in epochs)
     assert {p.row for epoch in epochs for p in epoch if p.source == 1} == set(range(40))
 
 
 def test_another_seed_is_another_order() -> None:
     orders = [
-        [Mixture([Numbers(30)], [1.0], batch=1, micro=1, seed=s).place(i).row for i in range(30)]
+        [Mixture([Numbers(30)], [1.0], batch=1, micro=1, seed=s).draw(i).row for i in range(30)]
         for s in (0, 1)
     ]
     assert orders[0] != orders[1]
@@ -236,7 +242,7 @@ def test_another_seed_is_another_order() -> None:
 def test_grouped_batches_hold_rows_of_like_length() -> None:
     def spread(grouped: bool) -> float:
         mixture = Mixture([Numbers(256)], [1.0], batch=8, micro=8, grouped=grouped)
-        rows = torch.tensor([mixture.place(i).row for i in range(256)]).view(-1, 8)
+        rows = torch.tensor([mixture.draw(i).row for i in range(256)]).view(-1, 8)
         return float((rows.amax(1) - rows.amin(1)).float().mean())
 
     assert spread(True) < 8 < 100 < spread(False)
@@ -257,7 +263,7 @@ def wave(seconds: float = 0.2) -> torch.Tensor:
 
 
 def test_a_row_marks_the_header_and_the_answer(chat: Chat) -> None:
-    row = Answering(chat, VOCAB, Hearing(16000))(
+    row = AnswerTransform(chat, VOCAB, AudioTransform(16000))(
         Sample(target="high", question="What do you hear ?", audio=wave(), rate=16000), 5
     )
     words = chat.tokenizer.convert_ids_to_tokens(row.tokens[row.answer].tolist())
@@ -270,64 +276,70 @@ def test_a_row_marks_the_header_and_the_answer(chat: Chat) -> None:
 def test_answers_have_room_that_is_learned_as_eos(chat: Chat) -> None:
     sample = Sample(target="one two", question="How many ?")  # 3 tokens with its end of turn
     for rooms, expected in (([12], 12), ([2, 4, 8], 4)):
-        row = Answering(chat, VOCAB, None, answer_lengths=rooms)(sample, 0)
+        row = AnswerTransform(chat, VOCAB, None, answer_lengths=rooms)(sample, 0)
         assert int(row.answer.sum()) == 3 + expected  # its header comes on top
         assert row.tokens[row.answer][6:].tolist() == [toy.EOS] * (expected - 3)
-    roomy = Answering(chat, VOCAB, None, answer_lengths=[4, 8], roomy=1.0)
+    roomy = AnswerTransform(chat, VOCAB, None, answer_lengths=[4, 8], padding_share=1.0)
     assert {int(roomy(sample, seed).answer.sum()) for seed in range(20)} == {7, 11}
 
 
 def test_the_header_belongs_to_the_answer_as_often_as_it_should(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, None, header=0.3)
+    make = AnswerTransform(chat, VOCAB, None, header_share=0.3)
     sizes = [int(make(Sample(target="one two"), seed).answer.sum()) for seed in range(200)]
     assert set(sizes) == {3, 6}
     assert 0.2 < sizes.count(6) / 200 < 0.4
 
 
 def test_questions_about_one_recording_draw_apart(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, None, header=0.5)
-    sample = Sample(target="one two", more=tuple(("How many ?", "one two") for _ in range(5)))
+    make = AnswerTransform(chat, VOCAB, None, header_share=0.5)
+    sample = Sample(
+        target="one two", extra_questions=tuple(("How many ?", "one two") for _ in range(5))
+    )
     rows = [make(sample, seed) for seed in range(50)]
-    sizes = [[int(row.answer.sum()) for row in (made, *made.more)] for made in rows]
+    sizes = [[int(row.answer.sum()) for row in (made, *made.extra_rows)] for made in rows]
     mixed = [found for found in sizes if len(set(found)) > 1]
     assert len(mixed) > 40  # 2 of 64 rows would agree by chance
 
 
 def test_an_answer_too_long_for_its_room_is_a_fault(chat: Chat) -> None:
     with pytest.raises(DataError, match="an answer of 3 tokens exceeds 2"):
-        Answering(chat, VOCAB, None, answer_lengths=[2])(Sample(target="one two", key="row 1"), 0)
+        AnswerTransform(chat, VOCAB, None, answer_lengths=[2])(
+            Sample(target="one two", key="row 1"), 0
+        )
     with pytest.raises(DataError, match="more than 10"):
-        Answering(chat, VOCAB, None, longest=10)(Sample(target="one two"), 0)
+        AnswerTransform(chat, VOCAB, None, max_length=10)(Sample(target="one two"), 0)
 
 
 def test_a_script_stands_where_the_audio_would(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, None)
-    spoken = make(Sample(target="high", question="What ?", script="one two"), 0)
+    make = AnswerTransform(chat, VOCAB, None)
+    spoken = make(Sample(target="high", question="What ?", audio_text="one two"), 0)
     heard = make(Sample(target="high", question="What ?", audio=wave(), rate=16000), 0)
-    with_audio = Answering(chat, VOCAB, Hearing(16000))(
+    with_audio = AnswerTransform(chat, VOCAB, AudioTransform(16000))(
         Sample(target="high", question="What ?", audio=wave(), rate=16000), 0
     )
     assert spoken.audio_at == with_audio.audio_at is not None
-    assert spoken.script is not None
-    assert chat.tokenizer.convert_ids_to_tokens(spoken.script.tolist()) == ["one", "two"]
+    assert spoken.audio_text is not None
+    assert chat.tokenizer.convert_ids_to_tokens(spoken.audio_text.tolist()) == ["one", "two"]
     assert torch.equal(spoken.tokens, with_audio.tokens)
-    assert heard.audio_at is None and heard.wave is None
+    assert heard.audio_at is None and heard.audio is None
 
 
 def test_audio_at_another_rate_is_resampled(chat: Chat) -> None:
-    made = Hearing(16000)(Sample(audio=wave(), rate=8000), 0)
+    made = AudioTransform(16000)(Sample(audio=wave(), rate=8000), 0)
     assert made is not None and len(made) == 2 * len(wave())
 
 
 def test_collating_pads_and_never_changes_a_row(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, Hearing(16000))
+    make = AnswerTransform(chat, VOCAB, AudioTransform(16000))
     texts = [("high", 0.1), ("one two three", 0.3), ("low", 0.2)]
     rows = [
         make(Sample(target=t, question="What ?", audio=wave(s), rate=16000), i)
         for i, (t, s) in enumerate(texts)
     ]
     batch = Collate(VOCAB)(rows)
-    assert batch.audio is not None and batch.lengths is not None and batch.audio_at is not None
+    assert (
+        batch.audio is not None and batch.audio_lengths is not None and batch.audio_at is not None
+    )
     assert batch.audio.shape == (3, int(0.3 * 16000))
     for b, row in enumerate(rows):
         size = len(row.tokens)
@@ -335,49 +347,53 @@ def test_collating_pads_and_never_changes_a_row(chat: Chat) -> None:
         assert torch.equal(batch.answer[b, :size], row.answer)
         assert batch.tokens[b, size:].tolist() == [VOCAB.eos] * (batch.tokens.shape[1] - size)
         assert bool(batch.answer[b, size:].all())
-        assert row.wave is not None
-        assert torch.equal(batch.audio[b, : batch.lengths[b]], row.wave)
-        assert not bool(batch.audio[b, batch.lengths[b] :].any())
+        assert row.audio is not None
+        assert torch.equal(batch.audio[b, : batch.audio_lengths[b]], row.audio)
+        assert not bool(batch.audio[b, batch.audio_lengths[b] :].any())
 
 
 def test_pads_beyond_an_answers_own_room_are_nothing(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, None, answer_lengths=[4, 8])
+    make = AnswerTransform(chat, VOCAB, None, answer_lengths=[4, 8])
     rows = [make(Sample(target=text), i) for i, text in enumerate(("one", "one two three four"))]
-    batch = Collate(VOCAB, learned=False)(rows)
-    assert batch.sizes.tolist() == [len(row.tokens) for row in rows]
-    assert not bool(batch.answer[0, batch.sizes[0] :].any())
+    batch = Collate(VOCAB, learn_padding=False)(rows)
+    assert batch.row_lengths.tolist() == [len(row.tokens) for row in rows]
+    assert not bool(batch.answer[0, batch.row_lengths[0] :].any())
     learned = Collate(VOCAB)(rows)
-    assert learned.sizes.tolist() == [learned.tokens.shape[1]] * 2
-    assert bool(learned.answer[0, batch.sizes[0] :].all())
+    assert learned.row_lengths.tolist() == [learned.tokens.shape[1]] * 2
+    assert bool(learned.answer[0, batch.row_lengths[0] :].all())
 
 
 def test_text_and_audio_do_not_share_a_batch(chat: Chat) -> None:
-    make = Answering(chat, VOCAB, Hearing(16000))
+    make = AnswerTransform(chat, VOCAB, AudioTransform(16000))
     rows = [make(Sample(target="one", audio=wave(), rate=16000), 0), make(Sample(target="one"), 1)]
     with pytest.raises(DataError, match="share a batch"):
         Collate(VOCAB)(rows)
 
 
 def test_listening_rows_keep_their_labels() -> None:
-    row = Listening(Hearing(16000))(Sample(audio=wave(), rate=16000, labels={"word": 3}), 0)
+    row = EncoderTransform(AudioTransform(16000))(
+        Sample(audio=wave(), rate=16000, labels={"word": 3}), 0
+    )
     batch = Collate(VOCAB)([row])
     assert batch.labels == ({"word": 3},)
     assert batch.tokens.shape == (1, 0)
 
 
-def stream(source: Any, chat: Chat, on_error: str) -> Stream:
+def stream(source: Any, chat: Chat, on_error: str) -> TrainingDataset:
     mixture = Mixture([source], [1.0], batch=2, micro=2)
-    return Stream(mixture, 8, Answering(chat, VOCAB, Hearing(16000)), on_error)  # type: ignore[arg-type]
+    return TrainingDataset(
+        mixture, 8, AnswerTransform(chat, VOCAB, AudioTransform(16000)), on_error
+    )  # type: ignore[arg-type]
 
 
 def test_audio_that_fails_when_it_is_read_is_replaced_and_reported(tones: Path, chat: Chat) -> None:
     manifest = Manifest(tones)
     (tones.parent / "tone4.wav").write_text("damaged after the scan")
-    rows: list[Row] = [stream(manifest, chat, "skip")[i] for i in range(8)]
+    rows: list[TrainingRow] = [stream(manifest, chat, "skip")[i] for i in range(8)]
     reasons = [reason for row in rows for reason in row.skipped]
     assert len(reasons) == 1
     assert "tone4.wav" in reasons[0] and "train.json row 5" in reasons[0]
-    assert all(row.wave is not None for row in rows)
+    assert all(row.audio is not None for row in rows)
     with pytest.raises(DataError, match=r"train.json row 5.*--on-error skip"):
         [stream(manifest, chat, "stop")[i] for i in range(8)]
 
@@ -427,7 +443,7 @@ def test_augmentation_follows_from_the_seed_alone() -> None:
 
 
 def test_every_row_is_altered_by_its_own_seed() -> None:
-    hearing = Hearing(16000, Augment(16000, gain=6.0))
+    hearing = AudioTransform(16000, Augment(16000, gain=6.0))
     sample = Sample(audio=wave(), rate=16000)
     first, again, other = (hearing(sample, seed) for seed in (1, 1, 2))
     assert first is not None and again is not None and other is not None

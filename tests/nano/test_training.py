@@ -10,7 +10,7 @@ from diffa.backbones.transformer import rotate, turns
 from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.collate import Collate
-from diffa.data.rows import Answering
+from diffa.data.rows import AnswerTransform
 from diffa.data.samples import Sample
 from diffa.errors import SpecError
 from diffa.nano.alignment import Hinting, chosen
@@ -50,8 +50,8 @@ def causal() -> diffa.Model:
 
 
 def batch_of(model: diffa.Model, samples: list[Sample]):
-    make = Answering(model.chat_format, model.backbone.vocab, None, answer_lengths=[8, 24])
-    collate = Collate(model.backbone.vocab, learned=False)
+    make = AnswerTransform(model.chat_format, model.backbone.vocab, None, answer_lengths=[8, 24])
+    collate = Collate(model.backbone.vocab, learn_padding=False)
     return collate([make(sample, seed) for seed, sample in enumerate(samples)])
 
 
@@ -59,20 +59,20 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
     model = small()
     samples = [NanoText(questions=3)[0], NanoText(questions=1)[1]]
     batch = batch_of(model, samples)
-    assert batch.owner.tolist() == [0, 0, 0, 1]
+    assert batch.audio_index.tolist() == [0, 0, 0, 1]
     table = model.backbone.embed
-    heard = [table(batch.script[i, : batch.scripts[i]]) for i in batch.owner.tolist()]
-    packing = Packing(batch.owner)
+    heard = [table(batch.audio_text[i, : batch.audio_text_lengths[i]]) for i in batch.audio_index.tolist()]
+    packing = Packing(batch.audio_index)
     with torch.no_grad():
-        packed = packing(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+        packed = packing(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
         alone = [
             Packing(torch.zeros(1, dtype=torch.long))(
-                model.backbone, batch.tokens[i : i + 1], batch.sizes[i : i + 1],
+                model.backbone, batch.tokens[i : i + 1], batch.row_lengths[i : i + 1],
                 [heard[i]], batch.audio_at[i : i + 1],
             )
             for i in range(4)
         ]  # fmt: skip
-    for i, size in enumerate(batch.sizes.tolist()):
+    for i, size in enumerate(batch.row_lengths.tolist()):
         torch.testing.assert_close(packed[i, :size], alone[i][0, :size], atol=1e-5, rtol=1e-4)
         # by hand: the prompt's beginning and the recording, then what sees them and itself
         words, at = table(batch.tokens[i, :size]), int(batch.audio_at[i])
@@ -84,12 +84,12 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
             )[0]
         expected = torch.cat([hidden[:at], hidden[shared:]])
         torch.testing.assert_close(packed[i, :size], expected, atol=1e-5, rtol=1e-4)
-    whole = forward_rows(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+    whole = forward_rows(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
     assert whole.shape == packed.shape
     assert not torch.allclose(whole[0], packed[0])  # there the recording sees the question
     with torch.no_grad():  # each alone: as whole rows are read
-        lone = Packing(None)(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
-    for i, size in enumerate(batch.sizes.tolist()):
+        lone = Packing(None)(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
+    for i, size in enumerate(batch.row_lengths.tolist()):
         torch.testing.assert_close(lone[i, :size], whole[i, :size], atol=1e-5, rtol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
     other = diffa.build(model.spec.set("prompt.user", "{question} <audio>"))
     batch = batch_of(other, [NanoText(questions=3)[0]])
     with pytest.raises(SpecError, match="put <audio> before"):
-        Packing(batch.owner)(other.backbone, batch.tokens, batch.sizes, None, batch.audio_at)
+        Packing(batch.audio_index)(other.backbone, batch.tokens, batch.row_lengths, None, batch.audio_at)
 
 
 def test_several_questions_share_one_pass_of_the_adapters() -> None:
@@ -118,8 +118,8 @@ def test_several_questions_share_one_pass_of_the_adapters() -> None:
 def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
     model = small()
     source = NanoText(questions=2)
-    make = Answering(model.chat_format, model.backbone.vocab, None, answer_lengths=[8])
-    collate = Collate(model.backbone.vocab, learned=False)
+    make = AnswerTransform(model.chat_format, model.backbone.vocab, None, answer_lengths=[8])
+    collate = Collate(model.backbone.vocab, learn_padding=False)
     batches = [collate([make(source[0], seed)]) for seed in range(60)]
     learner = Answers(model, script=Script(model.backbone.embed), packed=0.3)
 
@@ -260,11 +260,11 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
             proj.weight.mul_(5)  # else every head looks everywhere alike
     source = NanoText(questions=3, kinds=["gender", "count", "place", "transcribe"])
     batch = batch_of(model, [source[i] for i in range(3)])
-    heard = [table(batch.script[i, : batch.scripts[i]]) for i in batch.owner.tolist()]
+    heard = [table(batch.audio_text[i, : batch.audio_text_lengths[i]]) for i in batch.audio_index.tolist()]
     hinting = Hinting(model.backbone, layer=3, weight=0.5)
-    packing = Packing(batch.owner if shared else None)
+    packing = Packing(batch.audio_index if shared else None)
     with torch.no_grad(), hinting.watching():
-        packing(model.backbone, batch.tokens, batch.sizes, heard, batch.audio_at)
+        packing(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
         found = hinting.loss(batch, packing)
 
     def words(tokens: torch.Tensor) -> list[str]:
@@ -274,8 +274,8 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
     handle = block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0][0]))
     labels: dict[str, list[tuple[torch.Tensor, str]]] = {}
     looks = []
-    for i, owner in enumerate(batch.owner.tolist()):
-        tokens, at, more = batch.tokens[i, : batch.sizes[i]], int(batch.audio_at[i]), len(heard[i])
+    for i, owner in enumerate(batch.audio_index.tolist()):
+        tokens, at, more = batch.tokens[i, : batch.row_lengths[i]], int(batch.audio_at[i]), len(heard[i])
         values = torch.cat([table(tokens[:at]), heard[i], table(tokens[at:])])[None]
         slots = torch.arange(values.shape[1])[None]
         with torch.no_grad():
@@ -286,8 +286,8 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
             )
             model.backbone(values, slots, apart)
         states, scores = given[-1], attention(block, given[-1], inner.shape, head=-1)
-        script = words(batch.script[owner, : batch.scripts[owner]])
-        for hint in hints(words(tokens), spoken_words(script, int(batch.spoken_from[owner]))):
+        script = words(batch.audio_text[owner, : batch.audio_text_lengths[owner]])
+        for hint in hints(words(tokens), spoken_words(script, int(batch.speech_start[owner]))):
             place = hint.place - (causally if hint.field != "letter" else 0)
             slot = place + more  # all labels stand behind the audio
             labels.setdefault(hint.field, []).append((states[slot], hint.word))
@@ -312,7 +312,7 @@ def test_hints_add_to_what_adapters_learn_by_ctc() -> None:
     model = small()
     embed = model.backbone.embed
     batch = batch_of(model, [NanoText(questions=3)[0]])
-    batch = batch._replace(spoken=({"*": batch.script[0, :2]},))
+    batch = batch._replace(ctc_targets=({"*": batch.audio_text[0, :2]},))
 
     def extra(**aids: object) -> float:
         learner = Answers(model, script=Script(embed), packed=1.0, **aids)
@@ -459,10 +459,10 @@ def test_a_script_has_one_token_per_word_and_blank() -> None:
     model = small()
     sample = NanoText()[0]
     batch = batch_of(model, [sample])
-    words = sample.script.split(" ")
-    said = [model.backbone.tokenizer.decode([token]).strip() for token in batch.script[0].tolist()]
+    words = sample.audio_text.split(" ")
+    said = [model.backbone.tokenizer.decode([token]).strip() for token in batch.audio_text[0].tolist()]
     assert said == words
-    assert batch.spoken_from.tolist() == [sample.spoken_from]
+    assert batch.speech_start.tolist() == [sample.speech_start]
 
 
 def test_a_gate_learns_where_words_are_however_few_there_are() -> None:

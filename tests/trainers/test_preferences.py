@@ -16,8 +16,7 @@ from helpers.toy import QUIET
 import diffa
 from diffa.data.collate import Batch, Collate
 from diffa.data.manifest import Manifest
-from diffa.data.preference_rows import Preferring
-from diffa.data.rows import Answering, Hearing
+from diffa.data.rows import AnswerTransform, AudioTransform, PreferenceTransform
 from diffa.data.samples import DataError, Sample
 from diffa.errors import SpecError
 from diffa.objectives.vrpo import VRPO
@@ -61,11 +60,13 @@ def policy(world: Path, **objective: Any) -> Prefers:
 
 
 def batch(world: Path, model: Any, rows: list[int]) -> Batch:
-    hearing = Hearing(model.encoder.sample_rate)
-    make = Preferring(Answering(model.chat_format, model.backbone.vocab, hearing), hearing)
+    hearing = AudioTransform(model.encoder.sample_rate)
+    make = PreferenceTransform(
+        AnswerTransform(model.chat_format, model.backbone.vocab, hearing), hearing
+    )
     data = Manifest(world / "pairs.json", pairs=True)
     made = [make(data[i], 100 + i) for i in rows]
-    return Collate(model.backbone.vocab, learned=False)(made)
+    return Collate(model.backbone.vocab, learn_padding=False)(made)
 
 
 def move(learner: Prefers) -> None:
@@ -134,12 +135,12 @@ def test_impossible_options_are_told(options: dict[str, Any]) -> None:
 def test_a_pair_is_two_rows_about_one_recording(world: Path) -> None:
     model = policy(world).model
     made = batch(world, model, [0, 1, 2])
-    assert made.owner.tolist() == [0, 0, 1, 1, 2, 2]
+    assert made.audio_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert made.audio is not None and len(made.audio) == 3
     text = [model.chat_format.tokenizer.decode(made.tokens[i][made.answer[i]]) for i in range(6)]
     assert "high" in text[0] and "three four five" in text[1] and "low" in text[2]
-    assert made.sizes.tolist() == [s for row in (0, 1, 2) for s in sizes(made, row)]
-    assert made.sizes[0] != made.sizes[1]  # no padding counts
+    assert made.row_lengths.tolist() == [s for row in (0, 1, 2) for s in sizes(made, row)]
+    assert made.row_lengths[0] != made.row_lengths[1]  # no padding counts
     assert made.seeds.unique().numel() == 6
 
 
@@ -155,8 +156,8 @@ def test_rows_without_a_pair_are_told(world: Path) -> None:
     with pytest.raises(DataError, match=r"row 2: has no rejected.*\n.*row 4: rejects the answer"):
         Manifest(world / "bad.json", pairs=True)
     assert len(Manifest(world / "bad.json")) == 8
-    hearing = Hearing(16000)
-    make = Preferring(Answering(None, VOCAB, hearing), hearing)  # type: ignore[arg-type]
+    hearing = AudioTransform(16000)
+    make = PreferenceTransform(AnswerTransform(None, VOCAB, hearing), hearing)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="a sample has no rejected answer"):
         make(Sample("high"), 0)
 
@@ -189,7 +190,7 @@ def test_a_pair_is_measured_alike_alone_and_beside_longer_ones(world: Path) -> N
     learner = policy(world, samples=3)
     move(learner)
     together = batch(world, learner.model, [0, 2])
-    assert int(together.sizes[0]) < int(together.sizes[1]) < int(together.sizes[3])
+    assert int(together.row_lengths[0]) < int(together.row_lengths[1]) < int(together.row_lengths[3])
     apart = [batch(world, learner.model, [i]) for i in (0, 2)]
     later = torch.tensor([0, 0, 3, 3])  # as where a prompt has its question before the audio
     together = together._replace(audio_at=together.audio_at + later)
@@ -271,10 +272,10 @@ def test_a_stage_alters_a_recording_once_for_both_answers_and_learns_no_padding(
     model = policy(world).model
     make, data = row_maker(model, stage, altered=True), Manifest(world / "pairs.json", pairs=True)
     rows = [make(data[i], 100 + i) for i in (0, 2)]
-    assert [len(row.wave) for row in rows] == [2 * 6400] * 2  # 0.4 s, half as fast
+    assert [len(row.audio) for row in rows] == [2 * 6400] * 2  # 0.4 s, half as fast
     made = collator(model, stage)(rows)
     assert made.answer.sum(1).tolist() == batch(world, model, [0, 2]).answer.sum(1).tolist()
-    assert int(made.sizes.min()) < made.tokens.shape[1]
+    assert int(made.row_lengths.min()) < made.tokens.shape[1]
 
 
 def test_a_step_follows_the_chosen_answers_own_loss_as_well(world: Path, tmp_path: Path) -> None:

@@ -295,7 +295,9 @@ def test_what_a_backbone_takes_does_not_depend_on_what_was_asked_before(
 
 
 def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(world: Path) -> None:
-    asked = Sample("high", audio=torch.zeros(6400), rate=16000, more=(("?", "low"), ("?", "high")))
+    asked = Sample(
+        "high", audio=torch.zeros(6400), rate=16000, extra_questions=(("?", "low"), ("?", "high"))
+    )
     model = diffa.build(toy.spec(world / "tokenizer"), device="meta")
     mixed = Mixture([[asked] * 4], [1.0], batch=1, micro=1)  # type: ignore[list-item]
     apart, half, packed = (

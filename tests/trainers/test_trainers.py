@@ -417,7 +417,7 @@ def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_
             return 4
 
         def __getitem__(self, index: int) -> Sample:
-            return Sample("one two", "What ?", script="one ? two" if index % 2 else "one two")
+            return Sample("one two", "What ?", audio_text="one ? two" if index % 2 else "one two")
 
     made = recipe(
         world,

@@ -72,7 +72,7 @@ class Answers(nn.Module):
         counting = Counting(self.model.objective)
         heard = self._heard(batch)
         with lent(self.model, objective=counting), ExitStack() as stack:
-            if batch.script is not None and self.script is not None:
+            if batch.audio_text is not None and self.script is not None:
                 stack.enter_context(
                     lent(self.model, adapters=nn.ModuleDict({"script": self.script}))
                 )
@@ -84,14 +84,14 @@ class Answers(nn.Module):
                 batch.tokens,
                 batch.answer,
                 batch.seeds,
-                lengths=batch.sizes,
+                lengths=batch.row_lengths,
                 reading=packing or forward_rows,
                 **heard,
             )
         total, weight = loss[0], loss[1]
         extra = total.new_zeros(())
         if self.saying is not None and said:
-            extra = self.saying.loss(said, batch.spoken) * weight.detach()
+            extra = self.saying.loss(said, batch.ctc_targets) * weight.detach()
         if self.hinting is not None and packing is not None:
             extra = extra + self.hinting.loss(batch, packing) * weight.detach()
         return Parts(total, weight, *counting.counted(total), extra)
@@ -104,23 +104,23 @@ class Answers(nn.Module):
         if self.training and self.packed:
             draw = np.random.default_rng(batch.seeds.tolist()).random()
             if draw < self.packed:
-                return Packing(batch.owner)
+                return Packing(batch.audio_index)
         return None if self.hinting is None else Packing(None)
 
     def _heard(self, batch: Batch) -> dict[str, Any]:
         """Return what stands for the audio in a call of ``model.loss``."""
-        heard: dict[str, Any] = {"audio_at": batch.audio_at, "owner": batch.owner}
-        if batch.script is not None and batch.scripts is not None:
+        heard: dict[str, Any] = {"audio_at": batch.audio_at, "owner": batch.audio_index}
+        if batch.audio_text is not None and batch.audio_text_lengths is not None:
             blank = None if self.script is None else self.script.blank
-            places = numbered(batch.script, batch.spoken_from, blank)
-            states = (torch.stack([batch.script, places], dim=2),)
-            return heard | {"features": Features(states, batch.scripts, batch.scripts)}
-        if batch.audio is None or batch.lengths is None:
+            places = numbered(batch.audio_text, batch.speech_start, blank)
+            states = (torch.stack([batch.audio_text, places], dim=2),)
+            return heard | {"features": Features(states, batch.audio_text_lengths, batch.audio_text_lengths)}
+        if batch.audio is None or batch.audio_lengths is None:
             return {}
         if self.cache is None:
-            return heard | {"audio": (batch.audio, batch.lengths)}
+            return heard | {"audio": (batch.audio, batch.audio_lengths)}
         with torch.no_grad():
-            made = self.cache.features(self.model.encoder, batch.audio, batch.lengths)
+            made = self.cache.features(self.model.encoder, batch.audio, batch.audio_lengths)
         return heard | {"features": made}
 
     def train(self, mode: bool = True) -> Answers:

@@ -100,19 +100,19 @@ class Prefers(nn.Module):
         heard = None
         if batch.audio is not None:
             clips = unpad_embeds(model.adapt(self._features(batch)))
-            heard = [clips[i] for i in batch.owner.tolist()] * draws
+            heard = [clips[i] for i in batch.audio_index.tolist()] * draws
         at = None if batch.audio_at is None else batch.audio_at.repeat(draws)
-        hidden = forward_rows(model.backbone, noised.tokens, batch.sizes.repeat(draws), heard, at)
+        hidden = forward_rows(model.backbone, noised.tokens, batch.row_lengths.repeat(draws), heard, at)
         bounds: Tensor = model.objective.bounds(hidden, model.backbone.head, batch.tokens, noised)
         return bounds
 
     def _features(self, batch: Batch) -> Features:
-        assert batch.audio is not None and batch.lengths is not None
+        assert batch.audio is not None and batch.audio_lengths is not None
         made: Features
         if self.cache is not None:
             with torch.no_grad():
-                return self.cache.features(self.model.encoder, batch.audio, batch.lengths)
-        made = self.model.encoder(batch.audio, batch.lengths)
+                return self.cache.features(self.model.encoder, batch.audio, batch.audio_lengths)
+        made = self.model.encoder(batch.audio, batch.audio_lengths)
         return made
 
     def train(self, mode: bool = True) -> Prefers:
