@@ -20,7 +20,7 @@ class TestConvOverAllLayers(AdapterSuite):
 
 class TestLinearOverAllLayers(AdapterSuite):
     name = "linear"
-    options = {"stack": 3, "hidden": 16, "mix_layers": True}
+    options = {"stride": 3, "intermediate_size": 16, "mix_layers": True}
 
 
 def features() -> Features:

@@ -61,7 +61,10 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
     batch = batch_of(model, samples)
     assert batch.audio_index.tolist() == [0, 0, 0, 1]
     table = model.backbone.embed
-    heard = [table(batch.audio_text[i, : batch.audio_text_lengths[i]]) for i in batch.audio_index.tolist()]
+    heard = [
+        table(batch.audio_text[i, : batch.audio_text_lengths[i]])
+        for i in batch.audio_index.tolist()
+    ]
     packing = Packing(batch.audio_index)
     with torch.no_grad():
         packed = packing(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
@@ -98,7 +101,9 @@ def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
     other = diffa.build(model.spec.set("prompt.user", "{question} <audio>"))
     batch = batch_of(other, [NanoText(questions=3)[0]])
     with pytest.raises(SpecError, match="put <audio> before"):
-        Packing(batch.audio_index)(other.backbone, batch.tokens, batch.row_lengths, None, batch.audio_at)
+        Packing(batch.audio_index)(
+            other.backbone, batch.tokens, batch.row_lengths, None, batch.audio_at
+        )
 
 
 def test_several_questions_share_one_pass_of_the_adapters() -> None:
@@ -260,7 +265,10 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
             proj.weight.mul_(5)  # else every head looks everywhere alike
     source = NanoText(questions=3, kinds=["gender", "count", "place", "transcribe"])
     batch = batch_of(model, [source[i] for i in range(3)])
-    heard = [table(batch.audio_text[i, : batch.audio_text_lengths[i]]) for i in batch.audio_index.tolist()]
+    heard = [
+        table(batch.audio_text[i, : batch.audio_text_lengths[i]])
+        for i in batch.audio_index.tolist()
+    ]
     hinting = Hinting(model.backbone, layer=3, weight=0.5)
     packing = Packing(batch.audio_index if shared else None)
     with torch.no_grad(), hinting.watching():
@@ -275,7 +283,11 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
     labels: dict[str, list[tuple[torch.Tensor, str]]] = {}
     looks = []
     for i, owner in enumerate(batch.audio_index.tolist()):
-        tokens, at, more = batch.tokens[i, : batch.row_lengths[i]], int(batch.audio_at[i]), len(heard[i])
+        tokens, at, more = (
+            batch.tokens[i, : batch.row_lengths[i]],
+            int(batch.audio_at[i]),
+            len(heard[i]),
+        )
         values = torch.cat([table(tokens[:at]), heard[i], table(tokens[at:])])[None]
         slots = torch.arange(values.shape[1])[None]
         with torch.no_grad():
@@ -460,7 +472,9 @@ def test_a_script_has_one_token_per_word_and_blank() -> None:
     sample = NanoText()[0]
     batch = batch_of(model, [sample])
     words = sample.audio_text.split(" ")
-    said = [model.backbone.tokenizer.decode([token]).strip() for token in batch.audio_text[0].tolist()]
+    said = [
+        model.backbone.tokenizer.decode([token]).strip() for token in batch.audio_text[0].tolist()
+    ]
     assert said == words
     assert batch.speech_start.tolist() == [sample.speech_start]
 

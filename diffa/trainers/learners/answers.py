@@ -114,7 +114,9 @@ class Answers(nn.Module):
             blank = None if self.script is None else self.script.blank
             places = numbered(batch.audio_text, batch.speech_start, blank)
             states = (torch.stack([batch.audio_text, places], dim=2),)
-            return heard | {"features": Features(states, batch.audio_text_lengths, batch.audio_text_lengths)}
+            return heard | {
+                "features": Features(states, batch.audio_text_lengths, batch.audio_text_lengths)
+            }
         if batch.audio is None or batch.audio_lengths is None:
             return {}
         if self.cache is None:

@@ -102,7 +102,9 @@ class Prefers(nn.Module):
             clips = unpad_embeds(model.adapt(self._features(batch)))
             heard = [clips[i] for i in batch.audio_index.tolist()] * draws
         at = None if batch.audio_at is None else batch.audio_at.repeat(draws)
-        hidden = forward_rows(model.backbone, noised.tokens, batch.row_lengths.repeat(draws), heard, at)
+        hidden = forward_rows(
+            model.backbone, noised.tokens, batch.row_lengths.repeat(draws), heard, at
+        )
         bounds: Tensor = model.objective.bounds(hidden, model.backbone.head, batch.tokens, noised)
         return bounds
 
