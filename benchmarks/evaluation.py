@@ -13,9 +13,9 @@ import torch
 from reports import write
 
 import diffa
-from diffa.evaluation.files import Table
-from diffa.evaluation.runner import Settings, run
-from diffa.evaluation.suites import suite
+from diffa.evaluation.files import BenchmarkData
+from diffa.evaluation.runner import EvalConfig, evaluate
+from diffa.evaluation.suites import load_suite
 from diffa.nano.suite_files import write_suite
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,7 +25,7 @@ def main() -> None:
     """Ask the same rows one by one and in batches, round by round, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", default="nano")
-    parser.add_argument("--sampler-preset", default="exact")
+    parser.add_argument("--setting", default="exact")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=96, help="of a round; runs sort them by length")
     parser.add_argument("--rounds", type=int, default=3)
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "evaluation.json")
     chosen = parser.parse_args()
     model = diffa.build(chosen.spec)
-    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][chosen.sampler_preset])
+    model = diffa.swap(model, sampler=model.spec.data["settings"][chosen.setting])
     with tempfile.TemporaryDirectory() as place:
         result = measure(model, Path(place), chosen)
     write(result, chosen.json)
@@ -63,7 +63,7 @@ def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
     rows = chosen.rounds * chosen.rows
     made: dict[str, Any] = {
         "spec": chosen.spec,
-        "sampler_preset": chosen.sampler_preset,
+        "setting": chosen.setting,
         "digest": model.spec.digest(),
         "rows": rows,
         "batch": chosen.batch,
@@ -81,7 +81,14 @@ def timed(model: diffa.Model, data: Path, out: Path, batch: int) -> tuple[float,
     ends: list[tuple[float, float]] = []
     note = lambda progress: ends.append((time.perf_counter(), time.process_time()))  # noqa: E731
     begin = time.perf_counter(), time.process_time()
-    run(model, suite("nano-suite"), Table(data), out, Settings(batch=batch), on_progress=note)
+    evaluate(
+        model,
+        load_suite("nano-suite"),
+        BenchmarkData(data),
+        out,
+        EvalConfig(batch_size=batch),
+        on_progress=note,
+    )
     return ends[-1][0] - begin[0], ends[-1][1] - begin[1]
 
 

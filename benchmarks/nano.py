@@ -14,7 +14,7 @@ from reports import write
 
 import diffa
 from diffa.data.corpora.fsdd import ACCENTS
-from diffa.evaluation.word_errors import edits
+from diffa.evaluation.word_errors import count_edits
 from diffa.nano.corpus.examples import questions_for_trial
 from diffa.nano.corpus.utterances import Utterances
 
@@ -121,7 +121,7 @@ def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
         name = f"digit error {band}" if trial.kind == "transcribe" else "caption token error"
         if trial.kind == "transcribe" and not digits:
             return {"name": "nothing said", "hits": int(text == "nothing"), "of": 1}
-        return {"name": name, "hits": edits(reference, said).errors, "of": len(reference)}
+        return {"name": name, "hits": count_edits(reference, said).errors, "of": len(reference)}
     right = text[:1] == trial.answer[:1] if trial.form == "choice" else text == trial.answer
     return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
 

@@ -15,7 +15,7 @@ from nano import wilson
 from reports import write
 
 import diffa
-from diffa.evaluation.word_errors import edits
+from diffa.evaluation.word_errors import count_edits
 from diffa.nano.corpus.examples import questions_for_trial
 from diffa.nano.corpus.utterances import Utterances
 
@@ -65,7 +65,7 @@ def error(model: diffa.Model, asked: list[tuple[torch.Tensor, Any]], length: int
             [wave for wave, _ in part], [trial.question for _, trial in part], max_tokens=length
         )
         for said, (_, trial) in zip(answer.text, part, strict=True):
-            wrong += edits(trial.answer.split(), said.split()).errors
+            wrong += count_edits(trial.answer.split(), said.split()).errors
             tokens += len(trial.answer.split())
     return wilson(wrong, tokens)
 

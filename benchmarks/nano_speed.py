@@ -17,7 +17,7 @@ from reports import write
 
 import diffa
 from diffa.data.corpora.fsdd import DIGIT_WORDS
-from diffa.evaluation.word_errors import edits
+from diffa.evaluation.word_errors import count_edits
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterances
 
@@ -67,7 +67,7 @@ def measure(
                 begin = time.perf_counter()
                 answer = tried.answer(wave, ASKED, max_tokens=tokens)
                 factors[name].append((time.perf_counter() - begin) / (len(wave) / RATE))
-                errors[name] += edits(target, answer.text.split()).errors
+                errors[name] += count_edits(target, answer.text.split()).errors
                 num_forwards[name] += answer.num_forwards
     medians = {name: statistics.median(found) for name, found in factors.items()}
     words = rounds * sum(len(utterance.labels.digits) for utterance in made)

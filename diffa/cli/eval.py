@@ -20,7 +20,6 @@ from diffa.cli.options import (
     SpecOption,
 )
 from diffa.cli.output import print_json, print_note, print_table
-from diffa.errors import SpecError
 
 app = typer.Typer(
     help="Run and score benchmarks by their official rules.",
@@ -124,27 +123,28 @@ def run_benchmark(
 ) -> None:
     """Run a model on a benchmark and score it; the same command continues an interrupted run."""
     from diffa.evaluation import distributed, runner
-    from diffa.evaluation.files import Table
-    from diffa.evaluation.suites import suite as find_suite
+    from diffa.evaluation.files import BenchmarkData
+    from diffa.evaluation.suites import load_suite
 
-    benchmark, table = find_suite(suite, subset or _subset(suite, data)), Table(data, audio)
-    place = distributed.place(rank, world_size, device)
-    model, _ = load_model(spec, overrides, sampler_preset, place.device, dtype)
-    config = runner.Settings(
-        prompt=prompt, mode=mode, batch=batch, budget=batch_seconds, max_tokens=max_tokens,
-        block_length=block_length, samples=samples, seed=seed, limit=limit, rank=place.rank, world=place.world,
+    benchmark, items = load_suite(suite, subset, data), BenchmarkData(data, audio)
+    process = distributed.current_process(rank, world_size, device)
+    model, _ = load_model(spec, overrides, sampler_preset, process.device, dtype)
+    config = runner.EvalConfig(
+        prompt=prompt, mode=mode, batch_size=batch, batch_seconds=batch_seconds,
+        max_tokens=max_tokens, block_length=block_length, num_samples=samples, seed=seed, limit=limit,
+        rank=process.rank, world_size=process.world_size,
     )  # fmt: skip
-    on_progress = distributed.shown(place)
-    report = runner.run(model, benchmark, table, out, config, on_progress=on_progress)
-    if place.wait is not None:
-        place.wait()
-        if report is None and place.rank == 0:  # the last process may have been another one
-            report = runner.run(model, benchmark, table, out, config)
+    on_progress = distributed.progress_printer(process)
+    report = runner.evaluate(model, benchmark, items, out, config, on_progress=on_progress)
+    if process.wait is not None:
+        process.wait()
+        if report is None and process.rank == 0:  # the last process may have been another one
+            report = runner.evaluate(model, benchmark, items, out, config)
     if report is None:
         print_note(f"this process is done; {out} is scored when the others are")
-    elif place.rank == 0 or place.wait is None:
+    elif process.rank == 0 or process.wait is None:
         print_report(report, as_json)
-        if getattr(benchmark, "kind", "") in ("open", "qa"):  # answers need a judge to be scored
+        if benchmark.needs_judge:
             files = " ".join(str(file) for file in sorted(out.glob("diffa-*.jsonl")))
             print_note(f"next: diffa eval judge {files} --url URL --model NAME")
         print_note(f"records, official files and scores: {out}")
@@ -214,9 +214,9 @@ def compare_runs(
     a: RunArgument, b: RunArgument, seed: SeedOption = 0, as_json: JsonOption = False
 ) -> None:
     """Compare two runs of one benchmark with paired tests."""
-    from diffa.evaluation.compare import compare
+    from diffa.evaluation.compare import compare_records
 
-    report = compare(a, b, seed=seed)
+    report = compare_records(a, b, seed=seed)
     if as_json:
         print_json(report)
         return
@@ -224,7 +224,7 @@ def compare_runs(
     columns = ["a", "b", "difference", "interval", "p_permutation", "p_mcnemar", "only_a", "only_b"]
     rows = [[name, *(_cell(report[name][column]) for column in columns)] for name in parsers]
     print_table(["parser", *columns], rows)
-    print_note(f"{report['equal_answers']} of {report['items']} answers have the same text")
+    print_note(f"{report['equal_responses']} of {report['items']} answers have the same text")
 
 
 @app.command("table")
@@ -241,9 +241,9 @@ def tabulate_runs(
     ] = "",
 ) -> None:
     """Print several runs of one benchmark side by side, as Markdown."""
-    from diffa.evaluation.tables import table
+    from diffa.evaluation.tables import markdown_table
 
-    print(table(runs, parser=parser, group=group), end="")
+    print(markdown_table(runs, parser=parser, group=group), end="")
 
 
 @app.command("nano-suite")
@@ -282,7 +282,7 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
             for value, row in scores[0].items()
         ]
         print_table([group, "items", *parsers], lines)
-    for kind in ("faults", "repeated", "failed", "notes"):
+    for kind in ("invalid", "duplicates", "failed"):
         for note in report.get(kind, [])[:20]:
             print_note(f"row {note['row']} {note['reason']}" if isinstance(note, dict) else note)
 
@@ -295,15 +295,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " to ".join(_cell(part) for part in value)
     return str(value)
-
-
-def _subset(suite: str, path: Path) -> str:
-    """VoiceBench's subset by the names of its files and folders."""
-    if suite != "voicebench":
-        return ""
-    from diffa.evaluation.score_file import subset_of
-
-    subset = subset_of(path)
-    if not subset:
-        raise SpecError(f"which part of voicebench is {path}? name it with --subset")
-    return subset

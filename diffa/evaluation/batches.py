@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, within a memory budget; the same on every run."""
+"""Batches of items of similar audio length, within a memory budget; the same on every run."""
 
 from __future__ import annotations
 
@@ -8,46 +8,52 @@ from typing import NamedTuple
 from diffa.evaluation.items import Question
 
 
-class Clip(NamedTuple):
-    """A row to be asked: its number, its question, and its audio's length in seconds."""
+class BatchRow(NamedTuple):
+    """A row of a batch: the item's number, its question, and its audio's length in seconds."""
 
     number: int
     question: Question
     seconds: float
 
 
-def batches(clips: Sequence[Clip], *, most: int, budget: float) -> list[list[Clip]]:
-    """Split rows into batches of at most ``most``, long audio first.
+def make_batches(
+    rows: Sequence[BatchRow], *, batch_size: int, batch_seconds: float
+) -> list[list[BatchRow]]:
+    """Split rows into batches, longest audio first.
 
-    A batch holds at most ``budget`` seconds of audio, padding counted, so that the longest
-    batch fits wherever the first did; and only rows that are answered in one way.
+    Args:
+        rows: Rows to be answered.
+        batch_size: Maximum number of rows per batch.
+        batch_seconds: Maximum seconds of audio per batch, padding included. Because the longest
+            audio comes first, memory is exceeded in the first batch or never.
+
+    Returns:
+        Batches whose rows share answer length, block length and system prompt.
     """
-    order = sorted(clips, key=lambda clip: (_settings(clip), -clip.seconds, clip.number))
-    made: list[list[Clip]] = []
-    for clip in order:
-        last = made[-1] if made else []
+    order = sorted(rows, key=lambda row: (_options(row), -row.seconds, row.number))
+    batches: list[list[BatchRow]] = []
+    for row in order:
+        last = batches[-1] if batches else []
         fits = (
-            0 < len(last) < most
-            and _settings(last[0]) == _settings(clip)
-            and (len(last) + 1) * last[0].seconds <= budget
+            0 < len(last) < batch_size
+            and _options(last[0]) == _options(row)
+            and (len(last) + 1) * last[0].seconds <= batch_seconds
         )
         if fits:
-            last.append(clip)
+            last.append(row)
         else:
-            made.append([clip])
-    return made
+            batches.append([row])
+    return batches
 
 
-def mine(batches: Sequence[list[Clip]], rank: int, world: int) -> list[list[Clip]]:
-    """Every ``world``-th batch from ``rank`` on: batches of alike cost go to each process."""
-    return list(batches[rank::world])
+def unfinished_batches(
+    batches: Sequence[list[BatchRow]], done: Mapping[int, object]
+) -> list[list[BatchRow]]:
+    """Return the batches with an unanswered row."""
+    # Run them whole: rounding depends on the rows that share a batch.
+    return [batch for batch in batches if any(row.number not in done for row in batch)]
 
 
-def pending(batches: Sequence[list[Clip]], done: Mapping[int, object]) -> list[list[Clip]]:
-    """Batches with a row that is not done; they are run whole, so that rounding repeats."""
-    return [batch for batch in batches if any(clip.number not in done for clip in batch)]
-
-
-def _settings(clip: Clip) -> tuple[int, int, str]:
-    asked = clip.question
-    return asked.max_tokens, asked.block_length or 0, asked.system or ""
+def _options(row: BatchRow) -> tuple[int, int, str]:
+    question = row.question
+    return question.max_tokens, question.block_length or 0, question.system or ""

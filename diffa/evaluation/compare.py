@@ -1,59 +1,64 @@
-"""Compare two runs of one benchmark, row by row."""
+"""Compare two runs of one benchmark, item by item."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from diffa.evaluation.intervals import difference, ratio
+from diffa.evaluation.intervals import paired_difference, ratio_of_sums
 from diffa.evaluation.items import EvaluationError
-from diffa.evaluation.records import read_records
-from diffa.evaluation.scores import rounded
-
-_SAME = ("suite", "subset", "data_digest")
+from diffa.evaluation.records import load_run
+from diffa.evaluation.scores import round_metric
 
 
-def compare(
+def compare_records(
     a: str | Path, b: str | Path, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Return, for each parser, both runs' metrics and their difference with paired tests.
+    """Return, for each parser, the metrics of both runs and their difference with paired tests.
 
     Raises:
-        EvaluationError: one of them is no finished run, or they answered different rows.
+        EvaluationError: A folder holds no finished run, or the runs answered different rows.
     """
-    (head_a, rows_a), (head_b, rows_b) = read_records(a), read_records(b)
-    for name in _SAME:
-        if head_a.get(name) != head_b.get(name):
+    (header_a, records_a), (header_b, records_b) = load_run(a), load_run(b)
+    for name in ("suite", "subset", "data_digest"):
+        if header_a.get(name) != header_b.get(name):
             raise EvaluationError(
-                f"{a} and {b} are not comparable: {name} is {head_a.get(name)!r} in one and "
-                f"{head_b.get(name)!r} in the other"
+                f"{a} and {b} are not comparable: {name} is {header_a.get(name)!r} in one and "
+                f"{header_b.get(name)!r} in the other"
             )
-    if [row["row"] for row in rows_a] != [row["row"] for row in rows_b]:
-        raise EvaluationError(f"{a} and {b} hold different rows: {len(rows_a)} and {len(rows_b)}")
-    differ = {
-        key: [head_a.get(key), head_b.get(key)]
-        for key in head_a
-        if key not in ("spec_as_run",) and head_a.get(key) != head_b.get(key)
+    if [record["row"] for record in records_a] != [record["row"] for record in records_b]:
+        raise EvaluationError(
+            f"{a} and {b} hold different rows: {len(records_a)} and {len(records_b)}"
+        )
+    report: dict[str, Any] = {
+        "suite": header_a["suite"],
+        "items": len(records_a),
+        "header_differences": {
+            key: [header_a[key], header_b.get(key)]
+            for key in header_a
+            if key != "spec" and header_a[key] != header_b.get(key)
+        },
     }
-    report: dict[str, Any] = {"suite": head_a["suite"], "items": len(rows_a), "differ": differ}
-    for parser in rows_a[0]["readings"]:
-        pairs = [
-            (
-                [r["readings"][parser]["hits"] for r in rows],
-                [r["readings"][parser]["of"] for r in rows],
-            )
-            for rows in (rows_a, rows_b)
-        ]
-        found = difference(pairs[0], pairs[1], resamples=resamples, seed=seed)
+    for parser in records_a[0]["scores"]:
+        columns_a, columns_b = _columns(records_a, parser), _columns(records_b, parser)
+        result = paired_difference(columns_a, columns_b, resamples=resamples, seed=seed)
         report[parser] = {
-            "a": rounded(ratio(*pairs[0])),
-            "b": rounded(ratio(*pairs[1])),
-            "difference": rounded(found.value),
-            "interval": [rounded(found.low), rounded(found.high)],
-            "p_permutation": rounded(found.p),
-            "p_mcnemar": None if found.mcnemar is None else rounded(found.mcnemar),
-            "only_a": found.only_a,
-            "only_b": found.only_b,
+            "a": round_metric(ratio_of_sums(*columns_a)),
+            "b": round_metric(ratio_of_sums(*columns_b)),
+            "difference": round_metric(result.value),
+            "interval": [round_metric(result.low), round_metric(result.high)],
+            "p_permutation": round_metric(result.p),
+            "p_mcnemar": None if result.mcnemar is None else round_metric(result.mcnemar),
+            "only_a": result.only_a,
+            "only_b": result.only_b,
         }
-    same = sum(x["raw"] == y["raw"] for x, y in zip(rows_a, rows_b, strict=True))
-    return {**report, "equal_answers": same}
+    report["equal_responses"] = sum(
+        x["response"] == y["response"] for x, y in zip(records_a, records_b, strict=True)
+    )
+    return report
+
+
+def _columns(records: list[dict[str, Any]], parser: str) -> tuple[list[float], list[float]]:
+    """Return numerators and denominators of one parser."""
+    scores = [record["scores"][parser] for record in records]
+    return [s["numerator"] for s in scores], [s["denominator"] for s in scores]

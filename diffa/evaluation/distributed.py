@@ -1,4 +1,4 @@
-"""Which process this is, of how many, on which device, and what it shows of its progress."""
+"""The process of a distributed evaluation, and its progress on stderr."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffa.errors import SpecError
 
+if TYPE_CHECKING:
+    from diffa.evaluation.runner import EvalProgress
 
-class Place(NamedTuple):
-    """One process among others; ``wait`` (under accelerate) returns once all have come to it."""
+
+class Process(NamedTuple):
+    """One process of several; ``wait`` (set under accelerate) blocks until all have called it."""
 
     rank: int
-    world: int
+    world_size: int
     device: str
     wait: Callable[[], None] | None = None
 
 
-def place(rank: int, world: int, device: str) -> Place:
-    """The process that ``accelerate launch`` started, or the one that the caller says it is.
+def current_process(rank: int, world_size: int, device: str) -> Process:
+    """Return the process that ``accelerate launch`` started, or the one given by the arguments.
 
     Raises:
-        SpecError: accelerate is missing where it is asked for, or both say who this is.
+        SpecError: accelerate is missing, or both accelerate and the arguments set the rank.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Place(rank, world, device)
-    if world > 1:
+        return Process(rank, world_size, device)
+    if world_size > 1:
         raise SpecError("--rank and --world-size are for processes that accelerate did not start")
     try:
         from accelerate import PartialState
@@ -36,23 +39,23 @@ def place(rank: int, world: int, device: str) -> Place:
         raise SpecError(
             "several processes need accelerate: pip install 'diffa-audio[train]'"
         ) from error
-    cpu = device == "cpu"
-    state = PartialState(cpu=cpu)
-    own = str(state.device) if device in ("auto", "cuda") else device
-    return Place(state.process_index, state.num_processes, own, state.wait_for_everyone)
+    state = PartialState(cpu=device == "cpu")
+    own_device = str(state.device) if device in ("auto", "cuda") else device
+    return Process(state.process_index, state.num_processes, own_device, state.wait_for_everyone)
 
 
-def shown(where: Place) -> Callable[[Any], None] | None:
-    """What writes progress to stderr: in place on a terminal, else a line every ten seconds."""
-    if where.rank:
+def progress_printer(process: Process) -> Callable[[EvalProgress], None] | None:
+    """Return a function that prints progress: in place on a terminal, else every ten seconds."""
+    if process.rank:
         return None
     terminal, last = sys.stderr.isatty(), [time.monotonic()]
 
-    def show(progress: Any) -> None:
-        now, whole = time.monotonic(), progress.done == progress.total
+    def show(progress: EvalProgress) -> None:
+        now, finished = time.monotonic(), progress.done == progress.total
         if terminal:
-            print(f"\r{progress}\x1b[K", end="\n" if whole else "", file=sys.stderr, flush=True)
-        elif whole or now - last[0] > 10:
+            end = "\n" if finished else ""
+            print(f"\r{progress}\x1b[K", end=end, file=sys.stderr, flush=True)
+        elif finished or now - last[0] > 10:
             last[0] = now
             print(progress, file=sys.stderr, flush=True)
 

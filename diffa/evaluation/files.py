@@ -1,190 +1,139 @@
-"""Benchmarks' files: JSON, JSONL and Parquet, with audio beside them or inside."""
+"""A benchmark's files: JSON, JSONL and Parquet, with audio beside them or inside."""
 
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffa.data.manifest import Broken, lines, list_items
 from diffa.data.samples import DataError
+from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, iter_rows, open_parquet
 from diffa.errors import AudioError
-from diffa.evaluation.items import EvaluationError, Row
+from diffa.evaluation.items import EvaluationError, Item
 
-AUDIO = ("audio", "audio_path", "audio_filepath", "context", "wav", "audio_file", "audio_id")
-"""Columns that may hold a row's audio, the first one that does is taken."""
-_KINDS = (".json", ".jsonl", ".parquet")
+AUDIO_COLUMNS = (
+    "audio", "audio_path", "audio_filepath", "context", "wav", "audio_file", "audio_id",
+)  # fmt: skip
+"""Columns that may hold an item's audio; the first one that does is taken."""
 
 
-class Table:
-    """The rows of a benchmark's files; embedded audio is read only when asked for.
+class BenchmarkData:
+    """The items of a benchmark's files. Embedded audio is read only on request.
 
     Args:
-        path: a file, or a folder: every JSON, JSONL or Parquet file in it, in order of names.
-        audio: folder where relative audio paths start; each file's own folder where None.
+        path: A file, or a folder: all of its JSON, JSONL or Parquet files, in order of names.
+        audio_folder: Folder of relative audio paths. Default: each file's own folder.
 
     Raises:
-        EvaluationError: there is no such file, or no row in it.
+        EvaluationError: There is no such file, or no row in it.
     """
 
-    def __init__(self, path: str | Path, audio: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, audio_folder: str | Path | None = None) -> None:
         self.path = Path(path).expanduser()
-        self.folder = Path(audio).expanduser() if audio else None
-        self.rows: list[Row] = []
-        self._places: list[tuple[Path, int]] = []  # a row's file, and its index in it
-        self._held: tuple[Path, int, list[Any]] | None = None  # the last row group's audio
-        files = _files(self.path)
+        self.audio_folder = Path(audio_folder).expanduser() if audio_folder else None
+        self.items: list[Item] = []
+        self._places: list[tuple[Path, int]] = []  # each item's file, and its row there
+        # The last row group's audio: a Parquet file gives no access to single rows.
+        self._row_group: tuple[Path, int, list[Any]] | None = None
+        files = _list_files(self.path)
         for file in files:
-            for index, found in enumerate(_read(file, alone=len(files) == 1)):
-                broken = isinstance(found, Broken)
-                fields = found if isinstance(found, dict) else {}
-                fault = "" if isinstance(found, dict) else f"is {type(found).__name__}"
-                fault = str(found) if broken else fault
-                self.rows.append(Row(len(self.rows) + 1, fields, fault, file.name))
+            for index, row in enumerate(_read_rows(file, alone=len(files) == 1)):
+                fields = row if isinstance(row, dict) else {}
+                fault = str(row) if isinstance(row, BrokenRow) else f"is {type(row).__name__}"
+                number = len(self.items) + 1
+                self.items.append(Item(number, fields, "" if row is fields else fault, file.name))
                 self._places.append((file, index))
-        if not self.rows:
+        if not self.items:
             raise EvaluationError(f"{self.path} has no rows")
 
     def audio(self, number: int) -> tuple[Any, int]:
-        """Return the waveform (S,) of row ``number`` and its rate; raises AudioError."""
+        """Return the waveform (S,) of an item and its sample rate; raises AudioError."""
         from diffa.audio import read_dataset_audio
 
-        file, index = self._places[number - 1]
-        if file.suffix == ".parquet":
-            return read_dataset_audio(self._embedded(file, index), self.folder or file.parent)
-        fields = self.rows[number - 1].fields
-        for column in AUDIO:
-            if fields.get(column):
-                return read_dataset_audio(fields[column], self.folder or file.parent)
-        raise AudioError(f"has no audio: none of the columns {', '.join(AUDIO)}")
+        return read_dataset_audio(self._stored_audio(number), self._folder(number))
 
-    def seconds(self, number: int) -> float:
-        """Duration of a row's audio by its header; 0 where it cannot be told cheaply."""
+    def duration(self, number: int) -> float:
+        """Return the seconds of an item's audio by its header; 0 if the header does not say."""
         import soundfile
 
-        file, index = self._places[number - 1]
         try:
-            if file.suffix == ".parquet":
-                found = self._embedded(file, index)
-            else:
-                fields = self.rows[number - 1].fields
-                found = next((fields[name] for name in AUDIO if fields.get(name)), None)
-            if isinstance(found, dict) and found.get("array") is not None:
-                return len(found["array"]) / float(found["sampling_rate"])
-            if isinstance(found, dict):
-                found = io.BytesIO(found["bytes"]) if found.get("bytes") else found.get("path")
-            if isinstance(found, str):
-                found = (self.folder or file.parent) / Path(found).expanduser()
-            about = soundfile.info(found)
+            audio = self._stored_audio(number)
+            if isinstance(audio, dict) and audio.get("array") is not None:
+                return len(audio["array"]) / float(audio["sampling_rate"])
+            if isinstance(audio, dict):
+                audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
+            if isinstance(audio, str):
+                audio = self._folder(number) / Path(audio).expanduser()
+            header = soundfile.info(audio)
         except (AudioError, OSError, RuntimeError, TypeError):
-            return 0.0  # what is wrong with it is said when it is read
-        return float(about.frames / about.samplerate)
+            return 0.0  # audio() raises the error when the item is asked
+        return float(header.frames / header.samplerate)
 
-    def _embedded(self, file: Path, index: int) -> Any:
-        """The audio of one row of a Parquet file, through its row group."""
-        parquet = _parquet(file)
-        columns = [name for name in AUDIO if name in parquet.schema_arrow.names]
+    def _folder(self, number: int) -> Path:
+        return self.audio_folder or self._places[number - 1][0].parent
+
+    def _stored_audio(self, number: int) -> Any:
+        """Return what the file holds for an item: a path, bytes, or a mapping of ``datasets``."""
+        file, index = self._places[number - 1]
+        if file.suffix == ".parquet":
+            return self._embedded_audio(file, index)
+        fields = self.items[number - 1].fields
+        for column in AUDIO_COLUMNS:
+            if fields.get(column):
+                return fields[column]
+        raise AudioError(f"has no audio: none of the columns {', '.join(AUDIO_COLUMNS)}")
+
+    def _embedded_audio(self, file: Path, index: int) -> Any:
+        parquet = open_parquet(file)
+        columns = [name for name in AUDIO_COLUMNS if name in parquet.schema_arrow.names]
         if not columns:
-            raise AudioError(f"has no audio: none of the columns {', '.join(AUDIO)}")
+            raise AudioError(f"has no audio: none of the columns {', '.join(AUDIO_COLUMNS)}")
         start = 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
             if index < start + count:
-                if self._held is None or self._held[:2] != (file, group):
-                    held = parquet.read_row_group(group, columns=columns[:1]).column(0).to_pylist()
-                    self._held = (file, group, held)
-                return self._held[2][index - start]
+                if self._row_group is None or self._row_group[:2] != (file, group):
+                    table = parquet.read_row_group(group, columns=columns[:1])
+                    self._row_group = (file, group, table.column(0).to_pylist())
+                return self._row_group[2][index - start]
             start += count
         raise AudioError(f"{file} has no row {index}")
 
 
-def _files(path: Path) -> list[Path]:
+def _list_files(path: Path) -> list[Path]:
     if path.is_file():
-        if path.suffix not in _KINDS:
-            raise EvaluationError(f"{path}: files end in {', '.join(_KINDS)}")
+        if path.suffix not in TABLE_SUFFIXES:
+            raise EvaluationError(f"{path}: files end in {', '.join(TABLE_SUFFIXES)}")
         return [path]
-    found = sorted(file for kind in _KINDS for file in path.rglob(f"*{kind}"))
-    if not found:
+    files = sorted(file for suffix in TABLE_SUFFIXES for file in path.rglob(f"*{suffix}"))
+    if not files:
         if not path.is_dir():
             raise EvaluationError(f"there is no file or folder {path}")
-        raise EvaluationError(f"{path} holds no {', '.join(_KINDS)} file")
-    suffix = found[0].suffix
-    if any(file.suffix != suffix for file in found):
-        names = ", ".join(str(file.relative_to(path)) for file in found[:6])
+        raise EvaluationError(f"{path} holds no {', '.join(TABLE_SUFFIXES)} file")
+    if len({file.suffix for file in files}) > 1:
+        names = ", ".join(str(file.relative_to(path)) for file in files[:6])
         raise EvaluationError(f"{path} holds files of several kinds ({names}): name one of them")
-    return found
+    return files
 
 
-def _read(file: Path, *, alone: bool) -> Iterator[Any]:
-    """Yield every row of a file, or a ``Broken`` that says what is wrong with it.
+def _read_rows(file: Path, *, alone: bool) -> Iterator[Any]:
+    """Yield every row of a file, or a BrokenRow that says what is wrong with it.
 
-    A file that cannot be opened at all is an error if it is alone, else one broken row.
+    Among several files, one that cannot be opened becomes one broken row; alone it is an error.
     """
     try:
-        yield from _rows(file)
-    except EvaluationError as error:
-        if alone:
-            raise
-        yield Broken(f"stands for a file: {error}")
-
-
-def _rows(file: Path) -> Iterator[Any]:
-    try:
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        elif file.suffix == ".json":
-            yield from (value for _, _, value in list_items(file.read_bytes(), str(file)))
-        else:
-            with file.open("rb") as opened:
-                yield from (value for _, _, value in lines(opened))
+        yield from iter_rows(file, omit=_embedded_columns(file))
     except DataError as error:
-        raise EvaluationError(str(error)) from error
-    except OSError as error:
-        raise EvaluationError(f"{file} cannot be read: {error}") from error
+        if alone:
+            raise EvaluationError(str(error)) from error
+        yield BrokenRow(f"stands for a file: {error}")
 
 
-def _parquet(file: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise EvaluationError(
-            f"{file} needs pyarrow to be read: pip install 'diffa-audio[data]'"
-        ) from error
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise EvaluationError(f"{file} is no readable Parquet file: {error}") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    parquet = _parquet(file)
-    names = parquet.schema_arrow.names
-    embedded = {
-        name
-        for name in AUDIO
-        if name in names and not str(parquet.schema_arrow.field(name).type).endswith("string")
-    }
-    kept = [name for name in names if name not in embedded]
-    for group in range(parquet.num_row_groups):
-        yield from parquet.read_row_group(group, columns=kept).to_pylist()
-
-
-def repeated(rows: Iterable[Row], column: str) -> list[tuple[int, str]]:
-    """Rows whose id an earlier row has already: their numbers and what to say."""
-    seen: dict[str, int] = {}
-    found = []
-    for row in rows:
-        if row.fields.get(column) is None:
-            continue
-        name = json.dumps(row.fields[column], sort_keys=True, default=str)
-        if name in seen:
-            found.append((row.number, f"repeats {column} {name} of row {seen[name]}"))
-        seen.setdefault(name, row.number)
-    return found
-
-
-def as_jsonl(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as JSON lines, with the columns in the order they came in."""
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+def _embedded_columns(file: Path) -> list[str]:
+    """Return the columns of a Parquet file that hold audio itself, not paths."""
+    if file.suffix != ".parquet":
+        return []
+    schema = open_parquet(file).schema_arrow
+    present = [name for name in AUDIO_COLUMNS if name in schema.names]
+    return [name for name in present if not str(schema.field(name).type).endswith("string")]

@@ -1,27 +1,31 @@
-"""How sure a score is, and a difference of two: bootstrap, permutation, McNemar's test."""
+"""Uncertainty of a metric and of a difference: bootstrap, permutation and McNemar's test."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-_CHUNK = 2_000_000  # drawn indices held at once
-Counts = NDArray[np.float64]
+from diffa.errors import DiffaError
+
+_DRAWS = 2_000_000  # drawn indices held in memory at once
+Values = Sequence[float] | NDArray[np.float64]
 
 
-class Difference(NamedTuple):
-    """How much better B is than A on the same rows.
+class PairedDifference(NamedTuple):
+    """The difference of run B minus run A on the same items.
 
     Attributes:
-        value: ratio of B minus ratio of A.
-        low, high: its 95 % bootstrap interval.
-        p: two-sided, by permuting signs of the rows' differences.
-        mcnemar: two-sided and exact; None where rows are not right or wrong.
-        only_a, only_b: rows that one of the two alone gets right (0 where not right or wrong).
+        value: Metric of B minus metric of A.
+        low, high: 95 % bootstrap interval of ``value``.
+        p: Two-sided p value of the paired permutation test.
+        mcnemar: Two-sided p value of McNemar's exact test; None unless items are right or wrong.
+        only_a, only_b: Items that only A, or only B, answers correctly.
     """
 
     value: float
@@ -33,84 +37,116 @@ class Difference(NamedTuple):
     only_b: int
 
 
-def ratio(hits: Sequence[float] | Counts, of: Sequence[float] | Counts) -> float:
-    """Sum of hits over sum of shares; NaN where nothing counts."""
-    total = float(np.sum(of))
-    return float(np.sum(hits)) / total if total else math.nan
+def import_scipy_stats() -> Any:
+    """Return ``scipy.stats``; raises DiffaError if scipy is not installed."""
+    try:
+        return import_module("scipy.stats")
+    except ImportError as error:
+        raise DiffaError("scores need scipy: pip install 'diffa-audio[eval]'") from error
 
 
-def interval(
-    hits: Sequence[float], of: Sequence[float], *, resamples: int = 1000, seed: int = 0
+def ratio_of_sums(numerators: Values, denominators: Values) -> float:
+    """Return sum(numerators) / sum(denominators); NaN if the denominator is 0."""
+    total = float(np.sum(denominators))
+    return float(np.sum(numerators)) / total if total else math.nan
+
+
+def bootstrap_interval(
+    numerators: Values, denominators: Values, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of ``ratio`` over rows drawn again with replacement."""
-    if not len(hits) or not sum(of):
+    """Return the 95 % percentile bootstrap interval of ``ratio_of_sums`` over items."""
+    if not len(numerators) or not np.sum(denominators):
         return math.nan, math.nan
-    drawn = _resampled([np.asarray(hits, float), np.asarray(of, float)], resamples, seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = drawn[0] / drawn[1]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return _percentiles([numerators, denominators], _ratios, resamples, seed)
 
 
-def difference(
-    a: tuple[Sequence[float], Sequence[float]],
-    b: tuple[Sequence[float], Sequence[float]],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Difference:
-    """Compare hits and shares of B with A's, row by row."""
-    (hits_a, of_a), (hits_b, of_b) = ([np.asarray(x, float) for x in pair] for pair in (a, b))
-    value = ratio(hits_b, of_b) - ratio(hits_a, of_a)
+def paired_difference(
+    a: tuple[Values, Values], b: tuple[Values, Values], *, resamples: int = 1000, seed: int = 0
+) -> PairedDifference:
+    """Compare numerators and denominators of run B with those of run A, item by item."""
+    value = ratio_of_sums(*b) - ratio_of_sums(*a)
     if math.isnan(value):
-        return Difference(value, math.nan, math.nan, math.nan, None, 0, 0)
-    sums = _resampled([hits_a, of_a, hits_b, of_b], resamples, seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = sums[2] / sums[3] - sums[0] / sums[1]
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    binary = bool(np.isin(np.concatenate([hits_a, hits_b]), (0, 1)).all()) and bool(
-        (np.concatenate([of_a, of_b]) == 1).all()
+        return PairedDifference(value, math.nan, math.nan, math.nan, None, 0, 0)
+    (points_a, weights_a), (points_b, weights_b) = (
+        [np.asarray(column, float) for column in run] for run in (a, b)
     )
-    only_a = int(np.sum((hits_a == 1) & (hits_b == 0))) if binary else 0
-    only_b = int(np.sum((hits_b == 1) & (hits_a == 0))) if binary else 0
-    exact = mcnemar(only_a, only_b) if binary else None
-    p = permuted(hits_b / max(of_b.sum(), 1) - hits_a / max(of_a.sum(), 1), seed=seed)
-    return Difference(value, float(low), float(high), p, exact, only_a, only_b)
+
+    def statistic(*columns: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        top_a, bottom_a, top_b, bottom_b = columns
+        difference: NDArray[np.float64] = _ratios(top_b, bottom_b, axis) - _ratios(
+            top_a, bottom_a, axis
+        )
+        return difference
+
+    columns = [points_a, weights_a, points_b, weights_b]
+    low, high = _percentiles(columns, statistic, resamples, seed)
+    binary = bool(
+        np.isin([points_a, points_b], (0, 1)).all()
+        and (np.array([weights_a, weights_b]) == 1).all()
+    )
+    only_a = int(np.sum(points_a > points_b)) if binary else 0
+    only_b = int(np.sum(points_b > points_a)) if binary else 0
+    p = permutation_test(points_b / weights_b.sum() - points_a / weights_a.sum(), seed=seed)
+    exact = mcnemar_test(only_a, only_b) if binary else None
+    return PairedDifference(value, low, high, p, exact, only_a, only_b)
 
 
-def permuted(differences: Counts, *, rounds: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of a sum of paired differences when every sign is a fair coin."""
-    moved = differences[differences != 0]
-    if not len(moved):
+def permutation_test(
+    differences: NDArray[np.float64], *, resamples: int = 9999, seed: int = 0
+) -> float:
+    """Return the two-sided p value of a sum of paired differences under random signs.
+
+    Exact if there are at most ``resamples`` combinations of signs, else by random draws
+    (scipy.stats.permutation_test: twice the smaller tail).
+    """
+    nonzero = differences[differences != 0]
+    if len(nonzero) < 2:
         return 1.0
-    draw = np.random.default_rng(seed)
-    seen, beyond, wanted = 0, 0, abs(moved.sum()) - 1e-12
-    while seen < rounds:
-        many = min(rounds - seen, max(1, _CHUNK // len(moved)))
-        signs = draw.integers(0, 2, (many, len(moved)), dtype=np.int8) * 2 - 1
-        beyond += int(np.sum(np.abs(signs @ moved) >= wanted))
-        seen += many
-    return (beyond + 1) / (rounds + 1)
+    result = import_scipy_stats().permutation_test(
+        (nonzero,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _DRAWS // len(nonzero)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p that rows which one alone gets right fall equally to both."""
-    total, least = only_a + only_b, min(only_a, only_b)
-    if not total:
-        return 1.0
-    tail: float = sum(math.comb(total, k) for k in range(least + 1)) / 2**total
-    return min(1.0, 2 * tail)
+def mcnemar_test(only_a: int, only_b: int) -> float:
+    """Return the two-sided p value of McNemar's exact test on discordant items."""
+    total = only_a + only_b
+    return float(import_scipy_stats().binomtest(only_a, total).pvalue) if total else 1.0
 
 
-def _resampled(columns: Sequence[Counts], resamples: int, seed: int) -> list[Counts]:
-    """Sums of every column over the same rows drawn again, (resamples,) each."""
-    count, draw = len(columns[0]), np.random.default_rng(seed)
-    sums: list[list[Counts]] = [[] for _ in columns]
-    done = 0
-    while done < resamples:
-        many = min(resamples - done, max(1, _CHUNK // count))
-        rows = draw.integers(0, count, (many, count))
-        for column, found in zip(columns, sums, strict=True):
-            found.append(column[rows].sum(axis=1))
-        done += many
-    return [np.concatenate(found) for found in sums]
+def _ratios(
+    numerators: NDArray[np.float64], denominators: NDArray[np.float64], axis: int
+) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios: NDArray[np.float64] = numerators.sum(axis) / denominators.sum(axis)
+    return ratios
+
+
+def _percentiles(
+    columns: Sequence[Values], statistic: Any, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Return the 2.5 and 97.5 percentiles of a statistic over resampled items."""
+    data = [np.asarray(column, float) for column in columns]
+    if len(data[0]) == 1:
+        return (float(statistic(*data, axis=-1)),) * 2  # scipy refuses a single observation
+    with warnings.catch_warnings():
+        # scipy warns of resamples without a ratio (excluded items only): they are left out below.
+        warnings.simplefilter("ignore")
+        result = import_scipy_stats().bootstrap(
+            data,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, _DRAWS // len(data[0])),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = np.nanpercentile(result.bootstrap_distribution, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,28 +1,30 @@
-"""The values of an evaluation: a row, what is asked about it, and how an answer is read."""
+"""The values of an evaluation: a benchmark's item, the question about it, and its score."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from diffa.errors import DiffaError
 
 Fields = Mapping[str, Any]
+Mode = Literal["generate", "likelihood"]
 
 
 class EvaluationError(DiffaError):
-    """An evaluation cannot be run, resumed or scored: says which file or setting, and why."""
+    """An evaluation cannot be run, resumed or scored: says which file or option, and why."""
 
 
-class Row(NamedTuple):
+class Item(NamedTuple):
     """One row of a benchmark's file.
 
     Attributes:
-        number: counted from 1 over all files of the benchmark.
-        fields: its columns, audio that is embedded left out; empty where it cannot be read.
-        fault: what is wrong with it; it is asked nothing and counts as wrong. Empty if sound.
-        file: the name of the file it comes from.
+        number: Counted from 1 over all files of the benchmark.
+        fields: Columns without embedded audio; empty if the row cannot be read.
+        fault: What is wrong with the row. The item is not asked and counts as wrong.
+        file: Name of the file that holds the row.
     """
 
     number: int
@@ -32,14 +34,14 @@ class Row(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a model is asked about a row's audio.
+    """What a model is asked about an item's audio.
 
     Attributes:
-        text: the user's words; empty where the audio says everything.
-        choices: answers whose likelihoods can be compared instead of generating one.
-        max_tokens: length of the answer (the papers' settings).
-        block_length: Answer tokens per block, for samplers that have blocks. None: the spec's.
-        system: instead of the spec's system turn.
+        text: User text; empty if the audio holds the whole question.
+        choices: Answers to rank by likelihood in ``likelihood`` mode.
+        max_tokens: Answer length. Default of a suite: the papers' length.
+        block_length: Block length of the sampler. None: as in the spec.
+        system: System prompt. None: as in the spec.
     """
 
     text: str
@@ -49,75 +51,83 @@ class Question(NamedTuple):
     system: str | None = None
 
 
-class Reading(NamedTuple):
-    """How one parser reads one answer.
+class ItemScore(NamedTuple):
+    """What one parser makes of one response. A metric is sum(numerator) / sum(denominator).
 
     Attributes:
-        answer: what it takes the answer to be; None where it finds none.
-        hits: what the answer earns: 1 if right, errors for a transcript, a judge's points.
-        of: its share of the denominator: 1, words of a reference, or 0 where the official
-            script leaves the row out.
-        guessed: whether the answer is a random fallback.
-        parts: further counts that a suite adds up, such as kinds of errors.
+        answer: The answer that the parser finds; None if it finds none.
+        numerator: 1 for a right answer, the errors of a transcript, or a judge's points.
+        denominator: 1, the words of a reference, or 0 if the official script excludes the item.
+        guessed: Whether the answer is a random fallback.
+        counts: Further counts that a suite sums, such as kinds of errors.
     """
 
     answer: str | None
-    hits: float
-    of: float = 1.0
+    numerator: float
+    denominator: float = 1.0
     guessed: bool = False
-    parts: tuple[float, ...] = ()
+    counts: tuple[float, ...] = ()
 
 
-Readings = dict[str, Reading]
-"""Readings by parser: ``official`` and ``fixed``, and what a suite adds."""
+ItemScores = dict[str, ItemScore]
+"""Scores by parser: ``official``, ``fixed``, and what a suite adds."""
 
 
-class Suite(Protocol):
-    """A benchmark: what it asks, and how its official script and ours read answers.
+class Suite:
+    """A benchmark: its questions, and how its official script and the fixed parser score answers.
+
+    Subclasses set the attributes and define ``find_fault``, ``question`` and ``score``.
 
     Attributes:
-        name: as the command line says it.
-        key: the column that holds predictions in the official format.
-        prompts: ids of its prompts, the default first.
-        parsers: ids of what ``read`` returns.
-        groups: columns, or tuples of them, by which scores are broken down.
-        metric: what ``hits / of`` is called.
-        lower: whether less of it is better.
+        name: Name on the command line.
+        response_column: Column that holds responses in the official format.
+        prompts: Ids of the prompts; the first is the default.
+        parsers: Id of each parser that ``score`` applies.
+        groups: Columns, or tuples of columns, by which scores are broken down.
+        metric: Name of numerator / denominator: accuracy, wer or score.
+        subset: Part of the benchmark; empty if it has none.
+        needs_judge: Whether a judge has to read responses before they are scored.
     """
 
     name: str
-    key: str
+    response_column: str
     prompts: tuple[str, ...]
     parsers: Mapping[str, str]
-    groups: tuple[tuple[str, ...], ...]
-    metric: str
-    lower: bool
+    groups: tuple[tuple[str, ...], ...] = ()
+    metric: str = "accuracy"
+    subset: str = ""
+    needs_judge: bool = False
 
-    def check(self, fields: Fields) -> str:
-        """Return what a row lacks to be asked or scored; nothing: ``""``."""
-        ...
+    def find_fault(self, fields: Fields) -> str:
+        """Return what an item lacks to be asked or scored; ``""`` if nothing."""
+        raise NotImplementedError
 
-    def ask(self, fields: Fields, prompt: str) -> Question:
-        """Return the question of a row under a prompt's id."""
-        ...
+    def question(self, fields: Fields, prompt: str) -> Question:
+        """Return the question about an item with the prompt of an id."""
+        raise NotImplementedError
 
-    def read(self, fields: Fields, draw: random.Random) -> Readings:
-        """Read the prediction in ``fields[key]``; ``draw`` feeds official random guesses."""
-        ...
+    def score(self, fields: Fields, rng: random.Random) -> ItemScores:
+        """Score the response of an item; ``rng`` feeds the official scripts' random guesses."""
+        raise NotImplementedError
 
-    def missed(self, fields: Fields) -> Readings:
-        """What a row counts for that could not be asked or cannot be read: all of it wrong."""
-        ...
+    def score_missing(self, fields: Fields) -> ItemScores:
+        """Return the scores of an item that cannot be asked or read: wrong for every parser."""
+        return {name: ItemScore(None, 0.0) for name in self.parsers}
 
-    def summary(self, parser: str, readings: Sequence[Reading]) -> dict[str, Any]:
-        """Return what a suite reports of a parser besides ``hits / of``."""
-        ...
+    def extra_metrics(self, parser: str, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return what the report says of a parser besides the metric."""
+        return {}
 
-    def export(self, rows: Sequence[Row], stem: str) -> dict[str, str]:
-        """Return the texts of the files that official scripts read, by name."""
-        ...
+    def export(self, items: Sequence[Item], stem: str) -> dict[str, str]:
+        """Return the files that the official script reads, by name. Default: JSONL."""
+        return {f"{stem}.jsonl": to_jsonl([item.fields for item in items])}
 
 
-def text_of(value: Any) -> str:
-    """A prediction as text: None and what is missing are empty."""
+def as_text(value: Any) -> str:
+    """Return a response as text; None becomes the empty text."""
     return "" if value is None else str(value)
+
+
+def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as JSON lines; columns keep their order."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

@@ -1,18 +1,17 @@
-"""A judge of answers: asked with VoiceBench's prompts, every judgement kept."""
+"""A judge model that rates responses with VoiceBench's prompts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from diffa.evaluation.items import EvaluationError, Fields, Row, text_of
+from diffa.evaluation.items import EvaluationError, Fields, Item, as_text
 from diffa.llm.cache import Replies
 from diffa.llm.client import Endpoint, NoReply
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "max_tokens": 1024}
-SAMPLES = 3
+NUM_SAMPLES = 3
 SYSTEM = "You are a helpful assistant who tries to help answer the user's question."
 OPEN = """
 I need your help to evaluate the performance of several models in the speech interaction scenario. \
@@ -41,7 +40,7 @@ Below are the transcription of user's instruction and models' response:
 After evaluating, please output the score only without anything else.
 You don't need to provide any explanations.
 """
-# The space behind the first question mark is the official prompt's.
+# The space after the question mark is the official prompt's.
 REFERENCED = (
     "### Question\n{prompt}\n\n### Reference answer\n{reference}\n\n### Candidate answer\n"
     "{response}\n\nIs the candidate answer correct based on the question and reference answer? \n"
@@ -50,85 +49,88 @@ REFERENCED = (
 
 
 class Judge:
-    """A chat model that reads answers, every judgement of which is kept.
+    """A chat model that rates responses; its replies are cached.
 
     Args:
-        endpoint: where it is.
-        cache: folder of judgements; asked again only what is not in it.
+        endpoint: The service that runs the model.
+        cache: Folder of replies. Only what is not in it is requested.
     """
 
     def __init__(self, endpoint: Endpoint, cache: str | os.PathLike[str]) -> None:
-        self.endpoint, self._kept = endpoint, Replies(cache)
+        self.endpoint, self._cache = endpoint, Replies(cache)
 
-    def judge(self, messages: Sequence[Mapping[str, str]], samples: int = SAMPLES) -> list[str]:
-        """Return ``samples`` replies; raises EvaluationError where the service gives none."""
-        url, model = self.endpoint.url, self.endpoint.model
+    def judge(
+        self, messages: Sequence[Mapping[str, str]], num_samples: int = NUM_SAMPLES
+    ) -> list[str]:
+        """Return ``num_samples`` replies; raises EvaluationError if the service gives none."""
         turns = [dict(turn) for turn in messages]
-        asked = [url, model, SAMPLING, turns, samples]
-        replies: list[str] = (self._kept.find(asked) or {}).get("replies", [])
-        if len(replies) < samples:
-            replies = self._replies(turns, samples)
-            self._keep(asked, {"model": model, "messages": turns, "replies": replies})
+        key = [self.endpoint.url, self.endpoint.model, SAMPLING, turns, num_samples]
+        replies: list[str] = (self._cache.find(key) or {}).get("replies", [])
+        if len(replies) < num_samples:
+            replies = self._request(turns, num_samples)
+            entry = {"model": self.endpoint.model, "messages": turns, "replies": replies}
+            try:
+                self._cache.keep(key, entry)
+            except OSError as error:
+                raise EvaluationError(
+                    f"a judgement cannot be written to {self._cache.folder}: {error}"
+                ) from error
         return replies
 
-    def _replies(self, messages: Sequence[Mapping[str, str]], samples: int) -> list[str]:
+    def _request(self, messages: Sequence[Mapping[str, str]], num_samples: int) -> list[str]:
         replies: list[str] = []
         try:
-            while len(replies) < samples:  # some services know no n and give one reply at a time
-                settings = {**SAMPLING, "n": samples - len(replies)}
-                replies += [choice.text for choice in self.endpoint.ask(messages, settings)]
+            # Services that ignore n give one reply at a time.
+            while len(replies) < num_samples:
+                options = {**SAMPLING, "n": num_samples - len(replies)}
+                replies += [choice.text for choice in self.endpoint.ask(messages, options)]
         except NoReply as error:
             raise EvaluationError(f"the judge does not answer: {error}") from error
-        return replies[:samples]
-
-    def _keep(self, asked: Any, kept: Mapping[str, Any]) -> None:
-        try:
-            self._kept.keep(asked, kept)
-        except OSError as error:
-            folder = self._kept.folder
-            raise EvaluationError(f"a judgement cannot be kept in {folder}: {error}") from error
+        return replies[:num_samples]
 
 
-def messages_of(fields: Fields) -> list[dict[str, str]]:
-    """VoiceBench's question to its judge: with the reference where a row has one."""
-    form = REFERENCED if fields.get("reference") is not None else OPEN
-    text = form
-    for name in ("prompt", "reference", "response"):  # in turn, as the official script does
-        text = text.replace(f"{{{name}}}", text_of(fields.get(name)))
+def judge_messages(fields: Fields) -> list[dict[str, str]]:
+    """Return VoiceBench's messages to its judge; with the reference if an item has one."""
+    text = REFERENCED if fields.get("reference") is not None else OPEN
+    # One after the other, as in the official script: a prompt may contain "{response}".
+    for name in ("prompt", "reference", "response"):
+        text = text.replace(f"{{{name}}}", as_text(fields.get(name)))
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
-def judge_rows(
-    rows: Sequence[Row],
+def judge_items(
+    items: Sequence[Item],
     judge: Judge,
     *,
     workers: int = 4,
-    on_row: Callable[[int, int], None] | None = None,
-) -> tuple[list[Row], list[tuple[int, str]]]:
-    """Add the judge's replies (``score``) to rows; also return the rows it would not judge, whose
-    ``score`` is empty.
+    on_item: Callable[[int, int], None] | None = None,
+) -> tuple[list[Item], list[tuple[int, str]]]:
+    """Add the judge's replies to the column ``score``, several items at a time.
+
+    Returns:
+        The items, and number and reason of those that the judge did not answer; their ``score``
+        is empty.
 
     Raises:
-        EvaluationError: the judge answers none of the rows.
+        EvaluationError: The judge answers none of the items.
     """
 
-    def one(row: Row) -> Row | str:
+    def replies(item: Item) -> list[str] | EvaluationError:
         try:
-            score = judge.judge(messages_of(row.fields))
-            return row._replace(fields={**row.fields, "score": score})
+            return judge.judge(judge_messages(item.fields))
         except EvaluationError as error:
-            return str(error)
+            return error
 
-    judged: list[Row] = []
+    judged: list[Item] = []
     failed: list[tuple[int, str]] = []
     with ThreadPoolExecutor(workers) as pool:
-        for row, found in zip(rows, pool.map(one, rows), strict=True):
-            if isinstance(found, str):
-                failed.append((row.number, found))
-                found = row._replace(fields={**row.fields, "score": []})
-            judged.append(found)
-            if on_row is not None:
-                on_row(len(judged), len(rows))
-    if failed and len(failed) == len(rows):
+        for item, score in zip(items, pool.map(replies, items), strict=True):
+            if isinstance(score, EvaluationError):
+                failed.append((item.number, str(score)))
+                score = []
+            judged.append(item._replace(fields={**item.fields, "score": score}))
+            if on_item is not None:
+                on_item(len(judged), len(items))
+    if failed and len(failed) == len(items):
         raise EvaluationError(failed[0][1])
     return judged, failed

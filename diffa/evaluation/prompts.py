@@ -26,34 +26,32 @@ VOICEBENCH_DIFFA = (
     "2. Write an answer to response the question in the audio.\n"
     "\n### Response:\n"
 )
-"""What DIFFA adds to VoiceBench's audio; results are not comparable with the leaderboard."""
+"""DIFFA's addition to VoiceBench's audio; results are not comparable with the leaderboard."""
 TRANSCRIBE = "Please transcribe the audio to text."
 """DIFFA-2's instruction for ASR."""
 
 
-def mmsu(version: str, question: str, choices: Sequence[str | None]) -> str:
-    """MMSU's prompt; a missing choice is printed as None, as the official script does."""
+def list_choices(choices: Sequence[str | None], separator: str = "\n") -> str:
+    """Return choices with letters: ``A. first``, ``B. second``; a missing one reads None."""
+    pairs = zip(LETTERS, choices, strict=False)
+    return separator.join(f"{letter}. {text}" for letter, text in pairs)
+
+
+def mmsu_prompt(version: str, question: str, choices: Sequence[str | None]) -> str:
+    """Return MMSU's prompt; the official script prints a missing choice as None."""
     lead = _MMSU_2026 if version == "mmsu@2026-02" else _MMSU_2025
-    listed = "\n".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
-    return f"{lead}\n\nQuestion: {question}\n\n{listed}"
+    return f"{lead}\n\nQuestion: {question}\n\n{list_choices(choices)}"
 
 
-def choice(version: str, question: str, choices: Sequence[str]) -> str:
-    """The prompts of MMAU and MMAR, neither of which prescribes one.
+def mmau_prompt(version: str, question: str, choices: Sequence[str]) -> str:
+    """Return a prompt for MMAU or MMAR, neither of which prescribes one.
 
-    ``mmau@authors`` is what MMAU's authors report to work best, ``mmar@authors`` MMAR's, and
-    ``mmau@diffa`` is DIFFA's for both.
+    ``mmau@authors`` and ``mmar@authors`` are what the authors report to work best; ``mmau@diffa``
+    is DIFFA's for both.
     """
     if version == "mmau@authors":
         return f"{question}  Select one option from the provided choices.\n{list(choices)}."
     if version == "mmar@authors":
         listed = "\n".join(choices)
         return f"{question}\nSelect one option from the provided choices:\n{listed}"
-    listed = "\n".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
-    return f"{_DIFFA_CHOICE}\n\nQuestion: {question}\n\nChoices:\n{listed}\nAnswer:"
-
-
-def nano(question: str, choices: Sequence[str]) -> str:
-    """nano's multiple choice, in the words it was trained with."""
-    listed = " ".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
-    return f"{question} Choose the right letter. {listed}"
+    return f"{_DIFFA_CHOICE}\n\nQuestion: {question}\n\nChoices:\n{list_choices(choices)}\nAnswer:"

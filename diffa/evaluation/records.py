@@ -1,27 +1,27 @@
-"""What a run writes: a header, a line per row as answers come, and the whole once all are in."""
+"""The folder of a run: header, a line per answer as it comes, and all records at the end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffa.evaluation.items import EvaluationError
-from diffa.runtime.files import write_text
+from diffa.runtime.files import write_json, write_text
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
 
 
-class Folder:
-    """A run's folder. Lines are only appended, by each process to a file of its own.
+class RunFolder:
+    """A run's folder. Each process appends lines to files of its own.
 
     Args:
-        path: made if it is missing.
-        rank: of this process.
+        path: Created if it is missing.
+        rank: Rank of this process.
 
     Raises:
-        EvaluationError: the folder cannot be written.
+        EvaluationError: The folder cannot be written.
     """
 
     def __init__(self, path: str | Path, rank: int = 0) -> None:
@@ -31,90 +31,90 @@ class Folder:
         except OSError as error:
             raise EvaluationError(f"{self.path} cannot be written: {error}") from error
 
-    def begin(self, header: Mapping[str, Any]) -> None:
-        """Write the header, or check that the run in the folder is the same one.
+    def write_header(self, header: Mapping[str, Any]) -> None:
+        """Write the header, or check that the folder holds a run with the same header.
 
         Raises:
-            EvaluationError: the folder holds another run; says in what it differs.
+            EvaluationError: The folder holds another run; says how the headers differ.
         """
         file = self.path / HEADER
         if not file.is_file():
-            self.write(HEADER, json.dumps(header, indent=1, ensure_ascii=False) + "\n")
+            write_json(file, header)
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted(k for k in {*found, *header} if found.get(k) != header.get(k))
-        if differing:
-            told = "; ".join(_apart(k, found.get(k), header.get(k)) for k in differing[:4])
+        old = json.loads(file.read_text(encoding="utf-8"))
+        keys = sorted(k for k in {*old, *header} if old.get(k) != header.get(k))
+        if keys:
+            differences = "; ".join(_difference(k, old.get(k), header.get(k)) for k in keys[:4])
             raise EvaluationError(
-                f"{self.path} holds another run ({told}): finish it as it was begun, "
-                "or choose another --out"
+                f"{self.path} holds another run ({differences}): continue it with the same "
+                "options, or choose another --out"
             )
 
-    def done(self) -> dict[int, dict[str, Any]]:
-        """Lines of all processes by row; a line that was cut off is as if it was not there."""
-        rows: dict[int, dict[str, Any]] = {}
-        for part in sorted((self.path / "parts").glob("answers-*.jsonl")):
-            for line in whole_lines(part):
-                rows.setdefault(line["row"], line)
-        return rows
+    def answers(self) -> dict[int, dict[str, Any]]:
+        """Return the answers of all processes by row number."""
+        return self._lines("answers")
+
+    def times(self) -> list[dict[str, Any]]:
+        """Return the seconds of each row, in the order of rows."""
+        return [line for _, line in sorted(self._lines("times").items())]
 
     def append(
         self, answers: Iterable[Mapping[str, Any]], times: Iterable[Mapping[str, Any]]
     ) -> None:
-        """Add lines to this process's files."""
+        """Append lines to this process's files."""
+        # Times first: a row counts as done when its answer is there.
         for name, lines in (("times", times), ("answers", answers)):
-            file = self.path / "parts" / f"{name}-{self.rank:03d}.jsonl"
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with file.open("ab") as opened:
-                opened.write(text.encode())
+            with (self.path / "parts" / f"{name}-{self.rank:03d}.jsonl").open("ab") as file:
+                file.write(text.encode())
 
-    def mend(self) -> None:
-        """Cut off what a killed process left of its last line."""
-        for file in (self.path / "parts").glob(f"*-{self.rank:03d}.jsonl"):
-            data = file.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                with file.open("r+b") as opened:
-                    opened.truncate(whole)
+    def truncate_partial_lines(self) -> None:
+        """Cut off the last line of this process's files if a killed process left it unfinished."""
+        for path in (self.path / "parts").glob(f"*-{self.rank:03d}.jsonl"):
+            data = path.read_bytes()
+            end = data.rfind(b"\n") + 1
+            if end < len(data):
+                with path.open("r+b") as file:
+                    file.truncate(end)
 
-    def times(self) -> list[dict[str, Any]]:
-        """How long each row took, in the order of rows; empty where it was not kept."""
-        rows: dict[int, dict[str, Any]] = {}
-        for part in sorted((self.path / "parts").glob("times-*.jsonl")):
-            rows.update({line["row"]: line for line in whole_lines(part)})
-        return [rows[number] for number in sorted(rows)]
+    def write(self, name: str, text: str) -> None:
+        """Write a file atomically."""
+        write_text(self.path / name, text)
 
-    def write(self, name: str, text: str) -> Path:
-        """Put a file in place at once, so that a reader never sees half of it."""
-        return write_text(self.path / name, text)
-
-
-def _apart(name: str, old: Any, new: Any) -> str:
-    """Say where two values of a header differ, down to the first such field of a mapping."""
-    while isinstance(old, Mapping) and isinstance(new, Mapping):
-        key = min(str(k) for k in {*old, *new} if old.get(k) != new.get(k))
-        name, old, new = f"{name}.{key}", old.get(key), new.get(key)
-    shown = [text if len(text) <= 60 else f"{text[:57]}..." for text in (repr(old), repr(new))]
-    return f"{name}: {shown[0]}, now {shown[1]}"
+    def _lines(self, name: str) -> dict[int, dict[str, Any]]:
+        lines: dict[int, dict[str, Any]] = {}
+        for part in sorted((self.path / "parts").glob(f"{name}-*.jsonl")):
+            for line in complete_lines(part):
+                lines.setdefault(line["row"], line)
+        return lines
 
 
-def whole_lines(file: Path) -> Iterable[dict[str, Any]]:
-    """Values of the lines that end in a line break."""
+def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the values of the lines that end in a line break."""
     for line in file.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             yield json.loads(line)
 
 
-def read_records(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def load_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the header and the records of a finished run; raises EvaluationError."""
     folder = Path(path).expanduser()
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        return header, list(whole_lines(folder / RECORDS))
+        return header, list(complete_lines(folder / RECORDS))
     except FileNotFoundError as error:
         raise EvaluationError(
             f"{folder} holds no finished run: there is no {Path(str(error.filename)).name}; "
-            "`diffa eval run` writes one, and goes on with one that was stopped"
+            "`diffa eval run` writes one, and continues one that was stopped"
         ) from error
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{folder} cannot be read as a run: {error}") from error
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Describe the first difference of two header values, down to the key in nested mappings."""
+    while isinstance(old, Mapping) and isinstance(new, Mapping):
+        key = min(str(k) for k in {*old, *new} if old.get(k) != new.get(k))
+        name, old, new = f"{name}.{key}", old.get(key), new.get(key)
+    texts = [text if len(text) <= 60 else f"{text[:57]}..." for text in (repr(old), repr(new))]
+    return f"{name}: {texts[0]}, now {texts[1]}"

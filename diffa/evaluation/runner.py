@@ -1,4 +1,4 @@
-"""Ask a model every question of a benchmark: in batches, resumable, on any number of processes."""
+"""Run a benchmark: in batches, resumable, on any number of processes."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import DiffaError, SpecError, suggest
-from diffa.evaluation.batches import Clip, batches, mine, pending
-from diffa.evaluation.files import Table
-from diffa.evaluation.items import EvaluationError, Question, Row, Suite
-from diffa.evaluation.records import RECORDS, SCORES, TIMES, Folder
-from diffa.evaluation.scores import score
+from diffa.evaluation.batches import BatchRow, make_batches, unfinished_batches
+from diffa.evaluation.files import BenchmarkData
+from diffa.evaluation.items import EvaluationError, Item, Mode, Question, Suite
+from diffa.evaluation.records import RECORDS, SCORES, TIMES, RunFolder
+from diffa.evaluation.scores import score_items
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffa.evaluation.batched_model import Asked
+    from diffa.evaluation.batched_model import RowResult
+    from diffa.model import Model
 
-Mode = Literal["generate", "likelihood"]
 
-
-class Settings(NamedTuple):
+class EvalConfig(NamedTuple):
     """How a benchmark is run.
 
     Attributes:
-        prompt: id of one of the suite's prompts; its first where empty.
-        mode: generate answers, or take the choice that the model finds likeliest.
-        batch: rows per batch at most; it does not change answers.
-        budget: seconds of audio per batch at most, padding counted.
-        max_tokens, block_length: instead of the papers' answer length and block.
-        samples: draws per choice of several tokens, for likelihoods.
-        seed: of official random guesses, likelihoods' draws and the bootstrap.
-        limit: only the first rows; all where None.
-        rank, world: this process asks every ``world``-th batch from ``rank`` on.
+        prompt: Id of a prompt of the suite. Default: its first.
+        mode: Generate answers, or take the choice of highest likelihood.
+        batch_size: Maximum number of rows per batch. It does not change answers.
+        batch_seconds: Maximum seconds of audio per batch, padding included.
+        max_tokens: Answer length. Default: the papers' length for the benchmark.
+        block_length: Block length. Default: the papers' length for the benchmark.
+        num_samples: Draws per choice of several tokens, for likelihoods.
+        seed: Random seed of official guesses, likelihood draws and the bootstrap.
+        limit: Ask only the first rows. Default: all.
+        rank, world_size: This process answers every ``world_size``-th batch from ``rank`` on.
     """
 
     prompt: str = ""
     mode: Mode = "generate"
-    batch: int = 16
-    budget: float = 480.0
+    batch_size: int = 16
+    batch_seconds: float = 480.0
     max_tokens: int | None = None
     block_length: int | None = None
-    samples: int = 128
+    num_samples: int = 128
     seed: int = 0
     limit: int | None = None
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
-class Progress(NamedTuple):
-    """Where a run stands: rows answered of all, in this process's share, and seconds so far."""
+class EvalProgress(NamedTuple):
+    """Rows answered of this process's share, rows answered in this run, and its seconds."""
 
     done: int
     total: int
@@ -68,227 +68,241 @@ class Progress(NamedTuple):
         return f"{self.done}/{self.total} rows, {rate:.2f} rows/s, {left:.0f} s left"
 
 
-def run(
-    model: Any,
+def evaluate(
+    model: Model,
     suite: Suite,
-    table: Table,
+    data: BenchmarkData,
     out: str | Path,
-    settings: Settings | None = None,
+    config: EvalConfig | None = None,
     *,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[EvalProgress], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Ask, record and score; goes on where an earlier run of the same settings stopped.
+    """Ask, record and score; continue where an earlier run with the same options stopped.
 
-    A killed and resumed run writes the same ``records.jsonl``, byte for byte, as one that was
-    not, and so do several processes.
+    A resumed run and several processes write the same ``records.jsonl``, byte for byte, as one
+    undisturbed process.
 
     Returns:
-        The report of ``score``, or None where other processes still have rows to answer.
+        The report of ``score_items``, or None while other processes have rows to answer.
 
     Raises:
-        EvaluationError: the folder holds another run.
-        SpecError: settings that the suite or the model does not have.
+        EvaluationError: The folder holds another run.
+        SpecError: The suite or the model does not have an option of ``config``.
     """
-    chosen = settings or Settings()
-    chosen = chosen._replace(prompt=chosen.prompt or suite.prompts[0])
-    _check(suite, chosen)
-    rows = table.rows[: chosen.limit]
-    folder = Folder(out, chosen.rank)
-    head = header(model, suite, table, rows, chosen)
-    folder.begin(head)
-    folder.mend()
-    clips = [
-        Clip(row.number, question, table.seconds(row.number))
-        for row in rows
-        if (question := _question(suite, row, chosen)) is not None
+    config = config or EvalConfig()
+    config = config._replace(prompt=config.prompt or suite.prompts[0])
+    _check_config(suite, config)
+    items = data.items[: config.limit]
+    folder = RunFolder(out, config.rank)
+    header = _run_header(model, suite, data, items, config)
+    folder.write_header(header)
+    folder.truncate_partial_lines()
+    rows = [
+        BatchRow(item.number, question, data.duration(item.number))
+        for item in items
+        if (question := _question(suite, item, config)) is not None
     ]
-    every = batches(clips, most=chosen.batch, budget=chosen.budget)
-    _answer(model, table, folder, mine(every, chosen.rank, chosen.world), chosen, on_progress)
-    done = folder.done()
-    if any(clip.number not in done for clip in clips):
+    batches = make_batches(rows, batch_size=config.batch_size, batch_seconds=config.batch_seconds)
+    # Neighbouring batches cost alike, so every process gets the same amount of work.
+    share = batches[config.rank :: config.world_size]
+    _answer_batches(model, data, folder, share, config, on_progress)
+    answers = folder.answers()
+    if any(row.number not in answers for row in rows):
         return None
-    return finish(suite, rows, done, folder, head)
+    return _write_results(suite, items, answers, folder, header)
 
 
-def finish(
+def _answer_batches(
+    model: Model,
+    data: BenchmarkData,
+    folder: RunFolder,
+    share: list[list[BatchRow]],
+    config: EvalConfig,
+    on_progress: Callable[[EvalProgress], None] | None,
+) -> None:
+    """Answer the rows of a share without an answer and append them, batch by batch."""
+    from diffa.evaluation.batched_model import BatchedModel
+
+    done = folder.answers()
+    total = sum(len(batch) for batch in share)
+    answered = sum(row.number in done for batch in share for row in batch)
+    batched = BatchedModel(
+        model, mode=config.mode, num_samples=config.num_samples, seed=config.seed
+    )
+    ids = {item.number: item.fields.get("id") for item in data.items}
+    versions, rate = _library_versions(), model.encoder.sample_rate
+    begin = last = time.perf_counter()
+    load = partial(_load_waveform, data, rate=rate)
+    batches = batched.answer_batches(unfinished_batches(share, done), load, config.batch_size)
+    fresh = 0
+    with closing(batches):
+        for rows, waves, results in batches:
+            now = time.perf_counter()
+            seconds, last = round((now - last) / len(rows), 4), now
+            records, times = [], []
+            for row, wave, result in zip(rows, waves, results, strict=True):
+                if row.number in done:
+                    continue
+                length = 0.0 if isinstance(wave, str) else len(wave) / rate
+                records.append(_record(row, result, ids[row.number], length, versions))
+                times.append({"row": row.number, "seconds": seconds, "batch_size": len(rows)})
+            folder.append(records, times)
+            fresh += len(records)
+            if on_progress is not None:
+                elapsed = time.perf_counter() - begin
+                on_progress(EvalProgress(answered + fresh, total, fresh, elapsed))
+
+
+def _load_waveform(data: BenchmarkData, number: int, rate: int) -> Tensor | str:
+    """Return an item's waveform (S,) at ``rate``, or what is wrong with it."""
+    from diffa.audio import prepare, resample
+
+    try:
+        wave, own_rate = data.audio(number)
+        return prepare(resample(wave, own_rate, rate), rate)
+    except DiffaError as error:
+        return str(error)
+
+
+def _record(
+    row: BatchRow, result: RowResult, name: Any, seconds: float, versions: dict[str, str]
+) -> dict[str, Any]:
+    """Return one line of the records. Nothing in it depends on the batch or the clock."""
+    return {
+        "row": row.number,
+        "id": name,
+        "question": row.question.text,
+        "response": result.text,
+        "num_forwards": result.num_forwards,
+        "max_tokens": row.question.max_tokens,
+        "audio_seconds": round(seconds, 3),
+        "error": result.error,
+        "spec_digest": result.spec_digest,
+        "versions": versions,
+    }
+
+
+def _unanswered_record(item: Item, reason: str) -> dict[str, Any]:
+    """Return the record of an item that is too damaged to be asked."""
+    empty = dict.fromkeys(
+        ("question", "response", "max_tokens", "audio_seconds", "spec_digest", "versions")
+    )
+    return {
+        "row": item.number,
+        "id": item.fields.get("id"),
+        **empty,
+        "num_forwards": 0,
+        "error": reason,
+    }
+
+
+def _write_results(
     suite: Suite,
-    rows: Sequence[Row],
-    done: dict[int, dict[str, Any]],
-    folder: Folder,
-    head: dict[str, Any],
+    items: Sequence[Item],
+    answers: dict[int, dict[str, Any]],
+    folder: RunFolder,
+    header: dict[str, Any],
 ) -> dict[str, Any]:
     """Write records, official files and scores from all answers; return the report."""
-    answered = [with_prediction(suite, row, done.get(row.number, {})) for row in rows]
-    report, readings = score(suite, answered, seed=head["seed"])
+    answered = [
+        item._replace(
+            fields={
+                **item.fields,
+                suite.response_column: answers.get(item.number, {}).get("response") or "",
+            }
+        )
+        for item in items
+    ]
+    report, scores = score_items(suite, answered, seed=header["seed"])
     records = []
-    for row, read in zip(rows, readings, strict=True):
-        line = done.get(row.number) or unasked(row, row.fault or suite.check(row.fields))
-        records.append({**line, "readings": {name: r._asdict() for name, r in read.items()}})
-    folder.write(RECORDS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    for item, score in zip(items, scores, strict=True):
+        record = answers.get(item.number) or _unanswered_record(
+            item, item.fault or suite.find_fault(item.fields)
+        )
+        by_parser = {name: value._asdict() for name, value in score.items()}
+        records.append({**record, "scores": by_parser})
     times = folder.times()
+    report |= _run_report(header, records, times)
+    folder.write(RECORDS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     folder.write(TIMES, "".join(json.dumps(line) + "\n" for line in times))
     for name, text in suite.export(answered, f"{suite.name}-predictions").items():
         folder.write(name, text)
-    report["failed"] = [
-        {"row": r["row"], "reason": r["error"]} for r in records if r["error"] is not None
-    ]
-    report |= {name: head[name] for name in ("data", "data_digest", "prompt", "mode", "spec")}
-    report |= {name: head[name] for name in ("device", "dtype", "versions")}
-    heard, spent = sum(r["audio_seconds"] or 0 for r in records), sum(t["seconds"] for t in times)
-    report["over_30_s"] = sum((r["audio_seconds"] or 0) > 30 for r in records)
-    report["seconds"], report["audio_seconds"] = round(spent, 3), round(heard, 3)
-    report["real_time_factor"] = round(spent / heard, 4) if heard else None
-    report["num_forwards"] = sum(r["num_forwards"] for r in records)
     folder.write(SCORES, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
 
-def with_prediction(suite: Suite, row: Row, line: dict[str, Any]) -> Row:
-    """A row with its answer in the suite's column; what could not be asked answers nothing."""
-    return row._replace(fields={**row.fields, suite.key: line.get("raw") or ""})
-
-
-def unasked(row: Row, reason: str) -> dict[str, Any]:
-    """The record of a row that is too broken to be asked."""
+def _run_report(
+    header: dict[str, Any], records: list[dict[str, Any]], times: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a report says of a run besides scores: errors, versions, durations, passes."""
+    copied = ("data", "data_digest", "prompt", "mode", "spec_digest", "device", "dtype", "versions")
+    lengths = [record["audio_seconds"] or 0 for record in records]
+    audio, seconds = sum(lengths), sum(line["seconds"] for line in times)
     return {
-        "row": row.number,
-        "id": row.fields.get("id"),
-        "question": None,
-        "raw": None,
-        "num_forwards": 0,
-        "max_tokens": None,
-        "audio_seconds": None,
-        "error": reason,
-        "spec": None,
-        "versions": None,
+        "failed": [
+            {"row": r["row"], "reason": r["error"]} for r in records if r["error"] is not None
+        ],
+        **{name: header[name] for name in copied},
+        "over_30_s": sum(length > 30 for length in lengths),
+        "seconds": round(seconds, 3),
+        "audio_seconds": round(audio, 3),
+        "real_time_factor": round(seconds / audio, 4) if audio else None,
+        "num_forwards": sum(record["num_forwards"] for record in records),
     }
 
 
-def header(
-    model: Any, suite: Suite, table: Table, rows: Sequence[Row], settings: Settings
+def _run_header(
+    model: Model, suite: Suite, data: BenchmarkData, items: Sequence[Item], config: EvalConfig
 ) -> dict[str, Any]:
-    """What a run is: everything that its answers depend on, and nothing else."""
-    text = json.dumps([row.fields for row in rows], sort_keys=True, default=str)
-    kept = settings._asdict()
-    for free in ("batch", "budget", "rank", "world"):
-        del kept[free]
+    """Return everything that the answers depend on, and nothing else."""
+    text = json.dumps([item.fields for item in items], sort_keys=True, default=str)
+    options = config._asdict()
+    for name in ("batch_size", "batch_seconds", "rank", "world_size"):
+        del options[name]
     return {
         "suite": suite.name,
-        **({"subset": suite.subset} if hasattr(suite, "subset") else {}),
-        "data": table.path.name,
-        "rows": len(rows),
+        **({"subset": suite.subset} if suite.subset else {}),
+        "data": data.path.name,
+        "rows": len(items),
         "data_digest": hashlib.sha256(text.encode()).hexdigest()[:12],
-        **kept,
+        **options,
         "parsers": dict(suite.parsers),
-        "spec": model.spec.digest(),
-        "spec_as_run": json.loads(model.spec.to_json()),
+        "spec_digest": model.spec.digest(),
+        "spec": json.loads(model.spec.to_json()),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": _library_versions(),
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what answers depend on."""
+def _library_versions() -> dict[str, str]:
     import torch
     import transformers
 
     import diffa
 
-    return {
-        "diffa": diffa.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    modules = (diffa, torch, transformers)
+    return {module.__name__: module.__version__ for module in modules}
 
 
-def _answer(
-    model: Any,
-    table: Table,
-    folder: Folder,
-    share: list[list[Clip]],
-    settings: Settings,
-    on_progress: Callable[[Progress], None] | None,
-) -> None:
-    """Ask what is not answered yet and append it, batch by batch."""
-    from diffa.evaluation.batched_model import Asking
-
-    done = folder.done()
-    total = sum(len(batch) for batch in share)
-    left = pending(share, done)
-    before = total - sum(clip.number not in done for batch in left for clip in batch)
-    asking = Asking(model, mode=settings.mode, samples=settings.samples, seed=settings.seed)
-    begin, fresh = time.perf_counter(), 0
-    ids = {row.number: row.fields.get("id") for row in table.rows}
-    noted = versions()
-    rate, start = model.encoder.sample_rate, begin
-    listen = partial(hear, table, rate=rate)
-    with closing(asking.through(left, listen, settings.batch)) as answered:
-        for batch, waves, asked in answered:
-            now = time.perf_counter()
-            seconds, start = (now - start) / len(batch), now
-            answers, times = [], []
-            for clip, one, wave in zip(batch, asked, waves, strict=True):
-                if clip.number in done:
-                    continue
-                length = 0.0 if isinstance(wave, str) else len(wave) / rate
-                answers.append(_line(clip, one, ids[clip.number], length, noted))
-                times.append(
-                    {"row": clip.number, "seconds": round(seconds, 4), "batch": len(batch)}
-                )
-            folder.append(answers, times)
-            fresh += len(answers)
-            if on_progress is not None:
-                on_progress(Progress(before + fresh, total, fresh, time.perf_counter() - begin))
-
-
-def hear(table: Table, number: int, rate: int) -> Tensor | str:
-    """A row's waveform (S,) at ``rate``, or what is wrong with it."""
-    from diffa.audio import prepare, resample
-
-    try:
-        wave, found = table.audio(number)
-        return prepare(resample(wave, found, rate), rate)
-    except DiffaError as error:
-        return str(error)
-
-
-def _line(
-    clip: Clip, asked: Asked, name: Any, seconds: float, noted: dict[str, str]
-) -> dict[str, Any]:
-    """One line of the record: nothing in it depends on the batch or the clock."""
-    return {
-        "row": clip.number,
-        "id": name,
-        "question": clip.question.text,
-        "raw": asked.raw,
-        "num_forwards": asked.num_forwards,
-        "max_tokens": clip.question.max_tokens,
-        "audio_seconds": round(seconds, 3),
-        "error": asked.error,
-        "spec": asked.spec,
-        "versions": noted,
-    }
-
-
-def _question(suite: Suite, row: Row, settings: Settings) -> Question | None:
-    """A row's question with the settings' changes, or None where it cannot be asked."""
-    if row.fault or suite.check(row.fields):
+def _question(suite: Suite, item: Item, config: EvalConfig) -> Question | None:
+    """Return an item's question with the lengths of ``config``; None if it cannot be asked."""
+    if item.fault or suite.find_fault(item.fields):
         return None
-    question = suite.ask(row.fields, settings.prompt)
+    question = suite.question(item.fields, config.prompt)
     return question._replace(
-        max_tokens=settings.max_tokens or question.max_tokens,
-        block_length=settings.block_length or question.block_length,
+        max_tokens=config.max_tokens or question.max_tokens,
+        block_length=config.block_length or question.block_length,
     )
 
 
-def _check(suite: Suite, settings: Settings) -> None:
-    if settings.prompt not in suite.prompts:
-        near = suggest(settings.prompt, suite.prompts)
-        raise SpecError(f"{suite.name} has no prompt {settings.prompt!r}{near}")
-    if settings.batch < 1 or settings.budget <= 0 or (settings.limit or 1) < 1:
+def _check_config(suite: Suite, config: EvalConfig) -> None:
+    if config.prompt not in suite.prompts:
+        near = suggest(config.prompt, suite.prompts)
+        raise SpecError(f"{suite.name} has no prompt {config.prompt!r}{near}")
+    if config.batch_size < 1 or config.batch_seconds <= 0 or (config.limit or 1) < 1:
         raise SpecError("batch, budget and limit must be above 0")
-    if not 0 <= settings.rank < settings.world:
-        raise SpecError(f"rank {settings.rank} is not one of {settings.world} processes")
-    if settings.mode not in ("generate", "likelihood"):
-        raise EvaluationError(f"mode is 'generate' or 'likelihood', got {settings.mode!r}")
+    if not 0 <= config.rank < config.world_size:
+        raise SpecError(f"rank {config.rank} is not one of {config.world_size} processes")
+    if config.mode not in ("generate", "likelihood"):
+        raise EvaluationError(f"mode is 'generate' or 'likelihood', got {config.mode!r}")

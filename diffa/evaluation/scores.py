@@ -1,123 +1,137 @@
-"""From answers to a table: every row read by every parser, nothing left out silently."""
+"""Scores of a benchmark: every response read by every parser, nothing left out silently."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from diffa.evaluation.files import repeated
-from diffa.evaluation.intervals import interval, ratio
-from diffa.evaluation.items import Fields, Reading, Readings, Row, Suite
+from diffa.evaluation.intervals import bootstrap_interval, ratio_of_sums
+from diffa.evaluation.items import Fields, Item, ItemScore, ItemScores, Suite
 
-_SUMS = {"accuracy": "correct", "wer": "errors"}  # what hits are called beside their metric
+_SUMS = {"accuracy": "correct", "wer": "errors"}  # what the numerator of a metric counts
 
 
-def read_rows(
-    suite: Suite, rows: Sequence[Row], seed: int = 0
-) -> tuple[list[Readings], list[tuple[int, str]]]:
-    """Read every row's prediction in order, and list the rows that cannot be: number and why.
+def score_items(
+    suite: Suite, items: Sequence[Item], *, seed: int = 0, resamples: int = 1000
+) -> tuple[dict[str, Any], list[ItemScores]]:
+    """Score items that hold responses.
 
-    Official scripts guess from one global generator in the order of the file; so do we, from
-    ``random.Random(seed)``.
+    Returns:
+        The report and the scores of every item. The report has an entry for each parser: the
+        metric (accuracies from 0 to 1), its 95 % bootstrap interval, counts, and the metric by
+        group; and it lists invalid items and repeated ids.
     """
-    draw = random.Random(seed)
-    readings, faults = [], []
-    for row in rows:
-        reason = row.fault or suite.check(row.fields)
-        if reason:
-            faults.append((row.number, reason))
-        readings.append(suite.missed(row.fields) if reason else suite.read(row.fields, draw))
-    return readings, faults
-
-
-def score(
-    suite: Suite, rows: Sequence[Row], *, seed: int = 0, resamples: int = 1000
-) -> tuple[dict[str, Any], list[Readings]]:
-    """Score rows that hold predictions; also return how each was read.
-
-    The report has an entry for each parser, ``official`` and ``fixed`` among them, with the
-    metric (a share from 0 to 1 where it is an accuracy), its 95 % bootstrap interval, what was
-    counted, excluded and guessed, and the metric by group; and the rows that were faulty.
-    """
-    readings, faults = read_rows(suite, rows, seed)
-    report: dict[str, Any] = {"suite": suite.name, "items": len(rows), "seed": seed}
-    for parser in readings[0]:
-        mine = [reading[parser] for reading in readings]
+    scores, invalid = _parse_items(suite, items, seed)
+    report: dict[str, Any] = {"suite": suite.name, "items": len(items), "seed": seed}
+    for parser in scores[0]:
+        column = [score[parser] for score in scores]
         report[parser] = {
             "parser": suite.parsers[parser],
-            **measured(suite, mine, resamples=resamples, seed=seed),
-            **suite.summary(parser, mine),
-            "groups": grouped(suite, rows, mine),
+            **_metric_report(suite, column, resamples, seed),
+            **suite.extra_metrics(parser, column),
+            "groups": _group_report(suite, items, column),
         }
-    report["faults"] = [{"row": number, "reason": reason} for number, reason in faults]
-    report["repeated"] = [
-        {"row": number, "reason": reason} for number, reason in repeated(rows, "id")
-    ]
-    return report, readings
+    report["invalid"] = _reasons(invalid)
+    report["duplicates"] = _reasons(duplicate_ids(items))
+    return report, scores
 
 
-def measured(
-    suite: Suite, readings: Sequence[Reading], *, resamples: int = 1000, seed: int = 0
+def duplicate_ids(items: Iterable[Item]) -> list[tuple[int, str]]:
+    """Return number and reason of the items that repeat the id of an earlier one."""
+    first: dict[str, int] = {}
+    duplicates = []
+    for item in items:
+        if item.fields.get("id") is not None:
+            name = json.dumps(item.fields["id"], sort_keys=True, default=str)
+            if name in first:
+                duplicates.append((item.number, f"repeats id {name} of row {first[name]}"))
+            first.setdefault(name, item.number)
+    return duplicates
+
+
+def round_metric(value: float) -> float | None:
+    """Round a number for a report; NaN (nothing was counted) becomes None."""
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _parse_items(
+    suite: Suite, items: Sequence[Item], seed: int
+) -> tuple[list[ItemScores], list[tuple[int, str]]]:
+    """Score every item in order; also return number and reason of invalid items."""
+    # Official scripts guess from one global generator in the order of the file.
+    rng = random.Random(seed)
+    scores, invalid = [], []
+    for item in items:
+        if reason := item.fault or suite.find_fault(item.fields):
+            invalid.append((item.number, reason))
+            scores.append(suite.score_missing(item.fields))
+        else:
+            scores.append(suite.score(item.fields, rng))
+    return scores, invalid
+
+
+def _metric_report(
+    suite: Suite, scores: Sequence[ItemScore], resamples: int, seed: int
 ) -> dict[str, Any]:
-    """The metric of some readings, with its interval and what stands behind it."""
-    hits, of = [r.hits for r in readings], [r.of for r in readings]
-    low, high = interval(hits, of, resamples=resamples, seed=seed)
-    made: dict[str, Any] = {
-        suite.metric: rounded(ratio(hits, of)),
-        "interval": [rounded(low), rounded(high)],
-        _SUMS.get(suite.metric, "sum"): _whole(sum(hits)),
-        "total": _whole(sum(of)),
-        "excluded": sum(reading.of == 0 for reading in readings),
-        "guessed": sum(reading.guessed for reading in readings),
-        "unparsed": sum(reading.answer is None for reading in readings),
+    numerators, denominators = [s.numerator for s in scores], [s.denominator for s in scores]
+    interval = bootstrap_interval(numerators, denominators, resamples=resamples, seed=seed)
+    report: dict[str, Any] = {
+        suite.metric: round_metric(ratio_of_sums(numerators, denominators)),
+        "interval": [round_metric(end) for end in interval],
+        _SUMS.get(suite.metric, "sum"): _integer(sum(numerators)),
+        "total": _integer(sum(denominators)),
+        "excluded": sum(score.denominator == 0 for score in scores),
+        "guessed": sum(score.guessed for score in scores),
+        "unparsed": sum(score.answer is None for score in scores),
     }
-    if suite.metric == "accuracy":  # excluded rows count as wrong here
-        made["accuracy_all"] = rounded(sum(hits) / len(readings))
-    return made
+    if suite.metric == "accuracy":  # excluded items count as wrong here
+        report["accuracy_all"] = round_metric(sum(numerators) / len(scores))
+    return report
 
 
-def grouped(
-    suite: Suite, rows: Sequence[Row], readings: Sequence[Reading]
+def _group_report(
+    suite: Suite, items: Sequence[Item], scores: Sequence[ItemScore]
 ) -> dict[str, dict[str, Any]]:
-    """The metric by the suite's groups: column names to values to score and count."""
-    made: dict[str, dict[str, Any]] = {}
+    """Return metric and count by value of the suite's group columns."""
+    report: dict[str, dict[str, Any]] = {}
     for columns in suite.groups:
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
-        for row, reading in zip(rows, readings, strict=True):
-            name = group_of(row.fields, columns)
-            if name is not None:
-                for place, value in enumerate((reading.hits, reading.of, 1)):
-                    sums[name][place] += value
-        if sums:
-            made["/".join(columns)] = {
-                name: {suite.metric: rounded(hits / of) if of else None, "items": int(count)}
-                for name, (hits, of, count) in sorted(sums.items())
+        groups: dict[str, list[ItemScore]] = defaultdict(list)
+        for item, score in zip(items, scores, strict=True):
+            if (name := _group_name(item.fields, columns)) is not None:
+                groups[name].append(score)
+        if groups:
+            report["/".join(columns)] = {
+                name: {
+                    suite.metric: round_metric(
+                        ratio_of_sums([s.numerator for s in group], [s.denominator for s in group])
+                    ),
+                    "items": len(group),
+                }
+                for name, group in sorted(groups.items())
             }
-    return made
+    return report
 
 
-def group_of(fields: Fields, columns: Sequence[str]) -> str | None:
-    """A row's value of a column or of several, None where it has none of the first."""
-    values = [fields.get(column) for column in columns]
-    if values[0] is None:
+def _group_name(fields: Fields, columns: Sequence[str]) -> str | None:
+    if fields.get(columns[0]) is None:
         return None
-    return " / ".join(_named(value) for value in values)
+    return " / ".join(_group_value(fields.get(column)) for column in columns)
 
 
-def _named(value: Any) -> str:
-    """Some of MMAU's rows say ``['Reasoning']`` where others say ``Reasoning``."""
+def _group_value(value: Any) -> str:
+    """Return a group's value; some rows of MMAU hold ``['Reasoning']`` for ``Reasoning``."""
     if isinstance(value, list):
         value = value[0] if value else ""
     return str(value).strip("[]'\" ")
 
 
-def rounded(value: float) -> float | None:
-    """A number for a report; None where nothing was counted."""
-    return None if math.isnan(value) else round(value, 6)
+def _reasons(rows: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    return [{"row": number, "reason": reason} for number, reason in rows]
 
 
-def _whole(value: float) -> float | int:
+def _integer(value: float) -> float | int:
     return int(value) if value == int(value) else round(value, 6)

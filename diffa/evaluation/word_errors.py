@@ -1,4 +1,4 @@
-"""Words of transcripts: three ways of normalising and cutting, and edits between two of them."""
+"""Word errors: three ways to normalise and tokenise transcripts, and edits between two."""
 
 from __future__ import annotations
 
@@ -12,54 +12,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _SPACES = " \t\r\n"
-_DROPPED = "!,?、。！，；？：「」︰『』《》"  # noqa: RUF001
+_PUNCTUATION = "!,?、。！，；？：「」︰『』《》"  # noqa: RUF001
 
 
-class Edits(NamedTuple):
-    """Cheapest edits from a reference to a hypothesis, all of cost 1."""
+class EditCounts(NamedTuple):
+    """The cheapest edits from a reference to a hypothesis, all of cost 1."""
 
-    substituted: int
-    deleted: int
-    inserted: int
+    substitutions: int
+    deletions: int
+    insertions: int
 
     @property
     def errors(self) -> int:
-        """All of them."""
+        """Number of all edits."""
         return sum(self)
 
 
-def edits(reference: Sequence[str], said: Sequence[str]) -> Edits:
-    """Count edits; of equally cheap ways the one with most substitutions."""
-    row = [Edits(0, 0, n) for n in range(len(said) + 1)]
-    for wanted in reference:
-        above, row = row, [row[0]._replace(deleted=row[0].deleted + 1)]
-        for place, word in enumerate(said):
-            if word == wanted:
-                row.append(above[place])
+def count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> EditCounts:
+    """Count edits (Levenshtein); of equally cheap ways, the one with most substitutions."""
+    # row[j]: edits from the reference so far to the first j words of the hypothesis
+    row = [EditCounts(0, 0, n) for n in range(len(hypothesis) + 1)]
+    for expected in reference:
+        above, row = row, [row[0]._replace(deletions=row[0].deletions + 1)]
+        for j, word in enumerate(hypothesis):
+            if word == expected:
+                row.append(above[j])
                 continue
-            changed, gone, more = above[place], above[place + 1], row[place]
-            least = min(changed.errors, gone.errors, more.errors)
-            if changed.errors == least:
-                row.append(changed._replace(substituted=changed.substituted + 1))
-            elif gone.errors == least:
-                row.append(gone._replace(deleted=gone.deleted + 1))
+            substitute, delete, insert = above[j], above[j + 1], row[j]
+            least = min(substitute.errors, delete.errors, insert.errors)
+            if substitute.errors == least:
+                row.append(substitute._replace(substitutions=substitute.substitutions + 1))
+            elif delete.errors == least:
+                row.append(delete._replace(deletions=delete.deletions + 1))
             else:
-                row.append(more._replace(inserted=more.inserted + 1))
+                row.append(insert._replace(insertions=insert.insertions + 1))
     return row[-1]
 
 
-def wenet(text: str) -> list[str]:
-    """Tokens of WeNet's ``compute-wer.py --char=1``, upper-cased, ``<tags>`` removed.
+def wenet_tokens(text: str) -> list[str]:
+    """Return the tokens of WeNet's ``compute-wer.py --char=1``, upper-cased, without ``<tags>``.
 
     A letter without case (Chinese, kana) is a token; other text runs to a space, a character
-    beyond ASCII, or the end of its tag. Punctuation is dropped only where it begins a token:
+    beyond ASCII, or the end of its tag. Punctuation is dropped only at the start of a token:
     ``hello,`` is not ``hello``, and full stops stay.
     """
     tokens, at = [], 0
     while at < len(text):
         here = text[at]
         kind = unicodedata.category(here)
-        if here in _DROPPED or here in _SPACES or kind in ("Zs", "Cn"):
+        if here in _PUNCTUATION or here in _SPACES or kind in ("Zs", "Cn"):
             at += 1
             continue
         end = at + 1
@@ -75,52 +76,48 @@ def wenet(text: str) -> list[str]:
     return [token for token in tokens if token]
 
 
-def whisper(text: str) -> list[str]:
-    """Words after Whisper's English normaliser (that of transformers)."""
-    return str(normaliser()(text)).split()
+def whisper_words(text: str) -> list[str]:
+    """Return words after Whisper's English normaliser (from transformers)."""
+    return str(_whisper_normalizer()(text)).split()
 
 
-def characters(text: str) -> list[str]:
-    """Characters after Whisper's basic normaliser, spaces left out: for Chinese-like text."""
+def whisper_characters(text: str) -> list[str]:
+    """Return characters without spaces after Whisper's basic normaliser, for Chinese-like text."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     return [c for c in str(BasicTextNormalizer()(text)) if not c.isspace()]
 
 
 @lru_cache
-def normaliser() -> Any:
-    """Whisper's English normaliser, with British spellings where their list is at hand."""
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    return EnglishTextNormalizer(spellings())
-
-
-@lru_cache
-def spellings() -> dict[str, str]:
-    """British to American spellings of openai-whisper, where it is installed; else none.
+def british_spellings() -> dict[str, str]:
+    """Return British to American spellings of openai-whisper; empty if it is not installed.
 
     transformers keeps them in each checkpoint (``normalizer.json``), not in its code. Reports
-    say whether they were there.
+    name a parser without them ``no-spellings``.
     """
-    found = importlib.util.find_spec("whisper")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("whisper")
+    if package is None or not package.submodule_search_locations:
         return {}
-    file = Path(next(iter(found.submodule_search_locations))) / "normalizers" / "english.json"
+    file = Path(next(iter(package.submodule_search_locations))) / "normalizers" / "english.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def tokens(text: str) -> list[str]:
-    """Runs of letters, digits and marks, and every other visible character, in lower case (NFD)."""
-    found: list[str] = []
-    joined = False
+def unicode_tokens(text: str) -> list[str]:
+    """Return runs of letters, digits and marks, and every other visible character, lower-cased."""
+    tokens: list[str] = []
+    in_word = False
     for char in unicodedata.normalize("NFD", text):
         kind = unicodedata.category(char)[0]
-        if kind in "LNM":
-            if joined:
-                found[-1] += char
-            else:
-                found.append(char)
+        if kind in "LNM" and in_word:
+            tokens[-1] += char
         elif kind not in "ZC":
-            found.append(char)
-        joined = kind in "LNM"
-    return [token.lower() for token in found]
+            tokens.append(char)
+        in_word = kind in "LNM"
+    return [token.lower() for token in tokens]
+
+
+@lru_cache
+def _whisper_normalizer() -> Any:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer(british_spellings())

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from diffa.evaluation import prompts
 from diffa.evaluation.items import Fields, Question
+from diffa.evaluation.prompts import list_choices
 from diffa.evaluation.suites.mmsu import MMSU
 
 
-class Nano(MMSU):
-    """Digits of the Free Spoken Digit Dataset, asked in nano's own words, scored as MMSU is."""
+class NanoSuite(MMSU):
+    """Digits of the Free Spoken Digit Dataset with nano's own prompt, scored as MMSU is."""
 
     name = "nano-suite"
     prompts = ("nano@1", "mmsu@2026-02")
 
-    def ask(self, fields: Fields, prompt: str) -> Question:
-        """The question as nano was trained to read it: eight tokens hold a letter and a word."""
+    def question(self, fields: Fields, prompt: str) -> Question:
+        """Return nano's training prompt; eight tokens hold a letter and a word."""
         if prompt != "nano@1":
-            return super().ask(fields, prompt)
+            return super().question(fields, prompt)
         options = self.options(fields)
-        text = prompts.nano(str(fields["question"]), list(options.values()))
+        listed = list_choices(list(options.values()), " ")
+        text = f"{fields['question']} Choose the right letter. {listed}"
         return Question(text, tuple(options), 8, None)

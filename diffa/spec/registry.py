@@ -16,8 +16,8 @@ DISTRIBUTION = "diffa-audio"
 KINDS = ("encoder", "adapter", "backbone", "sampler", "objective")
 """The kinds of part that a spec names."""
 
-PLUGIN_KINDS = (*KINDS, "source", "learner")
-"""Everything a package can offer: parts, and what a recipe names (docs/plugins.md)."""
+PLUGIN_KINDS = (*KINDS, "source", "learner", "suite")
+"""Everything a package can offer: parts, what a recipe names, and benchmarks (docs/plugins.md)."""
 
 WIRES: dict[str, tuple[str, ...]] = {
     "encoder": (),
@@ -27,6 +27,7 @@ WIRES: dict[str, tuple[str, ...]] = {
     "objective": ("vocab",),
     "source": (),
     "learner": ("model", "sources", "cache"),
+    "suite": ("subset",),
 }
 """What diffa offers each kind; a part asks for the ones it wants, by name."""
 
@@ -38,6 +39,7 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
     "objective": ("corrupt", "loss", "decoding"),
     "source": ("__len__", "__getitem__"),
     "learner": ("__call__",),
+    "suite": ("find_fault", "question", "score"),
 }
 
 

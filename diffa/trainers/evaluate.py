@@ -11,7 +11,7 @@ import torch
 from diffa.data.collate import Collate
 from diffa.data.rows import TrainingDataset
 from diffa.data.samples import Sample
-from diffa.evaluation.word_errors import edits
+from diffa.evaluation.word_errors import count_edits
 from diffa.trainers.checkpoints import (
     WEIGHTS,
     TrainingError,
@@ -132,7 +132,7 @@ class Best:
 def compare(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """Return the share of exact answers and word errors per wanted word, case and marks aside."""
     pairs = [(plain(a), plain(b)) for a, b in zip(written, wanted, strict=True)]
-    errors = sum(edits(b, a).errors for a, b in pairs)
+    errors = sum(count_edits(b, a).errors for a, b in pairs)
     words = sum(len(b) for _, b in pairs)
     exact = sum(a == b for a, b in pairs)
     return {"exact": exact / len(pairs), "error": errors / max(words, 1)}

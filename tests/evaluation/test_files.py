@@ -10,10 +10,10 @@ from helpers.evaluating import COUNT, records, row, write_benchmark
 
 import diffa
 from diffa.cli.eval import app
-from diffa.evaluation.files import Table
+from diffa.evaluation.files import BenchmarkData
 from diffa.evaluation.items import EvaluationError
-from diffa.evaluation.runner import Settings, run
-from diffa.evaluation.suites import suite
+from diffa.evaluation.runner import EvalConfig, evaluate
+from diffa.evaluation.suites import load_suite
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def model() -> diffa.Model:
 def whole(model, data, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
-    run(model, suite("mmsu"), Table(data), out, Settings(batch=4))
+    evaluate(model, load_suite("mmsu"), BenchmarkData(data), out, EvalConfig(batch_size=4))
     return out
 
 
@@ -50,11 +50,11 @@ class TestFaultyFiles:
         return file
 
     def test_faults_are_reported_by_row_and_stay_in_the_denominator(self, model, faulty, tmp_path):
-        report = run(model, suite("mmsu"), Table(faulty), tmp_path, Settings())
-        assert [fault["row"] for fault in report["faults"]] == [2, 3, 7]
+        report = evaluate(model, load_suite("mmsu"), BenchmarkData(faulty), tmp_path, EvalConfig())
+        assert [fault["row"] for fault in report["invalid"]] == [2, 3, 7]
         assert [fault["row"] for fault in report["failed"]] == [2, 3, 4, 6, 7]
         assert "none.wav" in report["failed"][2]["reason"]
-        assert [fault["row"] for fault in report["repeated"]] == [5]
+        assert [fault["row"] for fault in report["duplicates"]] == [5]
         assert report["items"] == report["fixed"]["total"] == 8
         assert report["official"]["total"] + report["official"]["excluded"] == 8
         assert len(records(tmp_path).splitlines()) == 8
@@ -62,23 +62,23 @@ class TestFaultyFiles:
     def test_a_list_that_breaks_off_keeps_what_can_be_read(self, model, data, tmp_path):
         file = data.parent / "list.json"
         file.write_text(json.dumps([row(0), row(1)])[:-30])
-        report = run(model, suite("mmsu"), Table(file), tmp_path, Settings())
-        assert report["items"] == 2 and report["faults"][0]["row"] == 2
+        report = evaluate(model, load_suite("mmsu"), BenchmarkData(file), tmp_path, EvalConfig())
+        assert report["items"] == 2 and report["invalid"][0]["row"] == 2
 
     def test_a_shard_that_is_cut_off_counts_as_a_broken_row(self, data, tmp_path):
         pytest.importorskip("pyarrow")
         (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
         with pytest.raises(EvaluationError, match="no readable Parquet"):
-            Table(tmp_path)
+            BenchmarkData(tmp_path)
         (tmp_path / "b.parquet").write_bytes(b"PAR1")
-        assert ["a.parquet" in row.fault for row in Table(tmp_path).rows] == [True, False]
+        assert ["a.parquet" in row.fault for row in BenchmarkData(tmp_path).items] == [True, False]
 
     def test_no_rows_and_no_files_are_errors(self, tmp_path):
         with pytest.raises(EvaluationError, match=r"there is no file or folder .*none"):
-            Table(tmp_path / "none")
+            BenchmarkData(tmp_path / "none")
         (tmp_path / "empty.jsonl").write_text("")
         with pytest.raises(EvaluationError, match="has no rows"):
-            Table(tmp_path / "empty.jsonl")
+            BenchmarkData(tmp_path / "empty.jsonl")
 
 
 def test_parquet_with_embedded_audio_gives_the_same_answers(model, data, whole, tmp_path):
@@ -96,7 +96,9 @@ def test_parquet_with_embedded_audio_gives_the_same_answers(model, data, whole, 
         parquet.write_table(
             arrow.Table.from_pylist(half), folder / f"train-{part}.parquet", row_group_size=4
         )
-    run(model, suite("mmsu"), Table(folder), tmp_path / "out", Settings(batch=4))
+    evaluate(
+        model, load_suite("mmsu"), BenchmarkData(folder), tmp_path / "out", EvalConfig(batch_size=4)
+    )
     assert records(tmp_path / "out") == records(whole)
 
 
@@ -122,7 +124,7 @@ class TestCommands:
         assert compared["items"] == 6 and compared["fixed"]["difference"] == pytest.approx(
             compared["fixed"]["b"] - compared["fixed"]["a"]
         )
-        assert compared["differ"]["max_tokens"] == [4, 2]
+        assert compared["header_differences"]["max_tokens"] == [4, 2]
         drawn = call("table", *outs, "--group", "category").splitlines()
         assert drawn[0] == "|  | items | a | b |" and drawn[2].startswith("| all | 6 |")
         assert [line.split(" | ")[1] for line in drawn[3:]] == ["3", "3"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from diffa.evaluation.items import Row
-from diffa.evaluation.scores import score
-from diffa.evaluation.suites import ifeval, suite
+from diffa.evaluation.items import Item
+from diffa.evaluation.scores import score_items
+from diffa.evaluation.suites import ifeval, load_suite
 
 FOLLOWED = [
     ("keywords:existence", {"keywords": ["Blue", "red"]}, "blue and RED", "blue"),
@@ -74,9 +74,9 @@ class TestIFEval:
         ("name", "given", "good", "bad"), FOLLOWED, ids=[f[0] for f in FOLLOWED]
     )
     def test_an_instruction_is_followed_or_not(self, name, given, good, bad):
-        assert ifeval.followed(good, name, given) is True
-        assert ifeval.followed(bad, name, given) is False
-        assert ifeval.followed(" ", name, given) is False
+        assert ifeval.follows_instruction(good, name, given) is True
+        assert ifeval.follows_instruction(bad, name, given) is False
+        assert ifeval.follows_instruction(" ", name, given) is False
 
     def test_the_number_is_the_mean_of_strict_and_loose_over_prompts_and_instructions(self):
         two = {
@@ -88,8 +88,8 @@ class TestIFEval:
             {"prompt": "?", **two, "response": 'Sure, here:\n"a"'},  # its first line spoils it
             {"prompt": "?", **two, "response": "a"},
         ]
-        report, _ = score(
-            suite("voicebench", "ifeval"), [Row(n, f) for n, f in enumerate(given, start=1)]
+        report, _ = score_items(
+            load_suite("voicebench", "ifeval"), [Item(n, f) for n, f in enumerate(given, start=1)]
         )
         official = report["official"]
         assert official["prompt_strict"] == pytest.approx(1 / 3, abs=1e-5)

@@ -12,7 +12,7 @@ from helpers.chat_server import ChatServer, completion, last
 from diffa.cli.eval import app
 from diffa.errors import SpecError
 from diffa.evaluation.items import EvaluationError
-from diffa.evaluation.judge import OPEN, REFERENCED, Judge, messages_of
+from diffa.evaluation.judge import OPEN, REFERENCED, Judge, judge_messages
 from diffa.evaluation.judge_file import judge_file
 from diffa.llm.client import Endpoint
 
@@ -77,7 +77,7 @@ def test_a_judge_that_stays_away_is_an_error_that_says_so(server, tmp_path):
 def test_a_judgement_that_cannot_be_kept_is_told(server, tmp_path):
     asked = judge(server, tmp_path)
     (tmp_path / "kept").write_text("in the way")
-    with pytest.raises(EvaluationError, match=r"cannot be kept in .*kept"):
+    with pytest.raises(EvaluationError, match=r"cannot be written to .*kept"):
         asked.judge([{"role": "user", "content": "?"}])
 
 
@@ -98,7 +98,7 @@ def test_a_row_that_is_refused_does_not_stop_the_others(server, answers, tmp_pat
 
 def test_the_reference_goes_to_the_judge_of_sd_qa():
     fields = {"prompt": "Who?", "reference": "Ann", "response": "It was Ann"}
-    system, user = messages_of(fields)
+    system, user = judge_messages(fields)
     assert system["role"] == "system"
     assert user["content"] == REFERENCED.format(**fields)
     assert (
@@ -110,7 +110,7 @@ def test_the_reference_goes_to_the_judge_of_sd_qa():
 def test_other_subsets_have_no_use_for_a_judge(server, tmp_path):
     file = tmp_path / "diffa-advbench-test-audio.jsonl"
     file.write_text("{}\n")
-    with pytest.raises(SpecError, match="these have: alpacaeval"):
+    with pytest.raises(SpecError, match="these need one: alpacaeval"):
         judge_file(file, judge(server, tmp_path))
 
 

@@ -22,9 +22,9 @@ import pytest
 from evaluation.test_ifeval import FOLLOWED
 
 from diffa.evaluation import word_errors as words
-from diffa.evaluation.items import Row
-from diffa.evaluation.scores import score
-from diffa.evaluation.suites import ifeval, phrases, suite, voicebench
+from diffa.evaluation.items import Item
+from diffa.evaluation.scores import score_items
+from diffa.evaluation.suites import ifeval, load_suite, phrases, voicebench
 
 IFEVAL = "lm_eval==0.4.13 (--no-deps) langdetect nltk immutabledict"
 LMMS = "lmms_eval==0.7.3 (--no-deps)"
@@ -134,11 +134,11 @@ class TestVoiceBench:
         whole = defined(scripts, "voicebench_process_results_bbh")
         inner = [node for node in whole.body if isinstance(node, ast.FunctionDef)]
         theirs = running(scripts, inner)["extract_answer"]
-        own = [p.text for name in ("yes_no", task) for p in phrases.table(name)]
+        own = [p.text for name in ("yes_no", task) for p in phrases.bbh_phrases(name)]
         known = [text for text in sorted({*strings(whole), *own}) if not text.startswith(ADDED)]
         items = AWKWARD + [made for text in known for made in around(text)]
         items += mixed(known, 2000, seed=1)
-        found = apart([(i, task) for i in items], phrases.bbh_value, theirs)
+        found = apart([(i, task) for i in items], phrases.parse_bbh, theirs)
         assert len(items) > 5000 and found == []
 
     def test_multiple_choice_takes_the_same_template_and_guesses_where_the_script_does(
@@ -146,7 +146,7 @@ class TestVoiceBench:
     ):
         whole = defined(scripts, "voicebench_process_results_mcq")
         inner = [node for node in whole.body if isinstance(node, ast.FunctionDef)]
-        own = [text.replace("@", "[CHOICE]") for text in phrases.rules()["mcq"]]
+        own = [text.replace("@", "[CHOICE]") for text in phrases.load_phrases()["mcq"]]
         known = [
             text.replace("[CHOICE]", letter)
             for text in sorted({*strings(whole), *own})
@@ -155,18 +155,18 @@ class TestVoiceBench:
         items = AWKWARD + [made for text in known for made in around(text)]
         items += mixed(known, 2000, seed=2)
         theirs = running(scripts, inner)["extract_answer"]
-        found = apart([(i,) for i in items], phrases.mcq_letter, theirs)
+        found = apart([(i,) for i in items], phrases.parse_mcq_letter, theirs)
         assert len(items) > 5000 and found == []
 
     def test_refusals_are_the_same(self, scripts):
         whole = defined(scripts, "voicebench_process_results_harm")
         harm = running(scripts, [whole])[whole.name]
-        known = [*strings(whole), *phrases.rules()["refusal"]]
+        known = [*strings(whole), *phrases.load_phrases()["refusal"]]
         items = AWKWARD + [made for text in known for made in around(text)]
         items += [text[1:-1] for text in known] + mixed(AWKWARD, 500, seed=3)
         found = apart(
             [(i,) for i in items],
-            lambda text: phrases.refusal(text)["official"].hits * 100,
+            lambda text: phrases.score_refusal(text)["official"].numerator * 100,
             lambda text: harm(None, [text])["accuracy"],
         )
         assert len(items) > 1500 and found == []
@@ -176,8 +176,8 @@ class TestVoiceBench:
         named = [argument.arg for argument in defined(file, "evaluate").args.args[1:]]
         told: list[Any] = []
         scorer = SimpleNamespace(evaluate=lambda *given: told.extend(given))
-        monkeypatch.setattr(voicebench, "_pedant", lambda: (scorer, ""))
-        voicebench.pedant("Paris", "In PARIS.", "Where?")
+        monkeypatch.setattr(voicebench, "_load_pedant", lambda: (scorer, ""))
+        voicebench.pedant_verdict("Paris", "In PARIS.", "Where?")
         assert dict(zip(named, told, strict=True)) == {
             "reference": ["paris"],
             "candidate": "in paris.",
@@ -285,7 +285,9 @@ class TestIFEval:
     def test_an_instruction_is_followed_by_the_same_responses(self, google, name, given):
         items = [*TALK, *mixed(TALK, 20, seed=4)] if name in SPEECH else responses(600, seed=4)
         theirs = checker(google, name, given)
-        found = apart([(i,) for i in items], lambda i: ifeval.followed(i, name, given), theirs)
+        found = apart(
+            [(i,) for i in items], lambda i: ifeval.follows_instruction(i, name, given), theirs
+        )
         assert found == []
         assert {theirs(text) for text in items} == {True, False}
 
@@ -304,10 +306,10 @@ class TestIFEval:
             lists = (strict.follow_instruction_list, loose.follow_instruction_list)
             parts = (*map(float, said), *(float(sum(each)) for each in lists), float(len(names)))
             fields = {"prompt": "?", "instruction_id_list": names, "kwargs": given}
-            assert ifeval.read(fields, text)["official"].parts == parts, text
-            rows.append(Row(number, {**fields, "response": text}))
+            assert ifeval.score_ifeval(fields, text)["official"].counts == parts, text
+            rows.append(Item(number, {**fields, "response": text}))
             sums = [a + b for a, b in zip(sums, parts, strict=True)]
-        report, _ = score(suite("voicebench", "ifeval"), rows, resamples=1)
+        report, _ = score_items(load_suite("voicebench", "ifeval"), rows, resamples=1)
         four = [sums[0] / len(rows), sums[1] / len(rows), sums[2] / sums[4], sums[3] / sums[4]]
         assert report["official"]["accuracy"] == pytest.approx(sum(four) / 4, abs=1e-6)
 
@@ -347,17 +349,17 @@ class TestTranscripts:
             *AWKWARD,
             *PIECES,
             *spoken(2000, seed=7),
-            *mixed([*words.spellings()], 500, seed=8),
+            *mixed([*words.british_spellings()], 500, seed=8),
         ]
-        found = apart([(i,) for i in items], words.whisper, lambda text: theirs(text).split())
-        assert len(words.spellings()) > 1000 and found == []
+        found = apart([(i,) for i in items], words.whisper_words, lambda text: theirs(text).split())
+        assert len(words.british_spellings()) > 1000 and found == []
 
     def test_characters_are_those_of_whispers_basic_normaliser(self, whisper):
         theirs = module("whisper.normalizers.basic", WHISPER).BasicTextNormalizer()
         items = [*AWKWARD, *PIECES, *spoken(1000, seed=9), "你好，世界。", "か゚", "e\u0301"]  # noqa: RUF001
         found = apart(
             [(i,) for i in items],
-            words.characters,
+            words.whisper_characters,
             lambda text: list("".join(theirs(text).split())),
         )
         assert found == []
@@ -373,8 +375,8 @@ class TestTranscripts:
             return kinds, found.insertions - found.deletions
 
         def ours(reference: str, said: str) -> tuple[int, int]:
-            found = words.edits(reference.split(), said.split())
-            return found.errors, found.inserted - found.deleted
+            found = words.count_edits(reference.split(), said.split())
+            return found.errors, found.insertions - found.deletions
 
         pairs = list(zip(texts[::2], texts[1::2], strict=True))
         assert apart(pairs, ours, errors) == []
@@ -386,9 +388,9 @@ class TestTranscripts:
         said = [" ".join(w for w in text.split() if draw.random() < 0.8) for text in wanted]
         said[::7] = spoken(len(said[::7]), seed=13)
         rows = [
-            Row(number, {"text": text, "hypothesis": heard})
+            Item(number, {"text": text, "hypothesis": heard})
             for number, (text, heard) in enumerate(zip(wanted, said, strict=True), start=1)
         ]
-        report, _ = score(suite("asr"), rows, resamples=1)
+        report, _ = score_items(load_suite("asr"), rows, resamples=1)
         theirs = jiwer.wer([clean(text) for text in wanted], [clean(text) for text in said])
         assert report["fixed"]["wer"] == pytest.approx(theirs, abs=1e-6)

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
-from diffa.evaluation.choice_parser import chosen
-from diffa.evaluation.items import Row
-from diffa.evaluation.prompts import VOICEBENCH_DIFFA, choice, mmsu
-from diffa.evaluation.scores import score
-from diffa.evaluation.suites import phrases, suite, voicebench
-from diffa.evaluation.suites.matched import official_match
-from diffa.evaluation.suites.mmsu import official_letter
-from diffa.evaluation.word_errors import Edits, edits, tokens, wenet
+from diffa.evaluation.choice_parser import parse_choice
+from diffa.evaluation.items import Item
+from diffa.evaluation.prompts import VOICEBENCH_DIFFA, mmau_prompt, mmsu_prompt
+from diffa.evaluation.scores import score_items
+from diffa.evaluation.suites import load_suite, phrases, voicebench
+from diffa.evaluation.suites.mmau import match_words
+from diffa.evaluation.suites.mmsu import parse_official_letter
+from diffa.evaluation.word_errors import EditCounts, count_edits, unicode_tokens, wenet_tokens
 
 SEVEN = {"A": "three", "B": "seven", "C": "one", "D": "nine"}
 
 
-def rows(*fields: dict[str, Any]) -> list[Row]:
-    return [Row(number, one) for number, one in enumerate(fields, start=1)]
+def rows(*fields: dict[str, Any]) -> list[Item]:
+    return [Item(number, one) for number, one in enumerate(fields, start=1)]
 
 
 def mmsu_row(response: str | None, answer: str = "seven", **slots: Any) -> dict[str, Any]:
@@ -55,11 +55,11 @@ class TestMMSU:
         ],
     )
     def test_the_official_letter_is_the_first_character_or_the_last_but_one(self, response, letter):
-        assert official_letter(response) == letter
+        assert parse_official_letter(response) == letter
 
     def test_what_cannot_be_parsed_leaves_the_official_denominator_and_stays_in_ours(self):
         given = [mmsu_row(text) for text in ("B", "**B**", "", None, "None", "Option B")]
-        report, _ = score(suite("mmsu"), rows(*given))
+        report, _ = score_items(load_suite("mmsu"), rows(*given))
         official, fixed = report["official"], report["fixed"]
         assert (official["correct"], official["total"], official["excluded"]) == (1, 4, 2)
         assert official["accuracy"] == 0.25
@@ -68,18 +68,20 @@ class TestMMSU:
 
     def test_padding_keeps_the_letters_of_the_slots(self):
         padded = {"choice_a": None, "choice_b": "seven", "choice_c": None, "choice_d": "nine"}
-        assert "A. None\nB. seven\nC. None\nD. nine" in mmsu(
+        assert "A. None\nB. seven\nC. None\nD. nine" in mmsu_prompt(
             "mmsu@2025-06", "?", [padded[f"choice_{slot}"] for slot in "abcd"]
         )
-        report, _ = score(suite("mmsu"), rows(mmsu_row("B", **padded), mmsu_row("A", **padded)))
+        report, _ = score_items(
+            load_suite("mmsu"), rows(mmsu_row("B", **padded), mmsu_row("A", **padded))
+        )
         assert report["official"]["correct"] == report["fixed"]["correct"] == 1
 
     def test_none_can_be_a_true_option(self):
-        report, _ = score(suite("mmsu"), rows(mmsu_row("C", "None", choice_c="None")))
+        report, _ = score_items(load_suite("mmsu"), rows(mmsu_row("C", "None", choice_c="None")))
         assert report["official"]["accuracy"] == report["fixed"]["accuracy"] == 1
 
     def test_the_official_prompt_is_exact(self):
-        assert mmsu("mmsu@2026-02", "Who?", ["a", "b", None, None]) == (
+        assert mmsu_prompt("mmsu@2026-02", "Who?", ["a", "b", None, None]) == (
             "Choose the most suitable answer from options A, B, C, and D. You must respond with "
             "only A, B, C, or D.\n\nQuestion: Who?\n\nA. a\nB. b\nC. None\nD. None"
         )
@@ -114,10 +116,10 @@ class TestTheFixedLetterParser:
         ],
     )
     def test_awkward_answers(self, text, letter):
-        assert chosen(text, SEVEN) == letter
+        assert parse_choice(text, SEVEN) == letter
 
     def test_the_longer_of_two_nested_options_wins(self):
-        assert chosen("I hear a dog barking", {"A": "dog", "B": "dog barking"}) == "B"
+        assert parse_choice("I hear a dog barking", {"A": "dog", "B": "dog barking"}) == "B"
 
 
 class TestMMAU:
@@ -138,44 +140,44 @@ class TestMMAU:
         ],
     )
     def test_all_words_of_the_answer_and_none_of_the_others(self, prediction, right):
-        assert official_match("a dog", prediction, self.CHOICES) is right
+        assert match_words("a dog", prediction, self.CHOICES) is right
 
     def test_fixed_maps_letters_to_texts_first(self):
         base = {"question": "?", "choices": list(self.CHOICES), "answer": "a dog"}
         given = [
             {**base, "id": n, "model_output": t} for n, t in enumerate(("A", "B. a cat", "A."))
         ]
-        report, _ = score(suite("mmau"), rows(*given))
+        report, _ = score_items(load_suite("mmau"), rows(*given))
         assert (report["official"]["correct"], report["fixed"]["correct"]) == (0, 2)
 
     def test_a_missing_key_shrinks_the_official_total_alone(self):
         base = {"question": "?", "choices": list(self.CHOICES), "answer": "a dog"}
         given = [{**base, "model_output": "a dog"}, {**base, "model_prediction": "a cat"}, base]
-        report, _ = score(suite("mmau"), rows(*given))
+        report, _ = score_items(load_suite("mmau"), rows(*given))
         assert (report["official"]["accuracy"], report["official"]["total"]) == (1.0, 1)
         assert report["fixed"]["accuracy"] == pytest.approx(1 / 3, abs=1e-5)
 
     def test_the_export_has_both_keys(self):
         base = {"question": "?", "choices": ["x", "y"], "answer": "x", "model_output": "y"}
-        (text,) = suite("mmau").export(rows(base), "p").values()
+        (text,) = load_suite("mmau").export(rows(base), "p").values()
         (row,) = json.loads(text)
         assert row["model_output"] == row["model_prediction"] == "y"
 
     def test_groups_mend_a_category_written_as_a_list(self):
         base = {"question": "?", "choices": ["x", "y"], "answer": "x", "model_output": "x"}
         given = [{**base, "task": "['music']"}, {**base, "task": "music"}]
-        report, _ = score(suite("mmau"), rows(*given))
+        report, _ = score_items(load_suite("mmau"), rows(*given))
         assert report["official"]["groups"]["task"] == {"music": {"accuracy": 1.0, "items": 2}}
 
     def test_mmar_reads_its_own_column_and_letters_score_nothing(self):
         base = {"question": "?", "choices": ["a dog", "a cat"], "answer": "a dog"}
         given = [{**base, "answer_prediction": t} for t in ("a dog", "A", "The answer is a dog.")]
-        report, _ = score(suite("mmar"), rows(*given, base))
+        report, _ = score_items(load_suite("mmar"), rows(*given, base))
         assert (report["official"]["correct"], report["official"]["total"]) == (2, 4)
         assert report["fixed"]["correct"] == 3
 
     def test_the_prompt_of_diffa_is_exact(self):
-        assert choice("mmau@diffa", "Who?", ["x", "y"]).endswith(
+        assert mmau_prompt("mmau@diffa", "Who?", ["x", "y"]).endswith(
             "content and style.\n\nQuestion: Who?\n\nChoices:\nA. x\nB. y\nAnswer:"
         )
 
@@ -199,13 +201,13 @@ class TestVoiceBench:
         ],
     )
     def test_multiple_choice_templates(self, response, letter):
-        assert phrases.mcq_letter(response) == letter
+        assert phrases.parse_mcq_letter(response) == letter
 
     def test_guesses_repeat_the_official_ones_of_a_seeded_generator(self):
         given = [{"id": n, "reference": "ABCD"[n % 4], "response": "hm"} for n in range(40)]
         draw = random.Random(5)
         expected = sum(draw.choice(["A", "B", "C", "D"]) == row["reference"] for row in given)
-        report, _ = score(suite("voicebench", "openbookqa"), rows(*given), seed=5)
+        report, _ = score_items(load_suite("voicebench", "openbookqa"), rows(*given), seed=5)
         assert report["official"]["correct"] == expected
         assert report["official"]["fail"] == 1.0 and report["official"]["guessed"] == 40
         assert report["fixed"]["correct"] == 0 and report["fixed"]["unparsed"] == 40
@@ -226,14 +228,17 @@ class TestVoiceBench:
         ],
     )
     def test_bbh_phrases(self, response, task, value):
-        assert phrases.bbh_value(response, task) == value
+        assert phrases.parse_bbh(response, task) == value
 
     def test_refusals(self):
-        assert phrases.refusal("I CANNOT do that")["official"].hits == 1
-        assert phrases.refusal("Sure, here it is")["official"].hits == 0
-        assert [phrases.refusal("")[name].hits for name in ("official", "fixed")] == [1, 0]
-        curly = phrases.refusal("I won’t")  # noqa: RUF001
-        assert (curly["official"].hits, curly["fixed"].hits) == (0, 1)
+        assert phrases.score_refusal("I CANNOT do that")["official"].numerator == 1
+        assert phrases.score_refusal("Sure, here it is")["official"].numerator == 0
+        assert [phrases.score_refusal("")[name].numerator for name in ("official", "fixed")] == [
+            1,
+            0,
+        ]
+        curly = phrases.score_refusal("I won’t")  # noqa: RUF001
+        assert (curly["official"].numerator, curly["fixed"].numerator) == (0, 1)
 
     def test_points_are_averaged_over_all_replies_and_by_row(self):
         given = [
@@ -241,14 +246,14 @@ class TestVoiceBench:
             {"prompt": "?", "response": "x", "score": ["1", "none", "no"]},
             {"prompt": "?", "response": "", "score": []},
         ]
-        report, _ = score(suite("voicebench", "commoneval"), rows(*given))
+        report, _ = score_items(load_suite("voicebench", "commoneval"), rows(*given))
         assert report["official"]["score"] == pytest.approx(15 / 4)
         assert report["fixed"]["score"] == pytest.approx((14 / 3 + 1 + 1) / 3, abs=1e-5)
 
     def test_sd_qa_takes_the_majority_and_says_that_pedant_is_missing(self):
         base = {"prompt": "?", "reference": "x", "response": "x"}
         given = [{**base, "score": s} for s in (["Yes", "no", "yes"], ["no", "no", "Yes"], [])]
-        report, _ = score(suite("voicebench", "sd-qa"), rows(*given))
+        report, _ = score_items(load_suite("voicebench", "sd-qa"), rows(*given))
         assert (report["fixed"]["correct"], report["fixed"]["total"]) == (1, 3)
         assert "qa_metrics" in report["official"]
 
@@ -261,11 +266,11 @@ class TestVoiceBench:
         module.PEDANT = Pedant
         monkeypatch.setitem(sys.modules, "qa_metrics", types.ModuleType("qa_metrics"))
         monkeypatch.setitem(sys.modules, "qa_metrics.pedant", module)
-        voicebench._pedant.cache_clear()
+        voicebench._load_pedant.cache_clear()
         given = {"prompt": "?", "reference": "x", "response": "x", "score": ["yes"]}
-        report, _ = score(suite("voicebench", "sd-qa"), rows(given))
-        voicebench._pedant.cache_clear()
-        told = "PEDANT does not begin: no official score (its classifiers cannot be fetched)"
+        report, _ = score_items(load_suite("voicebench", "sd-qa"), rows(given))
+        voicebench._load_pedant.cache_clear()
+        told = "PEDANT does not start: no official score (its classifiers cannot be fetched)"
         assert report["official"]["qa_metrics"] == told
         assert report["fixed"]["correct"] == 1
 
@@ -278,9 +283,9 @@ class TestVoiceBench:
 
 class TestTranscripts:
     def test_edits_are_counted_by_kind(self):
-        assert edits(["a", "b", "c", "d"], ["a", "x", "c", "d", "e"]) == Edits(1, 0, 1)
-        assert edits(["a", "b"], []) == Edits(0, 2, 0)
-        assert edits([], ["a"]) == Edits(0, 0, 1)
+        assert count_edits(["a", "b", "c", "d"], ["a", "x", "c", "d", "e"]) == EditCounts(1, 0, 1)
+        assert count_edits(["a", "b"], []) == EditCounts(0, 2, 0)
+        assert count_edits([], ["a"]) == EditCounts(0, 0, 1)
 
     @pytest.mark.parametrize(
         ("text", "cut"),
@@ -294,7 +299,7 @@ class TestTranscripts:
         ],
     )
     def test_wenet_drops_punctuation_only_where_it_begins_a_token(self, text, cut):
-        assert wenet(text) == cut
+        assert wenet_tokens(text) == cut
 
     def test_wenet_leaves_out_what_has_no_hypothesis_and_the_fixed_metric_does_not(self):
         given = [
@@ -302,18 +307,20 @@ class TestTranscripts:
             {"id": "b", "text": "two words"},
             {"id": "c"},
         ]
-        report, _ = score(suite("asr"), rows(*given))
+        report, _ = score_items(load_suite("asr"), rows(*given))
         assert (report["official"]["errors"], report["official"]["total"]) == (2, 2)
         assert (report["fixed"]["errors"], report["fixed"]["total"]) == (2, 4)
         assert report["fixed"]["deletions"] == 2
-        assert report["faults"][0]["row"] == 3
+        assert report["invalid"][0]["row"] == 3
 
     def test_error_rates_are_of_the_corpus_not_means_of_utterances(self):
         given = [
             {"text": "one", "hypothesis": "two"},
             {"text": "a b c d e f g h i", "hypothesis": "a b c d e f g h i"},
         ]
-        assert score(suite("asr"), rows(*given))[0]["official"]["wer"] == pytest.approx(0.1)
+        assert score_items(load_suite("asr"), rows(*given))[0]["official"]["wer"] == pytest.approx(
+            0.1
+        )
 
 
 class TestSpokenQA:
@@ -331,9 +338,9 @@ class TestSpokenQA:
     )
     def test_an_alias_is_a_run_of_the_answer(self, aliases, response, official, fixed):
         row = {"question": "?", "answers": aliases, "response": response}
-        report, _ = score(suite("spokenqa"), rows(row))
+        report, _ = score_items(load_suite("spokenqa"), rows(row))
         assert report["official"]["correct"] == official
         assert report["fixed"]["correct"] == fixed
 
     def test_tokens_keep_punctuation_apart(self):
-        assert tokens("J.F.K., 1961!") == ["j", ".", "f", ".", "k", ".", ",", "1961", "!"]
+        assert unicode_tokens("J.F.K., 1961!") == ["j", ".", "f", ".", "k", ".", ",", "1961", "!"]

@@ -16,13 +16,13 @@ from helpers.evaluating import COUNT, Stub, answers, records, row, write_benchma
 
 import diffa
 from diffa.errors import SpecError
-from diffa.evaluation.batched_model import Asking
-from diffa.evaluation.batches import Clip, batches, mine, pending
-from diffa.evaluation.files import Table
+from diffa.evaluation.batched_model import BatchedModel
+from diffa.evaluation.batches import BatchRow, make_batches, unfinished_batches
+from diffa.evaluation.files import BenchmarkData
 from diffa.evaluation.items import EvaluationError, Question
-from diffa.evaluation.records import Folder
-from diffa.evaluation.runner import Settings, run
-from diffa.evaluation.suites import suite
+from diffa.evaluation.records import RunFolder
+from diffa.evaluation.runner import EvalConfig, evaluate
+from diffa.evaluation.suites import load_suite
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def model() -> diffa.Model:
 def whole(model, data, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
-    run(model, suite("mmsu"), Table(data), out, Settings(batch=4))
+    evaluate(model, load_suite("mmsu"), BenchmarkData(data), out, EvalConfig(batch_size=4))
     return out
 
 
@@ -56,7 +56,7 @@ class TestKilledRuns:
             _, status = os.waitpid(child, 0)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             assert not (tmp_path / "records.jsonl").exists()
-        run(model, suite("mmsu"), Table(data), tmp_path, Settings(batch=4))
+        evaluate(model, load_suite("mmsu"), BenchmarkData(data), tmp_path, EvalConfig(batch_size=4))
         assert records(tmp_path) == records(whole)
         assert (tmp_path / "scores.json").is_file()
 
@@ -66,32 +66,46 @@ class TestKilledRuns:
         rows = ({**row(n % COUNT), "id": n} for n in range(1000))
         file.write_text("".join(json.dumps(one) + "\n" for one in rows))
         stub = Stub(model)
-        run(stub, suite("mmsu"), Table(file), tmp_path / "whole", Settings(block_length=8))
+        evaluate(
+            stub,
+            load_suite("mmsu"),
+            BenchmarkData(file),
+            tmp_path / "whole",
+            EvalConfig(block_length=8),
+        )
         draw = np.random.default_rng()
         for turn in range(4):
             if not (child := os.fork()):
                 die_after(stub, file, tmp_path / "killed", int(draw.integers(1, 14)), turn % 2 == 0)
             os.waitpid(child, 0)
         asked = stub.asked
-        run(stub, suite("mmsu"), Table(file), tmp_path / "killed", Settings(block_length=8))
+        evaluate(
+            stub,
+            load_suite("mmsu"),
+            BenchmarkData(file),
+            tmp_path / "killed",
+            EvalConfig(block_length=8),
+        )
         assert records(tmp_path / "killed") == records(tmp_path / "whole")
         assert 0 < stub.asked - asked < 1000
 
     def test_what_is_done_is_not_asked_again(self, model, data, whole, monkeypatch):
         before = records(whole)
         monkeypatch.setattr(diffa.Model, "answer", None)
-        run(model, suite("mmsu"), Table(data), whole, Settings(batch=4))
+        evaluate(model, load_suite("mmsu"), BenchmarkData(data), whole, EvalConfig(batch_size=4))
         assert records(whole) == before
 
     def test_another_run_is_refused_in_the_same_folder(self, model, data, whole):
         with pytest.raises(EvaluationError, match="max_tokens: None, now 2"):
-            run(model, suite("mmsu"), Table(data), whole, Settings(max_tokens=2))
+            evaluate(
+                model, load_suite("mmsu"), BenchmarkData(data), whole, EvalConfig(max_tokens=2)
+            )
 
 
 def die_after(model: diffa.Model, data: Path, out: Path, stop: int, half: bool) -> None:
     """Run until some batches are written (the last only in part), then die on the spot."""
     written = []
-    append = Folder.append
+    append = RunFolder.append
 
     def count(self, answers, times):
         written.append(1)
@@ -104,10 +118,12 @@ def die_after(model: diffa.Model, data: Path, out: Path, stop: int, half: bool) 
         if len(written) == stop:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Folder.append = count
+    RunFolder.append = count
     try:
-        settings = Settings(block_length=8) if isinstance(model, Stub) else Settings(batch=4)
-        run(model, suite("mmsu"), Table(data), out, settings)
+        settings = (
+            EvalConfig(block_length=8) if isinstance(model, Stub) else EvalConfig(batch_size=4)
+        )
+        evaluate(model, load_suite("mmsu"), BenchmarkData(data), out, settings)
     finally:
         os._exit(9)
 
@@ -116,7 +132,9 @@ class TestBatches:
     def test_batch_1_and_16_give_the_same_records(self, model, data, whole, tmp_path):
         for size in (1, 16):
             out = tmp_path / str(size)
-            run(model, suite("mmsu"), Table(data), out, Settings(batch=size))
+            evaluate(
+                model, load_suite("mmsu"), BenchmarkData(data), out, EvalConfig(batch_size=size)
+            )
             assert records(out) == records(whole)
 
     def test_cores_share_a_batch_and_write_the_same_records(
@@ -134,7 +152,9 @@ class TestBatches:
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            run(model, suite("mmsu"), Table(data), tmp_path, Settings(batch=16))
+            evaluate(
+                model, load_suite("mmsu"), BenchmarkData(data), tmp_path, EvalConfig(batch_size=16)
+            )
             after, later = torch.get_num_threads(), []
             thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
             thread.start()
@@ -151,23 +171,25 @@ class TestBatches:
     ):
         heard, told = [], []
         stub = Stub(model)
-        clips = [Clip(n, Question("", (), 4, None), 1.0) for n in range(45)]
-        asking = Asking(stub, mode="generate", samples=1, seed=0)
+        clips = [BatchRow(n, Question("", (), 4, None), 1.0) for n in range(45)]
+        asking = BatchedModel(stub)
         monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
         monkeypatch.setattr(stub, "answer", lambda waves, questions, **options: told_by(waves))
 
         def told_by(waves):
             time.sleep(0.001 * (len(waves) % 3))
-            return diffa.Answer([str(int(wave[0])) for wave in waves], [], 1)
+            return diffa.Answer(
+                [str(int(wave[0])) for wave in waves], [wave.long() for wave in waves], 1
+            )
 
         def hear(number):
             heard.append(number)
             return "nothing there" if number == 20 else torch.tensor([float(number)])
 
         batches_ = [clips[i : i + 12] for i in range(0, 45, 12)]
-        for batch, waves, given in asking.through(batches_, hear, 12):
-            told += [(c.number, a.raw, a.error) for c, a in zip(batch, given, strict=True)]
+        for batch, waves, given in asking.answer_batches(batches_, hear, 12):
+            told += [(c.number, a.text, a.error) for c, a in zip(batch, given, strict=True)]
             assert len(waves) == len(batch)
             assert len(heard) - len(told) <= (12 if cores > 1 else 0)
         expected = [(n, str(n), None) for n in range(45)]
@@ -193,9 +215,9 @@ class TestBatches:
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            settings = Settings(batch=16, max_tokens=64, block_length=64)
+            settings = EvalConfig(batch_size=16, max_tokens=64, block_length=64)
             with pytest.raises(KeyboardInterrupt):
-                run(model, suite("mmsu"), Table(data), tmp_path, settings)
+                evaluate(model, load_suite("mmsu"), BenchmarkData(data), tmp_path, settings)
             assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(before)
@@ -203,26 +225,27 @@ class TestBatches:
 
     def test_shards_give_the_same_records_as_one_process(self, model, data, whole, tmp_path):
         for rank in (1, 0):
-            report = run(
-                model, suite("mmsu"), Table(data), tmp_path, Settings(batch=4, rank=rank, world=2)
+            report = evaluate(
+                model,
+                load_suite("mmsu"),
+                BenchmarkData(data),
+                tmp_path,
+                EvalConfig(batch_size=4, rank=rank, world_size=2),
             )
             assert (report is None) == (rank == 1)
         assert records(tmp_path) == records(whole)
 
     def test_a_batch_keeps_to_its_size_its_budget_and_one_setting(self):
         asked = [Question("", (), 4, 4), Question("", (), 8, 4)]
-        clips = [Clip(n, asked[n % 2], float(n % 7)) for n in range(1, 60)]
-        made = batches(clips, most=5, budget=12.0)
+        clips = [BatchRow(n, asked[n % 2], float(n % 7)) for n in range(1, 60)]
+        made = make_batches(clips, batch_size=5, batch_seconds=12.0)
         assert sorted(c.number for b in made for c in b) == list(range(1, 60))
         for batch in made:
             longest = max(clip.seconds for clip in batch)
             assert len(batch) <= 5 and (len(batch) == 1 or len(batch) * longest <= 12)
             assert len({clip.question for clip in batch}) == 1
-        assert sorted(c.number for r in range(3) for b in mine(made, r, 3) for c in b) == list(
-            range(1, 60)
-        )
         done = {clip.number: {} for clip in made[0]}
-        assert pending(made, done) == made[1:]
+        assert unfinished_batches(made, done) == made[1:]
 
     def test_a_batch_that_fails_is_taken_apart(self, model, data, tmp_path, monkeypatch):
         answer = diffa.Model.answer
@@ -233,26 +256,34 @@ class TestBatches:
             return answer(self, audio, question, **options)
 
         monkeypatch.setattr(diffa.Model, "answer", fail)
-        report = run(model, suite("mmsu"), Table(data), tmp_path, Settings(batch=16))
+        report = evaluate(
+            model, load_suite("mmsu"), BenchmarkData(data), tmp_path, EvalConfig(batch_size=16)
+        )
         assert [fault["row"] for fault in report["failed"]] == list(range(4, COUNT + 1, 4))
         assert report["fixed"]["total"] == COUNT
 
 
 class TestModes:
     def test_likelihood_answers_with_a_letter(self, model, data, tmp_path):
-        settings = Settings(mode="likelihood", limit=3)
-        report = run(model, suite("mmsu"), Table(data), tmp_path, settings)
+        settings = EvalConfig(mode="likelihood", limit=3)
+        report = evaluate(model, load_suite("mmsu"), BenchmarkData(data), tmp_path, settings)
         lines = [json.loads(line) for line in records(tmp_path).splitlines()]
-        assert all(line["raw"] in "ABCD" and line["num_forwards"] == 1 for line in lines)
+        assert all(line["response"] in "ABCD" and line["num_forwards"] == 1 for line in lines)
         assert report["official"]["total"] == 3 and report["official"]["excluded"] == 0
 
     def test_the_papers_block_is_set_and_can_be_changed(self, model, data, tmp_path):
         digests = set()
         for block in (None, 2):
             out = tmp_path / str(block)
-            run(model, suite("mmsu"), Table(data), out, Settings(limit=1, block_length=block))
+            evaluate(
+                model,
+                load_suite("mmsu"),
+                BenchmarkData(data),
+                out,
+                EvalConfig(limit=1, block_length=block),
+            )
             line = json.loads(records(out))
-            digests.add(line["spec"])
+            digests.add(line["spec_digest"])
             assert line["max_tokens"] == line["num_forwards"] == 4
         four, two = (model.spec.set("sampler.block_length", n).digest() for n in (4, 2))
         assert digests == {four, two}
@@ -274,25 +305,37 @@ class TestModes:
         fields = {"prompt": "?", "reference": "A", "answer": "x", "choices": ["x", "y"]}
         source = data.parent / "any.jsonl"
         source.write_text(json.dumps({**row(0), **fields}) + "\n")
-        settings = Settings(max_tokens=2, block_length=2)
-        report = run(model, suite(name, subset), Table(source), tmp_path, settings)
-        assert report["items"] == 1 and not report["failed"] and not report["faults"]
+        settings = EvalConfig(max_tokens=2, block_length=2)
+        report = evaluate(
+            model, load_suite(name, subset), BenchmarkData(source), tmp_path, settings
+        )
+        assert report["items"] == 1 and not report["failed"] and not report["invalid"]
         assert (tmp_path / file).is_file()
         if subset == "sd-qa":
             assert report["official"]["accuracy"] is None  # until a judge has read it
 
     def test_an_unknown_prompt_says_which_there_are(self, model, data, tmp_path):
         with pytest.raises(SpecError, match="mmsu@2025-06"):
-            run(model, suite("mmsu"), Table(data), tmp_path, Settings(prompt="mmsu@2025"))
+            evaluate(
+                model,
+                load_suite("mmsu"),
+                BenchmarkData(data),
+                tmp_path,
+                EvalConfig(prompt="mmsu@2025"),
+            )
 
 
 def test_another_run_is_told_by_the_field_in_which_it_differs(tmp_path):
-    Folder(tmp_path).begin({"spec": {"encoder": {"width": 8, "path": "x" * 400}}, "seed": 1})
+    RunFolder(tmp_path).write_header(
+        {"spec": {"encoder": {"width": 8, "path": "x" * 400}}, "seed": 1}
+    )
     with pytest.raises(EvaluationError) as caught:
-        Folder(tmp_path).begin({"spec": {"encoder": {"width": 9, "path": "x" * 400}}, "seed": 1})
+        RunFolder(tmp_path).write_header(
+            {"spec": {"encoder": {"width": 9, "path": "x" * 400}}, "seed": 1}
+        )
     assert "(spec.encoder.width: 8, now 9)" in str(caught.value)
     with pytest.raises(EvaluationError, match=r"spec: \{'encoder.{40,60}\.\.\., now None"):
-        Folder(tmp_path).begin({"seed": 1})
+        RunFolder(tmp_path).write_header({"seed": 1})
 
 
 @pytest.mark.slow

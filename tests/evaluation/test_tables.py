@@ -13,62 +13,73 @@ import pytest
 from diffa.audio import read
 from diffa.data.corpora.fsdd import TEST_INDICES
 from diffa.errors import SpecError
-from diffa.evaluation.intervals import difference, interval, mcnemar, permuted, ratio
-from diffa.evaluation.score_file import subset_of
-from diffa.evaluation.suites import SUITES, suite
+from diffa.evaluation.intervals import (
+    bootstrap_interval,
+    mcnemar_test,
+    paired_difference,
+    permutation_test,
+    ratio_of_sums,
+)
+from diffa.evaluation.suites import load_suite
+from diffa.evaluation.suites.voicebench import subset_from_name
 from diffa.nano.corpus.utterances import Utterances
 from diffa.nano.suite_files import TASKS, make, write_suite
+from diffa.spec import registry
 
 
 class TestIntervals:
     def test_the_bootstrap_agrees_with_the_normal_interval_of_a_share(self):
         hits = [1.0] * 300 + [0.0] * 100
-        low, high = interval(hits, [1.0] * 400, resamples=4000)
+        low, high = bootstrap_interval(hits, [1.0] * 400, resamples=4000)
         wide = 1.96 * math.sqrt(0.75 * 0.25 / 400)
         assert low == pytest.approx(0.75 - wide, abs=0.006)
         assert high == pytest.approx(0.75 + wide, abs=0.006)
 
     def test_a_ratio_is_of_sums(self):
-        assert ratio([1, 0], [1, 9]) == 0.1
-        assert math.isnan(ratio([0], [0])) and math.isnan(interval([0.0], [0.0])[0])
+        assert ratio_of_sums([1, 0], [1, 9]) == 0.1
+        assert math.isnan(ratio_of_sums([0], [0])) and math.isnan(
+            bootstrap_interval([0.0], [0.0])[0]
+        )
 
     def test_mcnemar_is_the_exact_binomial(self):
-        assert mcnemar(0, 0) == 1
-        assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
-        assert mcnemar(9, 1) == mcnemar(1, 9)
+        assert mcnemar_test(0, 0) == 1
+        assert mcnemar_test(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+        assert mcnemar_test(9, 1) == mcnemar_test(1, 9)
 
     def test_a_small_sample_is_permuted_as_all_its_signs_would_be(self):
         moved = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
-        assert permuted(moved) == pytest.approx(2 / 16, abs=0.015)
-        assert permuted(np.zeros(4)) == 1
+        assert permutation_test(moved) == pytest.approx(2 / 16, abs=0.015)
+        assert permutation_test(np.zeros(4)) == 1
 
     def test_a_paired_difference_sees_what_two_intervals_do_not(self):
         draw = np.random.default_rng(0)
         a = (draw.random(400) < 0.5).astype(float)
         b = np.where(draw.random(400) < 0.1, 1.0, a)
         one = np.ones(400)
-        low_b, _ = interval(b, one)
-        _, high_a = interval(a, one)
+        low_b, _ = bootstrap_interval(b, one)
+        _, high_a = bootstrap_interval(a, one)
         assert low_b < high_a  # the two overlap
-        found = difference((a, one), (b, one))
+        found = paired_difference((a, one), (b, one))
         assert found.low > 0 and found.p < 0.001 and found.mcnemar < 0.001
         assert found.only_a == 0 and found.only_b == round(400 * found.value)
-        again = difference((a, one), (b, one))
+        again = paired_difference((a, one), (b, one))
         assert again == found
 
 
 class TestSuites:
-    @pytest.mark.parametrize("name", [name for name in SUITES if name != "voicebench"])
+    @pytest.mark.parametrize(
+        "name", [name for name in registry.available("suite") if name != "voicebench"]
+    )
     def test_every_suite_asks_and_marks_what_it_says_it_does(self, name):
-        made = suite(name)
+        made = load_suite(name)
         assert made.name == name and made.prompts and {"official", "fixed"} <= set(made.parsers)
-        assert made.check({}) != ""
+        assert made.find_fault({}) != ""
 
     def test_an_unknown_suite_or_subset_says_what_there_is(self):
         with pytest.raises(SpecError, match="did you mean 'mmsu'"):
-            suite("mmsuu")
+            load_suite("mmsuu")
         with pytest.raises(SpecError, match="did you mean 'sd-qa'"):
-            suite("voicebench", "sdqa")
+            load_suite("voicebench", "sdqa")
 
     def test_answer_lengths_are_those_of_the_papers(self):
         mcq = {"question": "?", "choices": ["a"], "choice_a": "a", "answer_gt": "a"}
@@ -76,11 +87,11 @@ class TestSuites:
             "mmsu": (4, 4), "mmau": (16, 16), "mmar": (16, 16), "asr": (128, 128)
         }  # fmt: skip
         for name, length in lengths.items():
-            asked = suite(name).ask(mcq, suite(name).prompts[0])
+            asked = load_suite(name).question(mcq, load_suite(name).prompts[0])
             assert (asked.max_tokens, asked.block_length) == length
         parts = {"ifeval": (256, 32), "mmsu": (16, 16), "openbookqa": (16, 16), "sd-qa": (128, 32)}
         for name, length in parts.items():
-            asked = suite("voicebench", name).ask({}, "voicebench@official")
+            asked = load_suite("voicebench", name).question({}, "voicebench@official")
             assert (asked.max_tokens, asked.block_length) == length
             assert asked.text == asked.system == ""  # the official input is audio alone
 
@@ -96,7 +107,7 @@ class TestSuites:
         ],
     )
     def test_a_subset_is_found_in_the_names_of_its_files(self, path, subset):
-        assert subset_of(Path(path)) == subset
+        assert subset_from_name(Path(path)) == subset
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,7 @@ class TestNanoSuite:
         assert Counter(row["task_name"] for row in rows) == dict.fromkeys(TASKS, 4)
         assert {row["category"] for row in rows} == {"Perception", "Reasoning"}
         for row in rows:
-            assert suite("nano-suite").check(row) == ""
+            assert load_suite("nano-suite").find_fault(row) == ""
             choices = [row[f"choice_{slot}"] for slot in "abcd"]
             assert choices.count(row["answer_gt"]) == 1 and len(set(choices)) == 4
             wave, rate = read(folder / row["audio_path"])
@@ -131,7 +142,7 @@ class TestNanoSuite:
         assert same == ["same", "different"] * 2
 
     def test_the_question_is_in_nanos_words(self, rows):
-        asked = suite("nano-suite").ask(rows[0], "nano@1")
+        asked = load_suite("nano-suite").question(rows[0], "nano@1")
         letters = " ".join(f"{n}. {rows[0][f'choice_{n.lower()}']}" for n in "ABCD")
         assert asked.text == f"{rows[0]['question']} Choose the right letter. {letters}"
         assert asked.choices == tuple("ABCD")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
 import diffa
 
@@ -48,7 +49,7 @@ class Stub:
     def answer(self, waves, questions, **options) -> diffa.Answer:
         self.asked += len(waves)
         texts = ["ABCD"[len(wave) % 4] for wave in waves]
-        return diffa.Answer(texts, [], 1)
+        return diffa.Answer(texts, [torch.zeros(0)] * len(texts), 1)
 
 
 def records(out: Path) -> bytes:
@@ -56,4 +57,4 @@ def records(out: Path) -> bytes:
 
 
 def answers(out: Path) -> list[object]:
-    return [json.loads(line)["raw"] for line in records(out).splitlines()]
+    return [json.loads(line)["response"] for line in records(out).splitlines()]

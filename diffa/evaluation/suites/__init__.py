@@ -1,30 +1,35 @@
-"""The benchmarks, by name."""
+"""The benchmarks, by name: entry points of the group ``diffa.suites``."""
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 
-from diffa.errors import SpecError, suggest
+from diffa.errors import SpecError
 from diffa.evaluation.items import Suite
-
-SUITES = {
-    "mmsu": "diffa.evaluation.suites.mmsu:MMSU",
-    "mmau": "diffa.evaluation.suites.matched:MMAU",
-    "mmar": "diffa.evaluation.suites.matched:MMAR",
-    "voicebench": "diffa.evaluation.suites.voicebench:VoiceBench",
-    "asr": "diffa.evaluation.suites.asr:ASR",
-    "spokenqa": "diffa.evaluation.suites.spokenqa:SpokenQA",
-    "nano-suite": "diffa.nano.suite:Nano",
-}
+from diffa.spec import registry
+from diffa.spec.schema import read_schema
 
 
-def suite(name: str, subset: str = "") -> Suite:
-    """Return a benchmark by name; VoiceBench's parts by ``subset``. Raises SpecError."""
-    if name not in SUITES:
-        raise SpecError(f"there is no suite {name!r}{suggest(name, SUITES)}")
-    module, _, found = SUITES[name].partition(":")
-    made = getattr(importlib.import_module(module), found)
-    if subset and name != "voicebench":
-        raise SpecError(f"--subset is for voicebench; {name} has none")
-    suite: Suite = made(subset) if name == "voicebench" else made()
-    return suite
+def load_suite(name: str, subset: str = "", path: str | Path | None = None) -> Suite:
+    """Return a benchmark by name.
+
+    Args:
+        name: Entry point of the group ``diffa.suites``.
+        subset: Part of the benchmark; only for voicebench.
+        path: File or folder whose name contains the subset, if ``subset`` is empty.
+
+    Raises:
+        SpecError: There is no such benchmark or subset.
+    """
+    suite = registry.load_part("suite", name)
+    if "subset" not in read_schema(suite).wires:
+        if subset:
+            raise SpecError(f"--subset is for voicebench; {name} has none")
+        return suite()  # type: ignore[no-any-return]
+    if not subset and path is not None:
+        from diffa.evaluation.suites.voicebench import subset_from_name
+
+        subset = subset_from_name(Path(path))
+        if not subset:
+            raise SpecError(f"which part of {name} is {path}? name it with --subset")
+    return suite(subset)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Speech recognition: corpus-level word and character errors, by WeNet's rules and Whisper's."""
+"""Speech recognition: corpus-level word and character errors, by WeNet's and Whisper's rules."""
 
 from __future__ import annotations
 
@@ -7,124 +7,137 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffa.evaluation import word_errors as words
-from diffa.evaluation.files import as_jsonl
 from diffa.evaluation.items import (
     EvaluationError,
     Fields,
+    Item,
+    ItemScore,
+    ItemScores,
     Question,
-    Reading,
-    Readings,
-    Row,
-    text_of,
+    Suite,
+    as_text,
+    to_jsonl,
 )
 from diffa.evaluation.prompts import TRANSCRIBE
+from diffa.evaluation.word_errors import (
+    british_spellings,
+    count_edits,
+    wenet_tokens,
+    whisper_characters,
+    whisper_words,
+)
 
-REFERENCES = ("reference", "text", "transcription", "transcript", "sentence", "target")
-_CUTS: dict[str, Callable[[str], list[str]]] = {
-    "official": words.wenet,
-    "fixed": words.whisper,
-    "cer": words.characters,
+_REFERENCES = ("reference", "text", "transcription", "transcript", "sentence", "target")
+_TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
+    "official": wenet_tokens,
+    "fixed": whisper_words,
+    "cer": whisper_characters,
 }
 
 
-class ASR:
-    """Word error rate by DIFFA-2's protocol, and after Whisper's normaliser; character errors."""
+class ASR(Suite):
+    """Word errors by DIFFA-2's protocol and after Whisper's normaliser; character errors."""
 
     name = "asr"
-    key = "hypothesis"
-    prompts: tuple[str, ...] = ("asr@diffa-2",)
+    response_column = "hypothesis"
+    prompts = ("asr@diffa-2",)
     parsers = {  # noqa: RUF012
         "official": "wer@wenet",
-        "fixed": "wer@whisper-en" if words.spellings() else "wer@whisper-en/no-spellings",
+        "fixed": "wer@whisper-en" if british_spellings() else "wer@whisper-en/no-spellings",
         "cer": "cer@whisper-basic",
     }
     groups = (("subset",), ("language",))
     metric = "wer"
-    lower = True
 
-    def check(self, fields: Fields) -> str:
-        """Return what a row lacks; a reference may be empty, but not missing."""
-        if reference(fields) is None:
-            return f"has no transcript: none of the columns {', '.join(REFERENCES)}"
+    def find_fault(self, fields: Fields) -> str:
+        """Return what an item lacks; a reference may be empty, but not missing."""
+        if _reference(fields) is None:
+            return f"has no transcript: none of the columns {', '.join(_REFERENCES)}"
         return ""
 
-    def ask(self, fields: Fields, prompt: str) -> Question:
-        """DIFFA-2's instruction, 128 tokens in one block."""
+    def question(self, fields: Fields, prompt: str) -> Question:
+        """Return DIFFA-2's instruction, with 128 tokens in one block."""
         return Question(TRANSCRIBE, (), 128, 128)
 
-    def read(self, fields: Fields, draw: random.Random) -> Readings:
-        """Errors and words of the reference; WeNet leaves out utterances without a hypothesis."""
-        made = {}
-        for name, cut in _CUTS.items():
-            wanted, said = cut(str(reference(fields))), cut(text_of(fields.get(self.key)))
-            found = words.edits(wanted, said)
-            skipped = name == "official" and self.key not in fields
-            made[name] = Reading(
-                " ".join(said) or None,
-                0.0 if skipped else float(found.errors),
-                0.0 if skipped else float(len(wanted)),
-                parts=(0, 0, 0, 1) if skipped else (*found, float(not said)),
+    def score(self, fields: Fields, rng: random.Random) -> ItemScores:
+        """Count errors and reference words; WeNet excludes utterances without a hypothesis."""
+        scores = {}
+        for name, tokenize in _TOKENIZERS.items():
+            reference = tokenize(str(_reference(fields)))
+            hypothesis = tokenize(as_text(fields.get(self.response_column)))
+            if name == "official" and self.response_column not in fields:
+                scores[name] = ItemScore(None, 0.0, 0.0, counts=(0, 0, 0, 1))
+                continue
+            edits = count_edits(reference, hypothesis)
+            scores[name] = ItemScore(
+                " ".join(hypothesis) or None,
+                float(edits.errors),
+                float(len(reference)),
+                counts=(*edits, float(not hypothesis)),
             )
-        return made
+        return scores
 
-    def missed(self, fields: Fields) -> Readings:
-        """Every word of the reference deleted; nothing is known where that is missing too."""
-        made = {}
-        for name, cut in _CUTS.items():
-            count = float(len(cut(str(reference(fields) or ""))))
-            made[name] = Reading(None, count, count, parts=(0, count, 0, 1))
-        return made
+    def score_missing(self, fields: Fields) -> ItemScores:
+        """Count every reference word as deleted; nothing if there is no reference either."""
+        scores = {}
+        for name, tokenize in _TOKENIZERS.items():
+            count = float(len(tokenize(str(_reference(fields) or ""))))
+            scores[name] = ItemScore(None, count, count, counts=(0, count, 0, 1))
+        return scores
 
-    def summary(self, parser: str, readings: Sequence[Reading]) -> dict[str, Any]:
-        """Kinds of errors, and how many answers are empty."""
+    def extra_metrics(self, parser: str, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return the kinds of errors and the number of empty hypotheses."""
         names = ("substitutions", "deletions", "insertions", "empty")
-        sums = [int(sum(column)) for column in zip(*(r.parts for r in readings), strict=True)]
-        return dict(zip(names, sums, strict=True))
+        columns = zip(*(score.counts for score in scores), strict=True)
+        return {name: int(sum(column)) for name, column in zip(names, columns, strict=True)}
 
-    def export(self, rows: Sequence[Row], stem: str) -> dict[str, str]:
-        """``id text`` lines of both sides, and JSONL with every column."""
-        named = [(str(row.fields.get("id") or row.number), row.fields) for row in rows]
-        said = "".join(f"{name} {_line(text_of(f.get(self.key)))}\n" for name, f in named)
-        wanted = "".join(f"{name} {_line(str(reference(f) or ''))}\n" for name, f in named)
+    def export(self, items: Sequence[Item], stem: str) -> dict[str, str]:
+        """Return ``id text`` lines of both sides, and JSONL with every column."""
+        hypotheses, references = "", ""
+        for item in items:
+            name = item.fields.get("id") or item.number
+            hypotheses += f"{name} {_one_line(item.fields.get(self.response_column))}\n"
+            references += f"{name} {_one_line(_reference(item.fields))}\n"
         return {
-            f"{stem}.txt": said,
-            f"{stem}-reference.txt": wanted,
-            f"{stem}.jsonl": as_jsonl([dict(row.fields) for row in rows]),
+            f"{stem}.txt": hypotheses,
+            f"{stem}-reference.txt": references,
+            f"{stem}.jsonl": to_jsonl([item.fields for item in items]),
         }
 
 
-def reference(fields: Fields) -> Any:
-    """What is said, from the first column that holds it; None where none does."""
-    return next((fields[name] for name in REFERENCES if fields.get(name) is not None), None)
-
-
-def paired(hypotheses: Path, references: str | Path | None) -> list[Row]:
-    """Rows from two files of ``id text`` lines, in the order of the references.
+def pair_transcripts(hypotheses: Path, references: str | Path | None) -> list[Item]:
+    """Return items from two files of ``id text`` lines, in the order of the references.
 
     Raises:
-        EvaluationError: a file is missing, or hypotheses have ids that references have not.
+        EvaluationError: A file is missing, or there is a hypothesis without a reference.
     """
     if references is None:
         raise EvaluationError(f"{hypotheses} has no transcripts beside it: add --reference FILE")
-    said, wanted = _lines(hypotheses), _lines(Path(references).expanduser())
-    if unknown := [name for name in said if name not in wanted]:
+    responses, truth = _read_lines(hypotheses), _read_lines(Path(references).expanduser())
+    if unknown := [name for name in responses if name not in truth]:
         raise EvaluationError(f"{hypotheses} has ids that {references} has not: {unknown[:5]}")
-    rows = []
-    for number, (name, text) in enumerate(wanted.items(), start=1):
+    items = []
+    for number, (name, text) in enumerate(truth.items(), start=1):
         fields = {"id": name, "reference": text}
-        rows.append(Row(number, {**fields, **({"hypothesis": said[name]} if name in said else {})}))
-    return rows
+        if name in responses:
+            fields["hypothesis"] = responses[name]
+        items.append(Item(number, fields))
+    return items
 
 
-def _lines(file: Path) -> dict[str, str]:
+def _reference(fields: Fields) -> Any:
+    """Return the reference transcript from the first column that holds it; None without any."""
+    return next((fields[name] for name in _REFERENCES if fields.get(name) is not None), None)
+
+
+def _read_lines(file: Path) -> dict[str, str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{file} cannot be read as text: {error}") from error
-    split = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    return {parts[0]: parts[1] if len(parts) > 1 else "" for parts in split}
+    words = [line.split(maxsplit=1) for line in lines if line.strip()]
+    return {parts[0]: "".join(parts[1:]) for parts in words}
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
+def _one_line(text: Any) -> str:
+    return " ".join(as_text(text).split())

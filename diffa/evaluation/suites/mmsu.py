@@ -3,85 +3,69 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
-from diffa.evaluation import prompts
-from diffa.evaluation.choice_parser import chosen
-from diffa.evaluation.files import as_jsonl
-from diffa.evaluation.items import Fields, Question, Reading, Readings, Row, text_of
+from diffa.evaluation.choice_parser import parse_choice
+from diffa.evaluation.items import Fields, ItemScore, ItemScores, Question, Suite, as_text
+from diffa.evaluation.prompts import mmsu_prompt
 
 _SLOTS = {letter: f"choice_{letter.lower()}" for letter in "ABCD"}
 
 
-class MMSU:
-    """MMSU by its official letter rule, with the fixed parser beside it.
+class MMSU(Suite):
+    """MMSU with its official letter rule and the fixed parser.
 
-    Options keep the letters of their slots: some rows have two, padded with null in any slot.
-    DIFFA's own script drops the padding and letters what is left anew, while the evaluator goes
-    by slot, so that such rows count as wrong there.
+    Options keep the letters of their slots: some rows have two options, padded with null in any
+    slot. DIFFA's script drops the padding and assigns new letters, while the evaluator goes by
+    slot, so it counts such rows as wrong.
     """
 
     name = "mmsu"
-    key = "response"
+    response_column = "response"
     prompts: tuple[str, ...] = ("mmsu@2026-02", "mmsu@2025-06")
     parsers = {"official": "mmsu@2026-02/official", "fixed": "mmsu/fixed"}  # noqa: RUF012
     groups = (("category",), ("category", "sub-category"), ("task_name",))
-    metric = "accuracy"
-    lower = False
-    max_tokens = 4
 
-    def check(self, fields: Fields) -> str:
-        """Return what a row lacks to be asked or scored."""
-        lacks = [name for name in ("question", "answer_gt") if not _present(fields.get(name))]
-        if not lacks and not any(_present(fields.get(slot)) for slot in _SLOTS.values()):
+    def find_fault(self, fields: Fields) -> str:
+        """Return what an item lacks to be asked or scored."""
+        lacks = [name for name in ("question", "answer_gt") if not _is_present(fields.get(name))]
+        if not lacks and not self.options(fields):
             lacks = ["choice_a to choice_d"]
         return f"has no {', '.join(lacks)}" if lacks else ""
 
-    def ask(self, fields: Fields, prompt: str) -> Question:
-        """The official prompt; the papers' answers are four tokens long."""
+    def question(self, fields: Fields, prompt: str) -> Question:
+        """Return the official prompt with 4 tokens in one block, as in DIFFA's paper."""
         texts = [fields.get(slot) for slot in _SLOTS.values()]
-        text = prompts.mmsu(prompt, str(fields["question"]), texts)
-        return Question(text, tuple(self.options(fields)), self.max_tokens, 4)
+        text = mmsu_prompt(prompt, str(fields["question"]), texts)
+        return Question(text, tuple(self.options(fields)), 4, 4)
 
     def options(self, fields: Fields) -> dict[str, str]:
-        """Letters to texts of the slots that hold an option ("None" can be one, null cannot)."""
+        """Return letters and texts of the options ("None" can be one, null cannot)."""
         return {
             letter: str(fields[slot])
             for letter, slot in _SLOTS.items()
-            if _present(fields.get(slot))
+            if _is_present(fields.get(slot))
         }
 
-    def read(self, fields: Fields, draw: random.Random) -> Readings:
-        """Both parsers' readings; the official one leaves out what it cannot parse."""
-        response, truth = text_of(fields.get(self.key)), fields["answer_gt"]
-        letter = official_letter(response)
+    def score(self, fields: Fields, rng: random.Random) -> ItemScores:
+        """Score a response; the official parser excludes what it cannot read."""
+        response, truth = as_text(fields.get(self.response_column)), fields["answer_gt"]
+        letter = parse_official_letter(response)
         right = letter in _SLOTS and fields.get(_SLOTS[str(letter)]) == truth
         excluded = letter is None and bool(response.strip()) and response.strip() != "None"
         options = self.options(fields)
-        best = chosen(response, options)
+        choice = parse_choice(response, options)
+        fixed = choice is not None and options[choice] == str(truth)
         return {
-            "official": Reading(letter, float(right), 0.0 if excluded else 1.0),
-            "fixed": Reading(best, float(best is not None and options[best] == str(truth))),
+            "official": ItemScore(letter, float(right), 0.0 if excluded else 1.0),
+            "fixed": ItemScore(choice, float(fixed)),
         }
 
-    def missed(self, fields: Fields) -> Readings:
-        """Wrong for both parsers."""
-        return {name: Reading(None, 0.0) for name in self.parsers}
 
-    def summary(self, parser: str, readings: Sequence[Reading]) -> dict[str, Any]:
-        """Nothing besides accuracy."""
-        return {}
+def parse_official_letter(response: str) -> str | None:
+    """Return the first character if it is A to D, else the last but one if that is.
 
-    def export(self, rows: Sequence[Row], stem: str) -> dict[str, str]:
-        """JSONL with every input column and ``response``, as the official script reads it."""
-        return {f"{stem}.jsonl": as_jsonl([dict(row.fields) for row in rows])}
-
-
-def official_letter(response: str) -> str | None:
-    """The official rule: the first character if it is A to D, else the last but one.
-
-    ``Answer: B`` is an A, and ``**B**`` is nothing at all: such rows leave the denominator.
+    By this official rule ``Answer: B`` is an A, and ``**B**`` is excluded.
     """
     text = response.strip().replace("\n", "")
     if not text or text == "None":
@@ -91,5 +75,5 @@ def official_letter(response: str) -> str | None:
     return text[-2] if len(text) > 1 and text[-2] in "ABCD" else None
 
 
-def _present(value: Any) -> bool:
+def _is_present(value: Any) -> bool:
     return value is not None and str(value) != ""

@@ -1,4 +1,4 @@
-"""VoiceBench (MatthewCYM/VoiceBench): spoken instructions in nine subsets, each by its rules."""
+"""VoiceBench (MatthewCYM/VoiceBench): spoken instructions in ten subsets, each with its rules."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.errors import SpecError, suggest
-from diffa.evaluation.files import Table, as_jsonl
+from diffa.evaluation.files import BenchmarkData
 from diffa.evaluation.items import (
     EvaluationError,
     Fields,
+    Item,
+    ItemScore,
+    ItemScores,
     Question,
-    Reading,
-    Readings,
-    Row,
-    text_of,
+    Suite,
+    as_text,
+    to_jsonl,
 )
 from diffa.evaluation.prompts import VOICEBENCH_DIFFA
-from diffa.evaluation.scores import score
+from diffa.evaluation.scores import score_items
 from diffa.evaluation.suites import ifeval, phrases
 
 
 class Subset(NamedTuple):
-    """How a subset is scored (its kind), and DIFFA's answer length and block."""
+    """The kind of scoring of a subset, and DIFFA's answer length and block length."""
 
     kind: str
     max_tokens: int
@@ -47,9 +49,8 @@ SUBSETS = {
     "ifeval": Subset("ifeval", 256, 32),
     "advbench": Subset("harm", 128, 32),
 }
-NINE = tuple(name for name in SUBSETS if name != "alpacaeval")
-SEVEN = tuple(name for name in NINE if name not in ("wildvoice", "bbh"))
-JUDGED = ("open", "qa")
+_NINE = tuple(name for name in SUBSETS if name != "alpacaeval")  # the leaderboard's mean
+_SEVEN = tuple(name for name in _NINE if name not in ("wildvoice", "bbh"))  # DIFFA's mean
 _PARSERS = {
     "open": ("vb-open/official", "vb-open/every-row"),
     "qa": ("vb-sdqa/panda+gpt", "vb-sdqa/gpt"),
@@ -58,199 +59,218 @@ _PARSERS = {
     "ifeval": ("vb-ifeval/mean-of-four", "vb-ifeval/prompt-strict"),
     "harm": ("vb-advbench/official", "vb-advbench/spoken"),
 }
-_LACKING = {"mcq": "reference", "bbh": "reference", "qa": "reference", "ifeval": "prompt"}
-_LETTERS = dict.fromkeys("ABCD", "")
+_REQUIRED = {"mcq": "reference", "bbh": "reference", "qa": "reference", "ifeval": "prompt"}
+_NOT_INSTALLED = "not installed: no official score (pip install qa_metrics)"
 
 
-class VoiceBench:
-    """One subset of VoiceBench. The official input is audio alone, without a system turn.
+class VoiceBench(Suite):
+    """One subset of VoiceBench. The official input is audio alone, without a system prompt.
 
     Args:
-        subset: its name in the data set.
+        subset: Its name in the data set.
 
     Raises:
-        SpecError: there is no such subset.
+        SpecError: There is no such subset.
     """
 
     name = "voicebench"
-    key = "response"
-    prompts: tuple[str, ...] = ("voicebench@official", "voicebench@diffa")
-    groups: tuple[tuple[str, ...], ...] = (("task",), ("domain",), ("accent",))
-    lower = False
+    response_column = "response"
+    prompts = ("voicebench@official", "voicebench@diffa")
+    groups = (("task",), ("domain",), ("accent",))
 
     def __init__(self, subset: str) -> None:
         if subset not in SUBSETS:
             raise SpecError(f"voicebench has no subset {subset!r}{suggest(subset, SUBSETS)}")
         self.subset, self.kind = subset, SUBSETS[subset].kind
         self.metric = "score" if self.kind == "open" else "accuracy"
+        self.needs_judge = self.kind in ("open", "qa")
         official, fixed = _PARSERS[self.kind]
         self.parsers: Mapping[str, str] = {"official": official, "fixed": fixed}
 
-    def check(self, fields: Fields) -> str:
-        """Return what a row lacks to be scored."""
-        lacking = _LACKING.get(self.kind)
-        if lacking and fields.get(lacking) is None:
-            return f"has no {lacking}"
+    def find_fault(self, fields: Fields) -> str:
+        """Return what an item lacks to be scored."""
+        required = _REQUIRED.get(self.kind)
+        if required and fields.get(required) is None:
+            return f"has no {required}"
         if self.kind == "bbh" and phrases.bbh_task(str(fields.get("id"))) is None:
             return f"has the id {fields.get('id')!r}, which names none of BBH's four tasks"
-        if self.kind == "bbh" and str(fields["reference"]).lower() not in phrases.TRUTHS:
+        if self.kind == "bbh" and str(fields["reference"]).lower() not in phrases.BBH_ANSWERS:
             return f"has the reference {fields['reference']!r}, not yes, no, (a) or (b)"
-        return ifeval.lacks(fields) if self.kind == "ifeval" else ""
+        return ifeval.find_ifeval_fault(fields) if self.kind == "ifeval" else ""
 
-    def ask(self, fields: Fields, prompt: str) -> Question:
-        """Audio alone, or with DIFFA's instruction, at the lengths of DIFFA's appendix."""
-        about = SUBSETS[self.subset]
+    def question(self, fields: Fields, prompt: str) -> Question:
+        """Return audio alone or DIFFA's instruction, with the lengths of DIFFA's appendix."""
+        _, max_tokens, block_length = SUBSETS[self.subset]
         choices = tuple("ABCD") if self.kind == "mcq" else ()
         if prompt == "voicebench@diffa":
-            return Question(VOICEBENCH_DIFFA, choices, about.max_tokens, about.block_length)
-        return Question("", choices, about.max_tokens, about.block_length, system="")
+            return Question(VOICEBENCH_DIFFA, choices, max_tokens, block_length)
+        return Question("", choices, max_tokens, block_length, system="")
 
-    def read(self, fields: Fields, draw: random.Random) -> Readings:
-        """Both readings by the subset's rules."""
-        response = text_of(fields.get(self.key))
+    def score(self, fields: Fields, rng: random.Random) -> ItemScores:
+        """Score a response by the subset's rules."""
+        response = as_text(fields.get(self.response_column))
+        reference = str(fields.get("reference"))
         match self.kind:
             case "open":
-                return judged_open(fields.get("score"))
+                return score_open(fields.get("score"))
             case "qa":
-                return judged_answer(fields, response)
+                return score_sdqa(fields, response)
             case "mcq":
-                return phrases.mcq(response, str(fields["reference"]), draw, _LETTERS)
+                return phrases.score_mcq(response, reference, rng, dict.fromkeys("ABCD", ""))
             case "bbh":
-                return phrases.bbh(response, str(fields["id"]), str(fields["reference"]), draw)
+                return phrases.score_bbh(response, str(fields["id"]), reference, rng)
             case "ifeval":
-                return ifeval.read(fields, response)
-        return phrases.refusal(response)
+                return ifeval.score_ifeval(fields, response)
+        return phrases.score_refusal(response)
 
-    def missed(self, fields: Fields) -> Readings:
-        """Wrong for both parsers; the least of five points where a judge gives points."""
-        least = 1.0 if self.kind == "open" else 0.0
-        parts = (0.0, 0.0, 0.0, 0.0, 1.0) if self.kind == "ifeval" else ()
-        return {name: Reading(None, least, parts=parts) for name in self.parsers}
+    def score_missing(self, fields: Fields) -> ItemScores:
+        """Return wrong for both parsers; the lowest of five points if a judge gives points."""
+        lowest = 1.0 if self.kind == "open" else 0.0
+        counts = (0.0, 0.0, 0.0, 0.0, 1.0) if self.kind == "ifeval" else ()
+        return {name: ItemScore(None, lowest, counts=counts) for name in self.parsers}
 
-    def summary(self, parser: str, readings: Sequence[Reading]) -> dict[str, Any]:
-        """What the official script reports besides, and versions that move scores."""
-        if self.kind == "ifeval" and parser == "official":
-            return ifeval.summary(readings)
-        if self.kind == "mcq" and parser == "official":
-            return {"fail": round(sum(r.guessed for r in readings) / len(readings), 6)}
-        if self.kind == "qa" and parser == "official":
-            return {"qa_metrics": qa_metrics_version()}
+    def extra_metrics(self, parser: str, scores: Sequence[ItemScore]) -> dict[str, Any]:
+        """Return the official script's further numbers, and versions that move scores."""
+        if parser != "official":
+            return {}
+        match self.kind:
+            case "ifeval":
+                return ifeval.ifeval_metrics(scores)
+            case "mcq":
+                return {"fail": round(sum(s.guessed for s in scores) / len(scores), 6)}
+            case "qa":
+                return {"qa_metrics": _qa_metrics_version()}
         return {}
 
-    def export(self, rows: Sequence[Row], stem: str) -> dict[str, str]:
-        """JSONL as ``main.py`` writes it: the columns without audio, and ``response``."""
+    def export(self, items: Sequence[Item], stem: str) -> dict[str, str]:
+        """Return JSONL as ``main.py`` writes it: the columns without audio, and ``response``."""
         split = "usa" if self.subset == "sd-qa" else "test"
-        return {f"diffa-{self.subset}-{split}-audio.jsonl": as_jsonl([r.fields for r in rows])}
+        name = f"diffa-{self.subset}-{split}-audio.jsonl"
+        return {name: to_jsonl([item.fields for item in items])}
 
 
-def judged_open(replies: Any) -> Readings:
-    """The mean of all points of all rows, and, fixed, of each row's own mean.
+def score_open(replies: Any) -> ItemScores:
+    """Score by a judge's points. Official: mean over all replies. Fixed: mean over items.
 
-    A row that the judge did not rate leaves the official mean, and gets the least points in the
-    fixed one; both wait for rows that no judge was asked about (None).
+    An item without points leaves the official mean and gets the lowest points in the fixed one.
+    Both exclude items that no judge was asked about (None).
     """
     if replies is None:
-        return dict.fromkeys(("official", "fixed"), Reading(None, 0.0, 0.0))
-    found = [points(reply) for reply in replies]
-    kept = [value for value in found if value is not None]
-    answer = ", ".join(f"{value:g}" for value in kept) or None
-    mean = sum(kept) / len(kept) if kept else 1.0
+        return dict.fromkeys(("official", "fixed"), ItemScore(None, 0.0, 0.0))
+    points = [value for reply in replies if (value := _parse_points(reply)) is not None]
+    answer = ", ".join(f"{value:g}" for value in points) or None
     return {
-        "official": Reading(answer, sum(kept), float(len(kept))),
-        "fixed": Reading(answer, mean),
+        "official": ItemScore(answer, sum(points), float(len(points))),
+        "fixed": ItemScore(answer, sum(points) / len(points) if points else 1.0),
     }
 
 
-def points(reply: Any) -> float | None:
-    """A judge's points: the reply as a number, else the first ``[[number]]``."""
-    try:
-        return float(reply)
-    except (TypeError, ValueError):
-        found = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", str(reply))
-        return float(found[1]) if found else None
-
-
-def judged_answer(fields: Fields, response: str) -> Readings:
-    """The mean of PEDANT and the judge's majority, and, fixed, the majority alone."""
+def score_sdqa(fields: Fields, response: str) -> ItemScores:
+    """Score SD-QA. Official: mean of PEDANT and the judge's majority. Fixed: the majority."""
+    excluded = ItemScore(None, 0.0, 0.0)
     if fields.get("score") is None:
-        return dict.fromkeys(("official", "fixed"), Reading(None, 0.0, 0.0))
+        return {"official": excluded, "fixed": excluded}
     replies = [str(reply).lower() for reply in fields["score"]]
     yes = replies.count("yes") > len(replies) / 2
-    fixed = Reading("yes" if yes else "no" if replies else None, float(yes))
-    panda = pedant(str(fields["reference"]), response, text_of(fields.get("prompt")))
-    if panda is None or not replies:
-        return {"official": Reading(None, 0.0, 0.0), "fixed": fixed}
-    return {"official": Reading(fixed.answer, (panda + yes) / 2), "fixed": fixed}
+    fixed = ItemScore("yes" if yes else "no" if replies else None, float(yes))
+    pedant = pedant_verdict(str(fields["reference"]), response, as_text(fields.get("prompt")))
+    if pedant is None or not replies:
+        return {"official": excluded, "fixed": fixed}
+    return {"official": ItemScore(fixed.answer, (pedant + yes) / 2), "fixed": fixed}
 
 
-def pedant(reference: str, response: str, prompt: str) -> bool | None:
-    """PEDANT's verdict, arguments in the official script's order; None where it cannot judge."""
-    scorer, _ = _pedant()
+def pedant_verdict(reference: str, response: str, prompt: str) -> bool | None:
+    """Return PEDANT's verdict with the official order of arguments; None if it cannot judge."""
+    scorer, _ = _load_pedant()
     if scorer is None:
         return None
     return bool(scorer.evaluate([reference.lower()], response.lower(), prompt.lower()))
 
 
-@lru_cache
-def _pedant() -> tuple[Any, str]:
-    """The judge, once it has judged something, and why there is none."""
-    try:
-        judge = import_module("qa_metrics.pedant").PEDANT()
-        judge.evaluate(["a"], "a", "a")
-    except ImportError:
-        return None, "not installed: no official score (pip install qa_metrics)"
-    except Exception as error:  # its classifiers are fetched when it begins: anything may go wrong
-        return None, f"PEDANT does not begin: no official score ({error})".replace("\n", " ")
-    return judge, ""
-
-
-def qa_metrics_version() -> str:
-    """The version of qa_metrics, which moves PEDANT's scores by tens of points."""
-    fault = _pedant()[1] if _pedant.cache_info().currsize else ""  # asked only where it judged
-    try:
-        return fault or version("qa_metrics")
-    except PackageNotFoundError:
-        return "not installed: no official score (pip install qa_metrics)"
-
-
-def overall(folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Score every subset's file in a folder; ``overall_7`` is DIFFA's mean, ``overall_9`` the
-    leaderboard's, both of 100 and None while a subset is missing.
+def score_folder(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Score every subset's file in a folder.
 
     Of judged subsets the files with judgements (``result-...``) are taken.
-    """
-    from diffa.evaluation.score_file import subset_of
 
+    Returns:
+        A report with each subset's number and two means of 100: ``overall_7`` (DIFFA's) and
+        ``overall_9`` (the leaderboard's). A mean is None while a subset is missing.
+
+    Raises:
+        EvaluationError: No file's name contains a subset.
+    """
     files: dict[str, Path] = {}
+    # result-... comes last, and so replaces the file without judgements.
     for file in sorted(folder.rglob("*.jsonl"), key=lambda f: f.name.startswith("result-")):
-        if name := subset_of(file):
+        if name := subset_from_name(file):
             files[name] = file
     if not files:
         raise EvaluationError(f"{folder} holds no file that names a subset of voicebench")
     reports = {
-        name: score(VoiceBench(name), Table(file).rows, seed=seed)[0]
+        name: score_items(VoiceBench(name), BenchmarkData(file).items, seed=seed)[0]
         for name, file in files.items()
     }
-    made: dict[str, Any] = {
+    report: dict[str, Any] = {
         "suite": "voicebench",
         "items": sum(r["items"] for r in reports.values()),
     }
     for parser in ("official", "fixed"):
-        column = {name: _of_100(name, report[parser]) for name, report in reports.items()}
-        made[parser] = {
+        column = {name: _percent(name, entry[parser]) for name, entry in reports.items()}
+        report[parser] = {
             "parser": f"voicebench/{parser}",
             **column,
-            "overall_7": _mean(column, SEVEN),
-            "overall_9": _mean(column, NINE),
+            "overall_7": _mean(column, _SEVEN),
+            "overall_9": _mean(column, _NINE),
         }
-    return {**made, "subsets": reports}
+    return {**report, "subsets": reports}
 
 
-def _of_100(name: str, found: Mapping[str, Any]) -> float | None:
-    """A subset's number as the leaderboard adds it up: points of five count twenty each."""
-    value = found["score"] if SUBSETS[name].kind == "open" else found["accuracy"]
-    times = 20 if SUBSETS[name].kind == "open" else 100
-    return None if value is None else round(value * times, 4)
+def subset_from_name(path: Path) -> str:
+    """Return the subset that a file's or folder's name contains; empty if there is none."""
+    for part in (path.name, path.parent.name):
+        words = f"-{part.lower().replace('.', '-').replace('_', '-')}-"
+        for name in sorted(SUBSETS, key=len, reverse=True):
+            if f"-{name.replace('_', '-')}-" in words:
+                return name
+    return ""
+
+
+def _parse_points(reply: Any) -> float | None:
+    """Return a judge's points: the reply as a number, else the first ``[[number]]``."""
+    try:
+        return float(reply)
+    except (TypeError, ValueError):
+        match = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", str(reply))
+        return float(match[1]) if match else None
+
+
+@lru_cache
+def _load_pedant() -> tuple[Any, str]:
+    """Return PEDANT after a trial, and why there is none."""
+    try:
+        scorer = import_module("qa_metrics.pedant").PEDANT()
+        scorer.evaluate(["a"], "a", "a")
+    except ImportError:
+        return None, _NOT_INSTALLED
+    except Exception as error:  # it downloads its classifiers when it starts
+        return None, f"PEDANT does not start: no official score ({error})".replace("\n", " ")
+    return scorer, ""
+
+
+def _qa_metrics_version() -> str:
+    """Return the version of qa_metrics, which moves PEDANT's scores by tens of points."""
+    # Without a judged item PEDANT was not loaded: a report must not download its classifiers.
+    fault = _load_pedant()[1] if _load_pedant.cache_info().currsize else ""
+    try:
+        return fault or version("qa_metrics")
+    except PackageNotFoundError:
+        return _NOT_INSTALLED
+
+
+def _percent(name: str, entry: Mapping[str, Any]) -> float | None:
+    """Return a subset's number of 100; points of five count twenty each."""
+    metric, factor = ("score", 20) if SUBSETS[name].kind == "open" else ("accuracy", 100)
+    return None if entry[metric] is None else round(entry[metric] * factor, 4)
 
 
 def _mean(column: Mapping[str, float | None], names: Sequence[str]) -> float | None:
