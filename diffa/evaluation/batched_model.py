@@ -129,10 +129,14 @@ class BatchedModel:
             sampler = self.model.spec.data["sampler"]
             known = read_schema(type(self.model.sampler)).options
             same = (
-                block_length is None or "block_length" not in known or sampler.get("block_length") == block_length
+                block_length is None
+                or "block_length" not in known
+                or sampler.get("block_length") == block_length
             )
             self._models[block_length] = (
-                self.model if same else swap(self.model, sampler={**sampler, "block_length": block_length})
+                self.model
+                if same
+                else swap(self.model, sampler={**sampler, "block_length": block_length})
             )
         return self._models[block_length]
 
