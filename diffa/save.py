@@ -106,10 +106,10 @@ def merge_lora(model: Model, folder: Path) -> Model:
     Raises:
         SpecError: the backbone has no live pairs.
     """
-    from diffa.backbones.lora import fold
+    from diffa.backbones.lora import merge_lora_pairs
     from diffa.spec.spec import Spec
 
-    if not fold(model.backbone):
+    if not merge_lora_pairs(model.backbone):
         raise SpecError(f"{folder}: the backbone has no live LoRA pairs to merge")
     data = model.spec.data
     lora = data["backbone"]["lora"]

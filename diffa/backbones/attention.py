@@ -1,4 +1,17 @@
-"""The one place that attends: SDPA everywhere, xformers over packed rows on CUDA."""
+"""Attention for every backbone of diffa's own: SDPA everywhere, xformers on CUDA.
+
+Shapes: B rows, K queries, S keys (slots of the canvas), H query heads, G key/value heads, D width
+of a head. Three layouts reach the kernel:
+
+    masked    queries (B, K, H, D), keys (B, S, G, D), mask (B, 1, K or 1, S)
+    varlen    real queries and keys of all rows in one sequence, under a block-diagonal bias:
+
+                  keys     row 0  row 1
+                  row 0  [  xxx    ...  ]
+                  row 1  [  ...    xxx  ]
+
+    lengths   rows packed into one by ``diffa.backbones.ragged``; one SDPA call per row
+"""
 
 from __future__ import annotations
 
@@ -13,81 +26,94 @@ from diffa.errors import SpecError
 if TYPE_CHECKING:
     from diffa.canvas.kv_cache import AttentionContext
 
-Kernel = Literal["auto", "sdpa", "xformers"]
+AttnImplementation = Literal["auto", "sdpa", "xformers"]
 
 
-class Packing(NamedTuple):
-    """Rows of different lengths laid end to end: which elements, and the bias between them.
+class VarlenLayout(NamedTuple):
+    """Real queries and keys of a batch in one sequence, for xformers' variable-length kernel.
 
     Attributes:
-        queries: flat indices of the real queries among B * K, in order.
-        keys: flat indices of the valid keys among B * S, in order.
-        bias: an xformers bias that keeps each row to itself.
+        query_index: indices of the real queries among B * K, in order.
+        key_index: indices of the valid keys among B * S, in order.
+        bias: xformers bias under which each row attends to itself alone.
     """
 
-    queries: Tensor
-    keys: Tensor
+    query_index: Tensor
+    key_index: Tensor
     bias: Any
 
 
-class Plan(NamedTuple):
-    """How one forward attends, the same in every layer.
+class AttentionPlan(NamedTuple):
+    """How one forward pass attends, the same in every layer.
 
     Attributes:
-        mask: what each query may see, (B, 1, K or 1, S) bool; None for everything.
-        causal: the mask is the plain causal one and need not be written out.
-        packing: set when rows are packed for xformers.
-        lengths: queries and keys of each row where rows stand end to end in one; None elsewhere.
+        mask: (B, 1, K or 1, S) bool. None: no mask is needed.
+        causal: use the kernel's own causal mask instead of ``mask``.
+        varlen: layout for xformers. None: use SDPA.
+        row_lengths: queries and keys of each row where rows are packed into one. None elsewhere.
     """
 
-    mask: Tensor | None
-    causal: bool
-    packing: Packing | None
-    lengths: tuple[list[int], list[int]] | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    varlen: VarlenLayout | None = None
+    row_lengths: tuple[list[int], list[int]] | None = None
 
 
-def plan(context: AttentionContext, positions: Tensor, *, causal: bool, kernel: Kernel) -> Plan:
-    """Prepare a forward with queries at ``positions`` (B, K).
+def plan_attention(
+    context: AttentionContext,
+    positions: Tensor,
+    *,
+    causal: bool,
+    implementation: AttnImplementation,
+) -> AttentionPlan:
+    """Return the plan of a forward pass with queries at ``positions`` (B, K).
 
     Raises:
-        SpecError: xformers is asked for where it cannot run.
+        SpecError: xformers is requested where it cannot run.
     """
-    if context.row_lengths is not None:
-        return Plan(
-            None, causal=False, packing=None, lengths=(context.row_lengths, context.row_lengths)
-        )
-    alone = context.query_slots is None and context.branch is None and context.attn_mask is None
-    if chosen(kernel, positions.device) == "xformers" and context.branch is None:
-        simple = context.attn_mask is None and (alone or not causal)
-        if simple:
-            return Plan(None, causal=causal, packing=pack(context, positions, causal=causal))
-    if causal and alone and context.valid is None:
-        return Plan(None, causal=True, packing=None)
+    lengths = context.row_lengths
+    if lengths is not None:
+        return AttentionPlan(row_lengths=(lengths, lengths))
+    all_slots = context.query_slots is None
+    unrestricted = context.branch is None and context.attn_mask is None
+    # A block-diagonal bias cannot express branches or masks. It is causal by place, not by
+    # position, so it needs all slots where attention is causal.
+    if (
+        resolve_attn_implementation(implementation, positions.device) == "xformers"
+        and unrestricted
+        and (all_slots or not causal)
+    ):
+        return AttentionPlan(causal=causal, varlen=varlen_layout(context, positions, causal=causal))
+    if causal and all_slots and unrestricted and context.valid is None:
+        return AttentionPlan(causal=True)
     mask = context.mask(positions, causal=causal)
-    return Plan(None if mask is None else mask[:, None], causal=False, packing=None)
+    return AttentionPlan(None if mask is None else mask[:, None])
 
 
-def narrow(how: Plan, rows: Tensor) -> Plan | None:
-    """Keep the queries at ``rows`` (B, R) alone; None where this plan cannot."""
-    if how.packing is not None or how.causal:
+def select_queries(plan: AttentionPlan, index: Tensor) -> AttentionPlan | None:
+    """Restrict a plan to the queries at ``index`` (B, R); return None where it cannot be."""
+    if plan.varlen is not None or plan.causal:
         return None
-    if how.lengths is not None:
-        each = rows.shape[1] // len(how.lengths[1])
-        return how._replace(lengths=([each] * len(how.lengths[1]), how.lengths[1]))
-    if how.mask is None or how.mask.shape[2] == 1:
-        return how
-    wide = (len(rows), 1, rows.shape[1], how.mask.shape[3])
-    mask = how.mask.expand(len(rows), -1, -1, -1)
-    return how._replace(mask=mask.gather(2, rows[:, None, :, None].expand(wide)))
+    if plan.row_lengths is not None:
+        keys = plan.row_lengths[1]
+        return plan._replace(row_lengths=([index.shape[1] // len(keys)] * len(keys), keys))
+    if plan.mask is None or plan.mask.shape[2] == 1:
+        return plan
+    rows, selected = index.shape
+    mask = plan.mask.expand(rows, -1, -1, -1)
+    index = index[:, None, :, None].expand(rows, 1, selected, mask.shape[3])
+    return plan._replace(mask=mask.gather(2, index))
 
 
-def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
-    """Return the kernel to use on a device; ``auto`` takes xformers where it can run.
+def resolve_attn_implementation(
+    implementation: AttnImplementation, device: torch.device
+) -> Literal["sdpa", "xformers"]:
+    """Return the kernel to use on a device; ``auto`` takes xformers on CUDA if it loads.
 
     Raises:
-        SpecError: ``xformers`` is asked for on a device that it has no kernels for.
+        SpecError: ``xformers`` is requested and has no kernels for the device, or does not load.
     """
-    if kernel == "sdpa" or (kernel == "auto" and device.type != "cuda"):
+    if implementation == "sdpa" or (implementation == "auto" and device.type != "cuda"):
         return "sdpa"
     if device.type != "cuda":
         raise SpecError(
@@ -96,7 +122,7 @@ def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
     try:
         import xformers.ops  # noqa: F401
     except Exception as error:
-        if kernel == "xformers":
+        if implementation == "xformers":
             hint = "pip install 'diffa-audio[xformers]'"
             raise SpecError(
                 f"attn_implementation 'xformers' does not load ({error}): {hint}"
@@ -105,77 +131,78 @@ def chosen(kernel: Kernel, device: torch.device) -> Literal["sdpa", "xformers"]:
     return "xformers"
 
 
-def pack(context: AttentionContext, positions: Tensor, *, causal: bool) -> Packing:
-    """Lay the real slots of all rows end to end under a block-diagonal bias.
+def varlen_layout(context: AttentionContext, positions: Tensor, *, causal: bool) -> VarlenLayout:
+    """Return the layout of the real queries at ``positions`` (B, K) and of all valid slots.
 
     Works without a GPU: tests materialise the bias and compare it with ``AttentionContext.mask``.
     """
     from xformers.ops.fmha import attn_bias
 
-    count, wide = positions.shape
-    size = wide if context.positions is None else context.positions.shape[1]
+    rows, queries = positions.shape
+    size = queries if context.positions is None else context.positions.shape[1]
     valid = context.valid
     if valid is None:
-        valid = torch.ones(count, size, dtype=torch.bool, device=positions.device)
+        valid = torch.ones(rows, size, dtype=torch.bool, device=positions.device)
     real = valid if context.query_slots is None else torch.ones_like(positions, dtype=torch.bool)
-    q_lengths, k_lengths = real.sum(dim=1).tolist(), valid.sum(dim=1).tolist()
-    if causal:
-        bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(q_lengths, k_lengths)
-    else:
-        bias = attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, k_lengths)
-    queries = real.flatten().nonzero()[:, 0]
-    return Packing(queries, valid.flatten().nonzero()[:, 0], bias)
+    kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
+    bias = kind.from_seqlens(real.sum(dim=1).tolist(), valid.sum(dim=1).tolist())
+    return VarlenLayout(real.flatten().nonzero()[:, 0], valid.flatten().nonzero()[:, 0], bias)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, how: Plan) -> Tensor:
+def compute_attention(queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """Attend with queries (B, K, H, D) over keys and values (B, S, G, D), H a multiple of G.
 
     Returns:
         (B, K, H * D)
     """
-    if how.packing is not None:
-        return _packed(queries, keys, values, how.packing)
-    if how.lengths is not None:
-        return _end_to_end(queries[0], keys[0], values[0], *how.lengths)
-    heads, groups = queries.shape[2], keys.shape[2]
+    if plan.varlen is not None:
+        return _xformers_attention(queries, keys, values, plan.varlen)
+    if plan.row_lengths is not None:
+        return _attention_by_row(queries[0], keys[0], values[0], *plan.row_lengths)
     mixed = scaled_dot_product_attention(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=how.mask,
-        is_causal=how.causal,
-        enable_gqa=heads != groups,
+        attn_mask=plan.mask,
+        is_causal=plan.causal,
+        enable_gqa=queries.shape[2] != keys.shape[2],
     )
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _end_to_end(
-    queries: Tensor, keys: Tensor, values: Tensor, asking: list[int], seen: list[int]
+def _attention_by_row(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_lengths: list[int],
+    key_lengths: list[int],
 ) -> Tensor:
-    """One row after another; their lengths sum up to the queries' and the keys' first axis."""
-    whole = Plan(None, causal=False, packing=None)
+    """Attend row by row in packed rows (sum of lengths, heads, D); return (1, sum, H * D)."""
     rows = zip(
-        torch.split(queries, asking),
-        torch.split(keys, seen),
-        torch.split(values, seen),
+        torch.split(queries, query_lengths),
+        torch.split(keys, key_lengths),
+        torch.split(values, key_lengths),
         strict=True,
     )
-    return torch.cat([attend(q[None], k[None], v[None], whole) for q, k, v in rows], dim=1)
+    plan = AttentionPlan()
+    return torch.cat([compute_attention(q[None], k[None], v[None], plan) for q, k, v in rows], 1)
 
 
-def _packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:
+def _xformers_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, layout: VarlenLayout
+) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     repeat = queries.shape[2] // keys.shape[2]
     if repeat > 1:
         keys, values = keys.repeat_interleave(repeat, 2), values.repeat_interleave(repeat, 2)
     mixed = memory_efficient_attention(
-        queries.flatten(0, 1)[packing.queries][None],
-        keys.flatten(0, 1)[packing.keys][None],
-        values.flatten(0, 1)[packing.keys][None],
-        attn_bias=packing.bias,
+        queries.flatten(0, 1)[layout.query_index][None],
+        keys.flatten(0, 1)[layout.key_index][None],
+        values.flatten(0, 1)[layout.key_index][None],
+        attn_bias=layout.bias,
     )
-    # Places that hold no real query stay zero; nothing reads them.
+    # Queries of padding stay zero; nothing reads them.
     out = queries.new_zeros(queries.flatten(0, 1).shape)
-    out[packing.queries] = mixed[0].to(out.dtype)
+    out[layout.query_index] = mixed[0].to(out.dtype)
     return out.view(queries.shape).flatten(2)

@@ -1,4 +1,4 @@
-"""Any autoregressive language model of transformers, through the slots that samplers drive."""
+"""Any autoregressive language model of transformers, driven by the canvas's slots."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffa.backbones import lora as adaptation
-from diffa.backbones.tokenizer import read_tokenizer
+from diffa.backbones.lora import apply_lora, lora_module
+from diffa.backbones.tokenizer import load_tokenizer
 from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError, SpecError
 from diffa.types import Vocab
@@ -22,30 +22,30 @@ from diffa.types import Vocab
 if TYPE_CHECKING:
     from diffa.canvas.kv_cache import AttentionContext
 
-_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# Transformers keeps RoPE's frequencies on the module and changes them with the length of the input
-# where they depend on it: threads that share such a model take turns.
-_TURN = threading.Lock()
+# Dynamic RoPE stores frequencies for the current input's length on the module, so threads that
+# share such a model must not run it at the same time.
+_DYNAMIC_ROPE_LOCK = threading.Lock()
 
 
 class Causal(nn.Module):
-    """An autoregressive model that ``AutoModelForCausalLM`` knows; no remote code is run.
+    """Any autoregressive model of ``AutoModelForCausalLM``; no remote code is run.
 
-    Keys and values live in diffa's memory, positions and masks are the canvas's, so rows of
-    different lengths share a batch. Models with a recurrent state are refused; where attention
-    slides, ``context`` is its window, within which it equals full attention.
+    Keys and values are in diffa's KV cache; positions and masks are the canvas's, so rows of
+    different lengths share a batch. Models with a recurrent state are refused. With sliding
+    attention, sequences are limited to its window, within which it equals full attention.
 
     Args:
-        checkpoint: a folder or Hub id.
-        revision: of the Hub repository.
-        config: instead of a checkpoint, a ``config.json`` as a mapping with its ``model_type``;
-            weights are then drawn from ``seed``.
-        tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
-        lora: LoRA pairs, new or saved, live: see ``lora.Options``; on every linear layer but the
-            head where it does not say.
-        seed: of the weights where there is no checkpoint.
+        checkpoint: Folder or Hub id of the model.
+        revision: Revision of the Hub repository. Default: the newest.
+        config: A ``config.json`` with its ``model_type`` as a mapping, instead of a checkpoint;
+            weights are drawn from ``seed``.
+        tokenizer: Folder or Hub id of the tokenizer. Default: the checkpoint's own.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        lora: LoRA options: checkpoint, revision, rank, alpha, dropout, target_modules, merge,
+            seed. It adapts every linear layer but the head by default.
+        seed: Seed of the weights without a checkpoint.
 
     Raises:
         CheckpointError: files are missing or do not fit, or the model keeps no keys and values.
@@ -66,62 +66,66 @@ class Causal(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        folder, found = weights.resolve_config(checkpoint, revision, config)
+        folder, fields = weights.resolve_config(checkpoint, revision, config)
         source = str(folder or "config")
-        settings = _settings(found, source)
-        self.max_length = _max_length(settings, source)
-        self.model = _make(settings, folder, seed)
-        _check(self.model, source)
+        model_config = _text_config(fields, source)
+        self.max_length = _max_length(model_config, source)
+        self.model = _load_model(model_config, folder, seed)
+        _check_supported(self.model, source)
         if gradient_checkpointing:
-            # renamed in transformers 5.x; the old name goes in 6
+            # transformers 5.x has both names, 6 has only the new one
             name = "activation_checkpointing_enable"
             getattr(self.model, name, self.model.gradient_checkpointing_enable)()
         rows, self.width = self.model.get_input_embeddings().weight.shape
-        self.vocab = _vocab(settings, rows, source)
-        self.tokenizer = read_tokenizer(tokenizer, folder)
-        adaptation.adapt(self.model, lora)
-        self._scale = _scale(settings)
-        self._cap = getattr(settings, "final_logit_softcapping", None)
-        rope = getattr(settings, "rope_parameters", None) or {}
-        self._changes = "dynamic" in str(rope) or "longrope" in str(rope)
+        self.vocab = _vocab(model_config, rows, source)
+        self.tokenizer = load_tokenizer(tokenizer, folder)
+        apply_lora(self.model, lora)
+        self._logit_scale = _logit_scale(model_config)
+        self._logit_cap = getattr(model_config, "final_logit_softcapping", None)
+        rope = str(getattr(model_config, "rope_parameters", None))
+        self._dynamic_rope = "dynamic" in rope or "longrope" in rope
 
     @property
     def lora(self) -> nn.Module:
         """The live LoRA pairs, by the model's names; empty where there are none."""
-        return adaptation.view(self.model)
+        return lora_module(self.model)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> embeddings (..., W), as the model's body takes them."""
-        embedded: Tensor = self.model.get_input_embeddings()(tokens)
-        return embedded
+        """Token ids (...) -> embeddings (..., W)."""
+        embeds: Tensor = self.model.get_input_embeddings()(tokens)
+        return embeds
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., W) -> logits (..., V), with the model's own scale and cap."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        cap = self._logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
-        seen = context.mask(positions, causal=True)
-        assert seen is not None
+        mask = context.mask(positions, causal=True)
+        assert mask is not None
+        # transformers adds the mask to the scores: 0 where a query may attend
         lowest = torch.finfo(embeds.dtype).min
-        bias = torch.zeros(seen.shape, dtype=embeds.dtype, device=embeds.device)
-        turn: AbstractContextManager[Any] = _TURN if self._changes else nullcontext()
-        with turn:
+        bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
+        lock: AbstractContextManager[Any] = (
+            _DYNAMIC_ROPE_LOCK if self._dynamic_rope else nullcontext()
+        )
+        with lock:
             out = self.model.base_model(
                 inputs_embeds=embeds,
-                attention_mask=bias.masked_fill(~seen, lowest)[:, None],
+                attention_mask=bias.masked_fill(~mask, lowest)[:, None],
                 position_ids=positions,
-                past_key_values=None if context.kv_cache is None else _Slots(context),
+                past_key_values=None if context.kv_cache is None else _CacheAdapter(context),
                 use_cache=False,
             )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Causal:
-        """Move or cast, but keep RoPE's frequencies in float32: bfloat16 blurs far positions."""
+        """Move or cast, but keep RoPE's frequencies in float32; bfloat16 blurs far positions."""
         exact = {name: b for name, b in self.model.named_buffers() if b.dtype == torch.float32}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, now in list(self.model.named_buffers()):
@@ -131,8 +135,8 @@ class Causal(nn.Module):
         return self
 
 
-class _Slots:
-    """diffa's memory where transformers expects a cache: (B, H, K, D) in, all slots out."""
+class _CacheAdapter:
+    """diffa's KV cache as transformers' ``Cache``: (B, H, K, D) in, (B, H, S, D) out."""
 
     is_compileable = False
 
@@ -148,41 +152,42 @@ class _Slots:
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are always given
+        return 0  # the caller always passes positions
 
 
-def _settings(found: Mapping[str, Any], source: str) -> Any:
+def _text_config(fields: Mapping[str, Any], source: str) -> Any:
     from transformers import AutoConfig
 
-    kind = found.get("model_type")
-    options = {key: value for key, value in found.items() if key != "model_type"}
+    model_type = fields.get("model_type")
+    options = {key: value for key, value in fields.items() if key != "model_type"}
     try:
-        return AutoConfig.for_model(kind, **options).get_text_config()
+        return AutoConfig.for_model(model_type, **options).get_text_config()
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise SpecError(
-            f"{source}: transformers knows no model_type {kind!r}, or not with these fields "
+            f"{source}: transformers knows no model_type {model_type!r}, or not with these fields "
             f"({reason}); diffa runs no remote code"
         ) from error
 
 
-def _max_length(settings: Any, source: str) -> int:
-    """Return the longest sequence for which every layer's attention is plainly causal."""
-    kinds = set(getattr(settings, "layer_types", None) or ())
-    if strange := sorted(kinds - set(_ATTENTION)):
+def _max_length(config: Any, source: str) -> int:
+    """Return the longest sequence for which every layer's attention is fully causal."""
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unsupported := sorted(layer_types - _ATTENTION_LAYERS):
         raise CheckpointError(
-            f"{source}: layers of {', '.join(strange)} keep a state that slots cannot share; "
+            f"{source}: layers of {', '.join(unsupported)} keep a recurrent state; "
             "choose a model with attention alone"
         )
-    most = int(getattr(settings, "max_position_embeddings", None) or 2048)
-    sliding = getattr(settings, "sliding_window", None)
-    if sliding and getattr(settings, "use_sliding_window", True) and kinds != {"full_attention"}:
-        most = min(most, int(sliding))
-    chunk = getattr(settings, "attention_chunk_size", None)
-    return min(most, int(chunk)) if chunk and "chunked_attention" in kinds else most
+    lengths = [int(getattr(config, "max_position_embeddings", None) or 2048)]
+    slides = getattr(config, "use_sliding_window", True) and layer_types != {"full_attention"}
+    if slides and getattr(config, "sliding_window", None):
+        lengths.append(int(config.sliding_window))
+    if "chunked_attention" in layer_types and getattr(config, "attention_chunk_size", None):
+        lengths.append(int(config.attention_chunk_size))
+    return min(lengths)
 
 
-def _make(settings: Any, folder: Path | None, seed: int) -> Any:
+def _load_model(config: Any, folder: Path | None, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -190,7 +195,7 @@ def _make(settings: Any, folder: Path | None, seed: int) -> Any:
             with torch.random.fork_rng(devices=[]):
                 if not weights.is_meta():
                     torch.manual_seed(seed)
-                return AutoModelForCausalLM.from_config(settings).eval()
+                return AutoModelForCausalLM.from_config(config).eval()
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", trust_remote_code=False, output_loading_info=True
         )
@@ -202,30 +207,30 @@ def _make(settings: Any, folder: Path | None, seed: int) -> Any:
     return model
 
 
-def _check(model: Any, source: str) -> None:
-    """Refuse models that cannot be driven by slots: recurrent ones, or without positions."""
-    takes = set(inspect.signature(model.base_model.forward).parameters)
-    needed = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-    lacks = sorted(needed - takes)
-    if lacks or getattr(model, "_is_stateful", False):
-        why = f"takes no {', '.join(lacks)}" if lacks else "keeps a recurrent state"
-        raise CheckpointError(f"{source}: {type(model).__name__} {why}; choose another model")
+def _check_supported(model: Any, source: str) -> None:
+    """Refuse recurrent models, and those that take no positions or masks."""
+    parameters = set(inspect.signature(model.base_model.forward).parameters)
+    required = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    missing = sorted(required - parameters)
+    if missing or getattr(model, "_is_stateful", False):
+        reason = f"takes no {', '.join(missing)}" if missing else "keeps a recurrent state"
+        raise CheckpointError(f"{source}: {type(model).__name__} {reason}; choose another model")
 
 
-def _vocab(settings: Any, rows: int, source: str) -> Vocab:
-    # several ends are listed from the text's to the turn's, as Llama 3 does
-    eos = getattr(settings, "eos_token_id", None)
+def _vocab(config: Any, rows: int, source: str) -> Vocab:
+    # Llama 3 lists several ends; the last one closes a turn of its chat template.
+    eos = getattr(config, "eos_token_id", None)
     eos = eos[-1] if isinstance(eos, list) else eos
     if eos is None:
         raise CheckpointError(f"{source}: the configuration lacks eos_token_id")
-    pad = getattr(settings, "pad_token_id", None)
-    # some configurations say -1 for none
+    pad = getattr(config, "pad_token_id", None)
+    # -1 means none in some configurations
     return Vocab(rows, eos, pad if pad is not None and 0 <= pad < rows else eos, None)
 
 
-def _scale(settings: Any) -> float:
-    """Return what multiplies the logits: Cohere's factor, or one over Granite's."""
-    scale = getattr(settings, "logit_scale", None)
-    divisor = getattr(settings, "logits_scaling", None)
-    chosen = float(scale or 1.0) / float(divisor or 1.0)
-    return chosen if math.isfinite(chosen) else 1.0
+def _logit_scale(config: Any) -> float:
+    """Return the factor of the logits: Cohere's, or the inverse of Granite's."""
+    factor = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    scale = float(factor or 1.0) / float(divisor or 1.0)
+    return scale if math.isfinite(scale) else 1.0

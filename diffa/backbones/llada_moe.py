@@ -1,29 +1,23 @@
-"""LLaDA-MoE: bidirectional attention with normalised heads, and experts for a feed-forward."""
+"""LLaDA-MoE: bidirectional attention with normalised heads, and experts as feed-forward."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffa.backbones import llama
-from diffa.backbones import lora as adaptation
-from diffa.backbones.attention import Kernel, Plan, attend
-from diffa.backbones.tokenizer import read_tokenizer
-from diffa.backbones.transformer import Block, RMSNorm, Shape, Transformer, load, rotate
+from diffa.backbones.llama import parse_llama_config, rename_llama_keys
+from diffa.backbones.transformer import Block, MoEConfig, RMSNorm, TransformerConfig
+from diffa.backbones.transformer_backbone import TransformerBackbone, check_fields
 from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError
-from diffa.types import Vocab
 
-if TYPE_CHECKING:
-    from diffa.canvas.kv_cache import AttentionContext
-
-# What is computed here; a checkpoint that asks for anything else is refused.
-_ASSUMED: dict[str, tuple[Any, ...]] = {
+# The only values that are computed here.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (True,),
     "moe_router_score_function": (None, "softmax"),
     "moe_router_enable_expert_bias": (None, False),
@@ -32,204 +26,122 @@ _ASSUMED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1),
     "clip_qkv": (None,),
 }
-_EXPERT = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT_KEY = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-class Sparse(NamedTuple):
-    """Experts of a layer, how many each token visits, their width, and whether the shares of the
-    visited ones are scaled to add up to one."""
+class MoEFeedForward(nn.Module):
+    """Gated feed-forward networks ("experts"), a few of which process each token.
 
-    experts: int
-    top: int
-    hidden: int
-    scaled: bool
-
-
-class LLaDAMoE(nn.Module):
-    """Masked-diffusion mixture of experts (LLaDA-MoE, arXiv 2509.24389: 7 B, 1.4 B active).
-
-    Llama's layout with a norm on every head's queries and keys; every token visits the ``top``
-    of its layer's experts, weighed by a softmax over all of them.
-
-    Args:
-        checkpoint: a folder or Hub id in the published layout.
-        revision: of the Hub repository.
-        config: instead of a checkpoint, such a ``config.json`` as a mapping; weights are then
-            drawn from ``seed``.
-        tokenizer: folder or Hub id of the tokenizer; the checkpoint's own where None. Its mask
-            token is the vocabulary's where the configuration names none.
-        attn_implementation: ``auto`` takes xformers on CUDA where it loads, SDPA elsewhere.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
-        lora: LoRA pairs on the attention's projections: see ``lora.Options``.
-        seed: of the weights where there is no checkpoint.
-
-    Raises:
-        CheckpointError: files are missing, or do not fit, or describe another architecture.
-        SpecError: neither or both of ``checkpoint`` and ``config`` are given.
+    No expert has a capacity, so every token is processed by all experts it is routed to.
     """
 
-    decoding: Literal["masked"] = "masked"
-
-    def __init__(
-        self,
-        *,
-        checkpoint: str | None = None,
-        revision: str | None = None,
-        config: Mapping[str, Any] | None = None,
-        tokenizer: str | None = None,
-        attn_implementation: Kernel = "auto",
-        gradient_checkpointing: bool = False,
-        lora: Mapping[str, Any] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__()
-        folder, found = weights.resolve_config(checkpoint, revision, config)
-        self.tokenizer = read_tokenizer(tokenizer, folder)
-        source = folder or "config"
-        shape, sparse, self.vocab = read(found, self.tokenizer, source=source)
-        self.width, self.max_length = shape.width, shape.context
-        with torch.device("meta") if folder else torch.get_default_device():
-            self.transformer = Transformer(
-                shape,
-                causal=False,
-                kernel=attn_implementation,
-                gradient_checkpointing=gradient_checkpointing,
-            )
-            blocks = [SparseBlock(shape, sparse) for _ in range(shape.layers)]
-            self.transformer.blocks = nn.ModuleList(blocks)
-        load(
-            self.transformer,
-            folder,
-            seed,
-            lambda at: stacked(llama.rename(weights.read_weights(at)), sparse.experts, source),
-        )
-        adaptation.adapt(self.transformer, lora, ("q_proj", "k_proj", "v_proj", "attn_out"))
-
-    @property
-    def lora(self) -> nn.Module:
-        """The live LoRA pairs, by the checkpoint's names; empty where there are none."""
-        return adaptation.view(self.transformer)
-
-    @property
-    def head(self) -> nn.Linear:
-        """Hidden states (..., W) -> logits (..., V)."""
-        return self.transformer.ff_out
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> embeddings (..., W)."""
-        embedded: Tensor = self.transformer.wte(tokens)
-        return embedded
-
-    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
-        hidden: Tensor = self.transformer(embeds, positions, context)
-        return hidden
-
-
-class SparseBlock(Block):
-    """One layer: attention with normalised heads, then experts, each behind a norm."""
-
-    def __init__(self, shape: Shape, sparse: Sparse) -> None:
-        super().__init__(shape._replace(hidden=1))
-        del self.ff_proj, self.up_proj, self.ff_out
-        self.q_norm, self.k_norm = RMSNorm(shape.head, shape.eps), RMSNorm(shape.head, shape.eps)
-        self.experts = Experts(shape.width, sparse)
-
-    def forward(
-        self,
-        x: Tensor,
-        turn: Tensor,
-        context: AttentionContext,
-        layer: int,
-        how: Plan,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """Map x (B, K, W) with RoPE turns (2, B, K, 1, D); ``rows`` are never asked for."""
-        h = self.attn_norm(x)
-        queries = rotate(self.q_norm(self.q_proj(h).unflatten(-1, self.split)), turn)
-        keys = rotate(self.k_norm(self.k_proj(h).unflatten(-1, self.split)), turn)
-        values = self.v_proj(h).unflatten(-1, self.split)
-        keys, values = context.update_cache(layer, keys, values)
-        x = x + self.attn_out(attend(queries, keys, values, how))
-        out: Tensor = x + self.experts(self.ff_norm(x))
-        return out
-
-
-class Experts(nn.Module):
-    """Gated feed-forwards, of which every token visits a few; none has a capacity."""
-
-    def __init__(self, width: int, sparse: Sparse) -> None:
-        super().__init__()
-        self.top, self.scaled = sparse.top, sparse.scaled
-        self.gate = nn.Linear(width, sparse.experts, bias=False)
-        self.gate_proj = nn.Parameter(torch.empty(sparse.experts, sparse.hidden, width))
-        self.up_proj = nn.Parameter(torch.empty(sparse.experts, sparse.hidden, width))
-        self.down_proj = nn.Parameter(torch.empty(sparse.experts, width, sparse.hidden))
+        self.moe = moe
+        experts, intermediate = moe.num_experts, moe.intermediate_size
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(experts, intermediate, width))
+        self.up_proj = nn.Parameter(torch.empty(experts, intermediate, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, intermediate))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., W), each token by its experts alone."""
-        flat = x.flatten(0, -2)
-        shares = self.gate(flat).float().softmax(dim=-1)
-        best, chosen = shares.topk(self.top, dim=-1)
-        if self.scaled:
-            best = best / best.sum(dim=-1, keepdim=True)
-        best = best.to(flat.dtype)
+        """Map x (..., W)."""
+        flat = x.flatten(0, -2)  # (tokens, W)
+        probs = self.gate(flat).float().softmax(dim=-1)
+        top_probs, top_experts = probs.topk(self.moe.num_experts_per_tok, dim=-1)
+        if self.moe.norm_topk_prob:
+            top_probs = top_probs / top_probs.sum(dim=-1, keepdim=True)
+        top_probs = top_probs.to(flat.dtype)
         out = torch.zeros_like(flat)
-        for number in range(len(self.gate_proj)):
-            row, place = (chosen == number).nonzero(as_tuple=True)
-            inner = nn.functional.linear(flat[row], self.gate_proj[number])
-            inner = nn.functional.silu(inner)
-            inner = inner * nn.functional.linear(flat[row], self.up_proj[number])
-            found = nn.functional.linear(inner, self.down_proj[number])
-            out = out.index_add(0, row, found * best[row, place, None])
+        for expert in range(self.moe.num_experts):
+            token, rank = (top_experts == expert).nonzero(as_tuple=True)
+            inner = nn.functional.silu(nn.functional.linear(flat[token], self.gate_proj[expert]))
+            inner = inner * nn.functional.linear(flat[token], self.up_proj[expert])
+            outputs = nn.functional.linear(inner, self.down_proj[expert])
+            out = out.index_add(0, token, outputs * top_probs[token, rank, None])
         return out.view_as(x)
 
 
-def stacked(state: Mapping[str, Tensor], experts: int, source: str | Path) -> dict[str, Tensor]:
-    """Give the published keys this module's names; each layer's experts become one tensor."""
-    renamed: dict[str, Tensor] = {}
-    split: dict[str, dict[int, Tensor]] = {}
-    for key, value in state.items():
-        name = key.replace("model.layers.", "blocks.").replace(".self_attn.", ".")
-        found = _EXPERT.fullmatch(name)
-        if found:
-            whole = f"blocks.{found[1]}.experts.{found[3]}_proj"
-            split.setdefault(whole, {})[int(found[2])] = value
-        else:
-            renamed[name.replace(".mlp.gate.", ".experts.gate.")] = value
-    for whole, parts in split.items():
-        missing = sorted(set(range(experts)) - parts.keys())
-        if missing:
-            raise CheckpointError(f"{source} lacks experts {missing[:6]} of {whole}")
-        renamed[whole] = torch.stack([parts[number] for number in range(experts)])
-    return renamed
+class MoEBlock(Block):
+    """A block with RMSNorm on every head's queries and keys, and experts as feed-forward."""
+
+    def init_feed_forward(self, config: TransformerConfig) -> None:
+        """Create the norms and the experts."""
+        assert config.moe is not None
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.experts = MoEFeedForward(config.hidden_size, config.moe)
+
+    def queries(self, h: Tensor) -> Tensor:
+        """Return normalised queries (B, R, H, D) of states (B, R, W), before RoPE."""
+        normalised: Tensor = self.q_norm(super().queries(h))
+        return normalised
+
+    def keys(self, h: Tensor) -> Tensor:
+        """Return normalised keys (B, K, G, D) of states (B, K, W), before RoPE."""
+        normalised: Tensor = self.k_norm(super().keys(h))
+        return normalised
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """Map normalised states (B, R, W)."""
+        out: Tensor = self.experts(h)
+        return out
 
 
-def read(
-    config: Mapping[str, Any], tokenizer: Any, *, source: str | Path
-) -> tuple[Shape, Sparse, Vocab]:
-    """Read sizes and special ids from a published ``config.json``.
+class LLaDAMoE(TransformerBackbone):
+    """Masked-diffusion mixture of experts (LLaDA-MoE, arXiv 2509.24389: 7 B, 1.4 B active).
+
+    Llama's layout with a norm on every head's queries and keys. A softmax over all experts of a
+    layer weights those with the largest probabilities. ``compile`` is not supported: the experts'
+    token counts differ in every pass. LoRA adapts the attention's projections by default.
+    """
+
+    decoding: Literal["masked"] = "masked"
+    block_class = MoEBlock
+    lora_target_modules = ("q_proj", "k_proj", "v_proj", "attn_out")
+    compilable = False
+
+    def parse_config(self, fields: Mapping[str, Any], source: str | Path) -> TransformerConfig:
+        """Return the configuration in LLaDA-MoE's ``config.json``."""
+        check_fields(fields, _REQUIRED, source)
+        if not all(fields.get("moe_layer_freq") or [1]):
+            raise CheckpointError(f"{source}: some layers have no experts (moe_layer_freq)")
+        moe = MoEConfig(
+            num_experts=fields["num_experts"],
+            num_experts_per_tok=fields["num_experts_per_tok"],
+            intermediate_size=fields["expert_intermediate_size"],
+            norm_topk_prob=bool(fields.get("norm_topk_prob")),
+        )
+        fields = {"intermediate_size": moe.intermediate_size, "rms_norm_eps": 1e-5, **fields}
+        return parse_llama_config(fields, source)._replace(moe=moe)
+
+    def read_state_dict(self, folder: Path) -> dict[str, Tensor]:
+        """Return the weights in a folder under the names of ``Transformer``."""
+        moe = self.transformer.config.moe
+        assert moe is not None
+        state = rename_llama_keys(weights.read_weights(folder))
+        return stack_experts(state, moe.num_experts, folder)
+
+
+def stack_experts(
+    state: Mapping[str, Tensor], num_experts: int, source: str | Path
+) -> dict[str, Tensor]:
+    """Return the weights with the experts of each layer and projection in one tensor.
 
     Raises:
-        CheckpointError: a field is missing, or asks for another architecture.
+        CheckpointError: an expert is missing.
     """
-    for field, values in _ASSUMED.items():
-        if config.get(field, values[0]) not in values:
-            raise CheckpointError(f"{source}: {field} is {config[field]!r}, not {values[-1]!r}")
-    if not all(config.get("moe_layer_freq") or [1]):
-        raise CheckpointError(f"{source}: some layers have no experts (moe_layer_freq)")
-    mask = config.get("mask_token_id", getattr(tokenizer, "mask_token_id", None))
-    if mask is None:
-        raise CheckpointError(f"{source}: neither config nor tokenizer names the mask token")
-    try:
-        sparse = Sparse(
-            experts=config["num_experts"],
-            top=config["num_experts_per_tok"],
-            hidden=config["expert_intermediate_size"],
-            scaled=bool(config.get("norm_topk_prob")),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{source}: the configuration lacks {error}") from None
-    plain = {"intermediate_size": sparse.hidden, "rms_norm_eps": 1e-5, **config}
-    shape, vocab = llama.read(plain, source=source)
-    return shape, sparse, vocab._replace(mask=int(mask))
+    renamed: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        name = key.replace("model.layers.", "blocks.").replace(".self_attn.", ".")
+        if match := _EXPERT_KEY.fullmatch(name):
+            stacked = f"blocks.{match[1]}.experts.{match[3]}_proj"
+            experts.setdefault(stacked, {})[int(match[2])] = value
+        else:
+            renamed[name.replace(".mlp.gate.", ".experts.gate.")] = value
+    for stacked, parts in experts.items():
+        if missing := sorted(set(range(num_experts)) - parts.keys()):
+            raise CheckpointError(f"{source} lacks experts {missing[:6]} of {stacked}")
+        renamed[stacked] = torch.stack([parts[expert] for expert in range(num_experts)])
+    return renamed

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on a backbone: live through peft, or folded into the frozen weights."""
+"""LoRA (arXiv 2106.09685) on a backbone: live through peft, or merged into the frozen weights."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from torch import Tensor, nn
 from diffa.checkpoints import read as checkpoint
 from diffa.errors import CheckpointError, SpecError, suggest
 
-# Where pairs stand: in DIFFA-2's checkpoint, and in a model that diffa saved.
+# Prefixes of LoRA's keys in DIFFA-2's checkpoint, and in a model that diffa saved.
 PREFIXES = ("llm_model.base_model.model.model.transformer.", "backbone.lora.")
-TARGETS = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")  # DIFFA-2's
-_NAME = "default"  # peft's name of the pairs, part of DIFFA-2's keys
+DIFFA2_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
+_ADAPTER = "default"  # peft's name of the adapter, part of DIFFA-2's keys
 
 
-class Pair(NamedTuple):
-    """Low-rank factors of one weight's change: down (r, in), up (out, r)."""
-
-    down: Tensor
-    up: Tensor
-
-
-class Options(NamedTuple):
-    """What ``lora`` may say in a spec; the defaults are DIFFA-2's.
+class LoRAPair(NamedTuple):
+    """Low-rank factors of one weight's change B @ A.
 
     Attributes:
-        checkpoint: folder or Hub id that holds pairs; drawn anew (no change at first) where None.
+        a: (rank, in).
+        b: (out, rank).
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class LoRAOptions(NamedTuple):
+    """The ``lora`` option of a backbone; the defaults are DIFFA-2's.
+
+    Attributes:
+        checkpoint: folder or Hub id of trained pairs. None: new pairs, without effect at first.
         revision: of the Hub repository.
-        rank: of new pairs; read ones know theirs.
-        alpha: the change counts alpha / rank times; checkpoints do not say it.
-        dropout: before the pairs, in training.
-        target_modules: last names of the layers that get a pair.
-        merge: fold the pairs into the weights at load; they are gone then. True by default where
-            there is a checkpoint.
+        rank: of new pairs, 8 where None; a checkpoint's rank is read from its shapes.
+        alpha: the change is scaled by alpha / rank; checkpoints do not store it.
+        dropout: probability before the pairs, in training.
+        target_modules: last names of the adapted layers. None: the backbone's default.
+        merge: add the pairs to the weights at load. Default: true with a checkpoint.
         seed: of new pairs.
     """
 
@@ -50,94 +54,101 @@ class Options(NamedTuple):
     seed: int = 0
 
 
-def adapt(body: nn.Module, lora: Mapping[str, Any] | None, targets: Collection[str] = ()) -> None:
-    """Give a backbone's body the pairs that its ``lora`` option asks for; None for none.
+def apply_lora(
+    body: nn.Module, lora: Mapping[str, Any] | None, target_modules: Collection[str] = ()
+) -> None:
+    """Add or merge the LoRA pairs that a backbone's ``lora`` option describes.
 
     Args:
         body: the module whose linear layers are adapted.
-        lora: the option's mapping; see ``Options``.
-        targets: last names of layers that get a pair where the option does not say; every linear
-            layer but the head where empty.
+        lora: the option's mapping, see ``LoRAOptions``. None: do nothing.
+        target_modules: last names of the adapted layers if the option names none. Empty: every
+            linear layer but the head.
 
     Raises:
-        SpecError: an unknown or impossible option, or peft is missing.
-        CheckpointError: no pairs, half a pair, or a pair that fits no weight.
+        SpecError: an option is unknown or out of range, or peft is missing.
+        CheckpointError: there are no pairs, half a pair, or a pair that fits no weight.
     """
     if lora is None:
         return
-    chosen = read(lora)
-    found: dict[str, Pair] = {}
-    if chosen.checkpoint is not None and not checkpoint.is_meta():
-        found = read_pairs(chosen.checkpoint, chosen.revision)
-    if chosen.merge:
-        for name, pair in found.items():
-            _fold(_weight(body, name, pair, chosen), pair, chosen.alpha)
+    options = parse_lora_options(lora)
+    pairs: dict[str, LoRAPair] = {}
+    if options.checkpoint is not None and not checkpoint.is_meta():
+        pairs = load_lora_pairs(options.checkpoint, options.revision)
+    weights = {n: _target_weight(body, n, pair, options) for n, pair in pairs.items()}
+    if options.merge:
+        for name, pair in pairs.items():
+            _add_product(weights[name], pair, options.alpha / len(pair.a))
         return
-    names = [*found] or _targeted(body, chosen.target_modules or tuple(targets))
-    rank = len(next(iter(found.values())).down) if found else chosen.rank or 8
-    if chosen.rank is not None and chosen.rank != rank:
-        raise SpecError(f"lora.rank is {chosen.rank}, but {chosen.checkpoint} holds rank {rank}")
-    for name, pair in found.items():
-        _weight(body, name, pair, chosen)
-    _inject(body, names, rank, chosen)
-    _start(body, found, chosen.seed)
+    names = [*pairs] or _target_names(body, options.target_modules or tuple(target_modules))
+    rank = len(next(iter(pairs.values())).a) if pairs else options.rank or 8
+    if options.rank is not None and options.rank != rank:
+        raise SpecError(f"lora.rank is {options.rank}, but {options.checkpoint} holds rank {rank}")
+    _inject(body, names, rank, options)
+    _init_pairs(body, pairs, options.seed)
 
 
-def read(lora: Mapping[str, Any]) -> Options:
-    """Check the ``lora`` option of a spec; raises SpecError."""
-    for option in lora:
-        if option not in Options._fields:
-            raise SpecError(f"lora.{option}: unknown option{suggest(option, Options._fields)}")
-    given = {key: value for key, value in lora.items() if value is not None}
-    chosen = Options(**{"merge": "checkpoint" in given, **given})
-    if chosen.merge and chosen.checkpoint is None:
+def parse_lora_options(lora: Mapping[str, Any]) -> LoRAOptions:
+    """Return the options in a spec's ``lora`` mapping.
+
+    Raises:
+        SpecError: an option is unknown or out of range.
+    """
+    fields = LoRAOptions._fields
+    for name in lora:
+        if name not in fields:
+            raise SpecError(f"lora.{name}: unknown option{suggest(name, fields)}")
+    values = {key: value for key, value in lora.items() if value is not None}
+    options = LoRAOptions(**{"merge": "checkpoint" in values, **values})
+    if options.merge and options.checkpoint is None:
         raise SpecError("lora.checkpoint: needed to merge, the folder or Hub id with the pairs")
     for name, lowest in (("rank", 1), ("alpha", 0.0), ("dropout", 0.0), ("seed", 0)):
-        value = given.get(name)
+        value = values.get(name)
         if value is not None and not (isinstance(value, int | float) and value >= lowest):
             raise SpecError(f"lora.{name} must be at least {lowest}, got {value!r}")
-    if not chosen.dropout < 1:
-        raise SpecError(f"lora.dropout must lie in [0, 1), got {chosen.dropout}")
-    if chosen.target_modules is not None and (
-        isinstance(chosen.target_modules, str) or not chosen.target_modules
-    ):
-        raise SpecError(
-            f"lora.target_modules must be a list of layer names, got {chosen.target_modules!r}"
-        )
-    return chosen
+    if not options.dropout < 1:
+        raise SpecError(f"lora.dropout must lie in [0, 1), got {options.dropout}")
+    targets = options.target_modules
+    if targets is not None and (isinstance(targets, str) or not targets):
+        raise SpecError(f"lora.target_modules must be a list of layer names, got {targets!r}")
+    return options
 
 
-def read_pairs(name: str, revision: str | None = None) -> dict[str, Pair]:
-    """Read pairs in DIFFA-2's keys, or from a model that ``diffa.save`` wrote."""
+def load_lora_pairs(name: str, revision: str | None = None) -> dict[str, LoRAPair]:
+    """Return the pairs of a checkpoint in DIFFA-2's keys or in those of ``diffa.save``."""
     folder = checkpoint.find_checkpoint(name, revision)
     for prefix in PREFIXES:
-        if found := checkpoint.read_weights(folder, prefix):
-            return pairs(found, str(folder))
+        if state := checkpoint.read_weights(folder, prefix):
+            return group_lora_pairs(state, str(folder))
     raise CheckpointError(f"{folder} holds no LoRA pairs ({PREFIXES[0]}*.lora_A.*)")
 
 
-def pairs(found: Mapping[str, Tensor], source: str) -> dict[str, Pair]:
-    """Group keys ``NAME.lora_{A,B}.default.weight`` into NAME -> its pair."""
+def group_lora_pairs(state: Mapping[str, Tensor], source: str) -> dict[str, LoRAPair]:
+    """Group keys ``NAME.lora_{A,B}.default.weight`` into NAME -> its pair.
+
+    Raises:
+        CheckpointError: a key has another form, or half of a pair is missing.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, value in found.items():
-        name, _, half = key.removesuffix(f".{_NAME}.weight").rpartition(".")
+    for key, value in state.items():
+        name, _, half = key.removesuffix(f".{_ADAPTER}.weight").rpartition(".")
         if half not in ("lora_A", "lora_B"):
             raise CheckpointError(f"{source}: {key} is not part of a LoRA pair")
         halves.setdefault(name, {})[half] = value
     for name, pair in halves.items():
         if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
             raise CheckpointError(f"{source}: the LoRA pair of {name!r} is not whole")
-    return {name: Pair(pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
+    return {name: LoRAPair(pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
 
 
-def view(body: nn.Module) -> nn.Module:
-    """Return the live pairs of a body as a module of their own, sharing its weights.
+def lora_module(body: nn.Module) -> nn.Module:
+    """Return the live pairs of a body as a module that shares their weights; empty without pairs.
 
-    Its names are the checkpoint's (``blocks.0.q_proj.lora_A.default.weight``); it is empty where
-    there are none. It is made anew on every call, so it is no part of the body.
+    Its names are the checkpoint's (``blocks.0.q_proj.lora_A.default.weight``). It is created on
+    every call, so it is not a submodule of the body.
     """
     root = nn.Module()
-    for name, layer in layers(body):
+    for name, layer in lora_layers(body):
         node = root
         for step in name.split("."):
             if step not in node._modules:
@@ -148,106 +159,110 @@ def view(body: nn.Module) -> nn.Module:
     return root
 
 
-def layers(body: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the adapted layers of a body and their names."""
+def lora_layers(body: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the module of every adapted layer of a body."""
     for name, module in body.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
 
 
-def wake(body: nn.Module, awake: bool | None = None) -> None:
-    """Let live pairs count or not; where None, they count once any of them changes anything."""
-    found = [layer for _, layer in layers(body)]
-    if awake is None:
-        ups = [layer.lora_B[_NAME].weight for layer in found]
-        awake = any(up.is_meta or bool(up.any()) for up in ups)
-    for layer in found:
-        learning = {p: p.requires_grad for p in layer.parameters()}
-        layer.enable_adapters(awake)  # peft also says who learns; that is not asked here
-        for weight, learns in learning.items():
+def enable_lora(body: nn.Module, enabled: bool | None = None) -> None:
+    """Enable or disable live pairs. None: enable them if any of them has an effect."""
+    layers = [layer for _, layer in lora_layers(body)]
+    if enabled is None:
+        factors = [layer.lora_B[_ADAPTER].weight for layer in layers]
+        enabled = any(b.is_meta or bool(b.any()) for b in factors)
+    for layer in layers:
+        # peft also changes which weights learn; restore that
+        requires_grad = {p: p.requires_grad for p in layer.parameters()}
+        layer.enable_adapters(enabled)
+        for weight, learns in requires_grad.items():
             weight.requires_grad_(learns)
 
 
 @torch.no_grad()
-def fold(body: nn.Module) -> int:
-    """Add live pairs to the weights they adapt and drop them; return how many there were."""
-    found = list(layers(body))
-    for name, layer in found:
-        pair = Pair(layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight)
+def merge_lora_pairs(body: nn.Module) -> int:
+    """Add live pairs to the weights they adapt, remove them, and return how many there were."""
+    layers = list(lora_layers(body))
+    for name, layer in layers:
+        pair = LoRAPair(layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight)
         base = layer.base_layer
-        change = layer.scaling[_NAME] * (pair.up.float() @ pair.down.float())
-        change = change.T if getattr(layer, "fan_in_fan_out", False) else change
-        base.weight.copy_((base.weight.float() + change).to(base.weight.dtype))
+        weight = base.weight.T if getattr(layer, "fan_in_fan_out", False) else base.weight
+        _add_product(weight, pair, layer.scaling[_ADAPTER])
         parent, _, field = name.rpartition(".")
         setattr(body.get_submodule(parent), field, base)
-    return len(found)
-
-
-def _weight(body: nn.Module, name: str, pair: Pair, chosen: Options) -> Tensor:
-    """Find the weight (out, in) that a pair changes; raises CheckpointError."""
-    weight: Tensor | None = dict(body.named_parameters()).get(f"{name}.weight")
-    if weight is not None and type(body.get_submodule(name)).__name__ == "Conv1D":
-        weight = weight.T  # GPT-2's layers hold it the other way round
-    if weight is None or weight.shape != (len(pair.up), pair.down.shape[1]):
-        raise CheckpointError(f"{chosen.checkpoint}: the LoRA pair of {name!r} fits no weight here")
-    return weight
+    return len(layers)
 
 
 @torch.no_grad()
-def _fold(weight: Tensor, pair: Pair, alpha: float) -> None:
-    up, down = (half.to(weight.device).float() for half in (pair.up, pair.down))
-    weight.copy_((weight.float() + alpha / len(down) * (up @ down)).to(weight.dtype))
+def _add_product(weight: Tensor, pair: LoRAPair, scale: float) -> None:
+    """Add scale * B @ A to a weight (out, in), computed in float32."""
+    b, a = (half.to(weight.device).float() for half in (pair.b, pair.a))
+    weight.copy_((weight.float() + scale * (b @ a)).to(weight.dtype))
 
 
-def _targeted(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Return the names of linear layers whose last name is a target, the head left out."""
-    linear = {
-        name: module
+def _target_weight(body: nn.Module, name: str, pair: LoRAPair, options: LoRAOptions) -> Tensor:
+    """Return the weight (out, in) that a pair changes; raises CheckpointError."""
+    weight: Tensor | None = dict(body.named_parameters()).get(f"{name}.weight")
+    if weight is not None and _is_conv1d(body.get_submodule(name)):
+        weight = weight.T
+    if weight is None or weight.shape != (len(pair.b), pair.a.shape[1]):
+        raise CheckpointError(
+            f"{options.checkpoint}: the LoRA pair of {name!r} fits no weight here"
+        )
+    return weight
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _target_names(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Return the names of linear layers whose last name is a target, without the head."""
+    sizes = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding)]
+    vocab_size = max(sizes, default=0)  # smaller embeddings are of positions or token types
+    last_names = {
+        name: name.rpartition(".")[2]
         for name, module in body.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if (isinstance(module, nn.Linear) or _is_conv1d(module))
+        and getattr(module, "out_features", None) != vocab_size
     }
-    tables = [m.num_embeddings for m in body.modules() if isinstance(m, nn.Embedding)]
-    words = max(tables, default=0)  # others count positions or kinds of token
-    heads = {
-        name for name, module in linear.items() if getattr(module, "out_features", None) == words
-    }
-    last = {name: name.rpartition(".")[2] for name in linear if name not in heads}
     for target in targets:
-        if target not in last.values():
-            raise SpecError(
-                f"lora.target_modules: no layer is called {target!r}{suggest(target, set(last.values()))}"
-            )
-    return [name for name, own in last.items() if not targets or own in targets]
+        if target not in last_names.values():
+            close = suggest(target, set(last_names.values()))
+            raise SpecError(f"lora.target_modules: no layer is called {target!r}{close}")
+    return [name for name, last in last_names.items() if not targets or last in targets]
 
 
-def _inject(body: nn.Module, names: list[str], rank: int, chosen: Options) -> None:
+def _inject(body: nn.Module, names: list[str], rank: int, options: LoRAOptions) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise SpecError("live LoRA needs peft: pip install 'diffa-audio[train]'") from error
     config = LoraConfig(
         r=rank,
-        lora_alpha=chosen.alpha,
-        lora_dropout=chosen.dropout,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
         target_modules=names,
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
-        inject_adapter_in_model(config, body, _NAME)
+        inject_adapter_in_model(config, body, _ADAPTER)
 
 
 @torch.no_grad()
-def _start(body: nn.Module, found: Mapping[str, Pair], seed: int) -> None:
-    """Put pairs in place: what was read, or A drawn from the seed (LoRA's start) and B zero."""
+def _init_pairs(body: nn.Module, pairs: Mapping[str, LoRAPair], seed: int) -> None:
+    """Fill live pairs from a checkpoint's; new ones have A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in layers(body):
-        down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
-        if down.is_meta:
+    for name, layer in lora_layers(body):
+        a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        if a.is_meta:
             continue
-        if name in found:
-            down.copy_(found[name].down)
-            up.copy_(found[name].up)
+        if name in pairs:
+            a.copy_(pairs[name].a)
+            b.copy_(pairs[name].b)
             continue
-        bound = 1 / math.sqrt(down.shape[1])  # kaiming uniform at a = sqrt(5)
-        down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
-        up.zero_()
+        bound = 1 / math.sqrt(a.shape[1])  # Kaiming uniform with a = sqrt(5), as in peft
+        a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) * bound)
+        b.zero_()

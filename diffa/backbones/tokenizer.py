@@ -1,4 +1,4 @@
-"""Read the tokenizer that lies beside a backbone's weights."""
+"""Load the tokenizer of a backbone's checkpoint."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from diffa.errors import CheckpointError
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def read_tokenizer(name: str | None, folder: Path | None) -> Any:
+def load_tokenizer(name: str | None, folder: Path | None) -> Any:
     """Return the tokenizer of ``name`` (a folder or Hub id), else of ``folder``, else None.
 
-    Under the meta device (a dry run) there is none. No remote code is run.
+    Returns None in a dry run. No remote code is run.
 
     Raises:
-        CheckpointError: files are there but no tokenizer can be read from them.
+        CheckpointError: ``name`` has no tokenizer, or the files cannot be read.
     """
     if checkpoint.is_meta():
         return None
-    place = folder if name is None else checkpoint.find_checkpoint(name, weights=False)
-    if place is None or not any((place / file).is_file() for file in _FILES):
+    source = folder if name is None else checkpoint.find_checkpoint(name, weights=False)
+    if source is None or not any((source / file).is_file() for file in _FILES):
         if name is not None:
-            raise CheckpointError(f"{place} holds no tokenizer: expected one of {_FILES}")
+            raise CheckpointError(f"{source} holds no tokenizer: expected one of {_FILES}")
         return None
     from transformers import AutoTokenizer, PretrainedConfig
 
-    # With its class named, a tokenizer needs no model's config, and transformers, which does not
-    # know LLaDA's, would warn about it.
-    named = (place / _FILES[2]).is_file() and checkpoint.load_config(place, _FILES[2])
-    known = {"config": PretrainedConfig()} if named and named.get("tokenizer_class") else {}
+    # Where the tokenizer's class is named, an empty config keeps transformers from warning about
+    # model types that it does not know, such as LLaDA's.
+    fields = checkpoint.load_config(source, _FILES[2]) if (source / _FILES[2]).is_file() else {}
+    options = {"config": PretrainedConfig()} if fields.get("tokenizer_class") else {}
     try:
-        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **known)
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     except Exception as error:  # the readers raise many types for damaged files
-        raise CheckpointError(f"{place}: the tokenizer cannot be read: {error}") from error
+        raise CheckpointError(f"{source}: the tokenizer cannot be read: {error}") from error

@@ -1,4 +1,13 @@
-"""The Transformer that LLaDA and Llama share: RMSNorm, RoPE, grouped queries, SwiGLU."""
+"""The Transformer that LLaDA, Llama and Dream share: RMSNorm, RoPE, grouped queries, SwiGLU.
+
+Shapes: B rows, K queries (the slots computed in this pass), S slots of the canvas, R queries whose
+states are read, W hidden size, H query heads, G key/value heads, D width of a head.
+
+    x (B, K, W) --attn_norm--> h --q_proj--> (B, K, H, D) --rotate--> queries -+
+                                --k_proj--> (B, K, G, D) --rotate--> keys   --KV cache--> (B, S, G, D)
+                                --v_proj--> (B, K, G, D)             values --KV cache--> (B, S, G, D)
+    x + attn_out(attention) --ff_norm--> SwiGLU --> + residual --> next layer
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffa.backbones.attention import Kernel, Plan, attend, narrow, plan
-from diffa.backbones.compile import compiled
-from diffa.backbones.ragged import ragged
+from diffa.backbones.attention import (
+    AttentionPlan,
+    AttnImplementation,
+    compute_attention,
+    plan_attention,
+    select_queries,
+)
+from diffa.backbones.compile import compile_parts
+from diffa.backbones.ragged import pack_rows
 from diffa.checkpoints import read as weights
 from diffa.runtime.cpu_linear import Linear
 
@@ -21,41 +36,56 @@ if TYPE_CHECKING:
     from diffa.canvas.kv_cache import AttentionContext
 
 
-class Shape(NamedTuple):
-    """The size of a Transformer, and the numbers that its weights were trained with.
+class MoEConfig(NamedTuple):
+    """Mixture-of-experts feed-forward of every layer.
 
     Attributes:
-        width: of the residual stream.
-        layers: blocks.
-        heads: query heads; ``groups`` key and value heads.
-        hidden: width of the feed-forward.
-        vocab: rows of the embedding and of the head.
-        context: longest sequence the model was made for.
-        theta: RoPE base; ``scaling`` Llama 3's frequency scaling, or None.
-        eps: of RMSNorm.
-        bias: whether queries, keys and values have a bias.
-        tied: whether the head is the embedding.
-        head_width: of one head; width / heads where None.
+        num_experts: experts of a layer.
+        num_experts_per_tok: experts that process each token.
+        intermediate_size: width of one expert.
+        norm_topk_prob: whether the weights of a token's experts are scaled to sum to one.
     """
 
-    width: int
-    layers: int
-    heads: int
-    groups: int
-    hidden: int
-    vocab: int
-    context: int
-    theta: float
-    eps: float
-    scaling: Mapping[str, Any] | None = None
-    bias: bool = False
-    tied: bool = False
-    head_width: int | None = None
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    norm_topk_prob: bool
 
-    @property
-    def head(self) -> int:
-        """Width of one head."""
-        return self.head_width or self.width // self.heads
+
+class TransformerConfig(NamedTuple):
+    """Sizes of a Transformer and the constants that its weights were trained with.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        num_layers: blocks.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides ``num_heads``.
+        head_dim: width of one head.
+        intermediate_size: width of the feed-forward network.
+        vocab_size: rows of the embedding and of the head.
+        max_position_embeddings: longest sequence.
+        rope_theta: base of RoPE.
+        rms_norm_eps: epsilon of RMSNorm.
+        rope_scaling: Llama 3's frequency scaling. None: no scaling.
+        attention_bias: whether queries, keys and values have a bias.
+        tie_word_embeddings: whether the head shares the embedding's weights.
+        moe: experts instead of a dense feed-forward. None: dense.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    rope_scaling: Mapping[str, Any] | None = None
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    moe: MoEConfig | None = None
 
 
 class RMSNorm(nn.Module):
@@ -74,191 +104,242 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and a gated feed-forward, each behind a norm and a residual."""
+    """One layer: attention and a gated feed-forward, each with a pre-norm and a residual.
 
-    def __init__(self, shape: Shape, *, compiling: bool = False) -> None:
+    The submodules have the names of LLaDA's published weights.
+    """
+
+    def __init__(self, config: TransformerConfig, *, compile: bool = False) -> None:
         super().__init__()
-        width, head = shape.width, shape.head
-        self.split = (-1, head)
-        self.compiling = compiling
-        self.attn_norm = RMSNorm(width, shape.eps)
-        self.q_proj = Linear(width, shape.heads * head, bias=shape.bias)
-        self.k_proj = Linear(width, shape.groups * head, bias=shape.bias)
-        self.v_proj = Linear(width, shape.groups * head, bias=shape.bias)
-        self.attn_out = Linear(shape.heads * head, width, bias=False)
-        self.ff_norm = RMSNorm(width, shape.eps)
-        self.ff_proj = Linear(width, shape.hidden, bias=False)
-        self.up_proj = Linear(width, shape.hidden, bias=False)
-        self.ff_out = Linear(shape.hidden, width, bias=False)
+        width, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.split = (-1, head_dim)
+        self.compile_parts = compile
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = Linear(width, config.num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_kv_heads * head_dim, bias=bias)
+        self.attn_out = Linear(config.num_heads * head_dim, width, bias=False)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.init_feed_forward(config)
+
+    def init_feed_forward(self, config: TransformerConfig) -> None:
+        """Create the modules of ``feed_forward``."""
+        width, intermediate = config.hidden_size, config.intermediate_size
+        self.ff_proj = Linear(width, intermediate, bias=False)
+        self.up_proj = Linear(width, intermediate, bias=False)
+        self.ff_out = Linear(intermediate, width, bias=False)
+
+    def queries(self, h: Tensor) -> Tensor:
+        """Return queries (B, R, H, D) of normalised states (B, R, W), before RoPE."""
+        heads: Tensor = self.q_proj(h).unflatten(-1, self.split)
+        return heads
+
+    def keys(self, h: Tensor) -> Tensor:
+        """Return keys (B, K, G, D) of normalised states (B, K, W), before RoPE."""
+        heads: Tensor = self.k_proj(h).unflatten(-1, self.split)
+        return heads
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """Map normalised states (B, R, W)."""
+        out: Tensor = self.ff_out(swiglu(self.ff_proj(h), self.up_proj(h)))
+        return out
 
     def forward(
         self,
         x: Tensor,
-        turn: Tensor,
+        cos_sin: Tensor,
         context: AttentionContext,
         layer: int,
-        how: Plan,
-        rows: Tensor | None = None,
+        plan: AttentionPlan,
+        query_index: Tensor | None = None,
     ) -> Tensor:
-        """Map x (B, K, W) with RoPE turns (2, B, K, 1, D); ``layer`` is its place in the memory.
+        """Map states x (B, K, W).
 
-        Where only the places ``rows`` (B, R) are wanted, the result is (B, R, W).
+        Args:
+            x: states of the queries.
+            cos_sin: RoPE's cosines and sines, (2, B, K, 1, D).
+            context: the KV cache, among others.
+            layer: index of this layer in the KV cache.
+            plan: how to attend.
+            query_index: (B, R) queries to compute; all K still give keys and values. None: all.
+
+        Returns:
+            (B, K, W), or (B, R, W) with a ``query_index``.
         """
-        window = self.compiling and context.query_slots is not None and rows is None
-        parts = compiled(PARTS, x.device.type) if window else PARTS
-        remembering, asking, closing = parts
-        h, keys, values = remembering(self, x, turn)
+        is_window = context.query_slots is not None and query_index is None
+        parts = PARTS
+        if self.compile_parts and is_window:
+            parts = compile_parts(PARTS, x.device.type)
+        keys_and_values, rotated_queries, add_residuals = parts
+        h, keys, values = keys_and_values(self, x, cos_sin)
         keys, values = context.update_cache(layer, keys, values)
-        if rows is not None:
-            wide = rows[:, :, None].expand(-1, -1, x.shape[2])
+        if query_index is not None:
+            wide = query_index[:, :, None].expand(-1, -1, x.shape[2])
             x, h = x.gather(1, wide), h.gather(1, wide)
-            spots = rows[None, :, :, None, None].expand(2, -1, -1, 1, turn.shape[-1])
-            turn = turn.expand(-1, len(rows), -1, -1, -1).gather(2, spots)
-        queries = asking(self, h, turn)
-        return closing(self, x, attend(queries, keys, values, how))
+            index = query_index[None, :, :, None, None]
+            index = index.expand(2, -1, -1, 1, cos_sin.shape[-1])
+            cos_sin = cos_sin.expand(-1, len(query_index), -1, -1, -1).gather(2, index)
+        queries = rotated_queries(self, h, cos_sin)
+        return add_residuals(self, x, compute_attention(queries, keys, values, plan))
 
 
-def remembered(block: Block, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (B, K, W); return it with its keys and values, (B, K, H, D) each."""
+# The parts of a block around attention. They are functions, not methods, so that torch compiles
+# each of them once for all layers.
+
+
+def _keys_and_values(block: Block, x: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised x (B, K, W) and its keys and values, (B, K, G, D) each."""
     h = block.attn_norm(x)
-    keys = rotate(block.k_proj(h).unflatten(-1, block.split), turn)
-    return h, keys, block.v_proj(h).unflatten(-1, block.split)
+    return h, rotate(block.keys(h), cos_sin), block.v_proj(h).unflatten(-1, block.split)
 
 
-def asked(block: Block, h: Tensor, turn: Tensor) -> Tensor:
-    """Queries (B, R, H, D) of normalised states (B, R, W)."""
-    return rotate(block.q_proj(h).unflatten(-1, block.split), turn)
+def _rotated_queries(block: Block, h: Tensor, cos_sin: Tensor) -> Tensor:
+    return rotate(block.queries(h), cos_sin)
 
 
-def closed(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
-    """What leaves a block: x (B, R, W) plus what was attended to, plus the feed-forward."""
+def _add_residuals(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """Return x (B, R, W) plus the attention's output plus the feed-forward's."""
     x = x + block.attn_out(mixed)
-    h = block.ff_norm(x)
-    out: Tensor = x + block.ff_out(gated(block.ff_proj(h), block.up_proj(h)))
-    return out
+    return x + block.feed_forward(block.ff_norm(x))
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """SwiGLU's silu(gate) * up. Without gradients it is made in the gate's memory: the widest
-    tensors of a layer do not fit a CPU core's cache twice."""
+BlockParts = tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]
+PARTS: BlockParts = (_keys_and_values, _rotated_queries, _add_residuals)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up (SwiGLU, Shazeer 2020); overwrites ``gate`` without gradients."""
     if torch.is_grad_enabled():
         return nn.functional.silu(gate) * up
+    # In place: the widest tensors of a layer do not fit a CPU core's cache twice.
     return nn.functional.silu(gate, inplace=True).mul_(up)
 
 
-Parts = tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]
-PARTS: Parts = (remembered, asked, closed)
-
-
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm and head; the head is applied apart from the body."""
+    """Embedding, blocks, final norm and head. ``forward`` ends before the head."""
 
     def __init__(
         self,
-        shape: Shape,
+        config: TransformerConfig,
         *,
         causal: bool,
-        kernel: Kernel,
+        attn_implementation: AttnImplementation,
         gradient_checkpointing: bool,
-        compiling: bool = False,
+        compile: bool = False,
+        block_class: type[Block] = Block,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.config = config
         self.causal = causal
-        self.kernel: Kernel = kernel
+        self.attn_implementation: AttnImplementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.wte = nn.Embedding(shape.vocab, shape.width)
-        self.blocks = nn.ModuleList(Block(shape, compiling=compiling) for _ in range(shape.layers))
-        self.ln_f = RMSNorm(shape.width, shape.eps)
-        self.ff_out = Linear(shape.width, shape.vocab, bias=False)
-        self.tie()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            block_class(config, compile=compile) for _ in range(config.num_layers)
+        )
+        self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ff_out = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
 
-    def tie(self) -> None:
-        """Make the head the embedding where the weights are tied (again after loading)."""
-        if self.shape.tied:
+    def tie_weights(self) -> None:
+        """Share the embedding's weights with the head if the configuration ties them."""
+        if self.config.tie_word_embeddings:
             self.ff_out.weight = self.wte.weight
 
-    def initialise(self, seed: int) -> None:
-        """Draw weights anew: normal .02, residual outputs scaled down by depth (GPT-2's rule)."""
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights from N(0, 0.02); residual outputs are scaled by depth (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
-        deep = 0.02 / math.sqrt(2 * self.shape.layers)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, weight in self.named_parameters():
             if weight.dim() < 2:
                 nn.init.zeros_(weight) if name.endswith("bias") else nn.init.ones_(weight)
             else:
                 residual = name.startswith("blocks.") and "_out." in name
-                nn.init.normal_(weight, std=deep if residual else 0.02, generator=generator)
+                std = residual_std if residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
 
     def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W)."""
-        packed = None if self.causal else ragged(context, embeds)
-        if packed is not None:
-            inner = packed.context(context)
-            return packed.spread(self.forward(packed.pack(embeds), packed.pack(positions), inner))
-        how = plan(context, positions, causal=self.causal, kernel=self.kernel)
-        turn = turns(positions, self.shape).to(embeds.device)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        x, rows, narrowed = embeds, context.output_slots, how
+        """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W).
+
+        Where the context names ``output_slots``, the other states lack the last layer.
+        """
+        rows = None if self.causal else pack_rows(context, embeds)
         if rows is not None:
-            fewer = narrow(how, rows) if rows.shape[1] < embeds.shape[1] else None
-            rows, narrowed = (None, how) if fewer is None else (rows, fewer)
+            hidden = self.forward(
+                rows.pack(embeds), rows.pack(positions), rows.pack_context(context)
+            )
+            return rows.unpack(hidden)
+        plan = plan_attention(
+            context, positions, causal=self.causal, implementation=self.attn_implementation
+        )
+        cos_sin = rotary_embedding(positions, self.config).to(embeds.device)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        # Keys and values of the last layer are needed for all queries, its outputs for R of them.
+        index, last_plan = context.output_slots, None
+        if index is not None and index.shape[1] < embeds.shape[1]:
+            last_plan = select_queries(plan, index)
+        x = embeds
         for layer, block in enumerate(self.blocks):
-            if rows is not None and layer == len(self.blocks) - 1:
-                wide = rows[:, :, None].expand(-1, -1, x.shape[2])
-                x = x.scatter(1, wide, block(x, turn, context, layer, narrowed, rows))
-            elif again:
-                x = checkpoint(block, x, turn, context, layer, how, use_reentrant=False)
+            if index is not None and last_plan is not None and layer == len(self.blocks) - 1:
+                wide = index[:, :, None].expand(-1, -1, x.shape[2])
+                x = x.scatter(1, wide, block(x, cos_sin, context, layer, last_plan, index))
+            elif recompute:
+                x = checkpoint(block, x, cos_sin, context, layer, plan, use_reentrant=False)
             else:
-                x = block(x, turn, context, layer, how)
-        hidden: Tensor = self.ln_f(x)
-        return hidden
+                x = block(x, cos_sin, context, layer, plan)
+        normalised: Tensor = self.ln_f(x)
+        return normalised
 
 
-def turns(positions: Tensor, shape: Shape) -> Tensor:
-    """Cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D); the sines of the
-    first half of each head are negative, which is what ``rotate`` adds there."""
-    even = torch.arange(0, shape.head, 2, device=positions.device, dtype=torch.float32)
-    frequencies = shape.theta ** (-even / shape.head)
-    if shape.scaling is not None:
-        frequencies = scaled(frequencies, shape.scaling)
+def rotary_embedding(positions: Tensor, config: TransformerConfig) -> Tensor:
+    """Return cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D).
+
+    The sines of the first half of each head are negated, as ``rotate`` needs them.
+    """
+    dim = config.head_dim
+    even = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-even / dim)
+    if config.rope_scaling is not None:
+        frequencies = scale_rope_frequencies(frequencies, config.rope_scaling)
     angles = (positions[..., None].float() * frequencies)[:, :, None]
-    cosines, sines = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)])
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
-def scaled(frequencies: Tensor, rule: Mapping[str, Any]) -> Tensor:
-    """Llama 3's RoPE scaling: long wavelengths slowed, short ones kept, a ramp between."""
-    slow, high = float(rule["low_freq_factor"]), float(rule["high_freq_factor"])
+def scale_rope_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Apply Llama 3's RoPE scaling: slow long wavelengths, keep short ones, a ramp between."""
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     wavelengths = 2 * math.pi / frequencies
-    ratio = float(rule["original_max_position_embeddings"]) / wavelengths
-    ramp = ((ratio - slow) / (high - slow)).clamp(0, 1)
-    return frequencies * (ramp + (1 - ramp) / float(rule["factor"]))
+    ratio = float(scaling["original_max_position_embeddings"]) / wavelengths
+    ramp = ((ratio - low) / (high - low)).clamp(0, 1)
+    return frequencies * (ramp + (1 - ramp) / float(scaling["factor"]))
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate queries or keys (B, K, H, D) by RoPE, halves paired, in float32."""
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Apply RoPE to queries or keys (B, K, H, D) in float32; element i is paired with i + D/2."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    other = wide.roll(wide.shape[-1] // 2, dims=-1)  # what each element is paired with
-    return torch.addcmul(wide * turn[0], other, turn[1]).to(x.dtype)
+    # (a, b) -> (a cos - b sin, b cos + a sin); rolling by D/2 brings each element its partner
+    partner = wide.roll(wide.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos_sin[0], partner, cos_sin[1]).to(x.dtype)
 
 
-def load(
+def load_weights(
     transformer: Transformer,
     folder: Path | None,
     seed: int,
-    read: Callable[[Path], dict[str, Tensor]],
+    read_state_dict: Callable[[Path], dict[str, Tensor]],
 ) -> None:
-    """Give a Transformer its weights: what ``read`` finds in a folder, or draws where it is None.
+    """Fill a Transformer from ``folder``, or draw its weights where ``folder`` is None.
 
-    A checkpoint with tied embeddings may leave the head out. In a dry run nothing is read.
+    A checkpoint with tied embeddings may lack the head. A dry run reads nothing.
     """
     if weights.is_meta():
         return
     if folder is None:
-        transformer.initialise(seed)
+        transformer.init_weights(seed)
         return
-    state = read(folder)
-    if transformer.shape.tied:
+    state = read_state_dict(folder)
+    if transformer.config.tie_word_embeddings:
         state = {"ff_out.weight": state["wte.weight"], **state}
     weights.load_state(transformer, state, source=folder)
-    transformer.tie()
+    transformer.tie_weights()

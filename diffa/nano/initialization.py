@@ -38,32 +38,37 @@ def start(transformer: Any, seed: int) -> None:
     Raises:
         TrainingError: query heads share key heads.
     """
-    shape = transformer.shape
-    if shape.groups != shape.heads:
+    config = transformer.config
+    if config.num_kv_heads != config.num_heads:
         raise TrainingError(
-            f"aids.start needs a key head per query head, got {shape.groups} for {shape.heads}"
+            f"aids.start needs a key head per query head, got {config.num_kv_heads} "
+            f"for {config.num_heads}"
         )
     generator = torch.Generator().manual_seed(seed)
     _plain(transformer, generator)
     transformer.wte.weight[:, :CONSTANT] = 0.7
-    transformer.wte.weight[:, -shape.head :] = 0.0
-    frequencies = shape.theta ** (-torch.arange(0, shape.head, 2) / shape.head)
+    transformer.wte.weight[:, -config.head_dim :] = 0.0
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     still = (2 * math.pi / frequencies > _SLOW).float().repeat(2)[:, None]
     for layer, block in enumerate(transformer.blocks):
-        turned = _orthogonal(shape.width, generator)
+        turned = _orthogonal(config.hidden_size, generator)
         block.v_proj.weight.copy_(turned)
         block.attn_out.weight.copy_(0.5 * turned.T)
         plan = _PLAN[layer] if layer < len(_PLAN) else ()
-        for head in range(shape.heads):
-            rows = slice(head * shape.head, (head + 1) * shape.head)
+        for head in range(config.num_heads):
+            rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
             if head < len(plan):
                 _aim(block, rows, *_looking(plan[head], frequencies))
             else:
-                shared = _orthogonal(shape.width, generator)[rows] * still
+                shared = _orthogonal(config.hidden_size, generator)[rows] * still
                 _equal(block, rows, 0.75 * shared, generator)
-    if _AHEAD in _PLAN[0][: shape.heads] and len(transformer.blocks) > 1 and shape.heads > 2:
+    if (
+        _AHEAD in _PLAN[0][: config.num_heads]
+        and len(transformer.blocks) > 1
+        and config.num_heads > 2
+    ):
         _choosing(transformer, _PLAN[0].index(_AHEAD), len(_PLAN[1]), still, generator)
-    if not shape.tied:
+    if not config.tie_word_embeddings:
         transformer.ff_out.weight.copy_(0.15 * transformer.wte.weight)
 
 
@@ -71,7 +76,7 @@ def _choosing(
     transformer: Any, ahead: int, finder: int, still: Tensor, generator: torch.Generator
 ) -> None:
     """Let a head of the first layer keep what is ahead, and one of the second look for the same."""
-    size, width = transformer.shape.head, transformer.shape.width
+    size, width = transformer.config.head_dim, transformer.config.hidden_size
     first, second = transformer.blocks[:2]
     rows = slice(ahead * size, (ahead + 1) * size)
     first.v_proj.weight[rows] = 0.0

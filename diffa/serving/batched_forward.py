@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.backbones.ragged import lays_end_to_end, supported
+from diffa.backbones.ragged import is_packable, supports_packing
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.types import RaggedBackbone
 
@@ -61,8 +61,8 @@ def groups(calls: Sequence[Call], *, ragged: bool = False) -> list[list[int]]:
     nothing for padding, where it can: such calls share one pass.
     """
     made: list[list[int]] = []
-    free = ragged and all(supported(call.embeds) for call in calls)
-    packed = [i for i, call in enumerate(calls) if free and lays_end_to_end(call.context)]
+    free = ragged and all(supports_packing(call.embeds) for call in calls)
+    packed = [i for i, call in enumerate(calls) if free and is_packable(call.context)]
     if packed:
         made.append(packed)
     padded = [i for i in range(len(calls)) if i not in packed]

@@ -15,8 +15,12 @@ def docstring_summary(cls: type) -> str:
 
 
 def option_descriptions(cls: type) -> dict[str, str]:
-    """Return what the ``Args:`` section of a class's docstring says of each parameter."""
-    found: dict[str, str] = {}
+    """Return what the ``Args:`` section of a class's docstring says of each parameter.
+
+    A class that inherits its constructor inherits the descriptions of its options too.
+    """
+    owner = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
+    found: dict[str, str] = {} if owner is cls else option_descriptions(owner)
     name = ""
     for line in _section(_own(cls), "Args"):
         entry = _ENTRY.fullmatch(line[4:]) if re.match(r" {4}\S", line) else None

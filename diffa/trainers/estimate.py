@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffa.backbones.tokenizer import read_tokenizer
+from diffa.backbones.tokenizer import load_tokenizer
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.checkpoints.read import find_checkpoint
 from diffa.data.mixture import Mixture
@@ -135,7 +135,7 @@ def tokenizer_of(model: Model) -> Any:
     names = [options.get("tokenizer"), options.get("checkpoint")]
     try:
         found = [find_checkpoint(name, weights=False) for name in names if name]
-        return next(iter(filter(None, (read_tokenizer(None, place) for place in found))), None)
+        return next(iter(filter(None, (load_tokenizer(None, place) for place in found))), None)
     except CheckpointError:
         return None
 

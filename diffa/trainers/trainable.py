@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffa.assembly import make_part
-from diffa.backbones.lora import layers, wake
+from diffa.backbones.lora import enable_lora, lora_layers
 from diffa.errors import SpecError
 from diffa.model import Model
 from diffa.spec.spec import Spec
@@ -27,7 +27,7 @@ def release(model: Any, names: Sequence[str]) -> None:
         if not any(True for _ in part.parameters()):
             raise SpecError(f"train: {name} has no weights that could learn")
         part.requires_grad_(True)
-    wake(model.backbone, True if "backbone.lora" in names else None)
+    enable_lora(model.backbone, True if "backbone.lora" in names else None)
 
 
 def quieten(model: Any) -> None:
@@ -37,7 +37,7 @@ def quieten(model: Any) -> None:
         if any(".lora_" not in name for name in learns):
             continue
         still(part)
-        for _, layer in layers(part):
+        for _, layer in lora_layers(part):
             layer.lora_dropout.train(bool(learns))
 
 

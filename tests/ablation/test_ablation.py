@@ -112,7 +112,7 @@ def test_a_llama_takes_the_size_of_the_llada_it_replaces(world):
 
     old, new = recipe(world).spec, changed(recipe(world), "backbone", "llama")
     wide, swapped = (diffa.build(spec, device="meta") for spec in (old, new.spec))
-    assert wide.backbone.transformer.shape == swapped.backbone.transformer.shape
+    assert wide.backbone.transformer.config == swapped.backbone.transformer.config
     data = new.spec.resolve().data
     assert (data["objective"]["name"], data["sampler"]["name"]) == ("autoregressive", "greedy")
     assert data["sampler_presets"] == {} and new.stages[1].objective is None

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from diffa.backbones.attention import Plan, attend, chosen, pack, plan
+from diffa.backbones.attention import (
+    AttentionPlan,
+    compute_attention,
+    plan_attention,
+    resolve_attn_implementation,
+    varlen_layout,
+)
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 
@@ -13,11 +19,11 @@ VALID = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]
 ALL = torch.arange(6).expand(3, 6)
 
 
-def allowed(packing, shape, keys):
+def allowed(layout, shape, keys):
     """What the bias lets every place see, (B, K, S) bool; places without a real query see none."""
-    bias = packing.bias.materialize((len(packing.queries), len(packing.keys)))
+    bias = layout.bias.materialize((len(layout.query_index), len(layout.key_index)))
     flat = torch.zeros(shape[0] * shape[1], shape[0] * keys, dtype=torch.bool)
-    flat[packing.queries[:, None], packing.keys] = bias == 0
+    flat[layout.query_index[:, None], layout.key_index] = bias == 0
     return flat.view(shape[0], shape[1], shape[0], keys)
 
 
@@ -30,7 +36,7 @@ def dense(context, positions, causal):
 
 def agree(context, positions, *, causal, real):
     packed = allowed(
-        pack(context, positions, causal=causal),
+        varlen_layout(context, positions, causal=causal),
         positions.shape,
         dense(context, positions, causal).shape[2],
     )
@@ -44,8 +50,10 @@ def agree(context, positions, *, causal, real):
 
 def test_packed_rows_see_their_own_valid_slots():
     agree(AttentionContext(valid=VALID), ALL, causal=False, real=VALID)
-    packing = pack(AttentionContext(valid=VALID), ALL, causal=False)
-    assert len(packing.queries) == len(packing.keys) == int(VALID.sum())  # no padding is carried
+    layout = varlen_layout(AttentionContext(valid=VALID), ALL, causal=False)
+    assert (
+        len(layout.query_index) == len(layout.key_index) == int(VALID.sum())
+    )  # no padding is carried
 
 
 def test_rows_without_padding_pack_too():
@@ -70,34 +78,38 @@ def test_packed_attention_equals_masked_attention():
     queries, keys, values = (torch.randn(3, 6, 2, 8, generator=generator) for _ in range(3))
     context = AttentionContext(valid=VALID)
     mask = context.mask(ALL, causal=False)
-    reference = attend(queries, keys, values, Plan(mask[:, None], False, None))
-    packing = pack(context, ALL, causal=False)
-    bias = packing.bias.materialize((len(packing.queries), len(packing.keys)))
-    flat = [x.flatten(0, 1)[i] for x, i in ((queries, packing.queries), (keys, packing.keys))]
+    reference = compute_attention(queries, keys, values, AttentionPlan(mask[:, None]))
+    layout = varlen_layout(context, ALL, causal=False)
+    bias = layout.bias.materialize((len(layout.query_index), len(layout.key_index)))
+    flat = [
+        x.flatten(0, 1)[i] for x, i in ((queries, layout.query_index), (keys, layout.key_index))
+    ]
     scores = torch.einsum("qhd,khd->hqk", *flat) / 8**0.5 + bias
-    mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.flatten(0, 1)[packing.keys])
-    assert torch.allclose(mixed.flatten(1), reference.flatten(0, 1)[packing.queries], atol=1e-5)
+    mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.flatten(0, 1)[layout.key_index])
+    assert torch.allclose(mixed.flatten(1), reference.flatten(0, 1)[layout.query_index], atol=1e-5)
 
 
 def test_grouped_queries_share_their_keys():
     generator = torch.Generator().manual_seed(2)
     queries = torch.randn(1, 5, 4, 8, generator=generator)
     keys, values = (torch.randn(1, 5, 2, 8, generator=generator) for _ in range(2))
-    grouped = attend(queries, keys, values, Plan(None, False, None))
-    wide = attend(
+    grouped = compute_attention(queries, keys, values, AttentionPlan())
+    wide = compute_attention(
         queries,
         keys.repeat_interleave(2, 2),
         values.repeat_interleave(2, 2),
-        Plan(None, False, None),
+        AttentionPlan(),
     )
     assert torch.allclose(grouped, wide, atol=1e-6)
 
 
 def test_the_plain_cases_write_no_mask():
-    assert plan(AttentionContext(), ALL, causal=False, kernel="auto").mask is None
-    causal = plan(AttentionContext(), ALL, causal=True, kernel="auto")
+    assert plan_attention(AttentionContext(), ALL, causal=False, implementation="auto").mask is None
+    causal = plan_attention(AttentionContext(), ALL, causal=True, implementation="auto")
     assert causal.mask is None and causal.causal
-    assert plan(AttentionContext(valid=VALID), ALL, causal=True, kernel="auto").mask.shape == (
+    assert plan_attention(
+        AttentionContext(valid=VALID), ALL, causal=True, implementation="auto"
+    ).mask.shape == (
         3,
         1,
         6,
@@ -106,9 +118,9 @@ def test_the_plain_cases_write_no_mask():
 
 
 def test_xformers_is_refused_where_it_has_no_kernels():
-    assert chosen("auto", torch.device("cpu")) == "sdpa"
+    assert resolve_attn_implementation("auto", torch.device("cpu")) == "sdpa"
     with pytest.raises(SpecError, match="needs a CUDA device"):
-        chosen("xformers", torch.device("cpu"))
+        resolve_attn_implementation("xformers", torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -118,6 +130,10 @@ def test_packed_rows_equal_masked_rows_on_a_gpu():
     sizes = [(3, 6, 4, 64), (3, 6, 2, 64), (3, 6, 2, 64)]
     made = [torch.randn(s, generator=generator).cuda().half() for s in sizes]
     context = AttentionContext(valid=VALID.cuda())
-    packed = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="xformers"))
-    masked = attend(*made, plan(context, ALL.cuda(), causal=False, kernel="sdpa"))
+    packed = compute_attention(
+        *made, plan_attention(context, ALL.cuda(), causal=False, implementation="xformers")
+    )
+    masked = compute_attention(
+        *made, plan_attention(context, ALL.cuda(), causal=False, implementation="sdpa")
+    )
     assert (packed - masked).abs()[VALID.cuda()].max() < 5e-3

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import diffa
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
-from diffa.backbones.transformer import gated, rotate, turns
+from diffa.backbones.transformer import rotary_embedding, rotate, swiglu
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import CheckpointError, SpecError
 
@@ -86,10 +86,10 @@ def test_llada_is_the_same_transformer_seeing_everything(tmp_path: Path) -> None
 
 def write_llada(folder: Path, llama: dict[str, torch.Tensor]) -> Path:
     """Llama weights under LLaDA's published names."""
-    from diffa.backbones.llama import rename
+    from diffa.backbones.llama import rename_llama_keys
 
     folder.mkdir()
-    state = {f"model.transformer.{k}": v.clone() for k, v in rename(llama).items()}
+    state = {f"model.transformer.{k}": v.clone() for k, v in rename_llama_keys(llama).items()}
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(LLADA))
     return folder
@@ -143,21 +143,21 @@ def test_padding_does_not_leak() -> None:
 
 def test_the_gate_is_the_same_with_gradients_and_in_place() -> None:
     gate, up = torch.randn(3, 5), torch.randn(3, 5)
-    expected, kept = gated(gate, up), up.clone()
+    expected, kept = swiglu(gate, up), up.clone()
     with torch.no_grad():
-        assert torch.equal(gated(gate.clone(), up), expected) and torch.equal(up, kept)
+        assert torch.equal(swiglu(gate.clone(), up), expected) and torch.equal(up, kept)
     leaf = gate.clone().requires_grad_()
-    gated(leaf, up).sum().backward()
+    swiglu(leaf, up).sum().backward()
     assert torch.equal(leaf.detach(), gate) and leaf.grad is not None
 
 
 def test_rotated_keys_meet_by_distance_alone() -> None:
-    shape = LLaDA(config=LLADA).transformer.shape
-    states = torch.randn(1, 6, 2, shape.head, dtype=torch.float64)
-    near, far = (turns(torch.arange(at, at + 6)[None], shape) for at in (0, 40))
+    config = LLaDA(config=LLADA).transformer.config
+    states = torch.randn(1, 6, 2, config.head_dim, dtype=torch.float64)
+    near, far = (rotary_embedding(torch.arange(at, at + 6)[None], config) for at in (0, 40))
     scores = [
-        torch.einsum("bkhd,bshd->bhks", rotate(states, turn), rotate(states, turn))
-        for turn in (near, far)
+        torch.einsum("bkhd,bshd->bhks", rotate(states, cos_sin), rotate(states, cos_sin))
+        for cos_sin in (near, far)
     ]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rotate(states, near)[:, 0], states[:, 0])

@@ -20,10 +20,10 @@ CONFIG = {
 @pytest.fixture
 def fresh():
     """No earlier test's compiler is remembered, nor this one's by a later test."""
-    for known in (compiling._compiled, compiling._fault):
+    for known in (compiling._compiled, compiling._cannot_compile):
         known.cache_clear()
     yield
-    for known in (compiling._compiled, compiling._fault):
+    for known in (compiling._compiled, compiling._cannot_compile):
         known.cache_clear()
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffa.backbones.llada_moe import Experts, LLaDAMoE, Sparse, read
+from diffa.backbones import transformer_backbone
+from diffa.backbones.llada_moe import LLaDAMoE, MoEFeedForward
+from diffa.backbones.transformer import MoEConfig
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.errors import CheckpointError
+from diffa.errors import CheckpointError, SpecError
 from diffa.testing import BackboneSuite
 
 CONFIG = {
@@ -125,7 +127,7 @@ def test_published_weights_load(tmp_path):
 
 def test_every_token_visits_the_experts_with_the_largest_shares():
     torch.manual_seed(0)
-    part = Experts(8, Sparse(experts=5, top=2, hidden=6, scaled=False))
+    part = MoEFeedForward(8, MoEConfig(5, 2, intermediate_size=6, norm_topk_prob=False))
     for weight in part.parameters():
         torch.nn.init.normal_(weight)
     x = torch.randn(3, 4, 8)
@@ -143,11 +145,19 @@ def test_every_token_visits_the_experts_with_the_largest_shares():
     assert torch.allclose(part(x), due, atol=1e-5)
 
 
-def test_the_mask_may_come_from_the_tokenizer():
+def test_the_mask_token_comes_from_the_tokenizer_if_the_configuration_names_none(monkeypatch):
     config = {key: value for key, value in CONFIG.items() if key != "mask_token_id"}
-    assert read(config, SimpleNamespace(mask_token_id=3), source="here")[2].mask == 3
     with pytest.raises(CheckpointError, match="names the mask token"):
-        read(config, None, source="here")
+        LLaDAMoE(config=config)
+    tokenizer = SimpleNamespace(mask_token_id=3)
+    monkeypatch.setattr(transformer_backbone, "load_tokenizer", lambda *_: tokenizer)
+    assert LLaDAMoE(config=config).vocab.mask == 3
+    assert LLaDAMoE(config=CONFIG).vocab.mask == 19
+
+
+def test_compile_is_refused():
+    with pytest.raises(SpecError, match="cannot be compiled"):
+        LLaDAMoE(config=CONFIG, compile=True)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +172,4 @@ def test_the_mask_may_come_from_the_tokenizer():
 )
 def test_another_architecture_is_refused(field, value):
     with pytest.raises(CheckpointError, match=field):
-        read({**CONFIG, field: value}, None, source="here")
+        LLaDAMoE(config={**CONFIG, field: value})

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 import diffa
-from diffa.backbones.lora import adapt, fold, layers, view
+from diffa.backbones.lora import apply_lora, lora_layers, lora_module, merge_lora_pairs
 from diffa.errors import CheckpointError, SpecError
 from diffa.trainers.trainable import quieten, release
 
@@ -84,7 +84,7 @@ def test_pairs_are_saved_with_the_model_and_folded_in_on_request(name: str, tmp_
     live = diffa.load(tmp_path / "m")
     assert torch.equal(said(live), said(model))
     folded = diffa.load(tmp_path / "m", merge=True)
-    assert not list(layers(folded.backbone))
+    assert not list(lora_layers(folded.backbone))
     assert torch.allclose(said(folded), said(model), atol=1e-4)
     diffa.save(folded, tmp_path / "folded")
     assert torch.equal(said(diffa.load(tmp_path / "folded")), said(folded))
@@ -93,8 +93,8 @@ def test_pairs_are_saved_with_the_model_and_folded_in_on_request(name: str, tmp_
 def adapted(**lora: Any) -> Any:
     """A linear layer with a pair, and something to say for it."""
     body = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False))
-    adapt(body, {"target_modules": ["0"], **lora})
-    ((_, layer),) = layers(body)
+    apply_lora(body, {"target_modules": ["0"], **lora})
+    ((_, layer),) = lora_layers(body)
     with torch.no_grad():
         layer.lora_B["default"].weight.fill_(0.1)
     return layer
@@ -142,16 +142,16 @@ def test_pairs_are_folded_into_either_kind_of_layer(layer: Any, shape: Any, tmp_
     torch.manual_seed(0)
     body, x = torch.nn.Sequential(layer(*shape)), torch.randn(3, 6)
     plain = copy.deepcopy(body)
-    adapt(body, {"rank": 2, "alpha": 8.0, "target_modules": ["0"]})
+    apply_lora(body, {"rank": 2, "alpha": 8.0, "target_modules": ["0"]})
     torch.nn.init.normal_(body[0].lora_B["default"].weight)
     due = body.eval()(x)
-    pairs = {f"backbone.lora.{k}": v for k, v in view(body).state_dict().items()}
+    pairs = {f"backbone.lora.{k}": v for k, v in lora_module(body).state_dict().items()}
     save_file(pairs, tmp_path / "model.safetensors")
     for merge in (False, True):
         read = copy.deepcopy(plain)
-        adapt(read, {"checkpoint": str(tmp_path), "alpha": 8.0, "merge": merge})
+        apply_lora(read, {"checkpoint": str(tmp_path), "alpha": 8.0, "merge": merge})
         torch.testing.assert_close(read.eval()(x), due)
-    assert fold(body) == 1 and not list(layers(body))
+    assert merge_lora_pairs(body) == 1 and not list(lora_layers(body))
     torch.testing.assert_close(body(x), due)
 
 
@@ -169,7 +169,7 @@ def test_pairs_that_are_no_pairs_or_fit_no_weight_are_told(tmp_path: Path) -> No
         for merge in (False, True):
             body = torch.nn.Sequential(torch.nn.Linear(6, 5))
             with pytest.raises(CheckpointError, match=told):
-                adapt(body, {"checkpoint": str(tmp_path), "merge": merge})
+                apply_lora(body, {"checkpoint": str(tmp_path), "merge": merge})
 
 
 def test_pairs_that_have_learned_count_in_a_stage_where_they_do_not_learn() -> None:
@@ -221,7 +221,7 @@ def test_new_pairs_are_saved_with_the_rank_that_they_have(tmp_path: Path) -> Non
     stir(model)
     diffa.save(model, tmp_path / "m")
     assert torch.equal(said(diffa.load(tmp_path / "m")), said(model))
-    names = [name for name, _ in layers(model.backbone)]
+    names = [name for name, _ in lora_layers(model.backbone)]
     assert "transformer.blocks.0.ff_out" in names
     assert "transformer.ff_out" not in names  # the head stays
 
@@ -242,8 +242,8 @@ def test_only_what_reads_off_the_vocabulary_is_a_head() -> None:
             "head": torch.nn.Linear(8, 100),
         }
     )
-    adapt(body, {"rank": 2})
-    assert [name for name, _ in layers(body)] == ["layer"]
+    apply_lora(body, {"rank": 2})
+    assert [name for name, _ in lora_layers(body)] == ["layer"]
 
 
 def trained_pairs(folder: Path, **lora: Any) -> Path:
@@ -326,7 +326,7 @@ def test_the_published_repository_holds_stage_1_beside_stage_4(tmp_path: Path) -
         made["encoder"]["checkpoint"] = str(GOLDEN / "diffa2-tiny" / "whisper")
         made["backbone"]["checkpoint"] = str(GOLDEN / "diffa2-tiny" / "llada")
         model = diffa.build(made)
-        assert bool(list(layers(model.backbone))) == (preset == "diffa-2-tune")
+        assert bool(list(lora_layers(model.backbone))) == (preset == "diffa-2-tune")
         with torch.no_grad():
             heard = model.listen(wave).values
         due = values[f"clip1.embeds.{expected}_semantic"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from diffa.backbones import transformer
 from diffa.backbones.llada import LLaDA
 from diffa.backbones.llama import Llama
-from diffa.backbones.ragged import ragged
+from diffa.backbones.ragged import pack_rows
 from diffa.canvas.kv_cache import AttentionContext, KVCache
 
 FIRST = torch.zeros(3, 1, dtype=torch.long)
@@ -47,7 +47,7 @@ def inputs(valid, seed=3):
 def padded(model, *given):
     """The hidden states without packing."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(transformer, "ragged", lambda context, embeds: None)
+        patch.setattr(transformer, "pack_rows", lambda context, embeds: None)
         return model(*given)
 
 
@@ -116,17 +116,18 @@ SOME = torch.zeros(2, 1, dtype=torch.long)
 def test_what_cannot_be_packed_or_need_not_be_is_left_alone(context):
     with torch.no_grad():
         assert (
-            ragged(AttentionContext(valid=GAP, output_slots=SOME), torch.zeros(2, 4, 8)) is not None
+            pack_rows(AttentionContext(valid=GAP, output_slots=SOME), torch.zeros(2, 4, 8))
+            is not None
         )
-        assert ragged(context, torch.zeros(2, 4, 8)) is None
+        assert pack_rows(context, torch.zeros(2, 4, 8)) is None
 
 
 def test_training_and_other_devices_keep_their_batches():
     context = AttentionContext(valid=torch.tensor([[True, True], [True, False]]), output_slots=SOME)
-    assert ragged(context, torch.zeros(2, 2, 8)) is None  # gradients are wanted
+    assert pack_rows(context, torch.zeros(2, 2, 8)) is None  # gradients are wanted
     with torch.no_grad():
-        assert ragged(context, torch.zeros(2, 2, 8)) is not None
-        assert ragged(context, torch.zeros(2, 2, 8, device="meta")) is None
+        assert pack_rows(context, torch.zeros(2, 2, 8)) is not None
+        assert pack_rows(context, torch.zeros(2, 2, 8, device="meta")) is None
 
 
 def test_a_causal_transformer_keeps_its_mask():

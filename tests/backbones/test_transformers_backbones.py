@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from diffa.backbones.causal import Causal
-from diffa.backbones.dream import Dream, previous
+from diffa.backbones.dream import Dream, previous_slots
 from diffa.canvas.kv_cache import AttentionContext, KVCache
 from diffa.errors import CheckpointError, SpecError
 from diffa.testing import BackboneSuite
@@ -161,7 +161,7 @@ MAMBA = {
     "config, error, told",
     [
         ({"model_type": "lama"}, SpecError, "knows no model_type 'lama'"),
-        (MAMBA, CheckpointError, "linear_attention keep a state"),
+        (MAMBA, CheckpointError, "linear_attention keep a recurrent state"),
         (dict(MODELS["llama"], eos_token_id=None), CheckpointError, "lacks eos_token_id"),
         (None, SpecError, "give either checkpoint"),
     ],
@@ -245,14 +245,14 @@ def test_the_slot_before_is_found_by_position_and_branch():
         positions=at,
         branch=torch.tensor([[0, 0, 0, 0, 1, 1]]),
     )
-    before, there = previous(at, context)
+    before, there = previous_slots(at, context)
     assert before[0, [1, 3, 4, 5]].tolist() == [0, 1, 1, 4]
     assert there[0].tolist() == [False, True, False, True, True, True]
 
 
 def test_dream_without_a_mask_token_is_refused():
     config = {key: value for key, value in DREAM.items() if key != "mask_token_id"}
-    with pytest.raises(CheckpointError, match="lacks 'mask_token_id'"):
+    with pytest.raises(CheckpointError, match="names the mask token"):
         Dream(config=config)
 
 

@@ -6,7 +6,7 @@ import torch
 import diffa
 from diffa.adapters.conv import Conv
 from diffa.adapters.numbering import Numbering
-from diffa.backbones.transformer import rotate, turns
+from diffa.backbones.transformer import rotary_embedding, rotate
 from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.collate import Collate
@@ -210,16 +210,16 @@ def test_hints_put_letters_beside_choices_and_the_word_before_its_letter() -> No
 
 
 def attention(
-    block: torch.nn.Module, states: torch.Tensor, shape: object, head: int
+    block: torch.nn.Module, states: torch.Tensor, config: object, head: int
 ) -> torch.Tensor:
     """What a head of a layer would see of states (S, W) everywhere, before the softmax, (S, S)."""
-    turn = turns(torch.arange(len(states))[None], shape)
+    turn = rotary_embedding(torch.arange(len(states))[None], config)
     normal = block.attn_norm(states[None])
     query, key = (
         rotate(proj(normal).unflatten(-1, block.split), turn)[0, :, head]
         for proj in (block.q_proj, block.k_proj)
     )
-    return query @ key.T / shape.head**0.5
+    return query @ key.T / config.head_dim**0.5
 
 
 def test_the_first_heads_of_a_started_backbone_look_at_their_neighbours() -> None:
@@ -230,7 +230,7 @@ def test_the_first_heads_of_a_started_backbone_look_at_their_neighbours() -> Non
     states = inner.wte(torch.randperm(600, generator=drawn)[:24]).detach()
     places = torch.arange(2, 22)
     for head, back in enumerate((1, -1, 2, -2)):
-        best = attention(inner.blocks[0], states, inner.shape, head).argmax(1)[2:22]
+        best = attention(inner.blocks[0], states, inner.config, head).argmax(1)[2:22]
         assert torch.equal(best, places - back)
 
 
@@ -246,7 +246,7 @@ def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
     with torch.no_grad():
         inner(inner.wte(tokens)[None], torch.arange(24)[None], AttentionContext())
     handle.remove()
-    scores = attention(inner.blocks[1], found[0][0], inner.shape, head=2)[17]
+    scores = attention(inner.blocks[1], found[0][0], inner.config, head=2)[17]
     best = scores.argsort(descending=True)[:2].tolist()
     assert sorted(best) == [6, 17]  # both stand two tokens before the word
     assert not inner.wte.weight[:, -32:].any()
@@ -297,7 +297,7 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
                 else AttentionContext()
             )
             model.backbone(values, slots, apart)
-        states, scores = given[-1], attention(block, given[-1], inner.shape, head=-1)
+        states, scores = given[-1], attention(block, given[-1], inner.config, head=-1)
         script = words(batch.audio_text[owner, : batch.audio_text_lengths[owner]])
         for hint in hints(words(tokens), spoken_words(script, int(batch.speech_start[owner]))):
             place = hint.place - (causally if hint.field != "letter" else 0)
@@ -356,7 +356,7 @@ def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None
         optimizer.step()
     assert seen[-1] < 0.6 * seen[0]
     last = model.backbone.transformer.blocks[3]
-    size = model.backbone.transformer.shape.head
+    size = model.backbone.transformer.config.head_dim
     grad = last.q_proj.weight.grad
     assert grad[-size:].any() and not grad[:-size].any()  # the head that is taught to look
     assert not any(p.grad is not None and p.grad.any() for p in model.backbone.head.parameters())

@@ -147,7 +147,7 @@ def test_resolve_fills_in_every_default():
         known = read_schema(registry.load_part(kind, part["name"])).options
         assert list(part) == ["name", *known]
         assert all(part[name] == option.default for name, option in known.items())
-    assert done["adapters"]["acoustic"]["queries"] == 8
+    assert done["adapters"]["acoustic"]["num_queries"] == 8
 
 
 def test_a_setting_names_a_sampler():
