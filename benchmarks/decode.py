@@ -22,7 +22,7 @@ from reports import write
 from torch import Tensor
 
 import diffa
-from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
 from diffa.spec.spec import Spec
 
@@ -97,7 +97,7 @@ def question(model: Any, seed: int = 0) -> published.Question:
 def open_canvas(model: Any, asked: list[published.Question]) -> tuple[Canvas, Denoiser]:
     """Lay questions out as ``model.generate`` does, audio already embedded."""
     embed, vocab = model.backbone.embed, model.backbone.vocab
-    embeds, text = interleave(
+    embeds, text = insert_audio(
         [q.prompt for q in asked], [q.audio for q in asked], [q.at for q in asked], embed
     )
     place = embeds.values.device

@@ -121,7 +121,7 @@ def spread_of_gradient(options: dict[str, Any], model: LLaDA, steps: int) -> tup
         seeds = torch.arange(ROWS) + 999 + step * ROWS
         made = compute_loss(
             model, objective, tokens, answer, seeds,
-            lengths=torch.full((ROWS,), 4 + SIZE), heard=[heard] * ROWS,
+            lengths=torch.full((ROWS,), 4 + SIZE), audio_embeds=[heard] * ROWS,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(made.sum / made.weight, heard)
         found.append(gradient.flatten())

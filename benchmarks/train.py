@@ -31,7 +31,7 @@ from torch import Tensor
 
 import diffa
 from diffa.canvas.batch import unpad_embeds
-from diffa.canvas.canvas import interleave
+from diffa.canvas.canvas import insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.data.cache import FeatureCache, identity, layers_read
 from diffa.data.collate import Batch, Collate
@@ -111,7 +111,7 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         features = model.encoder(batch.audio, batch.audio_lengths)
     sizes, at = batch.row_lengths.tolist(), [AT] * len(batch.row_lengths)
     texts = [row[:size] for row, size in zip(noised.tokens, sizes, strict=True)]
-    embeds, ids = interleave(texts, unpad_embeds(model.adapt(features)), at, model.backbone.embed)
+    embeds, ids = insert_audio(texts, unpad_embeds(model.adapt(features)), at, model.backbone.embed)
     positions = torch.arange(ids.shape[1], device=ids.device)
     valid = positions < embeds.lengths[:, None]
     hidden = model.backbone(

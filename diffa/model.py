@@ -23,70 +23,88 @@ from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.likelihood import ChoiceScores, score_choices
+from diffa.canvas.streaming import Streamer, StreamerFeed
 from diffa.canvas.training import compute_loss
 from diffa.chat import Chat
 from diffa.errors import SpecError
 from diffa.spec.spec import Spec
-from diffa.types import Answer, Embeds, Features, Generation, Loss, Step, max_length
+from diffa.types import (
+    Answer,
+    Backbone,
+    Embeds,
+    Encoder,
+    Features,
+    Generation,
+    Loss,
+    Objective,
+    Sampler,
+    Step,
+    max_length,
+)
 
 
 class Model(nn.Module):
     """An encoder, adapters, a backbone, a sampler and an objective that work as one.
 
     Attributes:
-        spec: the resolved spec that the model was built from.
+        encoder: Turns audio into features.
+        adapters: Turn features into embeddings, by name, in the spec's order.
+        backbone: The language model.
+        sampler: Decodes answers.
+        objective: Defines the training loss.
+        spec: The resolved spec that the model was built from.
     """
+
+    encoder: Encoder
+    backbone: Backbone
 
     def __init__(
         self,
         *,
-        encoder: nn.Module,
+        encoder: Encoder,
         adapters: Mapping[str, nn.Module],
-        backbone: nn.Module,
-        sampler: Any,
-        objective: Any,
+        backbone: Backbone,
+        sampler: Sampler,
+        objective: Objective,
         spec: Spec,
     ) -> None:
         super().__init__()
-        self.encoder: Any = encoder
+        self.encoder = encoder
         self.adapters = nn.ModuleDict(adapters)
-        self.backbone: Any = backbone
+        self.backbone = backbone
         self.sampler, self.objective, self.spec = sampler, objective, spec
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone's weights are."""
-        place: torch.device = next(self.backbone.parameters()).device
-        return place
+        """Device of the backbone's weights."""
+        return next(self.backbone.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the backbone's weights."""
-        precise: torch.dtype = next(self.backbone.parameters()).dtype
-        return precise
+        """Dtype of the backbone's weights."""
+        return next(self.backbone.parameters()).dtype
 
     def listen(self, audio: Tensor, lengths: Tensor | None = None) -> Embeds:
-        """Turn audio (S,) or (B, S) at ``encoder.sample_rate`` into embeddings, in spec order.
+        """Return the embeddings of audio (S,) or (B, S) at ``encoder.sample_rate``.
 
         Args:
-            audio: float waveforms; rows shorter than S say so in ``lengths`` (B,), in samples.
-            lengths: true samples per row; S where None.
+            audio: Float waveforms, padded at the end.
+            lengths: True samples per row, (B,). Default: S.
 
         Raises:
-            AudioError: audio that is empty, not finite or not a float waveform.
+            AudioError: The audio is empty, not finite or not a float waveform.
         """
         waves, lengths = as_batch(audio, lengths, self.encoder.sample_rate)
         return self.adapt(self.encoder(waves.to(self.device), lengths.to(self.device)))
 
     def adapt(self, features: Features) -> Embeds:
-        """Concatenate every adapter's embeddings of the features, in the spec's order."""
+        """Return every adapter's embeddings of the features, concatenated in the spec's order."""
         return concat_embeds([adapter(features) for adapter in self.adapters.values()])
 
     def logits(self, embeds: Tensor) -> Tensor:
-        """Logits (B, S, V) of one full pass over embeddings (B, S, W), positions from 0."""
+        """Return the logits (B, S, V) of one pass over embeddings (B, S, W), positions from 0."""
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-        logits: Tensor = self.backbone.head(self.backbone(embeds, positions, AttentionContext()))
-        return logits
+        return self.backbone.head(self.backbone(embeds, positions, AttentionContext()))
 
     def generate(
         self,
@@ -98,33 +116,40 @@ class Model(nn.Module):
         seeds: int | Sequence[int] | None = None,
         draft: RowTensors = None,
         on_step: Callable[[Step], None] | None = None,
+        streamer: Streamer | None = None,
     ) -> Generation:
-        """Answer prompts of token ids (L,), one or a list, with the spec's sampler.
+        """Answer prompts of token ids with the spec's sampler.
 
         Args:
-            prompt: token ids (L,), or a list of such.
-            audio: a waveform (S,), a list with one waveform or None per prompt, or None.
-            audio_at: index in the prompt before which the audio goes, one or one per row; 0 where
-                None.
-            max_tokens: length of every answer.
-            seeds: one seed or one per row for samplers that draw; 0 where None.
-            draft: token ids (up to ``max_tokens``) that the answer begins with, or a list with one
-                such or None per prompt. Mask ids, and what lies behind, are to be decided; whether
-                the others may be changed is up to the sampler (``revise``).
-            on_step: called with every ``Step`` as the answers form.
+            prompt: Token ids (L,), or a list of such.
+            audio: A waveform (S,), a list with one waveform or None per prompt, or None.
+            audio_at: Index in the prompt before which the audio goes, one or one per row.
+                Default: 0.
+            max_tokens: Length of every answer, in tokens.
+            seeds: One seed or one per row for samplers that draw. Default: 0.
+            draft: Token ids (up to ``max_tokens``) that the answer begins with, or a list with one
+                such or None per prompt. Mask ids and the rest of the answer are decoded; whether
+                the sampler may change the others depends on it (``revise`` does).
+            on_step: Called with every ``Step`` as the answers form.
+            streamer: A streamer of transformers, for one prompt.
 
         Raises:
-            AudioError: unusable audio, or too much of it for the backbone's context.
-            SpecError: arguments that do not fit together.
+            AudioError: Unusable audio, or too much of it for the backbone's context.
+            SpecError: Arguments that do not fit together.
         """
-        asked = validate_inputs(
+        inputs = validate_inputs(
             self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
         )
-        canvas, denoise = self._open(asked)
+        feed = None if streamer is None else StreamerFeed(streamer, len(inputs.prompts))
+        canvas, denoise = self._prepare(inputs)
         with torch.no_grad():
             for step in self.sampler(canvas, denoise):
                 if on_step is not None:
                     on_step(step)
+                if feed is not None:
+                    feed.put(step)
+        if feed is not None:
+            feed.end()
         return Generation([row.clone() for row in canvas.answer.cpu()], denoise.num_forwards)
 
     def stream(
@@ -137,11 +162,11 @@ class Model(nn.Module):
         seeds: int | Sequence[int] | None = None,
         draft: RowTensors = None,
     ) -> Iterator[Step]:
-        """Like ``generate``, yielding a ``Step`` after every forward as the answers form."""
-        asked = validate_inputs(
+        """Yield a ``Step`` after every forward pass; the arguments are those of ``generate``."""
+        inputs = validate_inputs(
             self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
         )
-        canvas, denoise = self._open(asked)
+        canvas, denoise = self._prepare(inputs)
         steps = self.sampler(canvas, denoise)
         while True:
             with torch.no_grad():  # not held while the caller works between two steps
@@ -162,39 +187,39 @@ class Model(nn.Module):
         """Answer a question about a recording, or a list of questions about a list of them.
 
         Args:
-            audio: path, or waveform at ``encoder.sample_rate``; a list of these for a batch; None
-                for a question without a recording.
-            question: one question, or one per recording.
-            system: instead of the spec's system turn.
-            max_tokens: length of the answers; the spec's ``prompt.max_tokens`` where None.
-            on_step: called with every ``Step`` as the answers form.
+            audio: Path, or waveform at ``encoder.sample_rate``; a list of these for a batch. None:
+                a question without a recording.
+            question: One question, or one per recording.
+            system: Override the spec's system prompt.
+            max_tokens: Length of the answers. Default: the spec's ``prompt.max_tokens``.
+            on_step: Called with every ``Step`` as the answers form.
 
         Raises:
-            AudioError: unusable audio, or too much of it for the backbone's context.
-            SpecError: the backbone has no tokenizer, or the lists differ in length.
+            AudioError: Unusable audio, or too much of it for the backbone's context.
+            SpecError: The backbone has no tokenizer, or the lists differ in length.
         """
         single = isinstance(question, str)
         questions = [question] if isinstance(question, str) else list(question)
-        heard = [audio] if single else list(audio)
-        if len(heard) != len(questions):
-            raise SpecError(f"{len(heard)} recordings but {len(questions)} questions")
-        waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in heard]
+        recordings = [audio] if single else list(audio)
+        if len(recordings) != len(questions):
+            raise SpecError(f"{len(recordings)} recordings but {len(questions)} questions")
+        waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in recordings]
         chat = self.chat_format
         prompts = [
             chat.encode(q, system=system, audio=wave is not None)
             for q, wave in zip(questions, waves, strict=True)
         ]
-        made = self.generate(
+        generation = self.generate(
             [prompt.tokens for prompt in prompts],
             waves,
             audio_at=[prompt.audio_at or 0 for prompt in prompts],
             max_tokens=self.spec.data["prompt"]["max_tokens"] if max_tokens is None else max_tokens,
             on_step=on_step,
         )
-        texts = [chat.decode(tokens) for tokens in made.tokens]
+        texts = [chat.decode(tokens) for tokens in generation.tokens]
         if single:
-            return Answer(texts[0], made.tokens[0], made.num_forwards)
-        return Answer(texts, made.tokens, made.num_forwards)
+            return Answer(texts[0], generation.tokens[0], generation.num_forwards)
+        return Answer(texts, generation.tokens, generation.num_forwards)
 
     def score(
         self,
@@ -207,21 +232,20 @@ class Model(nn.Module):
         seed: int = 0,
         batch: int = 16,
     ) -> ChoiceScores:
-        """Measure how likely each of some answers is, without decoding: ``Score.best`` answers a
-        multiple-choice question.
+        """Return the log-likelihood of each of some answers, without decoding.
 
         Args:
-            audio: path, waveform at ``encoder.sample_rate``, or None.
-            question: about the recording.
-            choices: answers to compare.
-            system: instead of the spec's system turn.
-            samples: draws per answer of more than one token, the same for all of them.
-            seed: of the draws.
-            batch: rows per forward.
+            audio: Path, waveform at ``encoder.sample_rate``, or None.
+            question: Question about the recording.
+            choices: Answers to compare; ``best`` of the result is the likeliest.
+            system: Override the spec's system prompt.
+            samples: Draws per answer of more than one token, the same for all of them.
+            seed: Seed of the draws.
+            batch: Rows per forward pass.
 
         Raises:
-            AudioError: unusable audio.
-            SpecError: the backbone has no tokenizer, or there is nothing to score.
+            AudioError: Unusable audio.
+            SpecError: The backbone has no tokenizer, or there is nothing to score.
         """
         wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
         prompt = self.chat_format.encode(question, system=system, audio=wave is not None)
@@ -230,7 +254,7 @@ class Model(nn.Module):
             return score_choices(
                 self.backbone,
                 prompt.tokens.to(self.device),
-                self._hear([wave])[0],
+                self._encode_audio([wave])[0],
                 prompt.audio_at or 0,
                 [torch.tensor(choice, dtype=torch.long) for choice in ids],
                 samples=samples,
@@ -240,7 +264,7 @@ class Model(nn.Module):
 
     @property
     def chat_format(self) -> Chat:
-        """The chat prompts of this model's spec; raises SpecError without a tokenizer."""
+        """Format of this model's chat prompts; raises SpecError without a tokenizer."""
         if self.backbone.tokenizer is None:
             raise SpecError(
                 "the backbone has no tokenizer: give it one (backbone.tokenizer: FOLDER), "
@@ -260,27 +284,26 @@ class Model(nn.Module):
         audio: tuple[Tensor, Tensor] | None = None,
         features: Features | None = None,
         owner: Tensor | None = None,
-        reading: Callable[..., Tensor] = forward_rows,
+        forward: Callable[..., Tensor] = forward_rows,
     ) -> Loss:
-        """Corrupt answers, run the model with gradients, and measure the objective.
+        """Corrupt answers, run the model with gradients, and return the objective's loss.
 
         Args:
-            tokens: prompts and answers (B, L), padded at the end.
-            answer: which tokens belong to the answer, (B, L) bool.
-            seeds: one per row, for the corruption, (B,).
-            lengths: true tokens per row, (B,).
-            audio_at: index before which each row's audio goes, (B,); 0 where None.
-            audio: waveforms (B, S) with lengths (B,) in samples; or
-            features: what the frozen encoder made of them; neither for text alone.
-            owner: which recording each row is about, (B,), where several rows share one.
-            reading: how the backbone reads the rows; see ``inputs.read``.
+            tokens: Prompts and answers (B, L), padded at the end.
+            answer: Which tokens belong to the answer, (B, L) bool.
+            seeds: Seeds of the corruption, (B,).
+            lengths: True tokens per row, (B,).
+            audio_at: Index before which each row's audio goes, (B,). Default: 0.
+            audio: Waveforms (B, S) with lengths (B,) in samples.
+            features: The encoder's features, instead of ``audio``. Neither: text alone.
+            owner: Which recording each row is about, (B,), where several rows share one.
+            forward: Runs the backbone over the rows, with the arguments of ``forward_rows``.
         """
         if features is None and audio is not None:
             features = self.encoder(*audio)
-        heard = None if features is None else self.adapt(features)
-        rows = None if heard is None else unpad_embeds(heard)
-        if rows is not None and owner is not None:
-            rows = [rows[i] for i in owner.tolist()]
+        clips = None if features is None else unpad_embeds(self.adapt(features))
+        if clips is not None and owner is not None:
+            clips = [clips[i] for i in owner.tolist()]
         return compute_loss(
             self.backbone,
             self.objective,
@@ -288,25 +311,27 @@ class Model(nn.Module):
             answer,
             seeds,
             lengths=lengths,
-            heard=rows,
+            audio_embeds=clips,
             audio_at=audio_at,
-            reading=reading,
+            forward=forward,
         )
 
-    def _open(self, asked: CanvasInputs) -> tuple[Canvas, Denoiser]:
-        """Listen, and lay out the canvas with the call that drives it."""
-        rate, most = self.encoder.sample_rate, max_length(self.backbone)
+    def _prepare(self, inputs: CanvasInputs) -> tuple[Canvas, Denoiser]:
+        """Encode the audio, and return the canvas with its ``denoise``."""
+        limit = max_length(self.backbone)
         with torch.no_grad():
-            heard = self._hear(asked.waves)
-            for tokens, sound, wave in zip(asked.prompts, heard, asked.waves, strict=True):
-                count = 0 if sound is None else len(sound)
-                seconds = 0.0 if wave is None else len(wave) / rate
-                check_context_length(len(tokens), count, asked.answer.shape[1], seconds, most)
-            canvas = make_canvas(self.backbone, asked, heard)
+            audio_embeds = self._encode_audio(inputs.audio)
+            for tokens, embeds, wave in zip(
+                inputs.prompts, audio_embeds, inputs.audio, strict=True
+            ):
+                count = 0 if embeds is None else len(embeds)
+                seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
+                check_context_length(len(tokens), count, inputs.answer.shape[1], seconds, limit)
+            canvas = make_canvas(self.backbone, inputs, audio_embeds)
         return canvas, Denoiser(self.backbone, canvas)
 
-    def _hear(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Embeddings (N, W) of each row's audio; None for a row without."""
-        spoken = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
-        heard = iter(unpad_embeds(self.listen(*pad(spoken))) if spoken else ())
-        return [None if wave is None else next(heard) for wave in waves]
+    def _encode_audio(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return embeddings (N, W) of each row's audio; None for a row without."""
+        audio = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
+        embeds = iter(unpad_embeds(self.listen(*pad(audio))) if audio else ())
+        return [None if wave is None else next(embeds) for wave in waves]

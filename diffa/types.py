@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
 
     from diffa.canvas.canvas import Canvas
     from diffa.canvas.kv_cache import AttentionContext
@@ -209,6 +210,10 @@ class Backbone(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., W) -> logits (..., V)."""
+        ...
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Return the weights, as ``nn.Module`` does."""
         ...
 
     def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:

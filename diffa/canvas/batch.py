@@ -1,35 +1,35 @@
-"""Rows of a batch on their way into a canvas: checked, counted, split and joined."""
+"""Rows of a batch on their way into a canvas: validated, padded, embedded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import AudioError, SpecError
-from diffa.types import Embeds, Vocab
+from diffa.types import Backbone, Embeds, Vocab
 
 RowTensors = Tensor | Sequence[Tensor | None] | None
 
 
 class CanvasInputs(NamedTuple):
-    """What a batch is asked, each list with an entry per row.
+    """What a canvas is made of, each list with an entry per row.
 
     Attributes:
-        prompts: token ids (L,).
-        waves: waveforms (S,), or None.
-        places: index in the prompt before which the audio goes.
-        seeds: of the sampler's draws.
-        answer: what the answers begin with, (B, A).
+        prompts: Token ids (L,).
+        audio: Waveforms (S,), or None.
+        audio_at: Index in the prompt before which the audio goes.
+        seeds: Seeds of the sampler's draws.
+        answer: Tokens the answers begin with, (B, A).
     """
 
     prompts: list[Tensor]
-    waves: list[Tensor | None]
-    places: list[int]
+    audio: list[Tensor | None]
+    audio_at: list[int]
     seeds: list[int]
     answer: Tensor
 
@@ -43,47 +43,59 @@ def validate_inputs(
     seeds: int | Sequence[int] | None,
     draft: RowTensors,
 ) -> CanvasInputs:
-    """Check the arguments of ``Model.generate``, and give every row its own.
+    """Validate the arguments of ``Model.generate``, and give every row its own.
 
     Raises:
-        SpecError: they are out of range, or do not fit together.
+        SpecError: The arguments are out of range, or do not fit together.
     """
     if max_tokens < 1:
         raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
-    given = [prompt] if isinstance(prompt, Tensor) else list(prompt)
-    prompts = [validate_tokens(tokens, vocab) for tokens in given]
-    waves = per_row_tensors(audio, len(prompts), "recordings")
+    rows = [prompt] if isinstance(prompt, Tensor) else list(prompt)
+    prompts = [validate_tokens(tokens, vocab) for tokens in rows]
     places = per_row_ints("audio_at", audio_at, len(prompts))
     for tokens, at in zip(prompts, places, strict=True):
         if not 0 <= at <= len(tokens):
             raise SpecError(f"audio_at is {at}, but the prompt has {len(tokens)} tokens")
-    drawn = per_row_ints("seeds", seeds, len(prompts))
-    answer = initial_answer(per_row_tensors(draft, len(prompts), "drafts"), max_tokens, vocab)
-    return CanvasInputs(prompts, waves, places, drawn, answer)
+    drafts = per_row_tensors(draft, len(prompts), "drafts")
+    return CanvasInputs(
+        prompts,
+        per_row_tensors(audio, len(prompts), "recordings"),
+        places,
+        per_row_ints("seeds", seeds, len(prompts)),
+        initial_answer(drafts, max_tokens, vocab),
+    )
 
 
-def make_canvas(backbone: Any, asked: CanvasInputs, heard: Sequence[Tensor | None]) -> Canvas:
-    """Make the canvas of a batch, where the backbone is, with embeddings (N, W) of its audio."""
+def make_canvas(
+    backbone: Backbone, inputs: CanvasInputs, audio_embeds: Sequence[Tensor | None]
+) -> Canvas:
+    """Return the canvas of a batch on the backbone's device.
+
+    Args:
+        backbone: Embeds the tokens.
+        inputs: What the canvas is made of.
+        audio_embeds: Embeddings (N, W) of each row's audio, or None.
+    """
     device = next(backbone.parameters()).device
-    prompts = [tokens.to(device) for tokens in asked.prompts]
-    embeds, text = interleave(prompts, heard, asked.places, backbone.embed)
-    answer, seeds = asked.answer.to(device), torch.tensor(asked.seeds, device=device)
+    prompts = [tokens.to(device) for tokens in inputs.prompts]
+    embeds, text = insert_audio(prompts, audio_embeds, inputs.audio_at, backbone.embed)
+    answer, seeds = inputs.answer.to(device), torch.tensor(inputs.seeds, device=device)
     return Canvas(embeds, text, answer, embed=backbone.embed, vocab=backbone.vocab, seeds=seeds)
 
 
-def per_row_tensors(given: RowTensors, count: int, what: str) -> list[Tensor | None]:
+def per_row_tensors(values: RowTensors, count: int, name: str) -> list[Tensor | None]:
     """Return one tensor or None per row from a tensor, a list of them, or None.
 
     Raises:
-        SpecError: the list has another length.
+        SpecError: The list has another length.
     """
-    if given is None:
+    if values is None:
         return [None] * count
-    if hasattr(given, "__array__"):  # a waveform of numpy's is one row too
-        given = torch.as_tensor(given)
-    rows: list[Tensor | None] = [given] if isinstance(given, Tensor) else list(given)
+    if hasattr(values, "__array__"):  # a waveform of numpy's is one row too
+        values = torch.as_tensor(values)
+    rows: list[Tensor | None] = [values] if isinstance(values, Tensor) else list(values)
     if len(rows) != count:
-        raise SpecError(f"{count} prompts but {len(rows)} {what}")
+        raise SpecError(f"{count} prompts but {len(rows)} {name}")
     return rows
 
 
@@ -98,7 +110,7 @@ def per_row_ints(name: str, value: int | Sequence[int] | None, rows: int) -> lis
 
 
 def validate_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
-    """Return token ids (L,) as int64, or say what is wrong with them."""
+    """Return token ids (L,) as int64; raises SpecError where they are none of the vocabulary."""
     if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         shape = tuple(tokens.shape)
         raise SpecError(f"a prompt is token ids (L,), got {tokens.dtype} of shape {shape}")
@@ -108,13 +120,12 @@ def validate_tokens(tokens: Tensor, vocab: Vocab) -> Tensor:
 
 
 def initial_answer(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -> Tensor:
-    """What the answers begin with, (B, A): the rows' drafts, then masks.
+    """Return what the answers begin with, (B, A): the rows' drafts, then masks.
 
     Raises:
-        SpecError: a draft is too long, or the backbone writes every token itself.
+        SpecError: A draft is too long, or the backbone writes every token itself.
     """
-    mask = vocab.pad if vocab.mask is None else vocab.mask
-    answer = torch.full((len(drafts), length), mask)
+    answer = torch.full((len(drafts), length), vocab.pad if vocab.mask is None else vocab.mask)
     for row, tokens in enumerate(drafts):
         if tokens is None:
             continue
@@ -127,26 +138,26 @@ def initial_answer(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -
 
 
 def check_context_length(
-    prompt: int, audio: int, answer: int, seconds: float, most: int | None
+    prompt: int, audio: int, answer: int, seconds: float, max_length: int | None
 ) -> None:
-    """Refuse a row that is longer than the backbone's context of ``most`` slots.
+    """Refuse a row of more slots than the backbone can read.
 
     Raises:
-        AudioError: the row has audio, which can be cut; otherwise a SpecError.
+        AudioError: The row has audio, which can be cut; otherwise a SpecError.
     """
     total = prompt + audio + answer
-    if most is None or total <= most:
+    if max_length is None or total <= max_length:
         return
     kind = AudioError if audio else SpecError
     raise kind(
         f"{prompt} prompt tokens, {audio} audio embeddings ({seconds:.1f} s) and {answer} answer "
-        f"tokens are {total}, but the backbone reads {most}: cut the recording into shorter "
+        f"tokens are {total}, but the backbone reads {max_length}: cut the recording into shorter "
         "pieces or lower max_tokens"
     )
 
 
 def unpad_embeds(embeds: Embeds) -> list[Tensor]:
-    """Each row's own embeddings (N, W), without padding."""
+    """Return each row's own embeddings (N, W), without padding."""
     pairs = zip(embeds.values, embeds.lengths.tolist(), strict=True)
     return [values[:length] for values, length in pairs]
 
@@ -160,45 +171,49 @@ def concat_embeds(parts: Sequence[Embeds]) -> Embeds:
     return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
 
-def forward_rows(
-    backbone: Any,
-    tokens: Tensor,
-    lengths: Tensor,
-    heard: Sequence[Tensor | None] | None = None,
-    audio_at: Tensor | None = None,
-) -> Tensor:
-    """Let a backbone read whole rows and return the hidden state of every token, (B, L, W).
-
-    Args:
-        backbone: embeds the tokens and reads the rows, each from position 0.
-        tokens: prompts with their answers, (B, L).
-        lengths: true tokens per row, (B,); what is behind them is seen by nothing.
-        heard: embeddings (N, W) of each row's audio, or None; their states are left out.
-        audio_at: index before which each row's audio goes, (B,); 0 where None.
-    """
-    at = torch.zeros_like(lengths) if audio_at is None else audio_at
-    sounds = [None] * len(tokens) if heard is None else list(heard)
-    rows = [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
-    embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
-    positions = torch.arange(text.shape[1], device=text.device)
+def forward_embeds(backbone: Backbone, embeds: Embeds) -> Tensor:
+    """Return the hidden states (B, S, W) of whole rows, each from position 0."""
+    positions = torch.arange(embeds.values.shape[1], device=embeds.values.device)
     valid = positions < embeds.lengths[:, None]
     context = AttentionContext(valid=None if bool(valid.all()) else valid)
-    hidden: Tensor = backbone(embeds.values, positions.expand(text.shape), context)
-    return gather_slots(hidden, text_slots(tokens, sounds, at))
+    return backbone(embeds.values, positions.expand(valid.shape), context)
 
 
-def text_slots(tokens: Tensor, heard: Sequence[Tensor | None], at: Tensor) -> Tensor:
-    """Return the slot of every token of rows (B, L) whose audio goes before index ``at`` (B,).
+def forward_rows(
+    backbone: Backbone,
+    tokens: Tensor,
+    lengths: Tensor,
+    audio_embeds: Sequence[Tensor | None] | None = None,
+    audio_at: Tensor | None = None,
+) -> Tensor:
+    """Run a backbone over whole rows and return the hidden state of every token, (B, L, W).
 
-    Token i of a row with n audio embeddings stands at i before them, and at i + n behind them.
+    Args:
+        backbone: Embeds the tokens and reads the rows, each from position 0.
+        tokens: Prompts with their answers, (B, L).
+        lengths: True tokens per row, (B,); nothing attends to what is behind them.
+        audio_embeds: Embeddings (N, W) of each row's audio, or None; their states are left out.
+        audio_at: Index before which each row's audio goes, (B,). Default: 0.
     """
-    counts = [0 if sound is None else len(sound) for sound in heard]
+    at = torch.zeros_like(lengths) if audio_at is None else audio_at
+    audio = [None] * len(tokens) if audio_embeds is None else list(audio_embeds)
+    rows = [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+    embeds, _ = insert_audio(rows, audio, at.tolist(), backbone.embed)
+    return gather_slots(forward_embeds(backbone, embeds), text_slots(tokens, audio, at))
+
+
+def text_slots(tokens: Tensor, audio_embeds: Sequence[Tensor | None], audio_at: Tensor) -> Tensor:
+    """Return the slot of every token of rows (B, L) whose audio goes before an index (B,).
+
+    Token i of a row with n audio embeddings is at slot i before them, and at i + n behind them.
+    """
+    counts = [0 if embeds is None else len(embeds) for embeds in audio_embeds]
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    behind = index >= at[:, None]
+    behind = index >= audio_at[:, None]
     return index + torch.tensor(counts, device=tokens.device)[:, None] * behind
 
 
 def gather_slots(hidden: Tensor, slots: Tensor) -> Tensor:
-    """Return states (B, S, W) at slots (B, L), (B, L, W); padding gets any."""
+    """Return the states (B, L, W) of slots (B, L) among (B, S, W); padding gets any."""
     slots = slots.clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffa.canvas.canvas import Canvas, first_for_padding, first_real
+from diffa.canvas.canvas import Canvas, first_index, repeat_first
 from diffa.canvas.kv_cache import AttentionContext, KVCache
 from diffa.types import Backbone, PartialBackbone
 
@@ -19,8 +19,8 @@ class Denoiser:
     """The ``denoise`` call of one canvas: runs the backbone, keeps the KV cache, counts passes.
 
     Attributes:
-        kv_cache: keys and values of every slot computed so far.
-        num_forwards: forward passes of the backbone until now.
+        kv_cache: Keys and values of every slot computed so far.
+        num_forwards: Forward passes of the backbone until now.
     """
 
     def __init__(self, backbone: Backbone, canvas: Canvas) -> None:
@@ -41,10 +41,10 @@ class Denoiser:
         """Run the backbone over ``recompute`` and return the logits (B, R, V) of ``output_slots``.
 
         Args:
-            recompute: slots to compute again, (B, K). None: all slots.
-            output_slots: slots whose logits are returned, (B, R), a subset of ``recompute``.
-            attn_mask: which slots each recomputed slot may attend to besides, (B, K, S) bool.
-            write: whether the cache keeps the new keys and values.
+            recompute: Slots to compute again, (B, K). None: all slots.
+            output_slots: Slots whose logits are returned, (B, R), a subset of ``recompute``.
+            attn_mask: Which slots each recomputed slot may attend to besides, (B, K, S) bool.
+            write: Whether the cache keeps the new keys and values.
 
         Slots may be padded with -1. A row whose slots are all -1 (its ``output_slots`` where
         ``recompute`` is None) is not computed, and its logits are zero.
@@ -58,57 +58,52 @@ class Denoiser:
         self.num_forwards += 1
         active = ((output_slots if recompute is None else recompute) >= 0).any(dim=1)
         if bool(active.all()):
-            index = self._index_among(output_slots, recompute)
-            hidden = self._hidden(recompute, None, index, attn_mask, write=write)
-            return self._logits(hidden, index)
+            return self._forward(recompute, output_slots, attn_mask, None, write=write)
         # Only the active rows are computed: a row that is finished costs nothing.
         rows = active.nonzero()[:, 0]
-        slots = None if recompute is None else recompute[rows]
-        index = self._index_among(output_slots[rows], slots)
+        recompute = None if recompute is None else recompute[rows]
         attn_mask = None if attn_mask is None else attn_mask[rows]
-        some = self._logits(self._hidden(slots, rows, index, attn_mask, write=write), index)
-        logits = some.new_zeros(len(output_slots), *some.shape[1:])
-        logits[rows] = some
+        computed = self._forward(recompute, output_slots[rows], attn_mask, rows, write=write)
+        logits = computed.new_zeros(len(output_slots), *computed.shape[1:])
+        logits[rows] = computed
         return logits
 
-    def _hidden(
+    def _forward(
         self,
         slots: Tensor | None,
-        rows: Tensor | None,
-        index: Tensor,
+        output_slots: Tensor,
         attn_mask: Tensor | None,
+        rows: Tensor | None,
         *,
         write: bool,
     ) -> Tensor:
-        """Return hidden states (B, K, W) of ``slots``.
-
-        Padding repeats the row's first slot: the same keys are written twice, which is harmless.
-        """
+        """Return logits (B, R, V) of ``output_slots`` after a pass over ``slots`` of ``rows``."""
         canvas = self._canvas
+        index = self._index_among(output_slots, slots)
         pick: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else (lambda x: x[rows])
         content, positions = pick(canvas.content), pick(canvas.positions)
         context = AttentionContext(
             valid=pick(canvas.valid) if canvas.ragged else None,
             positions=positions,
-            branch=None if canvas.branch_of is None else pick(canvas.branch_of),
+            branch=None if canvas.branches is None else pick(canvas.branches),
             attn_mask=attn_mask,
             kv_cache=self.kv_cache if write or slots is not None else None,
             cache_rows=rows,
             write=write,
             output_slots=index.clamp(min=0) if self._partial else None,
         )
-        if slots is None:
-            return self._backbone(content, positions, context)
-        if attn_mask is not None:
-            first = attn_mask.gather(
-                1, first_real(slots)[:, :, None].expand(-1, 1, attn_mask.shape[2])
-            )
-            mask = torch.where((slots < 0)[:, :, None], first, attn_mask)
-            context = context._replace(attn_mask=mask)
-        slots = first_for_padding(slots)
-        embeds = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
-        context = context._replace(query_slots=slots)
-        return self._backbone(embeds, positions.gather(1, slots), context)
+        if slots is not None:
+            if attn_mask is not None:
+                first = first_index(slots)[:, :, None].expand(-1, 1, attn_mask.shape[2])
+                padding = (slots < 0)[:, :, None]
+                mask = torch.where(padding, attn_mask.gather(1, first), attn_mask)
+                context = context._replace(attn_mask=mask)
+            # Padding repeats the row's first slot: the same keys are written twice.
+            slots = repeat_first(slots)
+            content = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
+            positions = positions.gather(1, slots)
+            context = context._replace(query_slots=slots)
+        return self._logits(self._backbone(content, positions, context), index)
 
     def _index_among(self, output_slots: Tensor, slots: Tensor | None) -> Tensor:
         """Return the index of ``output_slots`` (B, R) among the recomputed slots; -1 stays."""
@@ -116,7 +111,7 @@ class Denoiser:
             return output_slots
         index = output_slots.new_zeros(len(output_slots), self._canvas.size)
         order = torch.arange(slots.shape[1], device=output_slots.device).expand_as(slots)
-        index.scatter_(1, first_for_padding(slots), order)
+        index.scatter_(1, repeat_first(slots), order)
         return torch.where(output_slots < 0, -1, index.gather(1, output_slots.clamp(min=0)))
 
     def _logits(self, hidden: Tensor, index: Tensor) -> Tensor:
@@ -127,7 +122,7 @@ class Denoiser:
         """
         states = hidden.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, hidden.shape[2]))
         real = index >= 0
-        # On a GPU the choice of real rows would wait for the device (``nonzero``).
+        # On a GPU, indexing with ``real`` would wait for the device (``nonzero``).
         if states.is_cuda or bool(real.all()):
             return self._backbone.head(states)
         some = self._backbone.head(states[real])

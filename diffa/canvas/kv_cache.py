@@ -6,9 +6,11 @@ heads, D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,12 +24,12 @@ class AttentionContext(NamedTuple):
             None: one branch.
         query_slots: (B, K) slot of each query. None: all slots, in order.
         attn_mask: (B, K, S) bool, a further restriction per query. None: no restriction.
-        kv_cache: keys and values of the slots that are not computed in this pass.
+        kv_cache: Keys and values of the slots that are not computed in this pass.
         cache_rows: (B,) rows of the cache that this batch uses. None: all rows, in order.
-        write: whether the cache keeps the keys and values of this pass.
+        write: Whether the cache keeps the keys and values of this pass.
         output_slots: (B, R) queries whose hidden states are read. A backbone with
             ``partial = True`` may skip the last layer for all others.
-        row_lengths: lengths of rows packed into one sequence (block-diagonal attention).
+        row_lengths: Lengths of rows packed into one sequence (block-diagonal attention).
     """
 
     valid: Tensor | None = None
@@ -35,7 +37,7 @@ class AttentionContext(NamedTuple):
     branch: Tensor | None = None
     query_slots: Tensor | None = None
     attn_mask: Tensor | None = None
-    kv_cache: KVCache | None = None
+    kv_cache: KVCache | StackedKVCache | None = None
     cache_rows: Tensor | None = None
     write: bool = False
     output_slots: Tensor | None = None
@@ -72,6 +74,72 @@ class AttentionContext(NamedTuple):
             layer, keys, values, self.query_slots, self.cache_rows, write=self.write
         )
 
+    @classmethod
+    def stack(
+        cls, contexts: Sequence[AttentionContext], positions: Sequence[Tensor]
+    ) -> AttentionContext:
+        """Return the context of several canvases whose rows form one batch.
+
+        Each row attends to its own canvas. Shorter canvases get slots that are not valid; shorter
+        lists of queries repeat their first query, whose entry is then computed twice alike.
+
+        Args:
+            contexts: All of passes over whole canvases, or all of passes over some slots.
+            positions: Position of each context's queries, (B, K).
+        """
+        keys = [
+            own if context.positions is None else context.positions
+            for context, own in zip(contexts, positions, strict=True)
+        ]
+        size, queries = max(k.shape[1] for k in keys), max(p.shape[1] for p in positions)
+        uneven = any(k.shape[1] < size for k in keys)
+
+        def stacked(field: str, default: Callable[[int], Tensor]) -> Tensor | None:
+            """Stack a field over all slots; contexts without it get its neutral value."""
+            given = [getattr(context, field) for context in contexts]
+            if all(value is None for value in given) and not (field == "valid" and uneven):
+                return None
+            filled = [default(i) if value is None else value for i, value in enumerate(given)]
+            rows = [pad_slots(value, size) for value in filled]
+            return torch.cat([pad_queries(r, queries) if r.dim() == 3 else r for r in rows])
+
+        def all_true(i: int) -> Tensor:
+            return torch.ones_like(keys[i], dtype=torch.bool)
+
+        slots = [context.query_slots for context in contexts if context.query_slots is not None]
+        outputs = [context.output_slots for context in contexts if context.output_slots is not None]
+        width = max((output.shape[1] for output in outputs), default=0)
+        cached = any(context.kv_cache is not None for context in contexts)
+        return cls(
+            valid=stacked("valid", all_true),
+            positions=torch.cat([pad_slots(k, size) for k in keys]),
+            branch=stacked("branch", lambda i: torch.zeros_like(keys[i])),
+            query_slots=torch.cat([pad_queries(s, queries) for s in slots]) if slots else None,
+            attn_mask=stacked(
+                "attn_mask", lambda i: all_true(i)[:, None].expand(-1, positions[i].shape[1], -1)
+            ),
+            kv_cache=StackedKVCache(contexts, [p.shape for p in positions], size)
+            if cached
+            else None,
+            write=True,
+            output_slots=torch.cat([pad_queries(o, width) for o in outputs])
+            if len(outputs) == len(contexts)
+            else None,
+        )
+
+
+def pad_slots(values: Tensor, size: int) -> Tensor:
+    """Pad the last axis with zeros up to ``size``."""
+    return F.pad(values, (0, size - values.shape[-1]))
+
+
+def pad_queries(values: Tensor, count: int) -> Tensor:
+    """Pad axis 1 up to ``count`` with its first entry."""
+    missing = count - values.shape[1]
+    if not missing:
+        return values
+    return torch.cat([values, values[:, :1].expand(-1, missing, *values.shape[2:])], dim=1)
+
 
 class KVCache:
     """Keys and values of every layer for every slot of a canvas, (B, S, H, D) per layer.
@@ -80,7 +148,7 @@ class KVCache:
     entries of a bidirectional model are stale: that is the approximation of a dual cache.
 
     Attributes:
-        probe: layer whose keys ``drift`` compares, -1 for the last. None: nothing is compared.
+        probe: Layer whose keys ``drift`` compares, -1 for the last. None: nothing is compared.
     """
 
     def __init__(self) -> None:
@@ -103,12 +171,12 @@ class KVCache:
         """Overwrite ``slots`` of a layer and return the layer's keys and values of ``rows``.
 
         Args:
-            layer: index of the layer.
-            keys: new keys, (B, K, H, D).
-            values: new values, (B, K, H, D).
-            slots: slot of each new entry, (B, K). None: all slots, in order.
-            rows: rows of the cache, (B,). None: all rows, in order.
-            write: keep the new entries; else they are used in this pass alone.
+            layer: Index of the layer.
+            keys: New keys, (B, K, H, D).
+            values: New values, (B, K, H, D).
+            slots: Slot of each new entry, (B, K). None: all slots, in order.
+            rows: Rows of the cache, (B,). None: all rows, in order.
+            write: Keep the new entries; else they are used in this pass alone.
         """
         if slots is None and rows is None:
             if write:
@@ -119,10 +187,10 @@ class KVCache:
             empty = keys.new_zeros(self._num_rows, self._num_slots, *keys.shape[2:])
             self._store(layer, empty, torch.zeros_like(empty))
         all_keys, all_values = self._keys[layer], self._values[layer]
-        if not write:
-            all_keys, all_values = all_keys.clone(), all_values.clone()
-        else:
+        if write:
             self._measure_drift(layer, keys, slots, rows)
+        else:
+            all_keys, all_values = all_keys.clone(), all_values.clone()
         index = self._index(slots, rows, keys)
         all_keys[index], all_values[index] = keys, values
         if rows is None:
@@ -156,7 +224,7 @@ class KVCache:
     def _index(
         self, slots: Tensor | None, rows: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Index of keys (B, K, ...) in the cache: rows (B, 1) and slots (B, K)."""
+        """Return the index of keys (B, K, ...) in the cache: rows (B, 1) and slots (B, K)."""
         if rows is None:
             rows = torch.arange(len(keys), device=keys.device)
         if slots is None:
@@ -176,3 +244,44 @@ class KVCache:
             self._drift = old.new_zeros(old.shape[:2], dtype=torch.float32)
         new, before = keys.flatten(2).float(), old[index].flatten(2).float()
         self._drift[index] = 1 - torch.cosine_similarity(new, before, dim=-1)
+
+
+class StackedKVCache:
+    """The caches of several canvases as one, for a pass that they share.
+
+    Args:
+        contexts: Context of each canvas, with its own cache or none.
+        shapes: Rows and queries (B, K) of each.
+        size: Slots of the largest canvas.
+    """
+
+    def __init__(
+        self, contexts: Sequence[AttentionContext], shapes: Sequence[torch.Size], size: int
+    ) -> None:
+        self._contexts, self._shapes, self._size = contexts, shapes, size
+
+    def update(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor | None,
+        rows: Tensor | None,
+        *,
+        write: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Let every canvas update its own cache; return the keys and values of all, padded."""
+        all_keys = keys.new_zeros(len(keys), self._size, *keys.shape[2:])
+        all_values = values.new_zeros(len(values), self._size, *values.shape[2:])
+        first = 0
+        for context, (count, queries) in zip(self._contexts, self._shapes, strict=True):
+            here = slice(first, first + count)
+            own = keys[here, :queries], values[here, :queries]
+            if context.write and context.query_slots is None:
+                # The cache keeps these tensors: a view would keep the whole batch alive.
+                own = own[0].clone(), own[1].clone()
+            own_keys, own_values = context.update_cache(layer, *own)
+            all_keys[here, : own_keys.shape[1]] = own_keys
+            all_values[here, : own_values.shape[1]] = own_values
+            first = here.stop
+        return all_keys, all_values

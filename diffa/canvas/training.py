@@ -1,16 +1,15 @@
-"""What an objective asks of the backbone: one corruption or two, answers whole or by blocks."""
+"""The training forward: corrupt the answers, run the backbone, compute the objective's loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffa.canvas.batch import forward_rows, gather_slots, text_slots
-from diffa.canvas.canvas import interleave
+from diffa.canvas.canvas import insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 from diffa.types import Backbone, BlockObjective, Loss, Objective, SecondCorruption
@@ -24,102 +23,118 @@ def compute_loss(
     seeds: Tensor,
     *,
     lengths: Tensor,
-    heard: Sequence[Tensor | None] | None = None,
+    audio_embeds: Sequence[Tensor | None] | None = None,
     audio_at: Tensor | None = None,
-    reading: Callable[..., Tensor] = forward_rows,
+    forward: Callable[..., Tensor] = forward_rows,
 ) -> Loss:
-    """Corrupt answers, let the backbone read them, and measure the objective.
+    """Corrupt answers, run the backbone over the rows, and return the objective's loss.
 
-    An objective may have a ``second`` corruption of the same rows, whose sums join those of the
-    first: what was ``heard`` serves both. With a ``block`` it sees the blocks before each one
-    as they are. The other arguments are those of ``Model.loss`` and ``inputs.read``.
+    The sums of a ``SecondCorruption`` join those of the first; both use the same audio. A
+    ``BlockObjective`` sees the blocks before each one as they are. The other arguments are those
+    of ``Model.loss`` and ``forward_rows``.
 
     Raises:
-        SpecError: an objective of blocks, and a ``reading`` of its own.
+        SpecError: A ``BlockObjective`` with a ``forward`` of its own.
     """
-    block = objective.block_length if isinstance(objective, BlockObjective) else None
-    if block is not None and reading is not forward_rows:
-        raise SpecError("an objective with a block reads rows in its own way: leave packing out")
-    if block is not None:
-        reading = partial(forward_blocks, plain=tokens, answer=answer, block=block)
+    block_length = objective.block_length if isinstance(objective, BlockObjective) else None
+    if block_length is not None:
+        if forward is not forward_rows:
+            raise SpecError(
+                "an objective with a block reads rows in its own way: leave packing out"
+            )
+        forward = partial(forward_blocks, clean=tokens, answer=answer, block_length=block_length)
     first = objective.corrupt(tokens, answer, seeds)
-    hidden = reading(backbone, first.tokens, lengths, heard, audio_at)
+    hidden = forward(backbone, first.tokens, lengths, audio_embeds, audio_at)
     total, weight = objective.loss(hidden, backbone.head, tokens, first)
-    other = None
+    second = None
     if isinstance(objective, SecondCorruption):
-        other = objective.second(tokens, first, seeds)
-    if other is not None:
-        again = reading(backbone, other.tokens, lengths, heard, audio_at)
-        more, much = objective.loss(again, backbone.head, tokens, other)
-        total, weight = total + more, weight + much
+        second = objective.second(tokens, first, seeds)
+    if second is not None:
+        other_hidden = forward(backbone, second.tokens, lengths, audio_embeds, audio_at)
+        other_total, other_weight = objective.loss(other_hidden, backbone.head, tokens, second)
+        total, weight = total + other_total, weight + other_weight
     return Loss(total, weight, hidden, first)
 
 
 def forward_blocks(
-    backbone: Any,
+    backbone: Backbone,
     tokens: Tensor,
     lengths: Tensor,
-    heard: Sequence[Tensor | None] | None = None,
+    audio_embeds: Sequence[Tensor | None] | None = None,
     audio_at: Tensor | None = None,
     *,
-    plain: Tensor,
+    clean: Tensor,
     answer: Tensor,
-    block: int,
+    block_length: int,
 ) -> Tensor:
-    """Read corrupted answers (B, L) block by block, each block behind plain ones, in one pass
-    (BD3-LM, arXiv 2503.09573, section 3): a row is its plain tokens and then a corrupted copy of
-    its answer, at the positions of the originals.
+    """Run a backbone over corrupted answers block by block, each after clean blocks, in one pass.
+
+    A row is its clean tokens, then a corrupted copy of its answer at the positions of the
+    originals (BD3-LM, arXiv 2503.09573, section 3)::
+
+        prompt  clean block 1  clean block 2 | noisy block 1  noisy block 2
+
+    Args:
+        backbone: Embeds the tokens and reads the rows.
+        tokens: Prompts with corrupted answers, (B, L).
+        lengths: True tokens per row, (B,).
+        audio_embeds: Embeddings (N, W) of each row's audio, or None.
+        audio_at: Index before which each row's audio goes, (B,). Default: 0.
+        clean: The tokens before corruption, (B, L).
+        answer: Which tokens belong to the answer, (B, L) bool.
+        block_length: Answer tokens per block.
 
     Returns:
         Hidden states (B, L, W): those of the copies where the answer is.
     """
     at = torch.zeros_like(lengths) if audio_at is None else audio_at
-    sounds = [None] * len(tokens) if heard is None else list(heard)
+    audio = [None] * len(tokens) if audio_embeds is None else list(audio_embeds)
     sizes = lengths.tolist()
-    copies = [own[:size].nonzero()[:, 0] for own, size in zip(answer, sizes, strict=True)]
+    copied = [own[:size].nonzero()[:, 0] for own, size in zip(answer, sizes, strict=True)]
     rows = [
-        torch.cat([own[:size], noisy[copy]])
-        for own, noisy, size, copy in zip(plain, tokens, sizes, copies, strict=True)
+        torch.cat([own[:size], noisy[columns]])
+        for own, noisy, size, columns in zip(clean, tokens, sizes, copied, strict=True)
     ]
-    embeds, text = interleave(rows, sounds, at.tolist(), backbone.embed)
-    slots = torch.arange(text.shape[1], device=text.device)
-    index = text_slots(tokens, sounds, at)
-    index, positions, attn_mask = block_layout(index, copies, embeds.lengths, len(slots), block)
-    context = AttentionContext(valid=slots < embeds.lengths[:, None], attn_mask=attn_mask)
-    hidden: Tensor = backbone(embeds.values, positions, context)
-    return gather_slots(hidden, index)
+    embeds, text = insert_audio(rows, audio, at.tolist(), backbone.embed)
+    num_slots = text.shape[1]
+    slots, positions, attn_mask = block_layout(
+        text_slots(tokens, audio, at), copied, embeds.lengths, num_slots, block_length
+    )
+    valid = torch.arange(num_slots, device=text.device) < embeds.lengths[:, None]
+    hidden = backbone(embeds.values, positions, AttentionContext(valid=valid, attn_mask=attn_mask))
+    return gather_slots(hidden, slots)
 
 
 def block_layout(
-    index: Tensor, copies: Sequence[Tensor], lengths: Tensor, width: int, block: int
+    slots: Tensor, copied: Sequence[Tensor], lengths: Tensor, num_slots: int, block_length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Let copies at the end of each row of ``lengths`` (B,) slots stand where their originals do.
+    """Return where the copies of ``forward_blocks`` are and what they may attend to.
 
     Args:
-        index: the slot of each column of the rows' tokens, (B, L).
-        copies: of each row, the columns that are copied, (A,).
-        lengths: slots of each row, copies included.
-        width: slots of the longest.
-        block: answer tokens per block.
+        slots: Slot of each of the rows' tokens, (B, L).
+        copied: Indices of the tokens that are copied to the end of each row, (A,).
+        lengths: Slots of each row, copies included, (B,).
+        num_slots: Slots of the longest row, S.
+        block_length: Answer tokens per block.
 
     Returns:
-        The slot that each column is read off, (B, L); positions (B, S); and what each slot sees
-        (B, S, S): a plain one what is plain up to its own block, a copy what is plain before its
-        block, and the copies of its block. The prompt comes before all blocks.
+        The slot whose state each token takes, (B, L); positions (B, S); and the attention mask
+        (B, S, S). A clean slot attends to clean slots up to its own block; a copy to clean slots
+        before its block and to the copies of its block. The prompt is block 0.
     """
-    index = index.clone()
-    positions = torch.arange(width, device=index.device).repeat(len(index), 1)
-    number, twin = torch.zeros_like(positions), torch.zeros_like(positions, dtype=torch.bool)
-    for row, copy in enumerate(copies):
-        last = int(lengths[row])
-        behind = torch.arange(last - len(copy), last, device=index.device)
-        original = index[row, copy]
-        blocks = torch.arange(len(copy), device=index.device) // block + 1
-        positions[row, behind] = original
-        number[row, original], number[row, behind] = blocks, blocks
-        twin[row, behind] = True
-        index[row, copy] = behind
-    before = number[:, None] < number[:, :, None]
-    same = number[:, None] == number[:, :, None]
-    asks, shown = twin[:, :, None], twin[:, None]
-    return index, positions, (~shown & (before | (same & ~asks))) | (shown & asks & same)
+    slots = slots.clone()
+    positions = torch.arange(num_slots, device=slots.device).repeat(len(slots), 1)
+    block, noisy = torch.zeros_like(positions), torch.zeros_like(positions, dtype=torch.bool)
+    for row, columns in enumerate(copied):
+        end = int(lengths[row])
+        copies = torch.arange(end - len(columns), end, device=slots.device)
+        originals = slots[row, columns]
+        numbers = torch.arange(len(columns), device=slots.device) // block_length + 1
+        positions[row, copies] = originals
+        block[row, originals], block[row, copies] = numbers, numbers
+        noisy[row, copies] = True
+        slots[row, columns] = copies
+    before = block[:, None] < block[:, :, None]
+    same = block[:, None] == block[:, :, None]
+    query, key = noisy[:, :, None], noisy[:, None]
+    return slots, positions, (~key & (before | (same & ~query))) | (key & query & same)

@@ -124,7 +124,7 @@ class Blockwise:
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the canvas's answers, yielding after every forward."""
         if self.cfg_scale:
-            canvas.branch(self.cfg_drop)
+            canvas.add_unconditional(self.cfg_drop)
         size = canvas.count, canvas.length, canvas.tokens.device
         memory, credit = self.rule.memory(*size), None
         if self.credit_strength:
@@ -159,7 +159,7 @@ class Blockwise:
         if self.cache != "none":
             chosen.append(slots.Remembered(self.cache, self.vicinity_window))
         if self.suffix_window is not None:
-            chosen.append(slots.Suffix(self.suffix_window, canvas))
+            chosen.append(slots.Suffix(self.suffix_window))
         if self.audio_refresh_interval > 1:
             chosen.append(slots.LazyAudio(self.audio_refresh_interval, canvas))
         if self.drift_threshold:

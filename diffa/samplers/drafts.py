@@ -51,7 +51,7 @@ def look(
     beside = (there & drafted[:, None]).repeat(1, depth - 1)
     if depth > 1:
         spots = canvas.positions[:count].gather(1, own).repeat(1, depth - 1)
-        canvas.place(shadows, beside, tokens[:, 1:].flatten(1), spots)
+        canvas.fill_scratch(shadows, beside, tokens[:, 1:].flatten(1), spots)
     block, extra = torch.where(there, own, -1), torch.where(beside, shadows, -1)
     alone = torch.arange(canvas.start + canvas.length, device=own.device)
     everything = canvas.valid[:count, : len(alone)] & place.fresh[:, None]

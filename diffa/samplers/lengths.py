@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 def resize(canvas: Canvas, ours: Tensor, size: Tensor) -> None:
     """Use the first ``size`` (B,) answer slots of each row; the others are absent, and EOS."""
-    inside = torch.arange(canvas.length, device=size.device) < size[:, None]
     answer = slice(canvas.start, canvas.start + canvas.length)
-    new = inside & ~canvas.valid[:, answer]
-    canvas.valid[:, answer] = inside
-    canvas.ragged = True
-    canvas.fill(new & ours, canvas.vocab.mask or 0)
-    canvas.fill(~inside, canvas.vocab.eos)
+    index = torch.arange(canvas.size, device=size.device) - canvas.start
+    used = (index >= 0) & (index < size[:, None])
+    unused = (index >= size[:, None]) & (index < canvas.length)
+    new = used & ~canvas.valid
+    canvas.hide(unused)
+    canvas.show(used)
+    canvas.fill(new[:, answer] & ours, canvas.vocab.mask or 0)
+    canvas.fill(unused[:, answer], canvas.vocab.eos)
 
 
 def insert(canvas: Canvas, ours: Tensor, size: Tensor, spot: Tensor, count: int) -> Tensor:

@@ -49,8 +49,8 @@ class Suffix:
     """Lets nobody see answer slots beyond the block but the next ``count`` and the last one
     (Streaming-dLLM, arXiv 2601.17917); they keep their positions."""
 
-    def __init__(self, count: int, canvas: Canvas) -> None:
-        self.count, self.there = count, canvas.valid.clone()
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
         """Mark far slots invalid; a slot that comes into sight is computed there and then."""
@@ -58,10 +58,11 @@ class Suffix:
         last = canvas.start + canvas.length - 1
         near = (slots < place.end[:, None] + self.count) | (slots == last)
         near = torch.where(place.alive[:, None], near, canvas.valid[: canvas.count])
-        seen = self.there & (near.repeat(2, 1) if canvas.twins else near)
-        new = (seen & ~canvas.valid)[: canvas.count]
-        canvas.valid, canvas.ragged = seen, True
-        return (chosen | new) & seen[: canvas.count]
+        before = canvas.valid[: canvas.count]
+        canvas.hide(~near)
+        canvas.show(near)
+        visible = canvas.valid[: canvas.count]
+        return (chosen | (visible & ~before)) & visible
 
 
 class LazyAudio:

@@ -75,7 +75,7 @@ class Speculative:
         """Fill the canvas's answers, yielding after every forward."""
         width, blocks = min(self.block_length, canvas.length), Blocks(canvas, self.block_length)
         given = ~canvas.undecided()
-        slots = [canvas.scratch(width, branch=d) for d in range(1, self.draft_steps)]
+        slots = [canvas.add_scratch(width, branch=d) for d in range(1, self.draft_steps)]
         shadows = torch.cat(slots) if slots else canvas.tokens.new_zeros(0)
         draft = Draft(canvas.tokens.new_zeros(canvas.count, len(slots), width), canvas.seeds < 0)
         while (place := blocks.enter()) is not None:

@@ -60,7 +60,7 @@ class Wino:
         """Fill the canvas's answers, yielding after every forward."""
         width = min(self.block_length, canvas.length)
         ours, blocks = canvas.undecided(), Blocks(canvas, self.block_length)
-        shadows = canvas.scratch(width, branch=1)
+        shadows = canvas.add_scratch(width, branch=1)
         while (place := blocks.enter()) is not None:
             checked, there = self._cast(canvas, place, ours, shadows)
             rows = torch.cat([place.rows, torch.where(there, shadows, -1)], dim=1)
@@ -94,7 +94,7 @@ class Wino:
         there = inside & able
         masks = torch.full_like(slots, canvas.vocab.mask or 0)
         positions = canvas.positions[: canvas.count].gather(1, slots)
-        canvas.place(shadows, there, masks, positions)
+        canvas.fill_scratch(shadows, there, masks, positions)
         return slots, there
 
     def _attn_mask(self, canvas: Canvas, checked: Tensor, shadows: Tensor) -> Tensor:

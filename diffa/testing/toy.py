@@ -134,9 +134,9 @@ class ToyDenoise:
         """Which slots (N, S) each asked slot may attend to."""
         canvas = self.canvas
         visible = canvas.valid[row]
-        if canvas.branch_of is not None:
-            own = canvas.branch_of[row, slot][:, None]
-            visible = visible & ((canvas.branch_of[row] == 0) | (canvas.branch_of[row] == own))
+        if canvas.branches is not None:
+            own = canvas.branches[row, slot][:, None]
+            visible = visible & ((canvas.branches[row] == 0) | (canvas.branches[row] == own))
         if canvas.vocab.mask is None:
             visible = visible & (canvas.positions[row] <= canvas.positions[row, slot][:, None])
         return visible

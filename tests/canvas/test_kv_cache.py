@@ -146,11 +146,11 @@ def test_scratch_slots_are_seen_by_their_own_branch_alone():
     rows = torch.arange(board.start, board.start + 4)[None]
     with torch.no_grad():
         plain = denoise(None, rows)
-        extra = board.scratch(4, branch=1)
+        extra = board.add_scratch(4, branch=1)
         words, places = torch.arange(4)[None], board.positions[:, rows[0]]
-        board.place(extra, torch.ones(1, 4, dtype=torch.bool), words, places)
+        board.fill_scratch(extra, torch.ones(1, 4, dtype=torch.bool), words, places)
         both = denoise(None, torch.cat([rows, extra[None]], dim=1))
-        board.place(extra, torch.ones(1, 4, dtype=torch.bool), words + 4, places)
+        board.fill_scratch(extra, torch.ones(1, 4, dtype=torch.bool), words + 4, places)
         other = denoise(None, torch.cat([rows, extra[None]], dim=1))
     assert torch.allclose(plain, both[:, :4], atol=1e-5)
     assert torch.equal(both[:, :4], other[:, :4])

@@ -38,7 +38,7 @@ def batch() -> dict[str, Any]:
         "tokens": tokens,
         "answer": (columns >= begin) & (columns < lengths[:, None]),
         "lengths": lengths,
-        "heard": [torch.randn(row[2], 32, generator=g) if row[2] else None for row in ROWS],
+        "audio_embeds": [torch.randn(row[2], 32, generator=g) if row[2] else None for row in ROWS],
         "audio_at": torch.tensor([row[3] for row in ROWS]),
     }
 
@@ -67,10 +67,10 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
     model, given = make(), batch()
     tokens, answer = given["tokens"], given["answer"]
     noisy = torch.where(answer & (torch.rand(tokens.shape) < 0.6), small.MASK, tokens)
-    rest = {key: given[key] for key in ("lengths", "heard", "audio_at")}
+    rest = {key: given[key] for key in ("lengths", "audio_embeds", "audio_at")}
     with torch.no_grad():
         found = forward_blocks(
-            model, noisy, *rest.values(), plain=tokens, answer=answer, block=block
+            model, noisy, *rest.values(), clean=tokens, answer=answer, block_length=block
         )
         for row, (before, size, heard, at) in enumerate(ROWS):
             for first in range(0, size, block):
@@ -78,7 +78,7 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
                 ids = torch.cat([tokens[row, : before + first],
                                  noisy[row, before + first : before + last]])[None]  # fmt: skip
                 words = model.embed(ids)
-                sound = [] if not heard else [rest["heard"][row][None]]
+                sound = [] if not heard else [rest["audio_embeds"][row][None]]
                 embeds = torch.cat([words[:, :at], *sound, words[:, at:]], dim=1)
                 place = torch.arange(embeds.shape[1])
                 # the prompt is block 0; plain blocks do not look ahead
@@ -94,7 +94,7 @@ def test_one_block_reads_the_answer_whole():
     """With one block the copies see the prompt and each other, as a diffusion model's answer."""
     index = torch.arange(5)[None]
     read_off, positions, attn_mask = block_layout(
-        index, [torch.tensor([2, 3, 4])], torch.tensor([8]), 8, block=3
+        index, [torch.tensor([2, 3, 4])], torch.tensor([8]), 8, 3
     )
     assert read_off.tolist() == [[0, 1, 5, 6, 7]]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
@@ -121,7 +121,7 @@ def test_complementary_masks_add_up_to_the_whole_answer():
     parts = []
     for view in (first, second):
         hidden = forward_rows(
-            model, view.tokens, given["lengths"], given["heard"], given["audio_at"]
+            model, view.tokens, given["lengths"], given["audio_embeds"], given["audio_at"]
         )
         parts.append(objective.loss(hidden, model.head, given["tokens"], view))
     expected = (parts[0][0] + parts[1][0]) / (parts[0][1] + parts[1][1])
@@ -142,14 +142,14 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows(options):
     seeds = torch.tensor([5, 6, 7])
     whole = compute_loss(
         model, objective, given["tokens"], given["answer"], seeds,
-        **{key: given[key] for key in ("lengths", "heard", "audio_at")},
+        **{key: given[key] for key in ("lengths", "audio_embeds", "audio_at")},
     )  # fmt: skip
     total, weight = 0.0, 0.0
     for row in range(len(ROWS)):
         one, size = slice(row, row + 1), int(given["lengths"][row])
         part = compute_loss(
             model, objective, given["tokens"][one, :size], given["answer"][one, :size], seeds[one],
-            lengths=given["lengths"][one], heard=given["heard"][one],
+            lengths=given["lengths"][one], audio_embeds=given["audio_embeds"][one],
             audio_at=given["audio_at"][one],
         )  # fmt: skip
         total, weight = total + part.sum, weight + part.weight
@@ -173,8 +173,8 @@ def exact(model: nn.Module, block: int) -> float:
                 answer = torch.arange(before + size)[None] >= before
                 with torch.no_grad():
                     hidden = forward_blocks(
-                        model, noisy, torch.tensor([before + size]), plain=tokens, answer=answer,
-                        block=block,
+                        model, noisy, torch.tensor([before + size]), clean=tokens, answer=answer,
+                        block_length=block,
                     )  # fmt: skip
                 logs = model.head(hidden[0, hidden_at]).log_softmax(-1)
                 sums -= float(logs.gather(1, tokens[0, hidden_at][:, None]).sum())
@@ -193,8 +193,8 @@ def test_block_diffusion_is_unbiased(block):
     noised = objective.corrupt(tokens, answer, torch.arange(many))
     with torch.no_grad():
         hidden = forward_blocks(
-            model, noised.tokens, torch.full((many,), before + size), plain=tokens,
-            answer=answer, block=block,
+            model, noised.tokens, torch.full((many,), before + size), clean=tokens,
+            answer=answer, block_length=block,
         )  # fmt: skip
     nll = nn.functional.cross_entropy(model.head(hidden).transpose(1, 2), tokens, reduction="none")
     rows = (nll * noised.weights).sum(1).double()
@@ -211,5 +211,5 @@ def test_blocks_and_packing_do_not_combine():
     with pytest.raises(SpecError, match="leave packing out"):
         compute_loss(
             model, objective, given["tokens"], given["answer"], torch.arange(3),
-            lengths=given["lengths"], reading=lambda *_: torch.zeros(()),
+            lengths=given["lengths"], forward=lambda *_: torch.zeros(()),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 
 from diffa.backbones.llada import LLaDA
-from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
 
 VOCAB, EOS, MASK = 40, 38, 39
@@ -49,7 +49,7 @@ def questions(count=3):
 def canvas(model, asked, length=12, draft=None):
     """Lay out questions, and the call that drives the model over them."""
     prompts, heard, places, seeds = map(list, zip(*asked, strict=True))
-    embeds, text = interleave(prompts, heard, places, model.embed)
+    embeds, text = insert_audio(prompts, heard, places, model.embed)
     answer = torch.full((len(asked), length), MASK) if draft is None else draft.clone()
     made = Canvas(
         embeds, text, answer, embed=model.embed, vocab=model.vocab, seeds=torch.tensor(seeds)

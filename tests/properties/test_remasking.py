@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
-from diffa.canvas.canvas import Canvas, interleave
+from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
 from diffa.samplers import selection as select
 from diffa.samplers.blockwise import Blockwise
@@ -350,7 +350,7 @@ def written(
 ) -> tuple[Tensor, int]:
     """Answers (B, 8) of the real backbone, and how many forwards they took."""
     model = llada()
-    embeds, text = interleave(prompts, audio, [min(1, len(p)) for p in prompts], model.embed)
+    embeds, text = insert_audio(prompts, audio, [min(1, len(p)) for p in prompts], model.embed)
     answer = torch.full((len(prompts), 8), model.vocab.mask or 0)
     canvas = Canvas(
         embeds, text, answer, embed=model.embed, vocab=model.vocab, seeds=torch.tensor(seeds)

@@ -145,7 +145,7 @@ def test_wino_takes_back_what_leave_one_out_denies():
 def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
     canvas = toy_canvas(PROMPTS, 6)
     wino, blocks = Wino(MASKED, block_length=6), Blocks(canvas, 6)
-    shadows = canvas.scratch(6, branch=1)
+    shadows = canvas.add_scratch(6, branch=1)
     checked, _ = wino._cast(canvas, blocks.enter(), ~canvas.undecided(), shadows)
     attn_mask = wino._attn_mask(canvas, checked, shadows)
     for column, shadow in enumerate(shadows.tolist()):

@@ -12,7 +12,7 @@ from helpers.small import backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffa.canvas.batch import initial_answer, interleave
+from diffa.canvas.batch import initial_answer, insert_audio
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.errors import AudioError, SpecError
@@ -88,7 +88,7 @@ def job(sampler, kind, seed, rng, length=None):
 def alone(model, asked):
     heard = None if asked.wave is None else asked.wave.view(-1, 32).double()
     embed, vocab = model.backbone.embed, model.backbone.vocab
-    embeds, text = interleave([asked.prompt], [heard], [asked.audio_at], embed)
+    embeds, text = insert_audio([asked.prompt], [heard], [asked.audio_at], embed)
     answer = initial_answer([None], asked.max_tokens, vocab)
     board = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=torch.tensor([asked.seed]))
     denoise = Denoiser(model.backbone, board)

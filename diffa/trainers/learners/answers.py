@@ -85,7 +85,7 @@ class Answers(nn.Module):
                 batch.answer,
                 batch.seeds,
                 lengths=batch.row_lengths,
-                reading=packing or forward_rows,
+                forward=packing or forward_rows,
                 **heard,
             )
         total, weight = loss[0], loss[1]
