@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,7 @@ from diffa.errors import SpecError
 from diffa.spec.spec import Spec
 from diffa.types import (
     Answer,
-    Backbone,
     Embeds,
-    Encoder,
     Features,
     Generation,
     Loss,
@@ -41,6 +39,9 @@ from diffa.types import (
     Step,
     max_length,
 )
+
+if TYPE_CHECKING:
+    from diffa.types import BackboneModule, EncoderModule
 
 
 class Model(nn.Module):
@@ -55,15 +56,15 @@ class Model(nn.Module):
         spec: The resolved spec that the model was built from.
     """
 
-    encoder: Encoder
-    backbone: Backbone
+    encoder: EncoderModule
+    backbone: BackboneModule
 
     def __init__(
         self,
         *,
-        encoder: Encoder,
+        encoder: EncoderModule,
         adapters: Mapping[str, nn.Module],
-        backbone: Backbone,
+        backbone: BackboneModule,
         sampler: Sampler,
         objective: Objective,
         spec: Spec,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module
 
     from diffa.canvas.canvas import Canvas
     from diffa.canvas.kv_cache import AttentionContext
@@ -212,10 +212,6 @@ class Backbone(Protocol):
         """Hidden states (..., W) -> logits (..., V)."""
         ...
 
-    def parameters(self) -> Iterator[Parameter]:
-        """Return the weights, as ``nn.Module`` does."""
-        ...
-
     def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Return normalised hidden states, before the head."""
         ...
@@ -309,3 +305,12 @@ class PairedObjective(Protocol):
 def max_length(backbone: Backbone) -> int | None:
     """Return the longest sequence that a backbone can read, in slots; None for any."""
     return backbone.max_length if isinstance(backbone, BoundedBackbone) else None
+
+
+if TYPE_CHECKING:
+
+    class EncoderModule(Module, Encoder):
+        """An encoder in a model: a module with the members of ``Encoder``."""
+
+    class BackboneModule(Module, Backbone):
+        """A backbone in a model: a module with the members of ``Backbone``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import AudioError, SpecError
 from diffa.types import Backbone, Embeds, Vocab
+
+if TYPE_CHECKING:
+    from diffa.types import BackboneModule
 
 RowTensors = Tensor | Sequence[Tensor | None] | None
 
@@ -67,7 +70,7 @@ def validate_inputs(
 
 
 def make_canvas(
-    backbone: Backbone, inputs: CanvasInputs, audio_embeds: Sequence[Tensor | None]
+    backbone: BackboneModule, inputs: CanvasInputs, audio_embeds: Sequence[Tensor | None]
 ) -> Canvas:
     """Return the canvas of a batch on the backbone's device.
 

@@ -33,10 +33,10 @@ class ChoiceScores(NamedTuple):
 
 
 class TokenQuery(NamedTuple):
-    """A token whose log-probability counts: its row and index there, its choice and weight."""
+    """A token whose log-probability counts: its row and position there, its choice and weight."""
 
     row: int
-    index: int
+    position: int
     token: int
     choice: int
     weight: float
@@ -140,7 +140,7 @@ def _log_probs(
 ) -> Tensor:
     """Return the log-probability (Q,) in float32 of every query's token."""
     rows = torch.tensor([q.row - first_row for q in queries], device=hidden.device)
-    slots = torch.tensor([q.index + first_slot for q in queries], device=hidden.device)
+    slots = torch.tensor([q.position + first_slot for q in queries], device=hidden.device)
     tokens = torch.tensor([q.token for q in queries], device=hidden.device)
     parts = []
     for part in _slices(len(queries), head(hidden[:1, :1]).shape[-1]):

@@ -179,7 +179,7 @@ def test_a_finished_row_leaves_the_batch():
 def test_a_draft_is_kept_by_plain_decoding():
     draft = torch.full((3, 12), small.MASK)
     draft[:, 4:7] = torch.tensor([1, 2, 3])
-    for name in ("exact", "dual", "suffix", "wino", "remdm", "speculative"):
+    for name in ("exact", "dual", "suffix window", "wino", "remdm", "speculative"):
         answer, _ = small.decode(MODEL, SAMPLERS[name](), small.questions(), draft=draft)
         assert answer[:, 4:7].tolist() == [[1, 2, 3]] * 3, name
 

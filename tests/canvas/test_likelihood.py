@@ -65,7 +65,7 @@ def test_choices_share_their_draws():
     _, queries = masked_queries(
         [torch.tensor([7, 2, 5]), torch.tensor([8, 3, 6])], 39, samples=9, seed=3
     )
-    places = [[q.index for q in queries if q.choice == choice] for choice in (0, 1)]
+    places = [[q.position for q in queries if q.choice == choice] for choice in (0, 1)]
     assert places[0] == places[1]
     same = measure([[7, 2, 5], [7, 2, 5]], samples=3)
     assert same.values[0] == same.values[1]

@@ -254,7 +254,7 @@ def test_vicinity_counts_positions_not_the_padding_between_prompt_and_answer():
 
 def test_a_suffix_window_keeps_the_next_slots_and_the_last():
     canvas = toy_canvas([[1, 2, 3]], 12)
-    rows, _ = chosen([Suffix(2, canvas)], entered(canvas), canvas)
+    rows, _ = chosen([Suffix(2)], entered(canvas), canvas)
     assert rows == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 14]]
     assert (~canvas.valid[0]).nonzero()[:, 0].tolist() == [9, 10, 11, 12, 13]
 
