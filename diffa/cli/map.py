@@ -79,39 +79,39 @@ def map_manifest(
 
     The same command continues an interrupted run. Exit code 1: no row could be answered.
     """
-    from diffa.mapping.cluster import Replicas
-    from diffa.mapping.plan import Plan, begun
-    from diffa.mapping.rows import Asking
-    from diffa.mapping.run import run
+    from diffa.mapping.cluster import ReplicaLimits
+    from diffa.mapping.plan import MapPlan, planned_threads
+    from diffa.mapping.rows import QuestionManifest
+    from diffa.mapping.run import map_manifest
 
     if ray is None and (replicas, gpus) != ("1:1", 0.0):
         raise SpecError("--replicas and --gpus need --ray: an address, auto or local")
     place = resolve_device(device)
     source = model_source(spec or default_spec(), overrides, sampler_preset, place, dtype)
-    rows = Asking(manifest, question=question, folder=None if folder is None else str(folder))
-    plan = Plan(
+    rows = QuestionManifest(manifest, question=question, folder=folder)
+    plan = MapPlan(
         manifest=str(manifest.resolve()),
         folder=None if folder is None else str(folder.resolve()),
         digest=rows.digest,
         question=question,
         system=system,
         max_tokens=max_tokens or source.spec["prompt"]["max_tokens"],
-        rows=len(rows),
-        shard=shard,
-        batch=batch,
+        num_rows=len(rows),
+        shard_size=shard,
+        batch_size=batch,
         source=source,
         # A resumed run keeps its thread count: an answer's last digits depend on it.
-        threads=threads or begun(out) or max(1, (os.cpu_count() or 1) // workers),
+        threads=threads or planned_threads(out) or max(1, (os.cpu_count() or 1) // workers),
     )
-    summary = run(
+    summary = map_manifest(
         plan,
         out,
         workers=workers,
         address=ray,
-        replicas=Replicas(*_parse_range(replicas), cpus=plan.threads, gpus=gpus),
+        replicas=ReplicaLimits(*_parse_range(replicas), cpus=plan.threads, gpus=gpus),
         on_progress=lambda progress: print_note(str(progress)),
     )
-    print_json({"out": str(out), **summary._asdict(), "rows_in_all": plan.rows})
+    print_json({"out": str(out), **summary._asdict(), "rows_in_all": plan.num_rows})
     if summary.errors:
         print_note(f"{summary.errors} of {summary.rows} rows have no answer: see the column error")
     if summary.rows and summary.errors == summary.rows:

@@ -10,7 +10,7 @@ from diffa.cli.output import print_note
 from diffa.errors import SpecError, suggest
 
 if TYPE_CHECKING:
-    from diffa.mapping.plan import Source
+    from diffa.mapping.plan import ModelSource
     from diffa.model import Model
     from diffa.spec.spec import Spec
 
@@ -91,19 +91,19 @@ def model_source(
     sampler_preset: str,
     device: str,
     dtype: str | None,
-) -> Source:
+) -> ModelSource:
     """Describe a model so that other processes can load it.
 
     Raises:
         SpecError: The spec is wrong, or overrides more of a saved model than its sampler.
     """
-    from diffa.mapping.plan import Source
+    from diffa.mapping.plan import ModelSource
 
     data = read_spec(name, overrides, sampler_preset).resolve().data
     if not _is_saved(name):
-        return Source(data, None, device, dtype)
+        return ModelSource(data, None, device, dtype)
     _check_only_sampler_differs(read_spec(name, None).resolve().data, data)
-    return Source(data, str(Path(name).resolve()), device, dtype)
+    return ModelSource(data, str(Path(name).resolve()), device, dtype)
 
 
 def resolve_device(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Answers about every recording of a manifest, as Parquet shards, on one machine or many."""
+"""Answer a question about every recording of a manifest, on one machine or a Ray cluster."""

@@ -8,43 +8,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.errors import SpecError
-from diffa.mapping.plan import Plan
-from diffa.mapping.pool import load
-from diffa.mapping.shards import Writer, Written
+from diffa.mapping.plan import MapPlan
+from diffa.mapping.pool import load_worker_model
+from diffa.mapping.shards import ShardReport, ShardWriter
 
 
-class Replicas(NamedTuple):
-    """How many replicas there may be, and the CPUs and GPUs that each one takes."""
+class ReplicaLimits(NamedTuple):
+    """Minimum and maximum number of replicas, and the CPUs and GPUs of each."""
 
-    least: int = 1
-    most: int = 1
+    minimum: int = 1
+    maximum: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
 
 
-class Replica:
-    """An actor: a model that writes the shards it is given."""
+class RayReplica:
+    """An actor with a model that writes shards.
 
-    def __init__(self, plan: Plan, out: str) -> None:
-        self._writer = Writer(plan, Path(out), load(plan, 0))
+    Args:
+        plan: Rows, questions and options.
+        out: Folder of the shards.
+    """
+
+    def __init__(self, plan: MapPlan, out: str) -> None:
+        self._plan, self._out = plan, Path(out)
+        self._writer = ShardWriter(plan, self._out, load_worker_model(plan, 0))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Write the shards of a batch; one that is there already is left as it is."""
-        plan, out = self._writer.plan, self._writer.out
-        made = []
+        """Write the shards of a batch, except those that exist."""
+        reports = []
         for shard in map(int, batch["item"]):
-            there = plan.place(out, shard).is_file()
-            made.append(Written(shard, 0, 0, 0.0) if there else self._writer.write(shard))
-        return {name: [one[i] for one in made] for i, name in enumerate(Written._fields)}
+            # Ray repeats the work of a node that died, and it may have written the shard.
+            exists = self._plan.shard_path(self._out, shard).is_file()
+            reports.append(ShardReport(shard, 0, 0, 0.0) if exists else self._writer.write(shard))
+        return {name: [getattr(r, name) for r in reports] for name in ShardReport._fields}
 
 
-def run_ray(
-    plan: Plan, out: Path, shards: Sequence[int], address: str, replicas: Replicas
-) -> Iterator[Written]:
-    """Write shards on the cluster at ``address``, yielding each as it is done.
+def map_on_ray(
+    plan: MapPlan, out: Path, shards: Sequence[int], address: str, limits: ReplicaLimits
+) -> Iterator[ShardReport]:
+    """Write shards on the cluster at ``address``, and yield a report of each.
 
-    The manifest, the recordings and ``out`` must be seen by every node under the same paths. Ray
-    gives the shards of a node that dies to another; a shard's bytes do not depend on who wrote it.
+    Every node must see the manifest, the recordings and ``out`` under the same paths. Ray gives
+    the shards of a node that dies to another one.
 
     Raises:
         SpecError: Ray is not installed, or there is no cluster at the address.
@@ -59,14 +65,14 @@ def run_ray(
             ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise SpecError(f"--ray {address}: {error}") from error
-    asked = data.from_items([int(shard) for shard in shards], override_num_blocks=len(shards))
-    done = asked.map_batches(
-        Replica,
+    items = data.from_items([int(shard) for shard in shards], override_num_blocks=len(shards))
+    reports = items.map_batches(
+        RayReplica,
         fn_constructor_args=(plan, str(out.resolve())),
         batch_size=1,
-        compute=data.ActorPoolStrategy(min_size=replicas.least, max_size=replicas.most),
-        num_cpus=replicas.cpus,
-        num_gpus=replicas.gpus,
+        compute=data.ActorPoolStrategy(min_size=limits.minimum, max_size=limits.maximum),
+        num_cpus=limits.cpus,
+        num_gpus=limits.gpus,
     )
-    for row in done.iter_rows():
-        yield Written(*(row[name] for name in Written._fields))
+    for row in reports.iter_rows():
+        yield ShardReport(**{name: row[name] for name in ShardReport._fields})

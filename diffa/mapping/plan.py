@@ -1,51 +1,55 @@
-"""What a run of ``diffa map`` does, fixed before it begins, so that every process does the same."""
+"""The plan of a run of ``diffa map``: written once, so that every process does the same."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import SpecError
-from diffa.mapping.rows import Asking
+from diffa.mapping.rows import QuestionManifest
 from diffa.runtime.files import write_text
 
-PLAN = "map.json"
+if TYPE_CHECKING:
+    from diffa.model import Model
+
+PLAN_FILE = "map.json"
 
 
-class Source(NamedTuple):
-    """The model: a spec, or the folder of a saved one; where it runs and in which precision."""
+class ModelSource(NamedTuple):
+    """A model that other processes can load: its spec, or the folder of a saved model."""
 
     spec: dict[str, Any]
     folder: str | None
     device: str
     dtype: str | None
 
-    def load(self, device: str | None = None) -> Any:
-        """Build the model, on another device where one is given."""
+    def load(self, device: str | None = None) -> Model:
+        """Build or load the model. Default device: the source's."""
         import diffa
 
-        place = device or self.device
+        device = device or self.device
         if self.folder is None:
-            return diffa.build(self.spec, device=place, dtype=self.dtype)
-        model = diffa.load(self.folder, device=place, dtype=self.dtype)
+            return diffa.build(self.spec, device=device, dtype=self.dtype)
+        model = diffa.load(self.folder, device=device, dtype=self.dtype)
         return diffa.swap(model, sampler=self.spec["sampler"])
 
 
-class Plan(NamedTuple):
-    """Which rows are asked what, in which shards.
+class MapPlan(NamedTuple):
+    """Rows, questions, shards and the model of a run.
 
     Attributes:
-        manifest: path of the manifest; ``folder`` is where its relative audio paths start.
+        manifest: Path of the manifest.
+        folder: Folder of relative audio paths. None: the manifest's own folder.
         digest: SHA-256 of the manifest.
-        question: asked of every row; each row's own where None.
-        system: instead of the spec's system turn.
-        max_tokens: length of the answers.
-        rows: of the manifest.
-        shard: rows per shard.
-        batch: rows answered at once.
-        source: the model.
-        threads: CPU threads of each process: sums depend on it in the last digit.
+        question: Question about every recording. None: each row's own.
+        system: System prompt. None: as in the spec.
+        max_tokens: Answer length.
+        num_rows: Rows of the manifest.
+        shard_size: Rows per shard.
+        batch_size: Rows per batch.
+        source: The model.
+        threads: CPU threads of each process; the last digits of sums depend on them.
     """
 
     manifest: str
@@ -54,65 +58,64 @@ class Plan(NamedTuple):
     question: str | None
     system: str | None
     max_tokens: int
-    rows: int
-    shard: int
-    batch: int
-    source: Source
+    num_rows: int
+    shard_size: int
+    batch_size: int
+    source: ModelSource
     threads: int
 
     @property
-    def shards(self) -> int:
-        """How many shards there are."""
-        return -(-self.rows // self.shard)
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num_rows // self.shard_size)
 
-    def place(self, out: Path, index: int) -> Path:
-        """File of a shard."""
-        return out / f"part-{index:05d}-of-{self.shards:05d}.parquet"
+    def shard_path(self, out: Path, index: int) -> Path:
+        """Return the file of a shard."""
+        return out / f"part-{index:05d}-of-{self.num_shards:05d}.parquet"
 
-    def pending(self, out: Path) -> list[int]:
-        """Shards that are not there yet: a file appears whole or not at all."""
-        return [index for index in range(self.shards) if not self.place(out, index).is_file()]
+    def missing_shards(self, out: Path) -> list[int]:
+        """Return the shards without a file; a file appears complete or not at all."""
+        return [i for i in range(self.num_shards) if not self.shard_path(out, i).is_file()]
 
-    def asking(self) -> Asking:
-        """The rows, once more.
+    def open_manifest(self) -> QuestionManifest:
+        """Open the manifest in another process.
 
         Raises:
-            SpecError: the manifest has changed since the run began.
+            SpecError: The manifest has changed since the run began.
         """
-        found = Asking(self.manifest, question=self.question, folder=self.folder)
-        if found.digest != self.digest:
+        manifest = QuestionManifest(self.manifest, question=self.question, folder=self.folder)
+        if manifest.digest != self.digest:
             raise SpecError(f"{self.manifest} has changed since the run began: use another --out")
-        return found
+        return manifest
 
     def to_json(self) -> str:
-        """As JSON, the same for the same plan."""
+        """Return the plan as JSON, always with the same bytes."""
         fields = {**self._asdict(), "source": self.source._asdict()}
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def begun(out: Path) -> int | None:
-    """Return the threads of the run that a folder holds; None where it holds none."""
-    file = out / PLAN
+def planned_threads(out: Path) -> int | None:
+    """Return the threads of the run in a folder; None if it holds no run."""
+    file = out / PLAN_FILE
     if not file.is_file():
         return None
     threads: int = json.loads(file.read_text(encoding="utf-8"))["threads"]
     return threads
 
 
-def keep(plan: Plan, out: Path) -> None:
-    """Write the plan into a new folder, or check that a begun run is of the same plan.
+def write_plan(plan: MapPlan, out: Path) -> None:
+    """Write the plan into a new folder, or check that the folder holds a run of the same plan.
 
     Raises:
-        SpecError: the folder holds another run or something else.
+        SpecError: The folder holds another run or something else.
     """
-    file = out / PLAN
+    file = out / PLAN_FILE
     if file.is_file():
         old, new = json.loads(file.read_text(encoding="utf-8")), json.loads(plan.to_json())
-        moved = sorted(key for key in new if old.get(key) != new[key])
-        if moved:
+        if changed := sorted(key for key in new if old.get(key) != new[key]):
             raise SpecError(
-                f"{out} holds a run that differs in {', '.join(moved)}: use another --out, or give "
-                "the same options to go on with it"
+                f"{out} holds a run that differs in {', '.join(changed)}: use another --out, or "
+                "give the same options to continue it"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,4 +1,4 @@
-"""Several processes of one machine, each with a model; a process that dies is replaced."""
+"""Several processes on one machine, each with a model; a process that dies is replaced."""
 
 from __future__ import annotations
 
@@ -8,44 +8,63 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffa.errors import DiffaError, SpecError
-from diffa.mapping.plan import Plan
-from diffa.mapping.shards import Writer, Written
+from diffa.mapping.plan import MapPlan
+from diffa.mapping.shards import ShardReport, ShardWriter
 
-TRIES = 3  # of one shard, before its processes' deaths are taken for its fault
+if TYPE_CHECKING:
+    from diffa.model import Model
+
+MAX_TRIES = 3  # of one shard, before the deaths of its processes are blamed on it
 
 
-class Worker:
-    """A process and the shard that it is busy with."""
+class WorkerProcess:
+    """A process and the shard that it is writing.
 
-    def __init__(self, plan: Plan, out: Path, number: int) -> None:
+    Args:
+        plan: Rows, questions and options.
+        out: Folder of the shards.
+        number: Number of the worker; chooses its GPU.
+    """
+
+    def __init__(self, plan: MapPlan, out: Path, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.number, self.shard = number, -1
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(plan, out, number, theirs), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        arguments = (plan, out, number, child_pipe)
+        self.process = context.Process(target=write_shards, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()
+        # Only the child may hold its end: else its death would not close the pipe.
+        child_pipe.close()
 
-    def give(self, shard: int) -> None:
-        """Hand over a shard; a process that has died is found out when its answer is awaited."""
+    def send(self, shard: int) -> None:
+        """Send a shard to the process."""
         self.shard = shard
-        with suppress(OSError):
+        with suppress(OSError):  # a dead process is noticed when its report is awaited
             self.pipe.send(shard)
 
-    def end(self) -> None:
-        """Let the process go."""
+    def receive(self) -> ShardReport | Exception | None:
+        """Return the report or the error of the process; None if it has died."""
+        try:
+            reply: ShardReport | Exception = self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+        return reply
+
+    def close(self) -> None:
+        """Let the process end."""
         self.pipe.close()
         self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
 
 
-def work(plan: Plan, out: Path, number: int, pipe: Connection) -> None:
-    """The life of a process: shards come in, what was written goes out, until the pipe ends."""
+def write_shards(plan: MapPlan, out: Path, number: int, pipe: Connection) -> None:
+    """Write the shards that arrive in a pipe and send back reports, until the pipe is closed."""
     try:
-        writer = Writer(plan, out, load(plan, number))
+        writer = ShardWriter(plan, out, load_worker_model(plan, number))
     except Exception as error:
         pipe.send(error if isinstance(error, DiffaError) else DiffaError(repr(error)))
         return
@@ -60,8 +79,8 @@ def work(plan: Plan, out: Path, number: int, pipe: Connection) -> None:
             pipe.send(error)
 
 
-def load(plan: Plan, number: int) -> Any:
-    """The plan's model for worker ``number``, on a GPU of its own where there are several."""
+def load_worker_model(plan: MapPlan, number: int) -> Model:
+    """Load the plan's model for worker ``number``; with several GPUs, each worker has its own."""
     import torch
 
     torch.set_num_threads(plan.threads)
@@ -71,68 +90,59 @@ def load(plan: Plan, number: int) -> Any:
     return plan.source.load(device)
 
 
-def run_here(plan: Plan, out: Path, shards: Sequence[int]) -> Iterator[Written]:
-    """Write shards in this process."""
-    writer = Writer(plan, out, load(plan, 0))
+def map_in_process(plan: MapPlan, out: Path, shards: Sequence[int]) -> Iterator[ShardReport]:
+    """Write shards in this process, and yield a report of each."""
+    writer = ShardWriter(plan, out, load_worker_model(plan, 0))
     for shard in shards:
         yield writer.write(shard)
 
 
-def run_pool(plan: Plan, out: Path, shards: Sequence[int], workers: int) -> Iterator[Written]:
-    """Write shards in ``workers`` processes, yielding each as it is done.
+def map_in_pool(
+    plan: MapPlan, out: Path, shards: Sequence[int], num_workers: int
+) -> Iterator[ShardReport]:
+    """Write shards in several processes, and yield a report of each.
 
     Raises:
-        DiffaError: a shard cannot be written, or its processes die again and again.
+        DiffaError: A shard cannot be written, or it ends ``MAX_TRIES`` processes.
     """
-    left, tries = deque(shards), dict.fromkeys(shards, 0)
-    busy: list[Worker] = []
+    queue, tries = deque(shards), dict.fromkeys(shards, 0)
+    workers: list[WorkerProcess] = []
     try:
-        for number in range(min(workers, len(shards))):
-            busy.append(Worker(plan, out, number))
-            busy[-1].give(left.popleft())
-        while busy:
-            ready = wait([worker.pipe for worker in busy])
-            for worker in [worker for worker in busy if worker.pipe in ready]:
-                found = _reply(worker)
-                if isinstance(found, Exception):
-                    raise found
-                if found is None:
-                    worker = _replaced(worker, busy, tries, plan, out)
+        for number in range(min(num_workers, len(shards))):
+            workers.append(WorkerProcess(plan, out, number))
+            workers[-1].send(queue.popleft())
+        while workers:
+            # A pipe becomes ready with a report, and also when its process dies.
+            ready = wait([worker.pipe for worker in workers])
+            for worker in [worker for worker in workers if worker.pipe in ready]:
+                reply = worker.receive()
+                if isinstance(reply, Exception):
+                    raise reply
+                if reply is None:
+                    workers[workers.index(worker)] = _restart(worker, tries, plan, out)
                     continue
-                yield found
-                if left:
-                    worker.give(left.popleft())
+                yield reply
+                if queue:
+                    worker.send(queue.popleft())
                 else:
-                    busy.remove(worker)
-                    worker.end()
+                    workers.remove(worker)
+                    worker.close()
     finally:
-        for worker in busy:
+        for worker in workers:
             worker.process.kill()
-            worker.end()
+            worker.close()
 
 
-def _reply(worker: Worker) -> Written | Exception | None:
-    """What a worker says; None where it has died."""
-    try:
-        found: Written | Exception = worker.pipe.recv()
-        return found
-    except (EOFError, OSError):
-        return None
-
-
-def _replaced(
-    dead: Worker, busy: list[Worker], tries: dict[int, int], plan: Plan, out: Path
-) -> Worker:
-    """A new worker with the dead one's shard."""
+def _restart(dead: WorkerProcess, tries: dict[int, int], plan: MapPlan, out: Path) -> WorkerProcess:
+    """Return a new worker that writes the dead one's shard."""
     tries[dead.shard] += 1
-    dead.end()
-    if tries[dead.shard] >= TRIES:
-        code = dead.process.exitcode
+    dead.close()
+    if tries[dead.shard] >= MAX_TRIES:
         raise SpecError(
-            f"shard {dead.shard} has ended {TRIES} processes (exit code {code}): too little memory "
-            "perhaps; lower --batch or --workers and run the same command again"
+            f"shard {dead.shard} has ended {MAX_TRIES} processes (exit code "
+            f"{dead.process.exitcode}): too little memory perhaps; lower --batch or --workers and "
+            "run the same command again"
         )
-    fresh = Worker(plan, out, dead.number)
-    busy[busy.index(dead)] = fresh
-    fresh.give(dead.shard)
-    return fresh
+    worker = WorkerProcess(plan, out, dead.number)
+    worker.send(dead.shard)
+    return worker

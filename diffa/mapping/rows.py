@@ -1,4 +1,4 @@
-"""The rows of a manifest that are to be answered: recordings and questions, targets not needed."""
+"""The rows of a manifest that ``diffa map`` answers: recordings and questions, no targets."""
 
 from __future__ import annotations
 
@@ -12,34 +12,44 @@ from diffa.data.samples import DataError
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
 
 
-class Row(NamedTuple):
-    """One row: its number from 0, recording, question, and what is wrong with it (or nothing).
+class QuestionRow(NamedTuple):
+    """One recording and its question.
 
-    ``audio`` is written as in the manifest, ``path`` says where it is.
+    Attributes:
+        number: Counted from 0.
+        audio: Path as the manifest writes it.
+        path: Path of the recording.
+        audio_id: Id of the recording; empty if the manifest has none.
+        question: Text of the question.
+        fault: What is wrong with the row; empty if nothing.
     """
 
     number: int
-    audio: str
-    path: Path
-    name: str
-    question: str
-    fault: str
+    audio: str = ""
+    path: Path = Path()
+    audio_id: str = ""
+    question: str = ""
+    fault: str = ""
 
 
-class Asking:
-    """Rows of a ``.json`` list or a ``.jsonl`` manifest; where each begins is kept, not more.
+class QuestionManifest:
+    """Rows of a ``.json`` list or a ``.jsonl`` file. Only their positions are kept in memory.
 
     Args:
-        path: the manifest; ``audio_filepath`` is needed, ``audio_id`` and ``input`` are used.
-        question: asked of every row; each row's ``input`` where None.
-        folder: where relative audio paths start; the manifest's own folder where None.
+        path: The manifest, with ``audio_filepath`` and optionally ``audio_id`` and ``input``.
+        question: Question about every recording. Default: each row's ``input``.
+        folder: Folder of relative audio paths. Default: the manifest's own folder.
 
     Raises:
-        DataError: the manifest cannot be read, or holds no row.
+        DataError: The manifest cannot be read, or holds no row.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, question: str | None, folder: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        question: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path).expanduser()
         check_form(self.path)
@@ -48,34 +58,30 @@ class Asking:
         self._rows = RowIndex(self.path)
         for span in iter_spans(self.path):
             self._rows.append(span)
-        self.digest = _digest(self.path)
+        with self.path.open("rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not len(self):
             raise DataError(f"{self.path} has no rows")
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, first: int, end: int) -> list[Row]:
-        """Rows ``first`` to before ``end``."""
-        return [self._row(n, row) for n, row in enumerate(self._rows.read(first, end), first)]
+    def read(self, first: int, end: int) -> list[QuestionRow]:
+        """Return rows ``first`` to ``end`` (exclusive)."""
+        return [self._parse(n, row) for n, row in enumerate(self._rows.read(first, end), first)]
 
-    def _row(self, number: int, found: Any) -> Row:
-        if isinstance(found, BrokenRow):
-            return Row(number, "", Path(), "", "", str(found))
-        if not isinstance(found, dict):
-            return Row(number, "", Path(), "", "", f"is {type(found).__name__}, not a mapping")
-        audio, name = found.get("audio_filepath"), found.get("audio_id")
-        asked = self.question or found.get("input")
-        fault = ""
+    def _parse(self, number: int, row: Any) -> QuestionRow:
+        if isinstance(row, BrokenRow):
+            return QuestionRow(number, fault=str(row))
+        if not isinstance(row, dict):
+            return QuestionRow(number, fault=f"is {type(row).__name__}, not a mapping")
+        audio, audio_id = row.get("audio_filepath"), row.get("audio_id")
+        question, fault = self.question or row.get("input"), ""
         if not isinstance(audio, str) or not audio:
             audio, fault = "", "has no audio_filepath"
-        if not isinstance(asked, str) or not asked.strip():
-            asked, fault = "", fault or "has no question (input), and --question is not given"
-        place = self.folder / Path(audio).expanduser()
-        return Row(number, audio, place, "" if name is None else str(name), asked, fault)
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if not isinstance(question, str) or not question.strip():
+            question = ""
+            fault = fault or "has no question (input), and --question is not given"
+        path = self.folder / Path(audio).expanduser()
+        audio_id = "" if audio_id is None else str(audio_id)
+        return QuestionRow(number, audio, path, audio_id, question, fault)

@@ -18,10 +18,10 @@ from diffa.cli import app
 from diffa.data.samples import DataError
 from diffa.errors import SpecError
 from diffa.mapping import pool
-from diffa.mapping.plan import Plan, Source
-from diffa.mapping.rows import Asking
-from diffa.mapping.run import run
-from diffa.mapping.shards import Written
+from diffa.mapping.plan import MapPlan, ModelSource
+from diffa.mapping.rows import QuestionManifest
+from diffa.mapping.run import map_manifest
+from diffa.mapping.shards import ShardReport
 
 ROWS, BROKEN = 11, {3, 6, 9}
 
@@ -54,21 +54,21 @@ def saved(tmp_path_factory):
 
 def planned(manifest, saved, question=None, **options):
     spec = diffa.Spec.read("tiny").resolve()
-    asking = Asking(manifest, question=question)
+    rows = QuestionManifest(manifest, question=question)
     fields = {
         "manifest": str(manifest),
         "folder": None,
-        "digest": asking.digest,
+        "digest": rows.digest,
         "question": question,
         "system": None,
         "max_tokens": 8,
-        "rows": len(asking),
-        "shard": 2,
-        "batch": 2,
-        "source": Source(spec.data, str(saved), "cpu", None),
+        "num_rows": len(rows),
+        "shard_size": 2,
+        "batch_size": 2,
+        "source": ModelSource(spec.data, str(saved), "cpu", None),
         "threads": 1,
     }
-    return Plan(**{**fields, **options})
+    return MapPlan(**{**fields, **options})
 
 
 def table(out):
@@ -85,7 +85,7 @@ def contents(out):
 def whole(manifest, saved, tmp_path_factory):
     """The folder of an undisturbed run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run(planned(manifest, saved), out)
+    map_manifest(planned(manifest, saved), out)
     return out
 
 
@@ -124,22 +124,22 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_alike(whole, manifest, saved, t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(planned(manifest, saved), out, on_progress=stop)
+        map_manifest(planned(manifest, saved), out, on_progress=stop)
     assert 0 < len(contents(out)) < 6
     (out / ".part-00004-of-00006.parquet.99").write_bytes(b"half")
-    done = run(planned(manifest, saved), out)
+    done = map_manifest(planned(manifest, saved), out)
     assert done.shards == 4
     assert contents(out) == contents(whole)
     assert not list(out.glob(".part*"))
-    assert run(planned(manifest, saved), out).shards == 0
+    assert map_manifest(planned(manifest, saved), out).shards == 0
 
 
 def test_another_question_needs_another_folder(whole, manifest, saved, tmp_path):
     with pytest.raises(SpecError, match="differs in question"):
-        run(planned(manifest, saved, "Why?"), whole)
+        map_manifest(planned(manifest, saved, "Why?"), whole)
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(SpecError, match="holds no run"):
-        run(planned(manifest, saved), tmp_path)
+        map_manifest(planned(manifest, saved), tmp_path)
 
 
 def test_the_command_goes_on_with_the_threads_it_began_with(manifest, saved, tmp_path):
@@ -165,17 +165,17 @@ def test_a_run_that_answers_nothing_exits_with_1(saved, tmp_path):
 def test_a_manifest_that_has_changed_is_refused(manifest, saved, tmp_path):
     plan = planned(manifest, saved)._replace(digest="0" * 64)
     with pytest.raises(SpecError, match="has changed"):
-        run(plan, tmp_path / "run")
+        map_manifest(plan, tmp_path / "run")
 
 
 def test_only_manifests_are_read(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"rows.parquet is no .json or .jsonl.*convert"):
-        Asking(tmp_path / "rows.parquet", question=None)
+        QuestionManifest(tmp_path / "rows.parquet", question=None)
 
 
 def test_a_question_for_all_rows_replaces_their_own(manifest, saved, tmp_path):
-    run(planned(manifest, saved, "Who speaks?", rows=2), tmp_path / "run")
+    map_manifest(planned(manifest, saved, "Who speaks?", num_rows=2), tmp_path / "run")
     assert {row["question"] for row in table(tmp_path / "run")} == {"Who speaks?"}
 
 
@@ -193,7 +193,7 @@ class Dying:
         tries.write_text("x" * (count + 1))
         if shard == 2 and count < self.times:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Written(shard, 1, 0, 0.0)
+        return ShardReport(shard, 1, 0, 0.0)
 
 
 @pytest.fixture
@@ -201,13 +201,13 @@ def forked(monkeypatch):
     """Processes that take over what a test has patched, and need no model."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: context)
-    monkeypatch.setattr(pool, "load", lambda plan, number: None)
-    monkeypatch.setattr(pool, "Writer", Dying)
+    monkeypatch.setattr(pool, "load_worker_model", lambda plan, number: None)
+    monkeypatch.setattr(pool, "ShardWriter", Dying)
 
 
 @pytest.mark.forks
 def test_a_process_that_dies_is_replaced_and_its_shard_done_again(forked, tmp_path):
-    done = list(pool.run_pool(None, tmp_path, range(5), 2))
+    done = list(pool.map_in_pool(None, tmp_path, range(5), 2))
     assert sorted(written.shard for written in done) == [0, 1, 2, 3, 4]
     tries = {file.stem: len(file.read_text()) for file in tmp_path.glob("*.tries")}
     assert tries == {"0": 1, "1": 1, "2": 2, "3": 1, "4": 1}
@@ -217,7 +217,7 @@ def test_a_process_that_dies_is_replaced_and_its_shard_done_again(forked, tmp_pa
 def test_a_process_that_dies_between_two_shards_is_replaced(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(Dying, "times", 0)
     done = []
-    for written in pool.run_pool(None, tmp_path, range(6), 2):
+    for written in pool.map_in_pool(None, tmp_path, range(6), 2):
         if not done:  # one of them waits for its next shard now
             for process in multiprocessing.active_children():
                 process.kill()
@@ -230,7 +230,7 @@ def test_a_process_that_dies_between_two_shards_is_replaced(forked, tmp_path, mo
 def test_a_shard_that_kills_every_process_ends_the_run(forked, tmp_path, monkeypatch):
     monkeypatch.setattr(Dying, "times", 9)
     with pytest.raises(SpecError, match="shard 2 has ended 3 processes"):
-        list(pool.run_pool(None, tmp_path, range(5), 2))
+        list(pool.map_in_pool(None, tmp_path, range(5), 2))
 
 
 def children(parent):
@@ -267,7 +267,7 @@ def test_a_ray_node_that_is_killed_changes_nothing(whole, manifest, saved, tmp_p
     import ray
     from ray.cluster_utils import Cluster
 
-    from diffa.mapping.cluster import Replicas
+    from diffa.mapping.cluster import ReplicaLimits
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
@@ -281,7 +281,9 @@ def test_a_ray_node_that_is_killed_changes_nothing(whole, manifest, saved, tmp_p
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         plan, out = planned(manifest, saved), tmp_path / "run"
-        run(plan, out, address=cluster.address, replicas=Replicas(2, 2), on_progress=kill)
+        map_manifest(
+            plan, out, address=cluster.address, replicas=ReplicaLimits(2, 2), on_progress=kill
+        )
     finally:
         ray.shutdown()
         cluster.shutdown()
