@@ -15,7 +15,7 @@ from reports import write
 import diffa
 from diffa.data.corpora.fsdd import ACCENTS
 from diffa.evaluation.word_errors import count_edits
-from diffa.nano.corpus.examples import questions_for_trial
+from diffa.nano.corpus.examples import all_instructions
 from diffa.nano.corpus.utterances import Utterances
 
 LENGTHS = {"caption": 24, "transcribe": 16}  # of the answers; the others get 8 tokens
@@ -66,7 +66,7 @@ def spoken(chosen: Any) -> Utterances:
     if chosen.speaker is None:
         return Utterances(chosen.split, chosen.seed)
     others = tuple(name for name in ACCENTS if name != chosen.speaker)
-    return Utterances(chosen.split, chosen.seed, leave_out=others, synthetic=False)
+    return Utterances(chosen.split, chosen.seed, exclude_speakers=others, synthetic_voices=False)
 
 
 def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
@@ -76,8 +76,8 @@ def ask(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
     made = [speech[index] for index in range(chosen.count)]
     for index, utterance in enumerate(made):
         heard = made[(index + 7) % len(made)] if chosen.shuffled else utterance
-        wave = torch.from_numpy(heard.wave)
-        for trial in questions_for_trial(utterance.labels, chosen.seed, index, chosen.held_out):
+        wave = torch.from_numpy(heard.audio)
+        for trial in all_instructions(utterance.labels, chosen.seed, index, chosen.held_out):
             asked[LENGTHS.get(trial.kind, 8)].append((trial, wave, utterance.labels))
     rows, num_forwards = [], 0
     for length, group in asked.items():
@@ -102,8 +102,8 @@ def weigh(model: diffa.Model, chosen: Any) -> tuple[list[dict[str, Any]], int]:
     speech, rows, samples = spoken(chosen), [], 8
     for index in range(chosen.count):
         utterance = speech[index]
-        wave = torch.from_numpy(utterance.wave)
-        for trial in questions_for_trial(utterance.labels, chosen.seed, index, chosen.held_out):
+        wave = torch.from_numpy(utterance.audio)
+        for trial in all_instructions(utterance.labels, chosen.seed, index, chosen.held_out):
             if trial.form == "choice":
                 pairs = zip("ABCD", trial.choices, strict=True)
                 answers = [f"{letter}. {text}" for letter, text in pairs]

@@ -16,7 +16,7 @@ from reports import write
 
 import diffa
 from diffa.evaluation.word_errors import count_edits
-from diffa.nano.corpus.examples import questions_for_trial
+from diffa.nano.corpus.examples import all_instructions
 from diffa.nano.corpus.utterances import Utterances
 
 LENGTHS, BLOCKS = (24, 32, 48), (1, 4, 8, 12, 16, 24, 32, 48)
@@ -33,10 +33,10 @@ def main() -> None:
     model = diffa.build(chosen.spec)
     speech = Utterances("test", chosen.seed)
     asked = [
-        (torch.from_numpy(utterance.wave), trial)
+        (torch.from_numpy(utterance.audio), trial)
         for index in range(chosen.count)
         for utterance in [speech[index]]
-        for trial in questions_for_trial(utterance.labels, chosen.seed, index)
+        for trial in all_instructions(utterance.labels, chosen.seed, index)
         if trial.kind in ("caption", "transcribe")
     ]
     asked.sort(key=lambda pair: len(pair[0]))

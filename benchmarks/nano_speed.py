@@ -39,7 +39,7 @@ def main() -> None:
     result = {
         "threads": torch.get_num_threads(),
         "utterances": len(made),
-        "seconds of audio": round(sum(len(u.wave) for u in made) / RATE, 1),
+        "seconds of audio": round(sum(len(u.audio) for u in made) / RATE, 1),
         "sampler_presets": measure(diffa.build(chosen.spec), made, chosen.rounds, chosen.tokens),
     }
     print(f"{'preset':10s} {'RTF':>8s} {'ratio':>6s} {'num_forwards':>9s} {'error':>6s}")
@@ -61,7 +61,7 @@ def measure(
     errors, num_forwards = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for _ in range(rounds):
         for utterance in made:
-            wave = torch.from_numpy(utterance.wave)
+            wave = torch.from_numpy(utterance.audio)
             target = [DIGIT_WORDS[digit] for digit in utterance.labels.digits]
             for name, tried in models.items():
                 begin = time.perf_counter()

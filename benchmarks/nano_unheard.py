@@ -39,7 +39,7 @@ def recipe(chosen: argparse.Namespace) -> dict[str, Any]:
               if stage["name"] in steps]  # fmt: skip
     for stage in stages:
         for source in stage["data"]:
-            source["options"] = source["options"] | {"leave_out": [chosen.speaker]}
+            source["options"] = source["options"] | {"exclude_speakers": [chosen.speaker]}
     backbone = {"name": "llada", "checkpoint": chosen.llada}
     return {**whole, "spec": {**whole["spec"], "backbone": backbone}, "stages": stages}
 

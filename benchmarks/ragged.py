@@ -32,7 +32,7 @@ def main() -> None:
     chosen = parser.parse_args()
     model = diffa.build("nano")
     model = diffa.swap(model, sampler=model.spec.data["sampler_presets"]["exact"])
-    source = Nano(split="test", seed=1, count=max(chosen.batches), per=1)
+    source = Nano(split="test", seed=1, count=max(chosen.batches), samples_per_utterance=1)
     asked = [source[i] for i in range(max(chosen.batches))]
     table = []
     for rows in chosen.batches:

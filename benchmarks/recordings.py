@@ -21,7 +21,7 @@ def main() -> None:
     speakers = Utterances("test", seed=2026)
 
     def voice(accent: str, gender: str, number: int):
-        found = [v for v in speakers.synthesis.voices if (v.accent, v.gender) == (accent, gender)]
+        found = [v for v in speakers.espeak.voices if (v.accent, v.gender) == (accent, gender)]
         return found[number]
 
     one, two = voice("british", "woman", 2), voice("american", "man", 5)
@@ -32,7 +32,7 @@ def main() -> None:
     }
     FOLDER.mkdir(exist_ok=True)
     for number, (name, scene) in enumerate(scenes.items()):
-        wave, labels = speakers.perform(scene, np.random.default_rng(number))
+        wave, labels = speakers.render(scene, np.random.default_rng(number))
         soundfile.write(FOLDER / f"{name}.flac", wave, RATE)
         print(f"{name}.flac: {labels.duration:.1f} s, {labels.digits}, {labels.speed}")
 

@@ -85,7 +85,7 @@ def ratio(one: list[float], many: list[float]) -> float:
 def mix(count: int, folder: Path, sampler_presets: list[str], seed: int, per: int) -> list[Asked]:
     """Requests: two thirds short, one third long; a third streamed, a tenth cancelled. ``per``
     questions are about the same recording."""
-    source, rng = Nano(split="test", seed=seed, count=count, per=per), random.Random(seed)
+    source, rng = Nano(split="test", seed=seed, count=count, samples_per_utterance=per), random.Random(seed)
     made = []
     for number in range(count):
         sample = source[number]

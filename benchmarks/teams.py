@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     model = diffa.build("nano")
-    source = Nano(split="test", seed=1, count=chosen.count, per=1)
+    source = Nano(split="test", seed=1, count=chosen.count, samples_per_utterance=1)
     asked = [source[number] for number in range(chosen.count)]
     taken: dict[str, list[float]] = {"one": [], "two": []}
     texts: dict[str, list[str]] = {}

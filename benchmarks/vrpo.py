@@ -250,7 +250,7 @@ def word_error(model: Any, spoken: list[Any]) -> float:
     wanted = [" ".join(DIGIT_WORDS[d] for d in u.labels.digits) for u in spoken]
     written: list[str] = []
     for at in range(0, len(spoken), 16):
-        waves = [torch.from_numpy(u.wave) for u in spoken[at : at + 16]]
+        waves = [torch.from_numpy(u.audio) for u in spoken[at : at + 16]]
         asked = ["Please transcribe the audio to text."] * len(waves)
         written += model.answer(waves, asked, max_tokens=16).text
     return compare(written, wanted)["error"]

@@ -51,25 +51,34 @@ def make_nano_corpus(
     split: Annotated[Split, typer.Option("--split", help="Recordings to use.")] = "train",
     count: Annotated[int, typer.Option("--count", min=1, help="Number of rows.")] = 1000,
     seed: Annotated[int, typer.Option("--seed", help="Random seed of the corpus.")] = 0,
-    per: Annotated[
-        int, typer.Option("--per", min=1, help="Number of questions per recording.")
+    questions: Annotated[
+        int,
+        typer.Option("--questions-per-utterance", min=1, help="Number of questions per recording."),
     ] = 1,
     form: Annotated[
         Literal["jsonl", "json"], typer.Option("--format", help="Format of the manifest.")
     ] = "jsonl",
     fsdd: FsddOption = "",
-    leave_out: Annotated[
+    exclude_speakers: Annotated[
         list[str] | None,
-        typer.Option("--leave-out", help="Speaker to leave out; may be repeated (default: none)."),
+        typer.Option(
+            "--exclude-speaker", help="Speaker to leave out; may be repeated (default: none)."
+        ),
     ] = None,
 ) -> None:
     """Write the nano corpus: spoken digits, sounds and melodies with questions about them."""
     from diffa.nano.corpus.examples import write_corpus
 
     manifest = write_corpus(
-        out, split, seed, count, fsdd=fsdd or None, leave_out=tuple(leave_out or ()), per=per,
+        out,
+        split,
+        seed,
+        count,
+        fsdd=fsdd or None,
+        exclude_speakers=tuple(exclude_speakers or ()),
+        questions_per_utterance=questions,
         form=form,
-    )  # fmt: skip
+    )
     print(manifest)
     print_note(f"{count} rows of the {split} recordings, seed {seed}")
 

@@ -12,10 +12,10 @@ import numpy as np
 from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
 from diffa.data.formats import write_rows
 from diffa.data.synthesis.preferences import Corruption, pair_of
-from diffa.nano.corpus.examples import Example, Examples, row_of
-from diffa.nano.corpus.questions import CHOICES, caption, spell
+from diffa.nano.corpus.examples import Example, Examples, example_row
+from diffa.nano.corpus.questions import CHOICES, number_to_words, write_caption
 from diffa.nano.corpus.recordings import Split
-from diffa.nano.corpus.scenes import BEHIND, LEVELS, SPEEDS, Draw, Labels
+from diffa.nano.corpus.scenes import BACKGROUNDS, LEVELS, SPEEDS, Labels, Rng
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.sounds import DIRECTIONS, NOTES, SOUNDS, Direction
 from diffa.nano.corpus.utterances import Utterances
@@ -32,10 +32,10 @@ class Pair(NamedTuple):
     corruption: Corruption
 
 
-def other(value: str, values: tuple[str, ...], draw: Draw) -> str:
+def other(value: str, values: tuple[str, ...], rng: Rng) -> str:
     """Draw one of the other values."""
     left = [v for v in values if v != value]
-    return left[int(draw.integers(len(left)))]
+    return left[int(rng.integers(len(left)))]
 
 
 def corrupt(example: Example, seed: int = 0) -> Corruption | None:
@@ -45,36 +45,36 @@ def corrupt(example: Example, seed: int = 0) -> Corruption | None:
     and the question.
     """
     key = (seed, *f"{example.audio_id} {example.question}".encode())
-    draw = np.random.default_rng(key)
-    if example.kind == "transcribe":
-        return _digit(example.labels, draw)
-    if example.kind == "caption":
-        return _caption(example.labels, draw)
+    rng = np.random.default_rng(key)
+    if example.task == "transcribe":
+        return _digit(example.labels, rng)
+    if example.task == "caption":
+        return _caption(example.labels, rng)
     letter, dot, text = example.answer.partition(". ")
     if not dot:
-        wrong = other(example.answer, _values(example), draw)
-        return Corruption(wrong, example.kind, _reason(example.kind, wrong, example.answer))
+        wrong = other(example.answer, _values(example), rng)
+        return Corruption(wrong, example.task, _reason(example.task, wrong, example.answer))
     choices = _choices(example.question)
-    wrong = other(letter, tuple(choices), draw)
-    told = _reason(example.kind, choices[wrong], text)
-    return Corruption(f"{wrong}. {choices[wrong]}", example.kind, told)
+    wrong = other(letter, tuple(choices), rng)
+    told = _reason(example.task, choices[wrong], text)
+    return Corruption(f"{wrong}. {choices[wrong]}", example.task, told)
 
 
 def _values(example: Example) -> tuple[str, ...]:
     """What an open question could have been answered with, heard another recording of its sort."""
-    labels, kind = example.labels, example.kind
-    if kind == "sum":
+    labels, task = example.labels, example.task
+    if task == "sum":
         right = sum(labels.digits)
-        return tuple(spell(n) for n in range(max(right - 4, 0), min(right + 5, 28)))
-    if kind == "accent":
+        return tuple(number_to_words(n) for n in range(max(right - 4, 0), min(right + 5, 28)))
+    if task == "accent":
         return ACCENT_NAMES
-    if kind == "gender" and labels.digits:
+    if task == "gender" and labels.digits:
         return ("man", "woman")
-    if kind == "same" and labels.digits:
+    if task == "same" and labels.digits:
         return ("same", "different")
-    if kind in ("speed", "loudness") and labels.digits:
-        return tuple(SPEEDS if kind == "speed" else LEVELS)
-    return tuple(CHOICES[kind])
+    if task in ("speed", "loudness") and labels.digits:
+        return tuple(SPEEDS if task == "speed" else LEVELS)
+    return tuple(CHOICES[task])
 
 
 def _choices(question: str) -> dict[str, str]:
@@ -91,21 +91,21 @@ def _reason(attribute: str, wrong: str, right: str) -> str:
     return f"{attribute}: {wrong}, not {right}"
 
 
-def _digit(labels: Labels, draw: Draw) -> Corruption | None:
+def _digit(labels: Labels, rng: Rng) -> Corruption | None:
     if not labels.digits:
         return None
     words = [DIGIT_WORDS[digit] for digit in labels.digits]
-    place = int(draw.integers(len(words)))
-    right, words[place] = words[place], other(words[place], DIGIT_WORDS, draw)
+    place = int(rng.integers(len(words)))
+    right, words[place] = words[place], other(words[place], DIGIT_WORDS, rng)
     return Corruption(" ".join(words), "text", _reason("text", words[place], right))
 
 
-def _caption(labels: Labels, draw: Draw) -> Corruption | None:
+def _caption(labels: Labels, rng: Rng) -> Corruption | None:
     """Change one label and write the caption anew: fluent, and wrong in one thing."""
-    ways = _ways(labels, draw)
-    name, right, values, change = ways[int(draw.integers(len(ways)))]
-    wrong = other(right, values, draw)
-    text = caption(labels._replace(**change(wrong)))
+    ways = _ways(labels, rng)
+    name, right, values, change = ways[int(rng.integers(len(ways)))]
+    wrong = other(right, values, rng)
+    text = write_caption(labels._replace(**change(wrong)))
     return None if text is None else Corruption(text, name, _reason(name, wrong, right))
 
 
@@ -118,7 +118,7 @@ class Way(NamedTuple):
     change: Callable[[str], dict[str, Any]]
 
 
-def _ways(labels: Labels, draw: Draw) -> list[Way]:
+def _ways(labels: Labels, rng: Rng) -> list[Way]:
     if labels.melody:
         old, notes = labels.melody, tuple(DIGIT_WORDS[n] for n in NOTES)
         return [
@@ -129,7 +129,7 @@ def _ways(labels: Labels, draw: Draw) -> list[Way]:
         ]  # fmt: skip
     if not labels.digits:
         return [Way("sound", str(labels.sound), tuple(SOUNDS), lambda new: {"sound": new})]
-    digits, place = labels.digits, int(draw.integers(len(labels.digits)))
+    digits, place = labels.digits, int(rng.integers(len(labels.digits)))
     ways = [
         Way("text", DIGIT_WORDS[digits[place]], DIGIT_WORDS,
             lambda new: {
@@ -144,7 +144,7 @@ def _ways(labels: Labels, draw: Draw) -> list[Way]:
     if labels.speed:
         ways.append(Way("speed", labels.speed, tuple(SPEEDS), lambda new: {"speed": new}))
     if labels.sound:
-        ways.append(Way("sound", labels.sound, BEHIND, lambda new: {"sound": new}))
+        ways.append(Way("sound", labels.sound, BACKGROUNDS, lambda new: {"sound": new}))
     return ways
 
 
@@ -170,7 +170,7 @@ def write_preferences(
     count: int,
     *,
     fsdd: str | Path | None = None,
-    leave_out: tuple[str, ...] = (),
+    exclude_speakers: tuple[str, ...] = (),
     form: Literal["json", "jsonl", "parquet"] = "json",
 ) -> Path:
     """Write ``count`` pairs: audio/*.wav and {split}-preferences.json, returned.
@@ -184,12 +184,12 @@ def write_preferences(
     folder = Path(folder).expanduser()
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     # examples without a pair (silence has no words to change) are replaced by later ones
-    examples = Examples(Utterances(split, seed, fsdd, leave_out), count * 2)
+    examples = Examples(Utterances(split, seed, fsdd, exclude_speakers), count * 2)
     rows = []
     for number, pair in enumerate(islice(pairs(examples, seed), count)):
         path = folder / "audio" / f"{split}-{pair.example.audio_id}.wav"
-        soundfile.write(path, pair.example.wave, RATE, subtype="FLOAT")
-        row = row_of(pair.example, path.absolute()) | {"split": split}
+        soundfile.write(path, pair.example.audio, RATE, subtype="FLOAT")
+        row = example_row(pair.example, path.absolute()) | {"split": split}
         row["audio_id"] = f"{pair.example.audio_id}-p{number}"
         rows.append(pair_of(row, pair.corruption, SOURCE))
     return write_rows(folder / f"{split}-preferences.{form}", rows)

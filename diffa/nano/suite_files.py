@@ -11,9 +11,9 @@ import numpy as np
 
 from diffa.evaluation.items import EvaluationError
 from diffa.nano.corpus.phrases import ORDINALS, phrases
-from diffa.nano.corpus.questions import answer_to, options
+from diffa.nano.corpus.questions import draw_choices, true_answer
 from diffa.nano.corpus.recordings import Voice
-from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Draw, Scene
+from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Rng, Scene
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterance, Utterances
 from diffa.runtime.files import write_text
@@ -22,7 +22,7 @@ MANIFEST = "nano-suite.jsonl"
 _TRIES = 200  # scenes drawn for one item before its task is given up
 
 
-class Task(NamedTuple):
+class SuiteTask(NamedTuple):
     """One kind of question: how MMSU would file it, and the scenes it needs.
 
     Attributes:
@@ -32,7 +32,7 @@ class Task(NamedTuple):
         answers: what the true answers go through in turn, where they are few.
     """
 
-    kind: str
+    question_task: str
     category: str
     area: str
     digits: tuple[int, int]
@@ -40,17 +40,17 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "digit identity": Task("place", "Perception", "Phonology", (1, 1)),
-    "accent": Task(
+    "digit identity": SuiteTask("place", "Perception", "Phonology", (1, 1)),
+    "accent": SuiteTask(
         "accent", "Perception", "Paralinguistics", (3, 5), ("american", "french", "german", "greek")
     ),
-    "speed": Task("speed", "Perception", "Paralinguistics", (3, 6), tuple(SPEEDS)),
-    "loudness": Task("loudness", "Perception", "Paralinguistics", (2, 5), tuple(LEVELS)),
-    "speaker": Task("same", "Perception", "Paralinguistics", (2, 5), ("same", "different")),
-    "digit order": Task("place", "Reasoning", "Semantics", (3, 6)),
-    "count": Task("count", "Reasoning", "Semantics", (1, 7)),
-    "sum": Task("sum", "Reasoning", "Semantics", (2, 3)),
-    "largest": Task("largest", "Reasoning", "Semantics", (2, 5)),
+    "speed": SuiteTask("speed", "Perception", "Paralinguistics", (3, 6), tuple(SPEEDS)),
+    "loudness": SuiteTask("loudness", "Perception", "Paralinguistics", (2, 5), tuple(LEVELS)),
+    "speaker": SuiteTask("same", "Perception", "Paralinguistics", (2, 5), ("same", "different")),
+    "digit order": SuiteTask("place", "Reasoning", "Semantics", (3, 6)),
+    "count": SuiteTask("count", "Reasoning", "Semantics", (1, 7)),
+    "sum": SuiteTask("sum", "Reasoning", "Semantics", (2, 3)),
+    "largest": SuiteTask("largest", "Reasoning", "Semantics", (2, 5)),
 }
 
 
@@ -73,44 +73,44 @@ def write_suite(
     """
     import soundfile
 
-    speech = Utterances("test", seed, fsdd, synthetic=False)
+    speech = Utterances("test", seed, fsdd, synthetic_voices=False)
     folder = Path(folder).expanduser()
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for place, name in enumerate(TASKS):
         for number in range(per_task):
-            draw = np.random.default_rng((seed, place, number))
-            utterance, question, answer, choices = make(speech, name, number, draw)
+            rng = np.random.default_rng((seed, place, number))
+            utterance, question, answer, choices = make_item(speech, name, number, rng)
             file = f"audio/{name.replace(' ', '-')}-{number:04d}.wav"
-            soundfile.write(folder / file, utterance.wave, RATE, subtype="PCM_16")
-            rows.append(row_of(name, number, file, question, answer, choices))
+            soundfile.write(folder / file, utterance.audio, RATE, subtype="PCM_16")
+            rows.append(suite_row(name, number, file, question, answer, choices))
             if on_item is not None:
                 on_item(len(rows))
     return write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make(
-    speech: Utterances, name: str, number: int, draw: Draw
+def make_item(
+    speech: Utterances, name: str, number: int, rng: Rng
 ) -> tuple[Utterance, str, str, tuple[str, ...]]:
     """One item: its sound, question, answer and four choices; raises EvaluationError."""
     task = TASKS[name]
     wanted = task.answers[number % len(task.answers)] if task.answers else None
     for _ in range(_TRIES):
-        scene = _scene(task, wanted, speech.recordings.voices, draw)
-        utterance = speech.perform(scene, draw)
-        place = int(draw.integers(len(utterance.labels.digits)))
-        answer = answer_to(task.kind, utterance.labels, place)
+        scene = _scene(task, wanted, speech.recordings.voices, rng)
+        utterance = speech.render(scene, rng)
+        place = int(rng.integers(len(utterance.labels.digits)))
+        answer = true_answer(task.question_task, utterance.labels, place)
         whole = len(utterance.labels.digits) == len(scene.digits)
         if whole and answer is not None and wanted in (None, answer):
-            stems = phrases(task.kind)
-            question = stems[int(draw.integers(len(stems)))].format(nth=ORDINALS[place])
-            return utterance, question, answer, options(task.kind, answer, draw)
+            stems = phrases(task.question_task)
+            question = stems[int(rng.integers(len(stems)))].format(nth=ORDINALS[place])
+            return utterance, question, answer, draw_choices(task.question_task, answer, rng)
     raise EvaluationError(
         f"no {name} item with the answer {wanted!r} in {_TRIES} tries: are all six speakers there?"
     )
 
 
-def row_of(
+def suite_row(
     name: str, number: int, file: str, question: str, answer: str, choices: Sequence[str]
 ) -> dict[str, Any]:
     """An item in MMSU's columns."""
@@ -130,19 +130,21 @@ def row_of(
     }
 
 
-def _scene(task: Task, wanted: str | None, voices: list[Voice], draw: Draw) -> Scene:
+def _scene(task: SuiteTask, wanted: str | None, voices: list[Voice], rng: Rng) -> Scene:
     """A scene of real speech that may have the wanted answer."""
-    count = int(draw.integers(task.digits[0], task.digits[1] + 1))
-    digits = tuple(int(digit) for digit in draw.integers(0, 10, count))
-    pool = [voice for voice in voices if task.kind != "accent" or voice.accent == wanted] or voices
-    first = pool[int(draw.integers(len(pool)))]
+    count = int(rng.integers(task.digits[0], task.digits[1] + 1))
+    digits = tuple(int(digit) for digit in rng.integers(0, 10, count))
+    pool = [
+        voice for voice in voices if task.question_task != "accent" or voice.accent == wanted
+    ] or voices
+    first = pool[int(rng.integers(len(pool)))]
     cast = (first,) * count
     if wanted == "different":
         others = [voice for voice in voices if voice != first]
-        turn = int(draw.integers(1, count))
-        cast = (first,) * turn + (others[int(draw.integers(len(others)))],) * (count - turn)
+        turn = int(rng.integers(1, count))
+        cast = (first,) * turn + (others[int(rng.integers(len(others)))],) * (count - turn)
     speed = next((name for name in SPEEDS if name == wanted), None)
     level = next((name for name in LEVELS if name == wanted), None)
-    speed = speed or tuple(SPEEDS)[int(draw.integers(len(SPEEDS)))]
-    level = level or tuple(LEVELS)[int(draw.integers(len(LEVELS)))]
+    speed = speed or tuple(SPEEDS)[int(rng.integers(len(SPEEDS)))]
+    level = level or tuple(LEVELS)[int(rng.integers(len(LEVELS)))]
     return Scene(digits, cast, speed, level, None, None)

@@ -146,7 +146,7 @@ def test_optional_members_of_a_source_are_recognised_by_their_protocols(world):
 
 @pytest.mark.fsdd
 def test_nano_is_timed_grows_and_names_its_speakers():
-    source = open_source("nano", {"count": 4, "synthetic": False})
+    source = open_source("nano", {"count": 4, "synthetic_voices": False})
     assert isinstance(source, TimedSource) and isinstance(source, CurriculumSource)
     assert isinstance(source, SpeakerSource) and "theo" in source.speakers
 

@@ -23,7 +23,7 @@ from diffa.evaluation.intervals import (
 from diffa.evaluation.suites import load_suite
 from diffa.evaluation.suites.voicebench import subset_from_name
 from diffa.nano.corpus.utterances import Utterances
-from diffa.nano.suite_files import TASKS, make, write_suite
+from diffa.nano.suite_files import TASKS, make_item, write_suite
 from diffa.spec import registry
 
 
@@ -148,14 +148,14 @@ class TestNanoSuite:
         assert asked.choices == tuple("ABCD")
 
     def test_an_item_depends_on_its_seed_and_number_alone(self):
-        first, second = (Utterances("test", 7, synthetic=False) for _ in range(2))
-        make(second, "sum", 3, np.random.default_rng(1))
-        one, other = (make(s, "speed", 1, np.random.default_rng(9)) for s in (first, second))
-        np.testing.assert_array_equal(one[0].wave, other[0].wave)
+        first, second = (Utterances("test", 7, synthetic_voices=False) for _ in range(2))
+        make_item(second, "sum", 3, np.random.default_rng(1))
+        one, other = (make_item(s, "speed", 1, np.random.default_rng(9)) for s in (first, second))
+        np.testing.assert_array_equal(one[0].audio, other[0].audio)
         assert one[1:] == other[1:] and one[0].labels == other[0].labels
 
     def test_only_test_recordings_of_real_people_are_used(self):
-        speech = Utterances("test", 7, synthetic=False)
+        speech = Utterances("test", 7, synthetic_voices=False)
         assert all(voice.real for voice in speech.voices)
         used = {int(file.stem.split("_")[2]) for files in speech.recordings.files.values()
                 for file in files}  # fmt: skip

@@ -9,17 +9,25 @@ from diffa.data.samples import DataError
 from diffa.data.sources import open_source
 from diffa.errors import AudioError, SpecError
 from diffa.nano.corpus import voices
-from diffa.nano.corpus.examples import Examples, questions_for_trial, write_corpus
-from diffa.nano.corpus.phrases import PHRASES, phrases, reworded
-from diffa.nano.corpus.questions import LETTERS, WEIGHTS, answer_to, ask, caption, spell, transcript
+from diffa.nano.corpus.examples import Examples, all_instructions, write_corpus
+from diffa.nano.corpus.phrases import PHRASES, paraphrase, phrases
+from diffa.nano.corpus.questions import (
+    LETTERS,
+    TASK_WEIGHTS,
+    make_instruction,
+    number_to_words,
+    transcript,
+    true_answer,
+    write_caption,
+)
 from diffa.nano.corpus.recordings import Recordings, fsdd_folder
-from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Labels, speed_of
+from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Labels, speed_band
 from diffa.nano.corpus.shaping import RATE, decibels, stretch
-from diffa.nano.corpus.sounds import DIRECTIONS, SOUNDS, Melody, play
-from diffa.nano.corpus.text import Imitations, facts
-from diffa.nano.corpus.utterances import LONGEST, Utterances
-from diffa.nano.corpus.vocabulary import BLANK, SYSTEM, vocabulary, write_tokenizer
-from diffa.nano.corpus.voices import accent_audible
+from diffa.nano.corpus.sounds import DIRECTIONS, SOUNDS, Melody, render_melody
+from diffa.nano.corpus.text import AudioTexts, acoustic_words
+from diffa.nano.corpus.utterances import MAX_SECONDS, Utterances
+from diffa.nano.corpus.vocabulary import BLANK, SYSTEM, build_vocabulary, write_tokenizer
+from diffa.nano.corpus.voices import accent_is_audible
 
 
 def labels(digits: tuple[int, ...] = (3, 5, 9), **changes: object) -> Labels:
@@ -57,7 +65,7 @@ class TestUtterances:
         again = Utterances("train", 7)
         for index in (3, 11, 5):
             assert again[index].labels == utterances[index].labels
-            np.testing.assert_array_equal(again[index].wave, utterances[index].wave)
+            np.testing.assert_array_equal(again[index].audio, utterances[index].audio)
 
     def test_seeds_differ(self, utterances):
         other = Utterances("train", 8)
@@ -65,8 +73,8 @@ class TestUtterances:
 
     def test_utterances_fit_the_window_and_full_scale(self, utterances):
         for index in range(60):
-            wave = utterances[index].wave
-            assert 0 < len(wave) <= (LONGEST + 0.2) * RATE
+            wave = utterances[index].audio
+            assert 0 < len(wave) <= (MAX_SECONDS + 0.2) * RATE
             assert wave.dtype == np.float32 and np.abs(wave).max() <= 1
 
     def test_digits_lie_where_their_boundaries_say(self, utterances):
@@ -90,7 +98,7 @@ class TestUtterances:
     def test_named_speed_is_the_rate_of_onsets(self, utterances):
         for index in range(60):
             heard = utterances[index].labels
-            assert heard.speed == speed_of([start for start, _ in heard.spans])
+            assert heard.speed == speed_band([start for start, _ in heard.spans])
 
     def test_test_recordings_never_meet_training(self):
         train, test = (Recordings(fsdd_folder(), split) for split in ("train", "test"))
@@ -99,23 +107,23 @@ class TestUtterances:
         assert all(int(p.stem.split("_")[2]) < 5 for ps in test.files.values() for p in ps)
 
     def test_a_speaker_can_be_left_out(self):
-        left = Utterances("train", 7, leave_out=("theo",))
+        left = Utterances("train", 7, exclude_speakers=("theo",))
         assert "theo" not in {voice.name for voice in left.voices}
 
     def test_without_the_synthesiser_only_people_speak(self):
-        assert all(voice.real for voice in Utterances("train", 7, synthetic=False).voices)
+        assert all(voice.real for voice in Utterances("train", 7, synthetic_voices=False).voices)
 
     def test_examples_share_an_utterance_and_stay_pure(self, utterances):
-        examples = Examples(utterances, 12, per=3)
+        examples = Examples(utterances, 12, samples_per_utterance=3)
         ids = [examples[i].audio_id for i in range(6)]
         assert len(set(ids)) == 2 and examples[4].answer == examples[4].answer
 
     def test_unknown_kinds_are_refused(self, utterances):
         with pytest.raises(SpecError, match="colour"):
-            Examples(utterances, 3, kinds=("colour",))
+            Examples(utterances, 3, tasks=("colour",))
 
     def test_files_hold_the_published_fields(self, tmp_path):
-        manifest = write_corpus(tmp_path, "test", 5, 6, per=2)
+        manifest = write_corpus(tmp_path, "test", 5, 6, questions_per_utterance=2)
         rows = [json.loads(line) for line in manifest.read_text().splitlines()]
         fields = (
             "audio_id audio_filepath transcription input target dataset duration seed_transcript"
@@ -123,7 +131,7 @@ class TestUtterances:
         assert len(rows) == 6 and all(set(row) == set(fields.split()) for row in rows)
         assert len({row["audio_id"] for row in rows}) == 6
         assert all((tmp_path / row["audio_filepath"]).exists() for row in rows)
-        listed = write_corpus(tmp_path, "test", 5, 6, per=2, form="json")
+        listed = write_corpus(tmp_path, "test", 5, 6, questions_per_utterance=2, form="json")
         assert json.loads(listed.read_text()) == rows
 
 
@@ -139,7 +147,7 @@ def test_without_espeak_a_warning_says_once_what_is_missing(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     voices._warn.cache_clear()
     try:
-        made = [voices.Synthesis("train", tmp_path) for _ in range(2)]
+        made = [voices.EspeakVoices("train", tmp_path) for _ in range(2)]
     finally:
         voices._warn.cache_clear()
     assert [one.voices for one in made] == [[], []]
@@ -162,81 +170,81 @@ def test_sounds_are_as_long_as_asked_and_distinct():
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_melodies_sound(direction):
-    wave = play(Melody(direction, 4), np.random.default_rng(1))
+    wave = render_melody(Melody(direction, 4), np.random.default_rng(1))
     assert 0.8 < len(wave) / RATE < 2 and decibels(wave) > -30
 
 
 def test_an_accent_counts_only_where_its_digits_give_it_away():
-    assert accent_audible("british", (4, 6)) and not accent_audible("british", (6, 7))
+    assert accent_is_audible("british", (4, 6)) and not accent_is_audible("british", (6, 7))
 
 
 def test_speed_has_no_name_between_the_bands_or_for_one_digit():
-    assert speed_of([0.0]) is None and speed_of([0.0, 1 / 1.5]) is None
-    assert [speed_of([0.0, 1 / rate]) for rate in (1.2, 1.9, 3.0)] == list(SPEEDS)
+    assert speed_band([0.0]) is None and speed_band([0.0, 1 / 1.5]) is None
+    assert [speed_band([0.0, 1 / rate]) for rate in (1.2, 1.9, 3.0)] == list(SPEEDS)
 
 
 def test_answers_are_true():
     heard = labels()
     wanted = {"count": "three", "sum": "seventeen", "largest": "nine", "gender": "man"}
     wanted |= {"speed": "medium", "loudness": "loud", "accent": "german", "sound": "nothing"}
-    assert {kind: answer_to(kind, heard) for kind in wanted} == wanted
-    assert answer_to("place", heard, 1) == "five" and answer_to("place", heard, 3) is None
-    assert transcript(heard) == "three five nine" and answer_to("same", heard) == "same"
-    assert caption(heard) == "Loud, medium speech: a german man says three five nine."
+    assert {task: true_answer(task, heard) for task in wanted} == wanted
+    assert true_answer("place", heard, 1) == "five" and true_answer("place", heard, 3) is None
+    assert transcript(heard) == "three five nine" and true_answer("same", heard) == "same"
+    assert write_caption(heard) == "Loud, medium speech: a german man says three five nine."
 
 
 def test_what_cannot_be_heard_is_not_asked():
     heard = labels(accents=(None,) * 3, speed=None, loudness=None)
-    for kind in ("accent", "speed", "loudness", "caption", "melody", "notes"):
-        assert answer_to(kind, heard) is None
+    for task in ("accent", "speed", "loudness", "caption", "melody", "notes"):
+        assert true_answer(task, heard) is None
 
 
 def test_nobody_speaks_in_silence():
     silent = labels((), sound="silence", loudness=None)
-    assert answer_to("transcribe", silent) == "nothing"
-    assert answer_to("gender", silent) == "nobody" and answer_to("loudness", silent) == "silent"
-    assert caption(silent) == "Only silence."
+    assert true_answer("transcribe", silent) == "nothing"
+    assert true_answer("gender", silent) == "nobody" and true_answer("loudness", silent) == "silent"
+    assert write_caption(silent) == "Only silence."
 
 
 def test_the_letter_names_the_answer():
     draw = np.random.default_rng(3)
-    for kind in ("count", "sum", "gender", "accent", "sound"):
+    for task in ("count", "sum", "gender", "accent", "sound"):
         for _ in range(20):
-            made = ask(kind, labels(), draw, choice=True)
+            made = make_instruction(task, labels(), draw, choice=True)
             letter, answer = made.answer.split(". ")
-            assert made.choices[LETTERS.index(letter)] == answer == answer_to(kind, labels())
+            assert made.choices[LETTERS.index(letter)] == answer == true_answer(task, labels())
             assert len(set(made.choices)) == 4 and f"{letter}. {answer}" in made.question
 
 
-@pytest.mark.parametrize("kind", sorted(PHRASES))
-def test_a_reworded_phrase_is_never_a_held_out_one_and_keeps_its_place(kind):
-    draw, held = np.random.default_rng(0), phrases(kind, held_out=True)
-    for phrase in phrases(kind):
+@pytest.mark.parametrize("task", sorted(PHRASES))
+def test_a_reworded_phrase_is_never_a_held_out_one_and_keeps_its_place(task):
+    draw, held = np.random.default_rng(0), phrases(task, held_out=True)
+    for phrase in phrases(task):
         for _ in range(100):
-            made = reworded(phrase, kind, draw)
+            made = paraphrase(phrase, task, draw)
             assert made not in held
             assert made[-1] == phrase[-1] and made.count("{nth}") == phrase.count("{nth}")
 
 
 def test_rewording_would_make_held_out_phrases_if_it_did_not_look(monkeypatch):
     """Otherwise the test above would tell nothing."""
-    monkeypatch.setattr("diffa.nano.corpus.phrases.phrases", lambda kind, held_out=False: ())
+    monkeypatch.setattr("diffa.nano.corpus.phrases.phrases", lambda task, held_out=False: ())
     draw = np.random.default_rng(0)
     assert any(
-        reworded(phrase, kind, draw) in phrases(kind, held_out=True)
-        for kind in PHRASES for phrase in phrases(kind) for _ in range(100)
+        paraphrase(phrase, task, draw) in phrases(task, held_out=True)
+        for task in PHRASES for phrase in phrases(task) for _ in range(100)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("rewording", [-0.1, 1.1, float("nan")])
-def test_a_share_of_rewording_is_a_share(rewording):
-    with pytest.raises(DataError, match="rewording(: .*it must be finite| is a share from 0 to 1)"):
-        open_source("nano-text", {"rewording": rewording})
+@pytest.mark.parametrize("paraphrase_share", [-0.1, 1.1, float("nan")])
+def test_paraphrase_share_lies_between_0_and_1(paraphrase_share):
+    with pytest.raises(DataError, match=r"paraphrase_share.*(finite|0 to 1)"):
+        open_source("nano-text", {"paraphrase_share": paraphrase_share})
 
 
 def test_a_share_of_the_questions_is_reworded_and_the_answers_stay():
-    def rows(rewording):
-        imitations = Imitations(3, per=4, rewording=rewording)
+    def rows(paraphrase_share):
+        imitations = AudioTexts(3, questions_per_sample=4, paraphrase_share=paraphrase_share)
         return [imitations[i] for i in range(60)]
 
     def known(made):
@@ -249,38 +257,43 @@ def test_a_share_of_the_questions_is_reworded_and_the_answers_stay():
     assert [r.labels for r in plain] == [r.labels for r in all_]
     for row in all_:
         for one in row.instructions:
-            if one.kind != "place" and one.form == "open":
-                assert one.answer == answer_to(one.kind, row.labels)
+            if one.task != "place" and one.form == "open":
+                assert one.answer == true_answer(one.task, row.labels)
 
 
 def test_every_kind_has_ten_phrases_and_held_out_ones():
-    for kind in WEIGHTS:
-        assert len(phrases(kind)) >= 10 and len(phrases(kind, held_out=True)) == 3
-        assert len(set(PHRASES[kind])) == len(PHRASES[kind])
+    for task in TASK_WEIGHTS:
+        assert len(phrases(task)) >= 10 and len(phrases(task, held_out=True)) == 3
+        assert len(set(PHRASES[task])) == len(PHRASES[task])
 
 
 def test_trials_ask_everything_that_can_be_asked():
-    kinds = {(made.kind, made.form) for made in questions_for_trial(labels(), 1, 0)}
-    assert ("transcribe", "open") in kinds and ("place", "choice") in kinds
-    assert not any(kind == "melody" for kind, _ in kinds)
+    tasks = {(made.task, made.form) for made in all_instructions(labels(), 1, 0)}
+    assert ("transcribe", "open") in tasks and ("place", "choice") in tasks
+    assert not any(task == "melody" for task, _ in tasks)
 
 
 def test_numbers_are_spelt():
-    assert [spell(n) for n in (0, 13, 20, 27)] == ["zero", "thirteen", "twenty", "twenty seven"]
+    assert [number_to_words(n) for n in (0, 13, 20, 27)] == [
+        "zero",
+        "thirteen",
+        "twenty",
+        "twenty seven",
+    ]
 
 
 def test_kinds_that_an_utterance_does_not_allow_are_not_asked_or_are_told():
-    either = Imitations(3, kinds=("sum", "gender"))
-    asked = [made.kind for i in range(200) for made in either[i].instructions]
+    either = AudioTexts(3, tasks=("sum", "gender"))
+    asked = [made.task for i in range(200) for made in either[i].instructions]
     assert set(asked) == {"sum", "gender"}
     with pytest.raises(DataError, match="none of melody can be asked"):
         for i in range(50):
-            Imitations(3, kinds=("melody",))[i]
+            AudioTexts(3, tasks=("melody",))[i]
 
 
 def test_imitations_say_the_digits_in_order_at_any_pace():
     for pace in (0.0, 1.0):
-        rows = Imitations(3, pace=pace)
+        rows = AudioTexts(3, pace=pace)
         for index in range(30):
             row = rows[index]
             spoken = [
@@ -290,12 +303,12 @@ def test_imitations_say_the_digits_in_order_at_any_pace():
             assert (said or "nothing") == transcript(row.labels)
             assert len(row.acoustic) in (0, 16)
             if row.acoustic:
-                assert set(row.acoustic) - {BLANK} == set(facts(row.labels))
+                assert set(row.acoustic) - {BLANK} == set(acoustic_words(row.labels))
 
 
 class TestTokenizer:
     def test_the_vocabulary_is_small(self, tokenizer):
-        assert len(vocabulary()) < len(tokenizer) < 1000
+        assert len(build_vocabulary()) < len(tokenizer) < 1000
 
     def test_the_corpus_is_made_of_whole_words(self, tokenizer):
         for stems in PHRASES.values():
@@ -328,7 +341,10 @@ class TestTokenizer:
 
 @pytest.mark.fsdd
 def test_an_utterance_is_planned_once_for_all_its_questions(monkeypatch):
-    source, drawn = open_source("nano", {"count": 40, "per": 4, "synthetic": False}), []
+    source, drawn = (
+        open_source("nano", {"count": 40, "samples_per_utterance": 4, "synthetic_voices": False}),
+        [],
+    )
     scene = source._examples.utterances.scene
 
     def counted(index):

@@ -20,7 +20,9 @@ def nano() -> diffa.Model:
 @pytest.fixture(scope="module")
 def asked() -> list:
     """Transcriptions of up to three digits, from recordings that training never saw."""
-    source = Nano(split="test", seed=31, count=60, kinds=["transcribe"], most=3, synthetic=False)
+    source = Nano(
+        split="test", seed=31, count=60, tasks=["transcribe"], max_digits=3, synthetic_voices=False
+    )
     samples = [source[i] for i in range(60)]
     return [sample for sample in samples if sample.target != "nothing"][:32]
 
@@ -48,7 +50,7 @@ def letters(model: diffa.Model, samples: list, waves: list[torch.Tensor]) -> flo
 @pytest.mark.fsdd
 def test_it_writes_the_letter_of_the_right_choice_and_needs_the_audio_for_it(nano) -> None:
     kinds = ["gender", "sound", "count", "place", "largest"]
-    source = Nano(split="test", seed=32, count=160, kinds=kinds, synthetic=False)
+    source = Nano(split="test", seed=32, count=160, tasks=kinds, synthetic_voices=False)
     samples = [s for s in (source[i] for i in range(160)) if s.target[1:2] == "."][:48]
     waves = [sample.audio for sample in samples]
     heard = letters(nano, samples, waves)
@@ -59,7 +61,7 @@ def test_it_writes_the_letter_of_the_right_choice_and_needs_the_audio_for_it(nan
 
 @pytest.mark.fsdd
 def test_it_describes_speech_and_hears_where_there_is_none(nano) -> None:
-    source = Nano(split="test", seed=33, count=140, kinds=["caption", "sound"])
+    source = Nano(split="test", seed=33, count=140, tasks=["caption", "sound"])
     samples = [s for s in (source[i] for i in range(140)) if s.target.endswith(".")]
     silent = [s for s in samples if "speech" not in s.target][:12]
     spoken = [s for s in samples if "speech" in s.target][:24]

@@ -18,22 +18,22 @@ PACK = Path(__file__).parents[2] / "benchmarks" / "pack_nano.py"
 SMALL = [
     "spec.encoder.width=96",
     "stages.0.steps=60",
-    "stages.0.data.0.options.most=2",
-    "stages.0.data.0.options.growth=[]",
+    "stages.0.data.0.options.max_digits=2",
+    "stages.0.data.0.options.curriculum=[]",
     "stages.1.steps=90",
-    "stages.1.data.0.options.growth=[]",
-    "stages.1.data.0.options.most=3",
-    "stages.1.data.0.options.kinds=[transcribe]",
+    "stages.1.data.0.options.curriculum=[]",
+    "stages.1.data.0.options.max_digits=3",
+    "stages.1.data.0.options.tasks=[transcribe]",
     "stages.2.steps=30",
-    "stages.2.data=[{source: nano-text, options: {seed: 3, most: 3, kinds: [transcribe]}}]",
+    "stages.2.data=[{source: nano-text, options: {seed: 3, max_digits: 3, tasks: [transcribe]}}]",
     "stages.3.steps=8",
     "stages.4.steps=4",
     "stages.5.steps=4",
-    "stages.3.data.0.options.keep=64",
+    "stages.3.data.0.options.cached_utterances=64",
     "stages.3.data.0.options.count=1536",
-    "stages.4.data.0.options.keep=64",
+    "stages.4.data.0.options.cached_utterances=64",
     "stages.4.data.0.options.count=1536",
-    "stages.5.data.0.options.keep=64",
+    "stages.5.data.0.options.cached_utterances=64",
     "stages.5.data.0.options.count=1536",
 ]
 
@@ -69,13 +69,13 @@ def test_the_adapters_stages_learn_and_stage_1_beats_shuffled_audio(tmp_path: Pa
     overrides = [
         "stages.0.steps=100",
         "stages.0.data.0.options.count=3072",
-        "stages.0.data.0.options.keep=128",
+        "stages.0.data.0.options.cached_utterances=128",
         "stages.1.steps=60",
         "stages.1.data.0.options.count=3072",
-        "stages.1.data.0.options.keep=128",
+        "stages.1.data.0.options.cached_utterances=128",
         "stages.2.steps=30",
         "stages.2.data.0.options.count=3072",
-        "stages.2.data.0.options.keep=128",
+        "stages.2.data.0.options.cached_utterances=128",
     ]
     train("nano-adapters", out=tmp_path / "run", overrides=overrides)
     transcribe, align, instruct = (losses(tmp_path / "run", stage) for stage in (1, 2, 3))
@@ -86,7 +86,7 @@ def test_the_adapters_stages_learn_and_stage_1_beats_shuffled_audio(tmp_path: Pa
     trained = diffa.load(tmp_path / "run" / "model")
     model = diffa.swap(trained, adapters={"semantic": trained.spec.data["adapters"]["semantic"]})
     model.adapters["semantic"].load_state_dict(trained.adapters["semantic"].state_dict())
-    asked = [Nano(split="test", seed=99, count=48, kinds=["transcribe"])[i] for i in range(48)]
+    asked = [Nano(split="test", seed=99, count=48, tasks=["transcribe"])[i] for i in range(48)]
     asked = [sample for sample in asked if sample.target not in ("", "nothing")]
     waves = [sample.audio for sample in asked]
 

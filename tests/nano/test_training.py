@@ -57,7 +57,7 @@ def batch_of(model: diffa.Model, samples: list[Sample]):
 
 def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> None:
     model = small()
-    samples = [NanoText(questions=3)[0], NanoText(questions=1)[1]]
+    samples = [NanoText(questions_per_sample=3)[0], NanoText(questions_per_sample=1)[1]]
     batch = batch_of(model, samples)
     assert batch.audio_index.tolist() == [0, 0, 0, 1]
     table = model.backbone.embed
@@ -99,7 +99,7 @@ def test_a_lone_question_in_a_pack_is_read_as_ever_except_by_the_recording() -> 
 def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
     model = small()
     other = diffa.build(model.spec.set("prompt.user", "{question} <audio>"))
-    batch = batch_of(other, [NanoText(questions=3)[0]])
+    batch = batch_of(other, [NanoText(questions_per_sample=3)[0]])
     with pytest.raises(SpecError, match="put <audio> before"):
         Packing(batch.audio_index)(
             other.backbone, batch.tokens, batch.row_lengths, None, batch.audio_at
@@ -108,7 +108,7 @@ def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
 
 def test_several_questions_share_one_pass_of_the_adapters() -> None:
     model = small()
-    batch = batch_of(model, [NanoText(questions=3)[0]])
+    batch = batch_of(model, [NanoText(questions_per_sample=3)[0]])
     script = Script(model.backbone.embed)
     calls = []
     script.register_forward_hook(lambda *_: calls.append(1))
@@ -122,7 +122,7 @@ def test_several_questions_share_one_pass_of_the_adapters() -> None:
 
 def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
     model = small()
-    source = NanoText(questions=2)
+    source = NanoText(questions_per_sample=2)
     make = AnswerTransform(model.chat_format, model.backbone.vocab, None, answer_lengths=[8])
     collate = Collate(model.backbone.vocab, learn_padding=False)
     batches = [collate([make(source[0], seed)]) for seed in range(60)]
@@ -263,7 +263,7 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
     with torch.no_grad():
         for proj in (block.q_proj, block.k_proj):
             proj.weight.mul_(5)  # else every head looks everywhere alike
-    source = NanoText(questions=3, kinds=["gender", "count", "place", "transcribe"])
+    source = NanoText(questions_per_sample=3, tasks=["gender", "count", "place", "transcribe"])
     batch = batch_of(model, [source[i] for i in range(3)])
     heard = [
         table(batch.audio_text[i, : batch.audio_text_lengths[i]])
@@ -323,7 +323,7 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
 def test_hints_add_to_what_adapters_learn_by_ctc() -> None:
     model = small()
     embed = model.backbone.embed
-    batch = batch_of(model, [NanoText(questions=3)[0]])
+    batch = batch_of(model, [NanoText(questions_per_sample=3)[0]])
     batch = batch._replace(ctc_targets=({"*": batch.audio_text[0, :2]},))
 
     def extra(**aids: object) -> float:
@@ -342,7 +342,7 @@ def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None
     torch.manual_seed(0)
     model = small() if name == "llada" else causal()
     model.backbone.requires_grad_(True)
-    batch = batch_of(model, [NanoText(questions=6)[i] for i in range(4)])
+    batch = batch_of(model, [NanoText(questions_per_sample=6)[i] for i in range(4)])
     hinting = Hinting(model.backbone, layer=3, weight=0.3)
     learner = Answers(model, script=Script(model.backbone.embed), packed=1.0, hinting=hinting)
     optimizer = torch.optim.AdamW(learner.parameters(), 3e-3)

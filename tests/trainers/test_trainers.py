@@ -447,7 +447,7 @@ def test_an_encoder_learns_by_listening(world: Path, tmp_path: Path) -> None:
         world,
         kind="listening",
         train=["encoder"],
-        data=[{"source": "nano", "options": {"count": 16, "synthetic": False, "most": 2}}],
+        data=[{"source": "nano", "options": {"count": 16, "synthetic_voices": False, "max_digits": 2}}],
         options={"ctc": 0.2, "local": True, "whole": 0.5, "bands": 0.5},
         optimizer={"name": "muon", "lr": 2e-3, "matrix_lr": 0.02},
         batch=4,

@@ -1,5 +1,8 @@
 """The nano corpus as training examples: on the fly, or as files in DIFFA's JSON format."""
 
+from __future__ import annotations
+
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,33 +11,46 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from diffa.errors import SpecError
-from diffa.nano.corpus.questions import WEIGHTS, Instruction, ask, instruct, seed_line, transcript
-from diffa.nano.corpus.recordings import Split, Wave
+from diffa.nano.corpus.questions import (
+    TASK_WEIGHTS,
+    Instruction,
+    draw_instruction,
+    make_instruction,
+    nano_seed_transcript,
+    transcript,
+)
+from diffa.nano.corpus.recordings import Split
 from diffa.nano.corpus.scenes import Labels
-from diffa.nano.corpus.shaping import RATE
+from diffa.nano.corpus.shaping import RATE, Wave
 from diffa.nano.corpus.utterances import Utterances
-from diffa.runtime.files import write_text
+from diffa.runtime.files import write_json, write_text
 
 DATASET = "diffa-nano"
 
 
 class Example(NamedTuple):
-    """One question about one utterance: what training reads."""
+    """One question about one utterance, and further ones with their answers."""
 
-    wave: Wave
+    audio: Wave
     question: str
     answer: str
     labels: Labels
-    kind: str
+    task: str
     audio_id: str
-    more: tuple[tuple[str, str], ...] = ()  # further questions with their answers
+    extra_questions: tuple[tuple[str, str], ...] = ()
 
 
 class Examples:
-    """Example `index` of a split: a pure function of (seed, index), in any process and any order.
+    """Random access to examples; example ``index`` follows from (seed, index) alone.
 
-    `per` examples in a row ask about the same utterance, so that its features are computed once;
-    or one example asks several `questions` about it.
+    Args:
+        utterances: What the examples are about.
+        count: Number of examples.
+        tasks: Kinds of question, keys of ``TASK_WEIGHTS``.
+        samples_per_utterance: Consecutive examples about one utterance, whose features are then
+            computed once.
+        questions_per_sample: Questions of one example.
+        held_out_phrases: Ask in phrases that are left out of training.
     """
 
     def __init__(
@@ -42,19 +58,22 @@ class Examples:
         utterances: Utterances,
         count: int,
         *,
-        kinds: tuple[str, ...] = tuple(WEIGHTS),
-        per: int = 1,
-        questions: int = 1,
-        held_out: bool = False,
+        tasks: tuple[str, ...] = tuple(TASK_WEIGHTS),
+        samples_per_utterance: int = 1,
+        questions_per_sample: int = 1,
+        held_out_phrases: bool = False,
     ) -> None:
-        unknown = sorted(set(kinds) - set(WEIGHTS))
-        if unknown or not kinds or per < 1 or questions < 1:
+        if unknown := sorted(set(tasks) - set(TASK_WEIGHTS)):
+            raise SpecError(f"unknown tasks {unknown}; tasks: {', '.join(TASK_WEIGHTS)}")
+        if not tasks or samples_per_utterance < 1 or questions_per_sample < 1:
             raise SpecError(
-                f"unknown kinds {unknown} or none, or per {per} or questions {questions} below 1; "
-                f"kinds: {', '.join(WEIGHTS)}"
+                "at least one task, samples_per_utterance and questions_per_sample of at least 1 "
+                f"are needed, got {tasks}, {samples_per_utterance} and {questions_per_sample}"
             )
-        self.utterances, self.count, self.per = utterances, count, per
-        self.kinds, self.held_out, self.questions = kinds, held_out, questions
+        self.utterances, self.count, self.tasks = utterances, count, tasks
+        self.samples_per_utterance = samples_per_utterance
+        self.questions_per_sample = questions_per_sample
+        self.held_out_phrases = held_out_phrases
 
     def __len__(self) -> int:
         return self.count
@@ -62,39 +81,53 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        clip = self.clip(index)
-        utterance = self.utterances[clip]
-        made, *others = self.instructions(index, utterance.labels)
-        name = f"nano-{self.utterances.seed}-{clip}"
-        more = tuple((one.question, one.answer) for one in others)
+        number = self.utterance_index(index)
+        utterance = self.utterances[number]
+        first, *others = self.instructions(index, utterance.labels)
         return Example(
-            utterance.wave, made.question, made.answer, utterance.labels, made.kind, name, more
+            utterance.audio,
+            first.question,
+            first.answer,
+            utterance.labels,
+            first.task,
+            f"nano-{self.utterances.seed}-{number}",
+            tuple((other.question, other.answer) for other in others),
         )
 
-    def clip(self, index: int) -> int:
-        """Which utterance example `index` is about."""
-        return index // self.per
+    def with_max_digits(self, max_digits: int) -> Examples:
+        """Return the same examples about utterances with fewer digits."""
+        other = copy.copy(self)
+        other.utterances = copy.copy(self.utterances)
+        other.utterances.max_digits = max_digits
+        return other
+
+    def utterance_index(self, index: int) -> int:
+        """Return which utterance example ``index`` is about."""
+        return index // self.samples_per_utterance
 
     def instructions(self, index: int, labels: Labels) -> list[Instruction]:
-        """The questions of example `index`, once the labels of its utterance are known."""
-        draw = np.random.default_rng((self.utterances.seed, index, 1))
-        return [instruct(labels, draw, self.kinds, self.held_out) for _ in range(self.questions)]
+        """Return the questions of example ``index``, whose utterance has these labels."""
+        rng = np.random.default_rng((self.utterances.seed, index, 1))
+        return [
+            draw_instruction(labels, rng, self.tasks, self.held_out_phrases)
+            for _ in range(self.questions_per_sample)
+        ]
 
 
-def questions_for_trial(
+def all_instructions(
     labels: Labels, seed: int, index: int, held_out: bool = False
 ) -> Iterator[Instruction]:
-    """Every instruction an utterance allows, open and as multiple choice: for evaluation."""
-    for number, kind in enumerate(WEIGHTS):
-        for choice in (False, True)[: 1 if kind in ("transcribe", "caption") else 2]:
-            draw = np.random.default_rng((seed, index, number, int(choice)))
-            made = ask(kind, labels, draw, choice, held_out)
-            if made:
-                yield made
+    """Yield every instruction that an utterance allows, open and as multiple choice."""
+    for number, task in enumerate(TASK_WEIGHTS):
+        for choice in (False, True)[: 1 if task in ("transcribe", "caption") else 2]:
+            rng = np.random.default_rng((seed, index, number, int(choice)))
+            instruction = make_instruction(task, labels, rng, choice, held_out)
+            if instruction:
+                yield instruction
 
 
-def row_of(example: Example, path: Path | str) -> dict[str, str | float]:
-    """One row of the published dataset format."""
+def example_row(example: Example, path: Path | str) -> dict[str, str | float]:
+    """Return an example as a row of the published manifest."""
     return {
         "audio_id": example.audio_id,
         "audio_filepath": str(path),
@@ -102,8 +135,8 @@ def row_of(example: Example, path: Path | str) -> dict[str, str | float]:
         "input": example.question,
         "target": example.answer,
         "dataset": DATASET,
-        "duration": round(len(example.wave) / RATE, 3),
-        "seed_transcript": seed_line(example.labels),
+        "duration": round(len(example.audio) / RATE, 3),
+        "seed_transcript": nano_seed_transcript(example.labels),
     }
 
 
@@ -114,27 +147,28 @@ def write_corpus(
     count: int,
     *,
     fsdd: str | Path | None = None,
-    leave_out: tuple[str, ...] = (),
-    synthetic: bool = True,
-    per: int = 1,
+    exclude_speakers: tuple[str, ...] = (),
+    synthetic_voices: bool = True,
+    questions_per_utterance: int = 1,
     form: Literal["json", "jsonl"] = "jsonl",
 ) -> Path:
-    """Write `count` examples: audio/*.wav and the manifest {split}.json or .jsonl, returned."""
+    """Write ``count`` examples: audio/*.wav and the manifest {split}.json or .jsonl, returned."""
     import soundfile
 
     folder = Path(folder)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    examples = Examples(Utterances(split, seed, fsdd, leave_out, synthetic), count, per=per)
+    utterances = Utterances(split, seed, fsdd, exclude_speakers, synthetic_voices)
+    examples = Examples(utterances, count, samples_per_utterance=questions_per_utterance)
     rows = []
     for index in range(count):
         example = examples[index]
         path = Path("audio") / f"{split}-{example.audio_id}.wav"
-        if index % per == 0:
-            soundfile.write(folder / path, example.wave, RATE, subtype="FLOAT")
-        row = row_of(example, path)
-        rows.append(
-            row | {"audio_id": f"{example.audio_id}-{index % per}"}
-        )  # ids are unique per row
+        number = index % questions_per_utterance
+        if number == 0:
+            soundfile.write(folder / path, example.audio, RATE, subtype="FLOAT")
+        # The published format wants an id for every row, not for every recording.
+        rows.append(example_row(example, path) | {"audio_id": f"{example.audio_id}-{number}"})
     manifest = folder / f"{split}.{form}"
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    return write_text(manifest, lines if form == "jsonl" else json.dumps(rows, indent=1))
+    if form == "json":
+        return write_json(manifest, rows)
+    return write_text(manifest, "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,47 +9,47 @@ import numpy as np
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 # The last three phrases of every kind are held out: never seen in training, used to try the model.
-HELD_OUT = 3
+NUM_HELD_OUT = 3
 
 PHRASES: dict[str, tuple[str, ...]] = {
-    kind: tuple(texts)
-    for kind, texts in json.loads(
+    task: tuple(texts)
+    for task, texts in json.loads(
         (Path(__file__).parent / "phrases.json").read_text(encoding="utf-8")
     ).items()
 }
-LEADS = ("", " Choose one.", " Choose the right letter.", " Pick one:", " Options:")
+CHOICE_PROMPTS = ("", " Choose one.", " Choose the right letter.", " Pick one:", " Options:")
 
 
-def phrases(kind: str, held_out: bool = False) -> tuple[str, ...]:
+def phrases(task: str, held_out: bool = False) -> tuple[str, ...]:
     """The phrases of one kind for training, or those held out from it."""
-    return PHRASES[kind][-HELD_OUT:] if held_out else PHRASES[kind][:-HELD_OUT]
+    return PHRASES[task][-NUM_HELD_OUT:] if held_out else PHRASES[task][:-NUM_HELD_OUT]
 
 
 # What may follow a question without changing it, and what of it training phrases have already.
-TAILS = (
+SUFFIXES = (
     " in the audio", " in the recording", " in this audio", " in this recording", " of the audio",
     " of the recording", " you hear", " that you hear",
 )  # fmt: skip
-_TAIL = re.compile(f"({'|'.join(sorted(TAILS, key=len, reverse=True))})+$")
-_DROPPED = 0.15  # of the words
+_SUFFIX = re.compile(f"({'|'.join(sorted(SUFFIXES, key=len, reverse=True))})+$")
+_DROP_SHARE = 0.15  # of the words
 
 
-def reworded(phrase: str, kind: str, draw: np.random.Generator) -> str:
+def paraphrase(phrase: str, task: str, rng: np.random.Generator) -> str:
     """A training phrase with another tail, with "Please" or without, and now and then a word less.
 
     Of thirty fixed phrases a small language model learns by heart which word goes with which
     task; of these it has to read more than one word. No held-out phrase comes out.
     """
     said, mark = phrase[:-1], phrase[-1]
-    said = _TAIL.sub("", said) or said
-    if draw.random() < 0.6:
-        said += TAILS[int(draw.integers(len(TAILS)))]
-    if mark == "." and draw.random() < 0.5:
+    said = _SUFFIX.sub("", said) or said
+    if rng.random() < 0.6:
+        said += SUFFIXES[int(rng.integers(len(SUFFIXES)))]
+    if mark == "." and rng.random() < 0.5:
         polite = said.startswith("Please ")
         said = said[7].upper() + said[8:] if polite else f"Please {said[0].lower()}{said[1:]}"
-    if draw.random() < 0.3:
+    if rng.random() < 0.3:
         words = said.split(" ")
-        kept = [word for word in words if "{" in word or draw.random() >= _DROPPED]
+        kept = [word for word in words if "{" in word or rng.random() >= _DROP_SHARE]
         said = " ".join(kept if len(kept) > 1 else words)
     made = said + mark
-    return phrase if made in phrases(kind, held_out=True) else made
+    return phrase if made in phrases(task, held_out=True) else made

@@ -6,12 +6,12 @@ import numpy as np
 
 from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.data.samples import DataError
-from diffa.nano.corpus.phrases import LEADS, ORDINALS, phrases, reworded
+from diffa.nano.corpus.phrases import CHOICE_PROMPTS, ORDINALS, paraphrase, phrases
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.sounds import DIRECTIONS, SOUNDS
 from diffa.nano.corpus.voices import LANGUAGES
 
-Draw = np.random.Generator
+Rng = np.random.Generator
 TEENS = (
     "ten",
     "eleven",
@@ -25,7 +25,7 @@ TEENS = (
     "nineteen",
 )
 LETTERS = "ABCD"
-MOST_SUMMED = 3  # sums are asked of two or three digits
+MAX_SUMMANDS = 3  # sums are asked of two or three digits
 
 # What can be chosen between; the answer is always among four of them.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "notes": DIGIT_WORDS[3:7],
 }
 # How often a kind is asked where several can be.
-WEIGHTS = {
+TASK_WEIGHTS = {
     "transcribe": 3.0, "caption": 3.0, "count": 1.0, "place": 1.5, "sum": 1.5, "largest": 1.0,
     "same": 1.0, "accent": 1.5, "gender": 1.0, "speed": 1.2, "loudness": 1.0, "sound": 1.0,
     "melody": 2.0, "notes": 2.0,
@@ -52,14 +52,14 @@ WEIGHTS = {
 class Instruction(NamedTuple):
     """A question about an utterance and its answer; `choices` is empty for an open one."""
 
-    kind: str
+    task: str
     question: str
     answer: str
     choices: tuple[str, ...]
     form: Literal["open", "choice"]
 
 
-def spell(number: int) -> str:
+def number_to_words(number: int) -> str:
     """A number below 100 in words."""
     if number < 20:
         return (*DIGIT_WORDS, *TEENS)[number]
@@ -69,43 +69,43 @@ def spell(number: int) -> str:
     return f"{tens} {DIGIT_WORDS[number % 10]}" if number % 10 else tens
 
 
-def transcript(labels: Labels) -> str:
-    """The digits in words; "nothing" where nobody speaks."""
-    return " ".join(DIGIT_WORDS[digit] for digit in labels.digits) or "nothing"
+def transcript(labels: Labels, silence: str = "nothing") -> str:
+    """Return the digits in words, or ``silence`` where nobody speaks."""
+    return " ".join(DIGIT_WORDS[digit] for digit in labels.digits) or silence
 
 
-def answer_to(kind: str, labels: Labels, place: int = 0) -> str | None:
+def true_answer(task: str, labels: Labels, place: int = 0) -> str | None:
     """The true answer to an open question, or None where it cannot be told by ear."""
     digits = labels.digits
-    if kind in ("melody", "notes"):
+    if task in ("melody", "notes"):
         melody = labels.melody
         return (
             None
             if melody is None
             else melody.direction
-            if kind == "melody"
+            if task == "melody"
             else DIGIT_WORDS[melody.notes]
         )
-    match kind:
+    match task:
         case "transcribe":
             return transcript(labels)
         case "caption":
-            return caption(labels)
+            return write_caption(labels)
         case "count":
             return DIGIT_WORDS[len(digits)]
         case "place":
             return DIGIT_WORDS[digits[place]] if place < len(digits) else None
         case "sum":
-            return spell(sum(digits)) if 2 <= len(digits) <= MOST_SUMMED else None
+            return number_to_words(sum(digits)) if 2 <= len(digits) <= MAX_SUMMANDS else None
         case "largest":
             return DIGIT_WORDS[max(digits)] if len(digits) > 1 else None
-    return _voice_answer(kind, labels)
+    return _voice_answer(task, labels)
 
 
-def _voice_answer(kind: str, labels: Labels) -> str | None:
+def _voice_answer(task: str, labels: Labels) -> str | None:
     """Answers about how it sounds, not about what is said."""
     speech, silent = bool(labels.digits), labels.sound == "silence"
-    match kind:
+    match task:
         case "same":
             alone = "music" if labels.melody else "nobody"
             return ("same" if labels.voices == 1 else "different") if speech else alone
@@ -123,10 +123,10 @@ def _voice_answer(kind: str, labels: Labels) -> str | None:
             return "silent" if silent else labels.loudness
         case "sound":
             return labels.sound or "nothing"
-    raise ValueError(f"no instruction is called {kind!r}")
+    raise ValueError(f"no instruction is called {task!r}")
 
 
-def caption(labels: Labels) -> str | None:
+def write_caption(labels: Labels) -> str | None:
     """One sentence of at most 23 words; None where a part of it cannot be told by ear."""
     if labels.melody:
         return f"A {labels.melody.direction} melody of {DIGIT_WORDS[labels.melody.notes]} notes."
@@ -150,7 +150,7 @@ def caption(labels: Labels) -> str | None:
     return f"{manner.capitalize()} speech: {who} {verb} {transcript(labels)}{behind}."
 
 
-def seed_line(labels: Labels) -> str:
+def nano_seed_transcript(labels: Labels) -> str:
     """The bracketed transcript and attributes from which answers are written (DIFFA, 3.2)."""
     lines = []
     for start, stop, digit, accent, gender in zip(
@@ -164,62 +164,64 @@ def seed_line(labels: Labels) -> str:
     return " ".join(lines) + f" ({'; '.join(fact for fact in facts if not fact.endswith('None'))})"
 
 
-def ask(
-    kind: str,
+def make_instruction(
+    task: str,
     labels: Labels,
-    draw: Draw,
+    rng: Rng,
     choice: bool = False,
     held_out: bool = False,
-    rewording: float = 0.0,
+    paraphrase_share: float = 0.0,
 ) -> Instruction | None:
     """One instruction of a kind, in random words; None where the utterance does not allow it.
 
     ``rewording`` is the share of phrases that are changed a little (``phrases.reworded``).
     """
-    place = int(draw.integers(max(len(labels.digits), 1)))
-    answer = answer_to(kind, labels, place)
+    place = int(rng.integers(max(len(labels.digits), 1)))
+    answer = true_answer(task, labels, place)
     if answer is None:
         return None
-    stems = phrases(kind, held_out)
-    question = stems[int(draw.integers(len(stems)))]
-    if rewording and draw.random() < rewording:
-        question = reworded(question, kind, draw)
+    stems = phrases(task, held_out)
+    question = stems[int(rng.integers(len(stems)))]
+    if paraphrase_share and rng.random() < paraphrase_share:
+        question = paraphrase(question, task, rng)
     question = question.format(nth=ORDINALS[place])
     if not choice:
-        return Instruction(kind, question, answer, (), "open")
-    choices = options(kind, answer, draw)
+        return Instruction(task, question, answer, (), "open")
+    choices = draw_choices(task, answer, rng)
     letter = LETTERS[choices.index(answer)]
     listed = " ".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=True))
-    lead = LEADS[int(draw.integers(len(LEADS)))]
-    return Instruction(kind, f"{question}{lead} {listed}", f"{letter}. {answer}", choices, "choice")
+    lead = CHOICE_PROMPTS[int(rng.integers(len(CHOICE_PROMPTS)))]
+    return Instruction(task, f"{question}{lead} {listed}", f"{letter}. {answer}", choices, "choice")
 
 
-def options(kind: str, answer: str, draw: Draw) -> tuple[str, ...]:
+def draw_choices(task: str, answer: str, rng: Rng) -> tuple[str, ...]:
     """Four choices in random order, the answer among them."""
-    others = [spell(number) for number in range(28)] if kind == "sum" else list(CHOICES[kind])
+    others = (
+        [number_to_words(number) for number in range(28)] if task == "sum" else list(CHOICES[task])
+    )
     others.remove(answer)
-    four = [answer, *draw.choice(others, 3, replace=False)]
-    return tuple(str(four[i]) for i in draw.permutation(4))
+    four = [answer, *rng.choice(others, 3, replace=False)]
+    return tuple(str(four[i]) for i in rng.permutation(4))
 
 
-def instruct(
+def draw_instruction(
     labels: Labels,
-    draw: Draw,
-    kinds: tuple[str, ...] = tuple(WEIGHTS),
+    rng: Rng,
+    tasks: tuple[str, ...] = tuple(TASK_WEIGHTS),
     held_out: bool = False,
-    rewording: float = 0.0,
+    paraphrase_share: float = 0.0,
 ) -> Instruction:
     """A random instruction that the utterance allows, in 2 of 5 cases with choices.
 
     Raises:
         DataError: it allows none of the kinds.
     """
-    open_to = [kind for kind in kinds if answer_to(kind, labels)]
+    open_to = [task for task in tasks if true_answer(task, labels)]
     if not open_to:
-        raise DataError(f"none of {', '.join(kinds)} can be asked about this utterance")
-    weights = np.array([WEIGHTS[kind] for kind in open_to])
-    kind = open_to[int(draw.choice(len(open_to), p=weights / weights.sum()))]
-    choice = kind not in ("transcribe", "caption") and draw.random() < 0.4
-    made = ask(kind, labels, draw, choice, held_out, rewording)
+        raise DataError(f"none of {', '.join(tasks)} can be asked about this utterance")
+    weights = np.array([TASK_WEIGHTS[task] for task in open_to])
+    task = open_to[int(rng.choice(len(open_to), p=weights / weights.sum()))]
+    choice = task not in ("transcribe", "caption") and rng.random() < 0.4
+    made = make_instruction(task, labels, rng, choice, held_out, paraphrase_share)
     assert made is not None
     return made

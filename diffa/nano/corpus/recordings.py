@@ -5,14 +5,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffa.data.corpora.fsdd import ACCENTS, TEST_INDICES
 from diffa.errors import AudioError
-from diffa.nano.corpus.shaping import RATE, resample, trim
+from diffa.nano.corpus.shaping import RATE, Wave, resample, trim
 
-Wave = NDArray[np.float32]
 Split = Literal["train", "test"]
 Gender = Literal["man", "woman"]
 
@@ -43,23 +39,25 @@ def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
 class Recordings:
     """Spoken digits of real people, by speaker and digit, resampled when first used."""
 
-    def __init__(self, folder: Path, split: Split, leave_out: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, split: Split, exclude_speakers: tuple[str, ...] = ()) -> None:
         self.files: dict[tuple[str, int], list[Path]] = {}
         for path in sorted(folder.glob("*_*_*.wav")):
             digit, speaker, index = path.stem.split("_")
-            if speaker not in leave_out and (int(index) in TEST_INDICES) == (split == "test"):
+            if speaker not in exclude_speakers and (int(index) in TEST_INDICES) == (
+                split == "test"
+            ):
                 self.files.setdefault((speaker, int(digit)), []).append(path)
         names = sorted({speaker for speaker, _ in self.files})
         self.voices = [Voice(name, "man", ACCENTS.get(name, "american"), True) for name in names]
         if not names:
             raise AudioError(
-                f"{folder} holds no {split} recordings besides those left out: {leave_out}"
+                f"{folder} holds no {split} recordings besides those left out: {exclude_speakers}"
             )
 
-    def take(self, voice: Voice, digit: int, draw: float) -> Wave:
+    def take(self, voice: Voice, digit: int, fraction: float) -> Wave:
         """One recording of `digit`; `draw` in [0, 1) chooses which."""
         files = self.files[voice.name, digit]
-        return _read(files[int(draw * len(files))])
+        return _read(files[int(fraction * len(files))])
 
 
 @lru_cache(maxsize=4096)

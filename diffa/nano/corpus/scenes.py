@@ -6,9 +6,9 @@ import numpy as np
 
 from diffa.nano.corpus.recordings import Voice
 from diffa.nano.corpus.sounds import SOUNDS, Melody, draw_melody
-from diffa.nano.corpus.voices import accent_audible
+from diffa.nano.corpus.voices import accent_is_audible
 
-Draw = np.random.Generator
+Rng = np.random.Generator
 Speed = Literal["slow", "medium", "fast"]
 Loudness = Literal["quiet", "normal", "loud"]
 # Digits per second from one onset to the next; between the bands speed has no name.
@@ -23,7 +23,7 @@ LEVELS: dict[Loudness, tuple[float, float]] = {
     "normal": (-30, -24),
     "loud": (-18, -13),
 }
-BEHIND = ("tone", "chirp", "noise", "clicks", "melody")
+BACKGROUNDS = ("tone", "chirp", "noise", "clicks", "melody")
 
 
 class Scene(NamedTuple):
@@ -62,39 +62,41 @@ class Labels(NamedTuple):
         return len(set(self.speakers))
 
 
-def draw_scene(draw: Draw, voices: list[Voice], most: int = 8) -> Scene:
+def draw_scene(rng: Rng, voices: list[Voice], max_digits: int = 8) -> Scene:
     """A random scene with at most `most` digits."""
-    kind = draw.choice(["speech", "behind", "sound", "melody"], p=[0.56, 0.18, 0.1, 0.16])
-    loudness = list(LEVELS)[int(draw.integers(3))]
+    kind = rng.choice(["speech", "behind", "sound", "melody"], p=[0.56, 0.18, 0.1, 0.16])
+    loudness = list(LEVELS)[int(rng.integers(3))]
     if kind == "melody":
-        return Scene((), (), None, loudness, "melody", draw_melody(draw))
+        return Scene((), (), None, loudness, "melody", draw_melody(rng))
     if kind == "sound":
-        sound = list(SOUNDS)[int(draw.integers(len(SOUNDS)))]
+        sound = list(SOUNDS)[int(rng.integers(len(SOUNDS)))]
         return Scene((), (), None, None if sound == "silence" else loudness, sound, None)
-    count = int(draw.integers(1, most + 1))
-    digits = tuple(int(digit) for digit in draw.integers(0, 10, count))
-    behind = str(draw.choice(BEHIND)) if kind == "behind" else None
-    speed = list(SPEEDS)[int(draw.integers(3))] if draw.random() < 0.8 else None
-    even = loudness if draw.random() < 0.85 else None
-    melody = draw_melody(draw) if behind == "melody" else None
-    return Scene(digits, _cast(draw, voices, count, behind is None), speed, even, behind, melody)
+    count = int(rng.integers(1, max_digits + 1))
+    digits = tuple(int(digit) for digit in rng.integers(0, 10, count))
+    behind = str(rng.choice(BACKGROUNDS)) if kind == "behind" else None
+    speed = list(SPEEDS)[int(rng.integers(3))] if rng.random() < 0.8 else None
+    even = loudness if rng.random() < 0.85 else None
+    melody = draw_melody(rng) if behind == "melody" else None
+    return Scene(
+        digits, _assign_voices(rng, voices, count, behind is None), speed, even, behind, melody
+    )
 
 
-def _cast(draw: Draw, voices: list[Voice], count: int, duet: bool) -> tuple[Voice, ...]:
+def _assign_voices(rng: Rng, voices: list[Voice], count: int, duet: bool) -> tuple[Voice, ...]:
     """One speaker, or two by turns (for at most 7 digits, to keep captions short)."""
-    first, second = _voice(draw, voices), _voice(draw, voices)
-    if not duet or count < 2 or count > 7 or draw.random() < 0.7 or not _distinct(first, second):
+    first, second = _draw_voice(rng, voices), _draw_voice(rng, voices)
+    if not duet or count < 2 or count > 7 or rng.random() < 0.7 or not _distinct(first, second):
         return (first,) * count
-    turn = int(draw.integers(1, count))
+    turn = int(rng.integers(1, count))
     return (first,) * turn + (second,) * (count - turn)
 
 
-def _voice(draw: Draw, voices: list[Voice]) -> Voice:
+def _draw_voice(rng: Rng, voices: list[Voice]) -> Voice:
     """Real people half of the time, the synthesiser's voices otherwise."""
     real = [voice for voice in voices if voice.real] or voices
     made = [voice for voice in voices if not voice.real] or voices
-    pool = real if draw.random() < 0.5 else made
-    return pool[int(draw.integers(len(pool)))]
+    pool = real if rng.random() < 0.5 else made
+    return pool[int(rng.integers(len(pool)))]
 
 
 def _distinct(one: Voice, other: Voice) -> bool:
@@ -108,11 +110,11 @@ def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple
         voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice)
         for voice in set(voices)
     }
-    heard = {v: v.accent if v.real or accent_audible(v.accent, said[v]) else None for v in said}
+    heard = {v: v.accent if v.real or accent_is_audible(v.accent, said[v]) else None for v in said}
     return tuple(heard[voice] for voice in voices)
 
 
-def speed_of(onsets: list[float]) -> Speed | None:
+def speed_band(onsets: list[float]) -> Speed | None:
     """The band of the rate between the first and last onset, if it lies in one."""
     if len(onsets) < 2:
         return None
@@ -120,7 +122,7 @@ def speed_of(onsets: list[float]) -> Speed | None:
     return next((name for name, (low, high) in SPEEDS.items() if low <= rate <= high), None)
 
 
-def text_labels(scene: Scene) -> Labels:
+def scene_labels(scene: Scene) -> Labels:
     """The labels a scene would have, without its sound: for learning from text alone."""
     accents = audible_accents(scene.digits, scene.voices)
     names = tuple(voice.name for voice in scene.voices)

@@ -7,7 +7,7 @@ import numpy as np
 
 from diffa.nano.corpus.shaping import RATE, Wave, fade
 
-Draw = np.random.Generator
+Rng = np.random.Generator
 Direction = Literal["rising", "falling", "level", "mixed"]
 DIRECTIONS: tuple[Direction, ...] = ("rising", "falling", "level", "mixed")
 NOTES = range(3, 7)
@@ -20,41 +20,41 @@ class Melody(NamedTuple):
     notes: int
 
 
-def tone(seconds: float, draw: Draw) -> Wave:
+def tone(seconds: float, rng: Rng) -> Wave:
     """A steady sine between 250 and 2500 Hz."""
     time = np.arange(int(seconds * RATE)) / RATE
-    return _wave(np.sin(2 * np.pi * _pitch(draw, 250, 2500) * time))
+    return _float32(np.sin(2 * np.pi * _pitch(rng, 250, 2500) * time))
 
 
-def chirp(seconds: float, draw: Draw) -> Wave:
+def chirp(seconds: float, rng: Rng) -> Wave:
     """Glides over two octaves, up or down, again and again every half second or so."""
-    low, count = _pitch(draw, 250, 700), int(seconds * RATE)
-    period = draw.uniform(0.4, 0.8)
+    low, count = _pitch(rng, 250, 700), int(seconds * RATE)
+    period = rng.uniform(0.4, 0.8)
     phase = (np.arange(count) / RATE / period) % 1.0
-    octaves = 2 * (phase if draw.random() < 0.5 else 1 - phase)
-    return _wave(np.sin(2 * np.pi * np.cumsum(low * 2**octaves) / RATE))
+    octaves = 2 * (phase if rng.random() < 0.5 else 1 - phase)
+    return _float32(np.sin(2 * np.pi * np.cumsum(low * 2**octaves) / RATE))
 
 
-def noise(seconds: float, draw: Draw) -> Wave:
+def noise(seconds: float, rng: Rng) -> Wave:
     """White noise."""
-    return _wave(draw.standard_normal(int(seconds * RATE)))
+    return _float32(rng.standard_normal(int(seconds * RATE)))
 
 
-def clicks(seconds: float, draw: Draw) -> Wave:
+def clicks(seconds: float, rng: Rng) -> Wave:
     """A regular train of 4 to 10 short clicks per second."""
     wave = np.zeros(int(seconds * RATE))
-    click = np.exp(-np.arange(160) / 25) * draw.choice([-1.0, 1.0], 160)
-    for start in range(0, len(wave) - 160, int(RATE / draw.uniform(4, 10))):
+    click = np.exp(-np.arange(160) / 25) * rng.choice([-1.0, 1.0], 160)
+    for start in range(0, len(wave) - 160, int(RATE / rng.uniform(4, 10))):
         wave[start : start + 160] += click
-    return _wave(wave)
+    return _float32(wave)
 
 
-def silence(seconds: float, draw: Draw) -> Wave:
+def silence(seconds: float, rng: Rng) -> Wave:
     """Nothing."""
     return np.zeros(int(seconds * RATE), dtype=np.float32)
 
 
-SOUNDS: dict[str, Callable[[float, Draw], Wave]] = {
+SOUNDS: dict[str, Callable[[float, Rng], Wave]] = {
     "tone": tone,
     "chirp": chirp,
     "noise": noise,
@@ -63,39 +63,39 @@ SOUNDS: dict[str, Callable[[float, Draw], Wave]] = {
 }
 
 
-def draw_melody(draw: Draw) -> Melody:
+def draw_melody(rng: Rng) -> Melody:
     """A direction and a number of notes."""
-    direction = DIRECTIONS[int(draw.integers(len(DIRECTIONS)))]
-    return Melody(direction, int(draw.choice(NOTES)))
+    direction = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
+    return Melody(direction, int(rng.choice(NOTES)))
 
 
-def play(melody: Melody, draw: Draw) -> Wave:
+def render_melody(melody: Melody, rng: Rng) -> Wave:
     """The melody: notes of 0.18 to 0.3 s with short rests, steps of 2 to 4 semitones."""
-    length, rest = draw.uniform(0.18, 0.30), draw.uniform(0.06, 0.12)
-    steps = draw.integers(2, 5, melody.notes - 1) * _signs(melody, draw)
+    length, rest = rng.uniform(0.18, 0.30), rng.uniform(0.06, 0.12)
+    steps = rng.integers(2, 5, melody.notes - 1) * _step_signs(melody, rng)
     pitches = np.concatenate([[0], np.cumsum(steps)])
-    middle = _pitch(draw, 350, 600)
+    middle = _pitch(rng, 350, 600)
     time = np.arange(int(length * RATE)) / RATE
     pause = np.zeros(int(rest * RATE), dtype=np.float32)
     notes: list[Wave] = []
     for pitch in middle * 2 ** ((pitches - pitches.mean()) / 12):
         harmonics = sum(np.sin(2 * np.pi * pitch * k * time) / k**1.5 for k in (1, 2, 3))
-        notes += [fade(_wave(harmonics * np.exp(-2 * time))), pause]
+        notes += [fade(_float32(harmonics * np.exp(-2 * time))), pause]
     return np.concatenate(notes[:-1])
 
 
-def _signs(melody: Melody, draw: Draw) -> np.ndarray:
+def _step_signs(melody: Melody, rng: Rng) -> np.ndarray:
     """Up, down, nowhere, or up and down by turns for each step between notes."""
     ways = {"rising": 1, "falling": -1, "level": 0}
     if melody.direction in ways:
         return np.full(melody.notes - 1, ways[melody.direction])
     turns = np.where(np.arange(melody.notes - 1) % 2 == 0, 1, -1)
-    return turns if draw.random() < 0.5 else -turns
+    return turns if rng.random() < 0.5 else -turns
 
 
-def _pitch(draw: Draw, low: float, high: float) -> float:
-    return float(np.exp(draw.uniform(np.log(low), np.log(high))))
+def _pitch(rng: Rng, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _wave(samples: object) -> Wave:
+def _float32(samples: object) -> Wave:
     return np.asarray(samples, dtype=np.float32)

@@ -5,16 +5,16 @@ from typing import NamedTuple
 import numpy as np
 
 from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
-from diffa.nano.corpus.questions import WEIGHTS, Instruction, answer_to, instruct
+from diffa.nano.corpus.questions import TASK_WEIGHTS, Instruction, draw_instruction, true_answer
 from diffa.nano.corpus.recordings import Voice
-from diffa.nano.corpus.scenes import Draw, Labels, draw_scene, text_labels
+from diffa.nano.corpus.scenes import Labels, Rng, draw_scene, scene_labels
 from diffa.nano.corpus.vocabulary import BLANK
 from diffa.nano.corpus.voices import LANGUAGES, VARIANTS
 
-SAID = ("transcribe", "count", "place", "sum", "largest")  # answered by the words alone
+TRANSCRIPT_TASKS = ("transcribe", "count", "place", "sum", "largest")  # answered by the words alone
 
 
-class Imitation(NamedTuple):
+class AudioText(NamedTuple):
     """Text for the audio, a word or BLANK for every slot, and instructions about it."""
 
     acoustic: tuple[str, ...]  # empty where only the semantic adapter would speak
@@ -23,7 +23,7 @@ class Imitation(NamedTuple):
     labels: Labels
 
 
-def voices() -> list[Voice]:
+def named_voices() -> list[Voice]:
     """Every kind of voice there is, by name only: no recordings are needed."""
     made = [
         Voice(f"{accent} {gender}", gender, accent, False)
@@ -33,7 +33,7 @@ def voices() -> list[Voice]:
     return [Voice(name, "man", accent, True) for name, accent in ACCENTS.items()] + made
 
 
-class Imitations:
+class AudioTexts:
     """Row `index` is a pure function of (seed, index).
 
     Words are repeated over several slots with blanks between them, as an adapter that emits 12.5
@@ -46,49 +46,60 @@ class Imitations:
         self,
         seed: int,
         *,
-        acoustic: int = 16,
+        acoustic_slots: int = 16,
         pace: float = 1.0,
-        most: int = 8,
-        kinds: tuple[str, ...] = tuple(WEIGHTS),
-        per: int = 1,
-        rewording: float = 0.0,
+        max_digits: int = 8,
+        tasks: tuple[str, ...] = tuple(TASK_WEIGHTS),
+        questions_per_sample: int = 1,
+        paraphrase_share: float = 0.0,
     ) -> None:
-        self.seed, self.acoustic, self.pace, self.most = seed, acoustic, pace, most
-        self.kinds, self.per, self.rewording, self.voices = kinds, per, rewording, voices()
-
-    def __getitem__(self, index: int) -> Imitation:
-        draw = np.random.default_rng((self.seed, index))
-        labels = text_labels(draw_scene(draw, self.voices, self.most))
-        said = tuple(kind for kind in self.kinds if kind in SAID)
-        # Stage 1 and the semantic-only ablation have no acoustic slots.
-        deaf = bool(said) and (draw.random() < 0.25 or said == self.kinds)
-        deaf = deaf and any(answer_to(kind, labels) for kind in said)
-        kinds = said if deaf else self.kinds
-        instructions = tuple(
-            instruct(labels, draw, kinds, rewording=self.rewording) for _ in range(self.per)
+        self.seed, self.acoustic_slots, self.pace, self.max_digits = (
+            seed,
+            acoustic_slots,
+            pace,
+            max_digits,
         )
-        acoustic = () if deaf else spread(facts(labels), self.acoustic, draw)
-        return Imitation(acoustic, self._semantic(labels, draw), instructions, labels)
+        self.tasks, self.questions_per_sample, self.paraphrase_share, self.named_voices = (
+            tasks,
+            questions_per_sample,
+            paraphrase_share,
+            named_voices(),
+        )
 
-    def _semantic(self, labels: Labels, draw: Draw) -> tuple[str, ...]:
+    def __getitem__(self, index: int) -> AudioText:
+        rng = np.random.default_rng((self.seed, index))
+        labels = scene_labels(draw_scene(rng, self.named_voices, self.max_digits))
+        said = tuple(task for task in self.tasks if task in TRANSCRIPT_TASKS)
+        # Stage 1 and the semantic-only ablation have no acoustic slots.
+        deaf = bool(said) and (rng.random() < 0.25 or said == self.tasks)
+        deaf = deaf and any(true_answer(task, labels) for task in said)
+        tasks = said if deaf else self.tasks
+        instructions = tuple(
+            draw_instruction(labels, rng, tasks, paraphrase_share=self.paraphrase_share)
+            for _ in range(self.questions_per_sample)
+        )
+        acoustic = () if deaf else spread_words(acoustic_words(labels), self.acoustic_slots, rng)
+        return AudioText(acoustic, self._semantic(labels, rng), instructions, labels)
+
+    def _semantic(self, labels: Labels, rng: Rng) -> tuple[str, ...]:
         """The words at the pace of speech; with no words, blanks for up to three seconds."""
-        slots = [BLANK] * self._pause(draw)
+        slots = [BLANK] * self._draw_pause(rng)
         for digit in labels.digits:
             # An adapter taught by CTC writes most words into a single slot.
-            heard = 1 + int(draw.random() < 0.1 * self.pace)
-            length = heard + int(draw.integers(0, 6) * self.pace)
-            before = int(draw.integers(0, length - heard + 1))
+            heard = 1 + int(rng.random() < 0.1 * self.pace)
+            length = heard + int(rng.integers(0, 6) * self.pace)
+            before = int(rng.integers(0, length - heard + 1))
             slots += [BLANK] * before + [DIGIT_WORDS[digit]] * heard
-            slots += [BLANK] * (length - heard - before + self._pause(draw))
+            slots += [BLANK] * (length - heard - before + self._draw_pause(rng))
         if not labels.digits:
-            slots += [BLANK] * int(draw.integers(10, 40))
+            slots += [BLANK] * int(rng.integers(10, 40))
         return tuple(slots)
 
-    def _pause(self, draw: Draw) -> int:
-        return 1 + int(draw.integers(0, 7) * self.pace)
+    def _draw_pause(self, rng: Rng) -> int:
+        return 1 + int(rng.integers(0, 7) * self.pace)
 
 
-def facts(labels: Labels) -> list[str]:
+def acoustic_words(labels: Labels) -> list[str]:
     """What the acoustic adapter should be able to say, in words, in a fixed order."""
     words: list[str] = []
     people = dict.fromkeys(zip(labels.speakers, labels.accents, labels.genders, strict=True))
@@ -101,12 +112,12 @@ def facts(labels: Labels) -> list[str]:
     return words
 
 
-def spread(words: list[str], slots: int, draw: Draw) -> tuple[str, ...]:
+def spread_words(words: list[str], slots: int, rng: Rng) -> tuple[str, ...]:
     """The words in order over `slots` places, some of them repeated, blanks elsewhere."""
     out = [BLANK] * slots
-    places = np.sort(draw.choice(slots, len(words), replace=False)).tolist()
+    places = np.sort(rng.choice(slots, len(words), replace=False)).tolist()
     for i, word in enumerate(words):
         end = places[i + 1] if i + 1 < len(words) else slots
-        for slot in range(places[i], min(end, places[i] + int(draw.integers(1, 4)))):
+        for slot in range(places[i], min(end, places[i] + int(rng.integers(1, 4)))):
             out[slot] = word
     return tuple(out)

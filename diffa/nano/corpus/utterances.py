@@ -5,28 +5,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffa.nano.corpus.recordings import Recordings, Split, Voice, Wave, fsdd_folder
+from diffa.nano.corpus.recordings import Recordings, Split, Voice, fsdd_folder
 from diffa.nano.corpus.scenes import (
     LEVELS,
     SPEEDS,
-    Draw,
     Labels,
+    Rng,
     Scene,
     audible_accents,
     draw_scene,
-    speed_of,
+    speed_band,
 )
-from diffa.nano.corpus.shaping import RATE, at_level, decibels, fade, stretch
-from diffa.nano.corpus.sounds import SOUNDS, play
-from diffa.nano.corpus.voices import Synthesis
+from diffa.nano.corpus.shaping import RATE, Wave, at_level, decibels, fade, stretch
+from diffa.nano.corpus.sounds import SOUNDS, render_melody
+from diffa.nano.corpus.voices import EspeakVoices
 
-LONGEST = 7.8  # seconds; the encoder's window is 8
+MAX_SECONDS = 7.8  # seconds; the encoder's window is 8
 
 
 class Utterance(NamedTuple):
     """A waveform at 16 kHz and what is audible in it."""
 
-    wave: Wave
+    audio: Wave
     labels: Labels
 
 
@@ -41,93 +41,93 @@ class Utterances:
         split: Split,
         seed: int,
         fsdd: str | Path | None = None,
-        leave_out: tuple[str, ...] = (),
-        synthetic: bool = True,
-        most: int = 8,
-        keep: int = 0,
+        exclude_speakers: tuple[str, ...] = (),
+        synthetic_voices: bool = True,
+        max_digits: int = 8,
+        cached_utterances: int = 0,
     ) -> None:
-        self.seed, self.most, self.keep = seed, most, keep
-        self._kept: dict[tuple[int, int], Utterance] = {}
-        self.recordings = Recordings(fsdd_folder(fsdd), split, leave_out)
-        self.synthesis = Synthesis(split)
-        self.voices = self.recordings.voices + (self.synthesis.voices if synthetic else [])
+        self.seed, self.max_digits, self.cached_utterances = seed, max_digits, cached_utterances
+        self._cache: dict[tuple[int, int], Utterance] = {}
+        self.recordings = Recordings(fsdd_folder(fsdd), split, exclude_speakers)
+        self.espeak = EspeakVoices(split)
+        self.voices = self.recordings.voices + (self.espeak.voices if synthetic_voices else [])
 
     def scene(self, index: int) -> Scene:
         """The plan of utterance `index`."""
-        return draw_scene(np.random.default_rng((self.seed, index)), self.voices, self.most)
+        return draw_scene(np.random.default_rng((self.seed, index)), self.voices, self.max_digits)
 
     def __getitem__(self, index: int) -> Utterance:
-        kept = self._kept.get((index, self.most))
+        kept = self._cache.get((index, self.max_digits))
         if kept is not None:
             return kept
-        draw = np.random.default_rng((self.seed, index))
-        scene = draw_scene(draw, self.voices, self.most)
-        made = self.perform(scene, draw)
-        if len(self._kept) < self.keep:
-            self._kept[index, self.most] = made
+        rng = np.random.default_rng((self.seed, index))
+        scene = draw_scene(rng, self.voices, self.max_digits)
+        made = self.render(scene, rng)
+        if len(self._cache) < self.cached_utterances:
+            self._cache[index, self.max_digits] = made
         return made
 
-    def perform(self, scene: Scene, draw: Draw) -> Utterance:
+    def render(self, scene: Scene, rng: Rng) -> Utterance:
         """The sound of a scene, with its digits' boundaries and audible labels."""
-        utterance = self._speak(scene, draw) if scene.digits else _sound(scene, draw)
-        wave = utterance.wave
-        if draw.random() < 0.5:  # a room's noise floor, in half of the utterances
-            floor = draw.standard_normal(len(wave), dtype=np.float32)
-            wave = wave + floor * np.float32(10 ** (draw.uniform(-75, -60) / 20))
+        utterance = self._render_speech(scene, rng) if scene.digits else _render_sound(scene, rng)
+        wave = utterance.audio
+        if rng.random() < 0.5:  # a room's noise floor, in half of the utterances
+            floor = rng.standard_normal(len(wave), dtype=np.float32)
+            wave = wave + floor * np.float32(10 ** (rng.uniform(-75, -60) / 20))
         return Utterance(np.clip(wave, -1, 1), utterance.labels)
 
-    def _speak(self, scene: Scene, draw: Draw) -> Utterance:
-        period = 1 / draw.uniform(*_aims(scene)) if scene.speed else None
-        pieces, spans = self._join(scene, period, draw)
+    def _render_speech(self, scene: Scene, rng: Rng) -> Utterance:
+        period = 1 / rng.uniform(*_onset_rates(scene)) if scene.speed else None
+        pieces, spans = self._place_digits(scene, period, rng)
         kept = len(spans)
         digits, voices = scene.digits[:kept], scene.voices[:kept]
         wave = np.concatenate(pieces)
         if scene.sound:
-            wave = wave + _behind(scene, len(wave), draw) * 10 ** (_loudness(wave, spans) / 20)
+            wave = wave + _background(scene, len(wave), rng) * 10 ** (_loudness(wave, spans) / 20)
         low, high = LEVELS[scene.loudness] if scene.loudness else (-42.0, -14.0)
-        gain = draw.uniform(low + 1, high - 1) - _loudness(wave, spans)
+        gain = rng.uniform(low + 1, high - 1) - _loudness(wave, spans)
         labels = Labels(
             digits, spans, tuple(v.name for v in voices), tuple(v.gender for v in voices),
-            audible_accents(digits, voices), speed_of([start for start, _ in spans]),
+            audible_accents(digits, voices), speed_band([start for start, _ in spans]),
             scene.loudness, scene.sound, None, len(wave) / RATE,
         )  # fmt: skip
         return Utterance(np.asarray(wave * 10 ** (gain / 20), dtype=np.float32), labels)
 
-    def _join(
-        self, scene: Scene, period: float | None, draw: Draw
+    def _place_digits(
+        self, scene: Scene, period: float | None, rng: Rng
     ) -> tuple[list[Wave], tuple[tuple[float, float], ...]]:
         """The digits in turn with pauses between; those that do not fit are left out."""
-        pieces = [np.zeros(int(draw.uniform(0.05, 0.5) * RATE), dtype=np.float32)]
+        pieces = [np.zeros(int(rng.uniform(0.05, 0.5) * RATE), dtype=np.float32)]
         at = len(pieces[0])
         spans: list[tuple[float, float]] = []
         for digit, voice in zip(scene.digits, scene.voices, strict=True):
-            wave = self._digit(voice, digit, period, scene.loudness is None, draw)
-            gap = period - len(wave) / RATE if period else draw.uniform(0.02, 0.5)
-            pause = int(max(gap + draw.uniform(-0.02, 0.02), 0.01) * RATE)
-            if at + len(wave) > LONGEST * RATE and spans:
+            wave = self._render_digit(voice, digit, period, scene.loudness is None, rng)
+            gap = period - len(wave) / RATE if period else rng.uniform(0.02, 0.5)
+            pause = int(max(gap + rng.uniform(-0.02, 0.02), 0.01) * RATE)
+            if at + len(wave) > MAX_SECONDS * RATE and spans:
                 break
             spans.append((at / RATE, (at + len(wave)) / RATE))
             pieces += [wave, np.zeros(pause, dtype=np.float32)]
             at += len(wave) + pause
-        tail = int(min(draw.uniform(0.05, 0.5), max(LONGEST - spans[-1][1], 0.02)) * RATE)
+        tail = int(min(rng.uniform(0.05, 0.5), max(MAX_SECONDS - spans[-1][1], 0.02)) * RATE)
         pieces[-1] = np.zeros(tail, dtype=np.float32)
         return pieces, tuple(spans)
 
-    def _digit(
-        self, voice: Voice, digit: int, period: float | None, uneven: bool, draw: Draw
+    def _render_digit(
+        self, voice: Voice, digit: int, period: float | None, uneven: bool, rng: Rng
     ) -> Wave:
         """One digit at its tempo and level."""
-        source = self.recordings if voice.real else self.synthesis
-        wave = source.take(voice, digit, draw.random())
+        source = self.recordings if voice.real else self.espeak
+        wave = source.take(voice, digit, rng.random())
         seconds = len(wave) / RATE
-        tempo = draw.uniform(0.9, 1.15)
+        tempo = rng.uniform(0.9, 1.15)
         if period:  # slow speech drawls a little; fast speech is pressed into its period
-            tempo = max(seconds / (0.93 * period), draw.uniform(0.78, 0.9) if period > 0.7 else 1.0)
+            tempo = max(seconds / (0.93 * period), rng.uniform(0.78, 0.9) if period > 0.7 else 1.0)
         wave = stretch(wave[: int(1.2 * RATE)], min(tempo, 1.9))
-        return at_level(wave, draw.uniform(-9, 9) if uneven else draw.uniform(-1.5, 1.5))
+        return at_level(wave, rng.uniform(-9, 9) if uneven else rng.uniform(-1.5, 1.5))
 
 
-def _aims(scene: Scene) -> tuple[float, float]:
+def _onset_rates(scene: Scene) -> tuple[float, float]:
     """Rates to aim at, inside the band; eight slow digits must fit the window."""
     aims = {
         "slow": (1.0 if len(scene.digits) < 6 else 1.2, 1.33),
@@ -145,29 +145,29 @@ def _loudness(wave: Wave, spans: tuple[tuple[float, float], ...]) -> float:
     )
 
 
-def _behind(scene: Scene, length: int, draw: Draw) -> Wave:
+def _background(scene: Scene, length: int, rng: Rng) -> Wave:
     """A sound under the whole utterance, 10 to 18 dB below its speech."""
     if scene.melody:
         once = np.concatenate(
-            [play(scene.melody, draw), np.zeros(int(0.3 * RATE), dtype=np.float32)]
+            [render_melody(scene.melody, rng), np.zeros(int(0.3 * RATE), dtype=np.float32)]
         )
         wave = np.tile(once, length // len(once) + 1)[:length]
     else:
-        wave = SOUNDS[str(scene.sound)](length / RATE + 0.01, draw)[:length]
-    return at_level(wave, draw.uniform(-18, -10))
+        wave = SOUNDS[str(scene.sound)](length / RATE + 0.01, rng)[:length]
+    return at_level(wave, rng.uniform(-18, -10))
 
 
-def _sound(scene: Scene, draw: Draw) -> Utterance:
+def _render_sound(scene: Scene, rng: Rng) -> Utterance:
     """A sound or a melody alone, between two short silences."""
     wave = (
-        play(scene.melody, draw)
+        render_melody(scene.melody, rng)
         if scene.melody
-        else SOUNDS[str(scene.sound)](draw.uniform(1.0, 3.0), draw)
+        else SOUNDS[str(scene.sound)](rng.uniform(1.0, 3.0), rng)
     )
     if scene.loudness:
-        wave = at_level(fade(wave), draw.uniform(*LEVELS[scene.loudness]))
+        wave = at_level(fade(wave), rng.uniform(*LEVELS[scene.loudness]))
     before, after = (
-        np.zeros(int(draw.uniform(0.05, 0.4) * RATE), dtype=np.float32) for _ in range(2)
+        np.zeros(int(rng.uniform(0.05, 0.4) * RATE), dtype=np.float32) for _ in range(2)
     )
     wave = np.concatenate([before, wave, after])
     labels = Labels(

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 from diffa.data.corpora.fsdd import DIGIT_WORDS
-from diffa.nano.corpus.phrases import LEADS, ORDINALS, PHRASES
+from diffa.nano.corpus.phrases import CHOICE_PROMPTS, ORDINALS, PHRASES
 from diffa.nano.corpus.questions import CHOICES, TEENS
 
 SYSTEM = "You are a helpful voice assistant."
@@ -22,7 +22,7 @@ TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 SPACE = "▁"  # the space before a word belongs to it, as in LLaDA's tokenizer
-EXTRA = (
+EXTRA_WORDS = (
     "Only speech says say over a and of notes melody noise clicks silence tone chirp Quiet Normal "
     "Loud system user assistant This is the audio nothing twenty thirty yes no none A B C D letter "
     "answer hear can not speaker speakers number both sure I do know you it he she they we me my "
@@ -33,12 +33,12 @@ EXTRA = (
 )
 
 
-def vocabulary() -> list[str]:
+def build_vocabulary() -> list[str]:
     """Every word of the corpus in both of its forms where needed, then letters and punctuation."""
     texts = [text for kind in PHRASES.values() for text in kind] + [
-        *LEADS,
+        *CHOICE_PROMPTS,
         SYSTEM,
-        EXTRA,
+        EXTRA_WORDS,
         *ORDINALS,
         *TEENS,
         *DIGIT_WORDS,
@@ -59,7 +59,7 @@ def write_tokenizer(folder: str | Path) -> Path:
     """Write tokenizer.json and tokenizer_config.json; any text splits into words or bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = vocabulary()
+    words = build_vocabulary()
     # Whole words beat letters, letters beat bytes; the model never needs an unknown token.
     scored = [(piece, -20.0) for piece in SPECIAL] + [
         (piece, -1.0 if len(piece) > 1 else -8.0) for piece in words

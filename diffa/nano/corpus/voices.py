@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from diffa.data.corpora.fsdd import DIGIT_WORDS
-from diffa.nano.corpus.recordings import Gender, Split, Voice, Wave
-from diffa.nano.corpus.shaping import RATE, resample, trim
+from diffa.nano.corpus.recordings import Gender, Split, Voice
+from diffa.nano.corpus.shaping import RATE, Wave, resample, trim
 from diffa.runtime.files import atomic_write
 
 LANGUAGES = {
@@ -22,7 +22,7 @@ LANGUAGES = {
     "caribbean": "en-029",
 }
 # How each accent says the digits 0-9, up to what can be told apart (espeak-ng's own phonemes).
-PRONOUNCED = {
+PRONUNCIATIONS = {
     "american": ("ou", "V", "u", "thr", "or", "ai", "i", "E", "ei", "ai"),
     "british": ("Eu", "O", "u", "thr", "o:", "ai", "i", "E", "ei", "ai"),
     "scottish": ("o:", "V", "U", "thR", "oR", "ai", "i", "E", "e:", "ai"),
@@ -37,10 +37,10 @@ PITCHES: dict[Split, tuple[int, ...]] = {"train": (35, 50, 65), "test": (42, 58)
 RATES: dict[Split, tuple[int, ...]] = {"train": (130, 165), "test": (145,)}
 
 
-def accent_audible(accent: str, digits: tuple[int, ...]) -> bool:
+def accent_is_audible(accent: str, digits: tuple[int, ...]) -> bool:
     """Whether these digits alone tell this synthetic accent from every other."""
-    own = [PRONOUNCED[accent][digit] for digit in digits]
-    others = (table for name, table in PRONOUNCED.items() if name != accent)
+    own = [PRONUNCIATIONS[accent][digit] for digit in digits]
+    others = (table for name, table in PRONUNCIATIONS.items() if name != accent)
     return all(own != [table[digit] for digit in digits] for table in others)
 
 
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIFFA_CACHE", Path.home() / ".cache" / "diffa")) / "espeak"
 
 
-class Synthesis:
+class EspeakVoices:
     """Spoken digits of espeak-ng; without the program there are no voices: a warning says so."""
 
     def __init__(self, split: Split, folder: Path | None = None) -> None:
@@ -65,9 +65,9 @@ class Synthesis:
         if not self.program:
             _warn()
 
-    def take(self, voice: Voice, digit: int, draw: float) -> Wave:
+    def take(self, voice: Voice, digit: int, fraction: float) -> Wave:
         """One rendering of `digit`; `draw` in [0, 1) chooses the rate."""
-        rate = self.rates[int(draw * len(self.rates))]
+        rate = self.rates[int(fraction * len(self.rates))]
         return _render(str(self.program), self.folder, voice.name, digit, rate)
 
 

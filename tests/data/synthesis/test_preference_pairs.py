@@ -17,7 +17,7 @@ from diffa.data.synthesis.preferences import corrupt as corrupt_row
 from diffa.data.synthesis.remote import Remote
 from diffa.llm.client import Endpoint
 from diffa.nano.corpus.examples import Example
-from diffa.nano.corpus.questions import WEIGHTS, answer_to, caption
+from diffa.nano.corpus.questions import TASK_WEIGHTS, true_answer, write_caption
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.sounds import Melody
 from diffa.nano.preferences import SOURCE, corrupt, pairs
@@ -29,35 +29,35 @@ SPOKEN = Labels(
 MELODY = Labels((), (), (), (), (), None, "quiet", "melody", Melody("rising", 4), 1.5)
 SOUND = Labels((), (), (), (), (), None, "quiet", "chirp", None, 1.5)
 OPEN = [
-    (kind, labels)
+    (task, labels)
     for labels in (SPOKEN, MELODY, SOUND)
-    for kind in WEIGHTS
-    if answer_to(kind, labels) and not (kind == "transcribe" and not labels.digits)
+    for task in TASK_WEIGHTS
+    if true_answer(task, labels) and not (task == "transcribe" and not labels.digits)
 ]
 
 
-def example(labels: Labels, kind: str, question: str = "?", answer: str | None = None) -> Example:
+def example(labels: Labels, task: str, question: str = "?", answer: str | None = None) -> Example:
     import numpy as np
 
-    told = answer or answer_to(kind, labels) or ""
-    return Example(np.zeros(4, dtype=np.float32), question, told, labels, kind, "nano-1-2")
+    told = answer or true_answer(task, labels) or ""
+    return Example(np.zeros(4, dtype=np.float32), question, told, labels, task, "nano-1-2")
 
 
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-@pytest.mark.parametrize(("kind", "labels"), OPEN)
-def test_every_open_answer_can_be_got_wrong(kind: str, labels: Labels) -> None:
+@pytest.mark.parametrize(("task", "labels"), OPEN)
+def test_every_open_answer_can_be_got_wrong(task: str, labels: Labels) -> None:
     for seed in range(20):
-        made = corrupt(example(labels, kind), seed)
-        assert made is not None and made.rejected != answer_to(kind, labels)
+        made = corrupt(example(labels, task), seed)
+        assert made is not None and made.rejected != true_answer(task, labels)
         assert made.explanation.startswith(f"{made.attribute}: ")
 
 
 @pytest.mark.parametrize("labels", [SPOKEN, MELODY, SOUND])
 def test_a_caption_is_wrong_in_one_thing_and_in_every_thing_in_turn(labels: Labels) -> None:
-    right, seen = caption(labels), set()
+    right, seen = write_caption(labels), set()
     for seed in range(60):
         made = corrupt(example(labels, "caption"), seed)
         assert made is not None
