@@ -1,4 +1,4 @@
-"""How well the measured attributes agree with what the nano corpus was made with.
+"""Agreement of the measured attributes with the labels of the nano corpus.
 
 `python benchmarks/attributes.py [--count 300] [--json FILE]`: the words for volume and speed
 against the labels of composed utterances, pitch against synthetic voices of known pitch, and how
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from reports import write
+from reports import write_report
 
 from diffa.data.synthesis.attributes import word
 from diffa.data.synthesis.measures import RATE, measure
@@ -35,25 +35,26 @@ def buzz(hertz: float, seconds: float, noise: float, draw: np.random.Generator) 
 
 def utterances(count: int, seed: int) -> dict[str, object]:
     """Agreement of words with labels over speech without other sounds."""
-    made, hits, asked = Utterances("test", seed), dict.fromkeys(WORDS, 0), dict.fromkeys(WORDS, 0)
+    speech, hits = Utterances("test", seed), dict.fromkeys(WORDS, 0)
+    counts = dict.fromkeys(WORDS, 0)
     seconds, spent, index = 0.0, 0.0, -1
-    while min(asked.values()) < count:
+    while min(counts.values()) < count:
         index += 1
-        wave, labels = made[index]
+        wave, labels = speech[index]
         if not labels.digits or labels.sound:
             continue
         begin = time.perf_counter()
-        found = measure(wave)
+        measures = measure(wave)
         spent += time.perf_counter() - begin
-        seconds += found.duration
-        said = {"loudness": word(found.level, VOLUME, WORDS["loudness"]),
-                "speed": word(found.rate, SPEED, WORDS["speed"])}  # fmt: skip
+        seconds += measures.duration
+        words = {"loudness": word(measures.level, VOLUME, WORDS["loudness"]),
+                "speed": word(measures.rate, SPEED, WORDS["speed"])}  # fmt: skip
         for name in WORDS:
             right = getattr(labels, name)
-            if right and asked[name] < count:
-                asked[name] += 1
-                hits[name] += said[name] == right
-    shares = {name: round(hits[name] / asked[name], 3) for name in WORDS}
+            if right and counts[name] < count:
+                counts[name] += 1
+                hits[name] += words[name] == right
+    shares = {name: round(hits[name] / counts[name], 3) for name in WORDS}
     return {
         "agreement": shares,
         "each": count,
@@ -67,8 +68,8 @@ def pitches(count: int, seed: int) -> dict[str, float]:
     errors = []
     for _ in range(count):
         hertz = float(np.exp(draw.uniform(np.log(70), np.log(400))))
-        found = measure(buzz(hertz, 0.5, 0.02, draw)).pitch
-        errors.append(abs(found / hertz - 1) if found else 1.0)
+        pitch = measure(buzz(hertz, 0.5, 0.02, draw)).pitch
+        errors.append(abs(pitch / hertz - 1) if pitch else 1.0)
     return {"median_error": round(float(np.median(errors)), 5),
             "beyond_3_percent": round(float(np.mean(np.array(errors) > 0.03)), 4)}  # fmt: skip
 
@@ -78,11 +79,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attributes.json"))
-    given = parser.parse_args()
-    found = utterances(given.count, given.seed) | {"pitch": pitches(given.count, given.seed)}
-    found["seed"] = given.seed
-    write(found, given.json)
-    print(json.dumps(found, indent=2))
+    args = parser.parse_args()
+    report = utterances(args.count, args.seed) | {"pitch": pitches(args.count, args.seed)}
+    report["seed"] = args.seed
+    write_report(report, args.json)
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure decoding against the published loop: the ladder of caches, rules and batches.
+"""Compare decoding with the published loop: caches, acceptance rules and batches.
 
 All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
 memory is measured in a process of its own for each row, weights excluded.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import published
 import torch
-from reports import write
+from reports import RESULTS, process_memory, write_report
 from torch import Tensor
 
 import diffa
@@ -26,10 +26,9 @@ from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
 from diffa.spec.spec import Spec
 
-RESULTS = Path(__file__).parent / "results"
 AUDIO, PROMPT, AT, LENGTH, BLOCK = 439, 64, 16, 32, 32
 SIZES = {
-    "issue": {"d_model": 1024, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 3072},
+    "default": {"d_model": 1024, "n_layers": 12, "n_heads": 16, "mlp_hidden_size": 3072},
     "small": {"d_model": 256, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 768},
     "8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288},
 }
@@ -44,7 +43,7 @@ class Rung(NamedTuple):
 
 
 def ladder(steps: int) -> dict[str, Rung]:
-    """Everything that is measured beside the baseline."""
+    """Return everything that is measured besides the baseline."""
     dual: dict[str, Any] = {"cache": "dual"}
     options: dict[str, tuple[dict[str, Any], int]] = {
         "exact": ({"steps": steps, "stop_at_eos": False}, 1),
@@ -63,13 +62,13 @@ def ladder(steps: int) -> dict[str, Rung]:
         "dual-batch4": ({"steps": steps, **dual}, 4),
     }
     return {
-        name: Rung({"name": "blockwise", "block_length": BLOCK, **chosen}, rows)
-        for name, (chosen, rows) in options.items()
+        name: Rung({"name": "blockwise", "block_length": BLOCK, **sampler}, rows)
+        for name, (sampler, rows) in options.items()
     }
 
 
 def spec(size: str) -> dict[str, Any]:
-    """A random LLaDA of the stated shape; the audio embeddings are drawn, not heard."""
+    """A random LLaDA of the stated shape; the audio embeddings are random."""
     config = {
         **SIZES[size],
         "vocab_size": 126464,
@@ -94,21 +93,24 @@ def question(model: Any, seed: int = 0) -> published.Question:
     return published.Question(prompt, audio, AT)
 
 
-def open_canvas(model: Any, asked: list[published.Question]) -> tuple[Canvas, Denoiser]:
-    """Lay questions out as ``model.generate`` does, audio already embedded."""
+def open_canvas(model: Any, questions: list[published.Question]) -> tuple[Canvas, Denoiser]:
+    """Build the canvas that ``model.generate`` builds, with audio already embedded."""
     embed, vocab = model.backbone.embed, model.backbone.vocab
     embeds, text = insert_audio(
-        [q.prompt for q in asked], [q.audio for q in asked], [q.at for q in asked], embed
+        [q.prompt for q in questions],
+        [q.audio for q in questions],
+        [q.at for q in questions],
+        embed,
     )
     place = embeds.values.device
-    answer = torch.full((len(asked), LENGTH), vocab.mask, device=place)
-    seeds = torch.zeros(len(asked), dtype=torch.long, device=place)
+    answer = torch.full((len(questions), LENGTH), vocab.mask, device=place)
+    seeds = torch.zeros(len(questions), dtype=torch.long, device=place)
     canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds)
     return canvas, Denoiser(model.backbone, canvas)
 
 
 class Run:
-    """One decoder at work: a step at a time, timed."""
+    """One decoder, advanced and timed step by step."""
 
     def __init__(self, steps: Iterator[Any], num_forwards: Callable[[], int]) -> None:
         self._steps, self.num_forwards = steps, num_forwards
@@ -117,20 +119,20 @@ class Run:
         self.answers: list[Tensor] = []
 
     def step(self) -> bool:
-        """Take one step; false when there is none left."""
+        """Take one step; return False if there is none left."""
         begin, worked = time.perf_counter(), time.process_time()
         with torch.no_grad():
-            made = next(self._steps, None)
-        if made is None:
+            result = next(self._steps, None)
+        if result is None:
             return False
         self.times.append(time.perf_counter() - begin)
         self.cpu.append(time.process_time() - worked)
-        self.answers.append(made if isinstance(made, Tensor) else made.tokens)
+        self.answers.append(result if isinstance(result, Tensor) else result.tokens)
         return True
 
 
 def start(model: Any, rung: Rung) -> Run:
-    """Open a decoder of our own."""
+    """Start one of diffa's decoders."""
     sampler = diffa.swap(model, sampler=rung.sampler).sampler
     with torch.no_grad():
         canvas, denoise = open_canvas(model, [question(model, row) for row in range(rung.rows)])
@@ -138,7 +140,7 @@ def start(model: Any, rung: Rung) -> Run:
 
 
 def race(runs: dict[str, Run], after: Callable[[int], None] | None = None) -> None:
-    """Advance every run by one step in turn until all are done; ``after`` is told each round."""
+    """Advance every run by one step in turn until all are done; call ``after`` after each round."""
     alive, count = dict(runs), 0
     while alive:
         alive = {name: run for name, run in alive.items() if run.step()}
@@ -151,24 +153,24 @@ class Sampled:
     """A few of the baseline's equal steps, each taken where the exact decoder stood."""
 
     def __init__(self, model: Any, exact: Run, steps: int, count: int) -> None:
-        self._model, self._exact, self._asked = model, exact, question(model)
+        self._model, self._exact, self._question = model, exact, question(model)
         self._plan = published.schedule(LENGTH, steps, BLOCK)
-        self._chosen = set(torch.linspace(0, steps - 1, count).long().tolist())
+        self._selected = set(torch.linspace(0, steps - 1, count).long().tolist())
         self._begin = torch.full((1, LENGTH), model.backbone.vocab.mask)
         self.times: list[float] = []
         self.cpu: list[float] = []
         self.same = True
 
     def after(self, count: int) -> None:
-        """Take the baseline's step ``count`` if it is one of the chosen, and compare."""
-        if count not in self._chosen:
+        """Take the baseline's step ``count`` if it is one of the selected, and compare."""
+        if count not in self._selected:
             return
         before = self._exact.answers[count - 1] if count else self._begin
         started, worked = time.perf_counter(), time.process_time()
-        made = published.step(self._model, self._asked, before, *self._plan[count])
+        result = published.step(self._model, self._question, before, *self._plan[count])
         self.times.append(time.perf_counter() - started)
         self.cpu.append(time.process_time() - worked)
-        self.same &= torch.equal(made, self._exact.answers[count])
+        self.same &= torch.equal(result, self._exact.answers[count])
 
     def total(self, times: list[float]) -> float:
         """Scale the steps that were taken to all of them."""
@@ -191,20 +193,20 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
         plain = Run(loop, lambda: steps)
         race({"baseline": plain, **runs})
         seconds, worked = sum(plain.times), sum(plain.cpu)
-        wanted, same = plain.answers[-1], True
+        expected, same = plain.answers[-1], True
     else:
         some = Sampled(model, runs["exact"], steps, checked)
         race(runs, some.after)
         seconds, worked = some.total(some.times), some.total(some.cpu)
-        wanted, same = runs["exact"].answers[-1], some.same
+        expected, same = runs["exact"].answers[-1], some.same
     eos = model.backbone.vocab.eos
-    reference = to_first_eos(wanted[0], eos)
+    reference = to_first_eos(expected[0], eos)
     first = row("baseline", seconds, steps, seconds, reference, reference, 1)
     rows = [first | {"cpu_seconds": round(worked, 4)}]
     for name, run in runs.items():
-        made = to_first_eos(run.answers[-1][0], eos)
+        result = to_first_eos(run.answers[-1][0], eos)
         line = row(
-            name, sum(run.times), run.num_forwards(), seconds, made, reference, rungs[name].rows
+            name, sum(run.times), run.num_forwards(), seconds, result, reference, rungs[name].rows
         )
         line["identical"] &= same
         more = {"prefill": round(run.times[0], 4), "cpu_seconds": round(sum(run.cpu), 4)}
@@ -217,27 +219,27 @@ def row(
     seconds: float,
     num_forwards: int,
     base: float,
-    made: list[int],
+    result: list[int],
     reference: list[int],
     rows: int,
 ) -> dict[str, Any]:
     """One line of the report; ``speedup`` is over the baseline's seconds per answer."""
-    same = sum(a == b for a, b in zip(made, reference, strict=False))
+    same = sum(a == b for a, b in zip(result, reference, strict=False))
     return {
         "name": name,
         "rows": rows,
         "seconds": round(seconds, 4),
         "num_forwards": num_forwards,
-        "tokens_per_forward": round(len(made) * rows / num_forwards, 3),
+        "tokens_per_forward": round(len(result) * rows / num_forwards, 3),
         "speedup": round(base * rows / seconds, 2),
-        "identical": made == reference,
-        "agreement": round(same / max(len(made), len(reference)), 3),
-        "tokens_per_second": round(len(made) * rows / seconds, 3),
+        "identical": result == reference,
+        "agreement": round(same / max(len(result), len(reference)), 3),
+        "tokens_per_second": round(len(result) * rows / seconds, 3),
     }
 
 
 def peak(size: str, steps: int, name: str) -> int:
-    """Peak memory of two forwards above what the process holds with its weights, in bytes."""
+    """Peak memory of two forward passes above what the process holds with its weights, in bytes."""
     with torch.device("meta"):
         model = diffa.build(spec(size), device="meta")
     model = model.to_empty(device="cpu").eval()
@@ -250,33 +252,26 @@ def peak(size: str, steps: int, name: str) -> int:
         else:
             run = start(model, ladder(steps)[name])
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = resident("VmRSS")
+        before = process_memory("VmRSS")
         run.step()
         run.step()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """A field of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    return process_memory("VmHWM") - before
 
 
 def peaks(size: str, steps: int, names: list[str]) -> dict[str, int | None]:
     """Peak memory of each row, measured in a process of its own; None off Linux."""
     if sys.platform != "linux":
         return dict.fromkeys(names)
-    found: dict[str, int | None] = {}
+    peak_memory: dict[str, int | None] = {}
     for name in names:
         line = [sys.executable, __file__, "--size", size, "--steps", str(steps), "--peak", name]
         done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ)
-        found[name] = int(done.stdout.split()[-1])
-    return found
+        peak_memory[name] = int(done.stdout.split()[-1])
+    return peak_memory
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The report as people read it."""
+    """Format the report as a table."""
     head = ("name", "seconds", "num_forwards", "tokens_per_forward", "speedup", "identical")
     lines = [" ".join(f"{name:>18}" for name in (*head, "peak MiB"))]
     for line in rows:
@@ -288,29 +283,33 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="few rungs, sampled baseline")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    parser.add_argument("--size", choices=SIZES, default="issue")
+    parser.add_argument(
+        "--quick", action="store_true", help="Run few rungs and only some of the baseline's steps."
+    )
+    parser.add_argument("--json", type=Path, help="Additional file for the report.")
+    parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--steps", type=int, default=LENGTH)
-    parser.add_argument("--checked", type=int, default=4, help="baseline steps timed by --quick")
+    parser.add_argument(
+        "--checked", type=int, default=4, help="Number of baseline steps that --quick times."
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    if chosen.peak:
-        print(peak(chosen.size, chosen.steps, chosen.peak))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak(args.size, args.steps, args.peak))
         return
-    names = list(QUICK if chosen.quick else ladder(chosen.steps))
-    rows = measure(chosen.size, chosen.steps, names, chosen.checked if chosen.quick else None)
-    memory = peaks(chosen.size, chosen.steps, ["baseline", *QUICK])
+    names = list(QUICK if args.quick else ladder(args.steps))
+    rows = measure(args.size, args.steps, names, args.checked if args.quick else None)
+    memory = peaks(args.size, args.steps, ["baseline", *QUICK])
     for line in rows:
         line["peak_bytes"] = memory.get(line["name"])
-    digest = Spec.read(spec(chosen.size)).digest()
-    shape = {"size": chosen.size, "audio": AUDIO, "prompt": PROMPT, "answer": LENGTH}
-    report = {"spec": digest, **shape, "threads": chosen.threads, "rows": rows}
-    target = RESULTS / f"decode-{chosen.size}-{digest}.json"
-    for path in (chosen.json, None if chosen.quick else target):
-        write(report, path)
+    digest = Spec.read(spec(args.size)).digest()
+    shape = {"size": args.size, "audio": AUDIO, "prompt": PROMPT, "answer": LENGTH}
+    report = {"spec": digest, **shape, "threads": args.threads, "rows": rows}
+    target = RESULTS / f"decode-{args.size}-{digest}.json"
+    for path in (args.json, None if args.quick else target):
+        write_report(report, path)
     print(table(rows))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reports import write
+from reports import RESULTS, write_report
 
 import diffa
 from diffa.evaluation.files import BenchmarkData
@@ -18,41 +18,41 @@ from diffa.evaluation.runner import EvalConfig, evaluate
 from diffa.evaluation.suites import load_suite
 from diffa.nano.suite_files import write_suite
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main() -> None:
     """Ask the same rows one by one and in batches, round by round, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", default="nano")
-    parser.add_argument("--setting", default="exact")
+    parser.add_argument("--sampler-preset", default="exact")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=96, help="of a round; runs sort them by length")
+    parser.add_argument(
+        "--rows", type=int, default=96, help="Rows per round; a run sorts them by length."
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fsdd", default=None)
     parser.add_argument("--json", type=Path, default=RESULTS / "evaluation.json")
-    chosen = parser.parse_args()
-    model = diffa.build(chosen.spec)
-    model = diffa.swap(model, sampler=model.spec.data["settings"][chosen.setting])
+    args = parser.parse_args()
+    model = diffa.build(args.spec)
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][args.sampler_preset])
     with tempfile.TemporaryDirectory() as place:
-        result = measure(model, Path(place), chosen)
-    write(result, chosen.json)
+        result = measure(model, Path(place), args)
+    write_report(result, args.json)
     print(json.dumps(result, indent=1))
 
 
-def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
+def measure(model: diffa.Model, place: Path, args: Any) -> dict[str, Any]:
     """Seconds of both by round. CPU seconds are what a busy machine does not change much."""
-    per_task = -(-chosen.rounds * chosen.rows // 9)
-    manifest = write_suite(place, fsdd=chosen.fsdd, per_task=per_task)
+    per_task = -(-args.rounds * args.rows // 9)
+    manifest = write_suite(place, fsdd=args.fsdd, per_task=per_task)
     lines = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
     lines = lines[0::per_task] + [x for n, x in enumerate(lines) if n % per_task]  # tasks mixed
-    sizes = {"single": 1, "batched": chosen.batch}
+    sizes = {"single": 1, "batched": args.batch}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sizes}
     same = 0
-    for turn in range(-1, chosen.rounds):  # the first is a rehearsal
+    for turn in range(-1, args.rounds):  # the first is a warm-up
         part = place / f"rows{turn}.jsonl"
-        start = max(turn, 0) * chosen.rows
-        part.write_text("".join(lines[start : start + chosen.rows]), encoding="utf-8")
+        start = max(turn, 0) * args.rows
+        part.write_text("".join(lines[start : start + args.rows]), encoding="utf-8")
         order = list(sizes) if turn % 2 else list(reversed(sizes))
         for name in order:
             spent = timed(model, part, place / f"{name}{turn}", sizes[name])
@@ -60,20 +60,20 @@ def measure(model: diffa.Model, place: Path, chosen: Any) -> dict[str, Any]:
                 seconds[name].append(spent)
         both = [(place / f"{name}{turn}" / "records.jsonl").read_bytes() for name in sizes]
         same += turn >= 0 and both[0] == both[1]
-    rows = chosen.rounds * chosen.rows
-    made: dict[str, Any] = {
-        "spec": chosen.spec,
-        "setting": chosen.setting,
+    rows = args.rounds * args.rows
+    report: dict[str, Any] = {
+        "spec": args.spec,
+        "sampler_preset": args.sampler_preset,
         "digest": model.spec.digest(),
         "rows": rows,
-        "batch": chosen.batch,
+        "batch": args.batch,
         "threads": torch.get_num_threads(),
     }
     for column, unit in enumerate(("wall", "cpu")):
         rates = {name: rows / sum(s[column] for s in spent) for name, spent in seconds.items()}
-        made[unit] = {name: round(rate, 3) for name, rate in rates.items()}
-        made[unit]["speedup"] = round(rates["batched"] / rates["single"], 2)
-    return {**made, "rounds_with_equal_records": same, "rounds": chosen.rounds}
+        report[unit] = {name: round(rate, 3) for name, rate in rates.items()}
+        report[unit]["speedup"] = round(rates["batched"] / rates["single"], 2)
+    return {**report, "rounds_with_equal_records": same, "rounds": args.rounds}
 
 
 def timed(model: diffa.Model, data: Path, out: Path, batch: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reports import write
+from reports import write_report
 
 from diffa.ablation.study import Study, ablate, collect
 from diffa.ablation.table import rows
@@ -31,7 +31,7 @@ SCORES = {
 
 
 def grids(llada: str) -> dict[str, list[str]]:
-    """What is varied: the paper's Table 5, and encoders before the semantic adapter."""
+    """Return the grids: the paper's Table 5, and encoders before the semantic adapter."""
     masked = f'{{name: llada, checkpoint: "{llada}"}}'
     causal = '{name: llama, checkpoint: "package:nano/llama"}'
     untrained = (
@@ -53,11 +53,11 @@ def grids(llada: str) -> dict[str, list[str]]:
 
 def table(study: Study) -> list[dict[str, Any]]:
     """One row per cell: means over seeds with Student's 95 % intervals, and every seed's value."""
-    found = []
+    entries = []
     for row in rows(study, "scores.open all"):
         if not row.means:
             continue
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "settings": row.settings,
             "stages": row.stages,
             "parameters": row.parameters,
@@ -65,17 +65,17 @@ def table(study: Study) -> list[dict[str, Any]]:
         }
         for name, key in SCORES.items():
             mean = row.means[key]
-            told[name] = {"mean": mean.mean, "half": mean.half, "seeds": row.values[key]}
-        found.append(told)
-    return found
+            entry[name] = {"mean": mean.mean, "half": mean.half, "seeds": row.values[key]}
+        entries.append(entry)
+    return entries
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    names = list(found[0]["settings"])
+    names = list(rows[0]["settings"])
     lines = ["| " + " | ".join([*names, "seeds", "trained", *SCORES]) + " |"]
     lines.append("|" + "---|" * (len(names) + 2 + len(SCORES)))
-    for row in found:
+    for row in rows:
         cells = [
             *row["settings"].values(),
             str(len(row["choices"]["seeds"])),
@@ -100,33 +100,33 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="where an encoder's features are kept")
     parser.add_argument("--collect", action="store_true", help="tell what there is, train nothing")
     parser.add_argument("--json", type=Path, default=RESULTS)
-    chosen = parser.parse_args()
-    changes = [f"stages.{i}.steps={chosen.steps}" for i in range(3)]
-    features = (chosen.features or chosen.out / "features").resolve()
+    args = parser.parse_args()
+    changes = [f"stages.{i}.steps={args.steps}" for i in range(3)]
+    features = (args.features or args.out / "features").resolve()
     changes += [f"stages.{i}.cache.folder={features}" for i in range(3)]
     script = Path(__file__).with_name("nano.py").resolve()
-    score = f"{sys.executable} {script} --spec {{model}} --count {chosen.count} --json {{json}}"
+    score = f"{sys.executable} {script} --spec {{model}} --count {args.count} --json {{json}}"
     report: dict[str, Any] = {
-        "seeds": chosen.seeds,
-        "steps": chosen.steps,
-        "utterances": chosen.count,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "utterances": args.count,
     }
-    for name, vary in grids(chosen.llada).items():
+    for name, vary in grids(args.llada).items():
         study = ablate(
             "nano-adapters",
             vary,
-            out=chosen.out,
-            seeds=chosen.seeds,
+            out=args.out,
+            seeds=args.seeds,
             overrides=changes,
             score=score,
-            jobs=chosen.jobs,
-            dry_run=chosen.collect,
+            jobs=args.jobs,
+            dry_run=args.collect,
             say=print,
         )
         report[name] = table(study._replace(results=collect(study)))
         if report[name]:
             print(markdown(report[name]))
-    write(report, chosen.json)
+    write_report(report, args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Answer length by block length on nano, in the form of DIFFA's Table A.2.
 
-python benchmarks/nano_blocks.py: one token per forward; token error of captions and transcripts of
-FSDD's test recordings, for every pair in which the block divides the length.
+python benchmarks/nano_blocks.py: one token per forward pass; token error of captions and
+transcripts of FSDD's test recordings, for every pair in which the block divides the length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from nano import wilson
-from reports import write
+from reports import write_report
 
 import diffa
 from diffa.evaluation.word_errors import count_edits
@@ -29,43 +29,45 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=20_261_123)
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
-    model = diffa.build(chosen.spec)
-    speech = Utterances("test", chosen.seed)
-    asked = [
+    args = parser.parse_args()
+    model = diffa.build(args.spec)
+    speech = Utterances("test", args.seed)
+    items = [
         (torch.from_numpy(utterance.audio), trial)
-        for index in range(chosen.count)
+        for index in range(args.count)
         for utterance in [speech[index]]
-        for trial in all_instructions(utterance.labels, chosen.seed, index)
+        for trial in all_instructions(utterance.labels, args.seed, index)
         if trial.kind in ("caption", "transcribe")
     ]
-    asked.sort(key=lambda pair: len(pair[0]))
+    items.sort(key=lambda pair: len(pair[0]))
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
         for block in (block for block in BLOCKS if length % block == 0):
-            tried = diffa.swap(model, sampler={"name": "blockwise", "block_length": block})
+            candidate = diffa.swap(model, sampler={"name": "blockwise", "block_length": block})
             row: dict[str, Any] = {"length": length, "block_length": block}
             for kind in ("caption", "transcribe"):
-                row[kind] = error(tried, [pair for pair in asked if pair[1].kind == kind], length)
+                row[kind] = error(
+                    candidate, [pair for pair in items if pair[1].kind == kind], length
+                )
             rows.append(row)
             print(
                 f"length {length:3d} block {block:3d}  caption {row['caption']['value']:.3f}"
                 f"  transcript {row['transcribe']['value']:.3f}",
                 flush=True,
             )
-    write({"count": chosen.count, "seed": chosen.seed, "rows": rows}, chosen.json)
+    write_report({"count": args.count, "seed": args.seed, "rows": rows}, args.json)
 
 
-def error(model: diffa.Model, asked: list[tuple[torch.Tensor, Any]], length: int) -> dict[str, Any]:
+def error(model: diffa.Model, items: list[tuple[torch.Tensor, Any]], length: int) -> dict[str, Any]:
     """Edits per token of the references, with an interval."""
     wrong = tokens = 0
-    for begin in range(0, len(asked), 16):
-        part = asked[begin : begin + 16]
+    for begin in range(0, len(items), 16):
+        part = items[begin : begin + 16]
         answer = model.answer(
             [wave for wave, _ in part], [trial.question for _, trial in part], max_tokens=length
         )
-        for said, (_, trial) in zip(answer.text, part, strict=True):
-            wrong += count_edits(trial.answer.split(), said.split()).errors
+        for text, (_, trial) in zip(answer.text, part, strict=True):
+            wrong += count_edits(trial.answer.split(), text.split()).errors
             tokens += len(trial.answer.split())
     return wilson(wrong, tokens)
 

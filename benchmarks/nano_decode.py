@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from plot import Point, scatter
-from reports import write
+from reports import RESULTS, write_report
 
 import diffa
 from diffa.data.manifest import Manifest
 from diffa.data.samples import Sample
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK = 16
 DUAL: dict[str, Any] = {"name": "blockwise", "block_length": BLOCK, "cache": "dual"}
 PLAIN: dict[str, Any] = {"name": "blockwise", "block_length": BLOCK}
@@ -58,7 +57,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
         "name": "revise",
         "block_length": BLOCK,
         "threshold": 0.9,
-    },  # of nothing: no draft is given
+    },  # without a draft
 }
 
 
@@ -70,7 +69,7 @@ class Tally(NamedTuple):
     answers: list[list[int]]
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, without punctuation: what counts as the same answer."""
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
@@ -78,13 +77,13 @@ def plain(text: str) -> str:
 def run(
     model: Any, items: list[Sample], *, most: int, seed: int, batch: int, waves: dict[str, Any]
 ) -> Tally:
-    """Answer every item; a row's forwards count until that row is finished."""
+    """Answer every item; a row's forward passes count until that row is finished."""
     chat, eos = model.chat_format, model.backbone.vocab.eos
     right, tokens, num_forwards, answers = 0, 0, 0, list[list[int]]()
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         prompts = [chat.encode(item.question) for item in part]
-        made = list(
+        steps = list(
             model.stream(
                 [prompt.tokens for prompt in prompts],
                 [waves[item.key] for item in part],
@@ -93,48 +92,48 @@ def run(
                 seeds=[seed * 100_003 + start + row for row in range(len(part))],
             )
         )
-        done = torch.stack([step.final.all(dim=1) for step in made])
+        done = torch.stack([step.final.all(dim=1) for step in steps])
         num_forwards += int((~done).sum()) + len(part)
         for row, item in enumerate(part):
-            ids = made[-1].tokens[row].tolist()
+            ids = steps[-1].tokens[row].tolist()
             tokens += ids.index(eos) + 1 if eos in ids else len(ids)
             answers.append(ids)
-            right += plain(chat.decode(torch.tensor(ids))) == plain(item.target)
+            right += normalize(chat.decode(torch.tensor(ids))) == normalize(item.target)
     return Tally(right / len(items), tokens / num_forwards, answers)
 
 
-def read(model: Any, items: list[Sample]) -> dict[str, Any]:
-    """Each item's waveform, read once."""
+def load_waves(model: Any, items: list[Sample]) -> dict[str, Any]:
+    """Return the waveform of each item, read once."""
     from diffa.audio import prepare
 
     return {item.key: prepare(item.audio, model.encoder.sample_rate) for item in items}
 
 
-def measure(model: Any, source: Manifest, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(model: Any, source: Manifest, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every sampler on the same items, seed by seed."""
-    found: dict[str, list[Tally]] = {name: [] for name in SAMPLERS}
-    for seed in range(chosen.seeds):
-        order = random.Random(seed).sample(range(len(source)), min(chosen.items, len(source)))
+    tallies: dict[str, list[Tally]] = {name: [] for name in SAMPLERS}
+    for seed in range(args.seeds):
+        order = random.Random(seed).sample(range(len(source)), min(args.items, len(source)))
         items = [source[index] for index in order]
-        waves = read(model, items)
+        waves = load_waves(model, items)
         for name, sampler in SAMPLERS.items():
             other = diffa.swap(model, sampler=sampler)
             tally = run(
-                other, items, most=chosen.max_tokens, seed=seed, batch=chosen.batch, waves=waves
+                other, items, most=args.max_tokens, seed=seed, batch=args.batch, waves=waves
             )
-            found[name].append(tally)
+            tallies[name].append(tally)
             print(f"seed {seed}  {name:18} {tally.accuracy:6.3f} {tally.tokens_per_forward:6.2f}")
-    return [line(name, found) for name in SAMPLERS]
+    return [line(name, tallies) for name in SAMPLERS]
 
 
-def line(name: str, found: dict[str, list[Tally]]) -> dict[str, Any]:
+def line(name: str, tallies: dict[str, list[Tally]]) -> dict[str, Any]:
     """One row of the report: means over seeds, spread, and agreement with two references."""
-    mine = found[name]
+    mine = tallies[name]
 
     def same(other: str) -> float:
         pairs = [
             a == b
-            for one, two in zip(mine, found[other], strict=True)
+            for one, two in zip(mine, tallies[other], strict=True)
             for a, b in zip(one.answers, two.answers, strict=True)
         ]
         return round(sum(pairs) / len(pairs), 4)
@@ -159,13 +158,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=32)
-    chosen = parser.parse_args()
-    model = diffa.build(chosen.spec)
-    rows = measure(model, Manifest(chosen.manifest), chosen)
+    args = parser.parse_args()
+    model = diffa.build(args.spec)
+    rows = measure(model, Manifest(args.manifest), args)
     digest = model.spec.digest()
-    report = {"spec": digest, "items": chosen.items, "seeds": chosen.seeds, "rows": rows}
+    report = {"spec": digest, "items": args.items, "seeds": args.seeds, "rows": rows}
     target = RESULTS / f"nano-decode-{digest}"
-    write(report, target.with_suffix(".json"))
+    write_report(report, target.with_suffix(".json"))
     points = [
         Point(row["tokens_per_forward"], 100 * row["accuracy"], row["name"], 100 * row["spread"])
         for row in rows

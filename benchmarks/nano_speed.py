@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reports import write
+from reports import write_report
 
 import diffa
 from diffa.data.corpora.fsdd import DIGIT_WORDS
@@ -21,7 +21,7 @@ from diffa.evaluation.word_errors import count_edits
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterances
 
-ASKED = "Please transcribe the audio to text."
+QUESTION = "Please transcribe the audio to text."
 
 
 def main() -> None:
@@ -32,27 +32,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     speech = Utterances("test", 7)
-    made = [u for u in (speech[i] for i in range(3 * chosen.count)) if u.labels.digits]
-    made = made[: chosen.count]
+    utterances = [u for u in (speech[i] for i in range(3 * args.count)) if u.labels.digits]
+    utterances = utterances[: args.count]
     result = {
         "threads": torch.get_num_threads(),
-        "utterances": len(made),
-        "seconds of audio": round(sum(len(u.audio) for u in made) / RATE, 1),
-        "sampler_presets": measure(diffa.build(chosen.spec), made, chosen.rounds, chosen.tokens),
+        "utterances": len(utterances),
+        "seconds of audio": round(sum(len(u.audio) for u in utterances) / RATE, 1),
+        "sampler_presets": measure(diffa.build(args.spec), utterances, args.rounds, args.tokens),
     }
-    print(f"{'preset':10s} {'RTF':>8s} {'ratio':>6s} {'num_forwards':>9s} {'error':>6s}")
+    print(f"{'preset':10s} {'RTF':>8s} {'ratio':>6s} {'passes':>9s} {'error':>6s}")
     for name, row in result["sampler_presets"].items():
         print(
             f"{name:10s} {row['real-time factor']:8.4f} {row['ratio']:6.2f}"
-            f" {row['num_forwards per answer']:9.1f} {row['word error']:6.3f}"
+            f" {row['forward passes per answer']:9.1f} {row['word error']:6.3f}"
         )
-    write(result, chosen.json)
+    write_report(result, args.json)
 
 
 def measure(
-    model: diffa.Model, made: list[Any], rounds: int, tokens: int
+    model: diffa.Model, utterances: list[Any], rounds: int, tokens: int
 ) -> dict[str, dict[str, float]]:
     """Let every sampler preset transcribe every utterance in each round, in turn."""
     named = model.spec.data["sampler_presets"].items()
@@ -60,22 +60,22 @@ def measure(
     factors: dict[str, list[float]] = {name: [] for name in models}
     errors, num_forwards = dict.fromkeys(models, 0), dict.fromkeys(models, 0)
     for _ in range(rounds):
-        for utterance in made:
+        for utterance in utterances:
             wave = torch.from_numpy(utterance.audio)
             target = [DIGIT_WORDS[digit] for digit in utterance.labels.digits]
-            for name, tried in models.items():
+            for name, candidate in models.items():
                 begin = time.perf_counter()
-                answer = tried.answer(wave, ASKED, max_tokens=tokens)
+                answer = candidate.answer(wave, QUESTION, max_tokens=tokens)
                 factors[name].append((time.perf_counter() - begin) / (len(wave) / RATE))
                 errors[name] += count_edits(target, answer.text.split()).errors
                 num_forwards[name] += answer.num_forwards
-    medians = {name: statistics.median(found) for name, found in factors.items()}
-    words = rounds * sum(len(utterance.labels.digits) for utterance in made)
+    medians = {name: statistics.median(values) for name, values in factors.items()}
+    words = rounds * sum(len(utterance.labels.digits) for utterance in utterances)
     return {
         name: {
             "real-time factor": round(median, 4),
             "ratio": round(medians["exact"] / median, 2),
-            "forwards per answer": round(num_forwards[name] / (rounds * len(made)), 1),
+            "forward passes per answer": round(num_forwards[name] / (rounds * len(utterances)), 1),
             "word error": round(errors[name] / words, 4),
         }
         for name, median in medians.items()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reports import write
+from reports import write_report
 from torch import Tensor
 
 from diffa.backbones.llada import LLaDA
@@ -55,7 +55,7 @@ SCHEMES: list[tuple[str, dict[str, Any], bool, int]] = [
 
 
 def table() -> Tensor:
-    """What token i costs under the set of masks s, (64, 6): more where more is hidden."""
+    """Return what token i costs under the set of masks s, (64, 6): more where more is hidden."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.tensor([bin(code).count("1") for code in range(2**SIZE)])
     own = torch.rand(SIZE, generator=generator) * 2
@@ -72,9 +72,9 @@ def bound(costs: Tensor) -> float:
     return total / SIZE
 
 
-def code(chosen: Any) -> int:
+def code(places: Any) -> int:
     """The row of the table for a set of masks."""
-    return sum(1 << place for place in chosen)
+    return sum(1 << place for place in places)
 
 
 def losses(options: dict[str, Any], costs: Tensor, steps: int) -> Tensor:
@@ -115,43 +115,47 @@ def spread_of_gradient(options: dict[str, Any], model: LLaDA, steps: int) -> tup
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 30, (1, 4 + SIZE), generator=generator).expand(ROWS, -1)
     answer = torch.arange(4 + SIZE).expand(ROWS, -1) >= 4
-    heard = torch.randn(8, 32, generator=generator).requires_grad_()
-    objective, found = Masked(model.vocab, **options), []
+    embeds = torch.randn(8, 32, generator=generator).requires_grad_()
+    objective, values = Masked(model.vocab, **options), []
     for step in range(steps):
         seeds = torch.arange(ROWS) + 999 + step * ROWS
-        made = compute_loss(
+        loss = compute_loss(
             model, objective, tokens, answer, seeds,
-            lengths=torch.full((ROWS,), 4 + SIZE), audio_embeds=[heard] * ROWS,
+            lengths=torch.full((ROWS,), 4 + SIZE), audio_embeds=[embeds] * ROWS,
         )  # fmt: skip
-        (gradient,) = torch.autograd.grad(made.sum / made.weight, heard)
-        found.append(gradient.flatten())
-    stacked = torch.stack(found)
+        (gradient,) = torch.autograd.grad(loss.sum / loss.weight, embeds)
+        values.append(gradient.flatten())
+    stacked = torch.stack(values)
     return float(stacked.mean(0).square().sum()), float(stacked.var(0).sum())
 
 
 def main() -> None:
     """Measure every scheme, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20_000, help="of the table")
-    parser.add_argument("--gradients", type=int, default=400, help="steps of the LLaDA")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="Number of steps under the table of costs."
+    )
+    parser.add_argument(
+        "--gradients", type=int, default=400, help="Number of gradient steps of the LLaDA."
+    )
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     begin, costs, model, rows = time.perf_counter(), table(), backbone(), []
     due = bound(costs)
     for name, options, unbiased, passes in SCHEMES:
-        found = losses(options, costs, chosen.steps).double()
-        error = float(found.std()) / chosen.steps**0.5
-        norm, variance = spread_of_gradient(options, model, chosen.gradients)
+        values = losses(options, costs, args.steps).double()
+        error = float(values.std()) / args.steps**0.5
+        norm, variance = spread_of_gradient(options, model, args.gradients)
         row = {
             "name": name,
             "options": options,
             "passes": passes,
             "bound": round(due, 6),
-            "mean": round(float(found.mean()), 6),
+            "mean": round(float(values.mean()), 6),
             # blocks have a bound of their own, and the rest none: tests/test_learning.py
-            "errors_off": round((float(found.mean()) - due) / error, 2) if unbiased else None,
+            "errors_off": round((float(values.mean()) - due) / error, 2) if unbiased else None,
             "unbiased": unbiased,
-            "variance": float(found.var()),
+            "variance": float(values.var()),
             "gradient_norm": norm,
             "gradient_variance": variance,
         }
@@ -165,9 +169,9 @@ def main() -> None:
             f"variance x{row['variance_against_bernoulli']:<6} "
             f"gradient's x{row['gradient_variance_against_bernoulli']}"
         )
-    result = {"steps": chosen.steps, "gradient_steps": chosen.gradients, "rows_per_step": ROWS}
+    result = {"steps": args.steps, "gradient_steps": args.gradients, "rows_per_step": ROWS}
     result |= {"seconds": round(time.perf_counter() - begin, 1), "rows": rows}
-    write(result, chosen.json)
+    write_report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder that `diffa train` calls RUN/model")
     parser.add_argument("to", type=Path)
-    chosen = parser.parse_args()
-    spec = json.loads((chosen.run / "spec.json").read_text(encoding="utf-8"))
-    state = load_file(chosen.run / "model.safetensors")
+    args = parser.parse_args()
+    spec = json.loads((args.run / "spec.json").read_text(encoding="utf-8"))
+    state = load_file(args.run / "model.safetensors")
     encoder, language = part(state, "encoder."), part(state, "backbone.transformer.")
     if encoder:
-        whisper(part(encoder, "encoder."), chosen.to / "whisper")
+        whisper(part(encoder, "encoder."), args.to / "whisper")
     if language:
-        backbone(spec["backbone"], language, chosen.to)
+        backbone(spec["backbone"], language, args.to)
     if part(state, "adapters."):
-        adapters(state, chosen.to / "diffa")
+        adapters(state, args.to / "diffa")
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,23 +16,23 @@ SECONDS = 0.55  # per step; the last one stays three times as long
 
 
 def main() -> None:
-    """Ask, watch, draw."""
+    """Answer a question, record the steps and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("audio")
     parser.add_argument("question")
     parser.add_argument("out", type=Path)
     parser.add_argument("--spec", default="nano")
     parser.add_argument("--max-tokens", type=int, default=24)
-    chosen = parser.parse_args()
-    model = diffa.build(chosen.spec)
-    prompt = model.chat_format.encode(chosen.question)
-    wave = prepare(chosen.audio, model.encoder.sample_rate)
+    args = parser.parse_args()
+    model = diffa.build(args.spec)
+    prompt = model.chat_format.encode(args.question)
+    wave = prepare(args.audio, model.encoder.sample_rate)
     steps = list(
-        model.stream(prompt.tokens, wave, audio_at=prompt.audio_at, max_tokens=chosen.max_tokens)
+        model.stream(prompt.tokens, wave, audio_at=prompt.audio_at, max_tokens=args.max_tokens)
     )
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(draw(chosen.question, steps, model), encoding="utf-8")
-    print(f"{chosen.out}: {len(steps)} forwards")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(draw(args.question, steps, model), encoding="utf-8")
+    print(f"{args.out}: {len(steps)} forward passes")
 
 
 def draw(question: str, steps: list[Step], model: diffa.Model) -> str:
@@ -42,12 +42,12 @@ def draw(question: str, steps: list[Step], model: diffa.Model) -> str:
     for index, step in enumerate(steps):
         begin = index * SECONDS / total
         end = 1.0 if index == len(steps) - 1 else (index + 1) * SECONDS / total
-        shown = f'keyTimes="0;{begin:.4f};{end:.4f};1" values="0;1;{int(end == 1.0)};0"'
+        keyframes = f'keyTimes="0;{begin:.4f};{end:.4f};1" values="0;1;{int(end == 1.0)};0"'
         if index == 0:
-            shown = f'keyTimes="0;{end:.4f};1" values="1;0;0"'
+            keyframes = f'keyTimes="0;{end:.4f};1" values="1;0;0"'
         groups.append(
             f'<g opacity="0"><animate attributeName="opacity" calcMode="discrete" '
-            f'dur="{total:.2f}s" repeatCount="indefinite" {shown}/>{row(step, model)}'
+            f'dur="{total:.2f}s" repeatCount="indefinite" {keyframes}/>{row(step, model)}'
             f'<text x="20" y="{LINE * 3.4:.0f}" class="dim">forward {index + 1} of {len(steps)}'
             "</text></g>"
         )

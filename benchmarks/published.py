@@ -27,22 +27,24 @@ def quotas(masks: int, steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def step(model: Any, asked: Question, answer: Tensor, end: int, count: int) -> Tensor:
+def step(model: Any, question: Question, answer: Tensor, end: int, count: int) -> Tensor:
     """One step: the whole canvas through the model, then ``count`` tokens of slots before ``end``.
 
     answer (1, A) holds the mask id where undecided; returns the next one.
     """
     embed, mask = model.backbone.embed, model.backbone.vocab.mask
-    prompt = embed(asked.prompt)
-    embeds = torch.cat([prompt[: asked.at], asked.audio, prompt[asked.at :], embed(answer[0])])
+    prompt = embed(question.prompt)
+    embeds = torch.cat(
+        [prompt[: question.at], question.audio, prompt[question.at :], embed(answer[0])]
+    )
     logits = model.logits(embeds[None])
     tokens = logits.argmax(dim=-1)
     shares = torch.softmax(logits.to(torch.float64), dim=-1)
     confidence = shares.gather(-1, tokens[..., None])[..., 0]
     tokens, confidence = tokens[:, -answer.shape[1] :], confidence[:, -answer.shape[1] :]
-    open_ = answer == mask
-    open_[:, end:] = False
-    confidence = torch.where(open_, confidence, -torch.inf)
+    masked = answer == mask
+    masked[:, end:] = False
+    confidence = torch.where(masked, confidence, -torch.inf)
     written = answer.clone()
     for row in range(len(answer)):
         best = confidence[row].topk(count).indices
@@ -57,9 +59,11 @@ def schedule(length: int, steps: int, block: int) -> list[tuple[int, int]]:
     return [(b * block + block, count) for b in range(blocks) for count in plan]
 
 
-def decode(model: Any, asked: Question, *, length: int, steps: int, block: int) -> Iterator[Tensor]:
+def decode(
+    model: Any, question: Question, *, length: int, steps: int, block: int
+) -> Iterator[Tensor]:
     """Answer a question, yielding the answer (1, A) after every step."""
     answer = torch.full((1, length), model.backbone.vocab.mask)
     for end, count in schedule(length, steps, block):
-        answer = step(model, asked, answer, end, count)
+        answer = step(model, question, answer, end, count)
         yield answer

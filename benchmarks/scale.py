@@ -15,14 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reports import write
+from reports import RESULTS, write_report
 from rich.console import Console
 
 import diffa
 from diffa.trainers import Recipe, train
 from diffa.trainers.config_sections import Stage
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
 GPUS = (1, 8, 64)
 GIB = 2**30
 WINDOW = 30  # seconds that Whisper pads a recording to
@@ -35,12 +34,12 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of one GPU")
     parser.add_argument("--gpu", default="H100 SXM 80 GB, data sheet")
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the rate that is reached")
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    chosen = parser.parse_args()
-    rate = chosen.tflops * 1e12 * chosen.mfu
-    rows = [row for name in chosen.recipes for row in estimates(name, rate)]
-    report = {"gpu": chosen.gpu, "tflops": chosen.tflops, "mfu": chosen.mfu, "rows": rows}
-    write(report, chosen.json)
+    parser.add_argument("--json", type=Path, default=RESULTS / "scale.json")
+    args = parser.parse_args()
+    rate = args.tflops * 1e12 * args.mfu
+    rows = [row for name in args.recipes for row in estimates(name, rate)]
+    report = {"gpu": args.gpu, "tflops": args.tflops, "mfu": args.mfu, "rows": rows}
+    write_report(report, args.json)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
 
@@ -54,15 +53,15 @@ def estimates(name: str, rate: float) -> list[dict[str, Any]]:
         os.environ["WORLD_SIZE"] = str(gpus)
         quiet = Console(file=io.StringIO())
         report = train(name, out="unused", dry_run=True, console=quiet)
-        for stage, foreseen in zip(recipe.stages, report.stages, strict=True):
-            work = operations(model, recipe, stage, foreseen)
-            rows.append(row(name, stage, foreseen, gpus, work / (gpus * rate)))
+        for stage, plan in zip(recipe.stages, report.stages, strict=True):
+            work = operations(model, recipe, stage, plan)
+            rows.append(row(name, stage, plan, gpus, work / (gpus * rate)))
     del os.environ["WORLD_SIZE"]
     order = [f"{name}: {stage.name}" for stage in recipe.stages]
     return sorted(rows, key=lambda one: order.index(one["stage"]))
 
 
-def operations(model: Any, recipe: Recipe, stage: Stage, foreseen: Any) -> float:
+def operations(model: Any, recipe: Recipe, stage: Stage, plan: Any) -> float:
     """Floating-point operations of one epoch: 2 per weight and slot forward, 2 for what flows
     back through frozen weights, 2 more where they learn, 2 for computing activations again."""
     shape = model.backbone
@@ -71,11 +70,11 @@ def operations(model: Any, recipe: Recipe, stage: Stage, foreseen: Any) -> float
     passes = 4 + 2 * ("backbone" in stage.train) + 2 * recipe.head.checkpointing
     if stage.kind == "preferences":
         passes = (passes + 2) * samples(stage)  # and the reference reads too
-    found = foreseen.estimate
-    windows = max(1, math.ceil(3600 * found.hours / foreseen.rows / WINDOW)) * foreseen.rows
+    estimate = plan.estimate
+    windows = max(1, math.ceil(3600 * estimate.hours / plan.rows / WINDOW)) * plan.rows
     frames = windows * WINDOW * model.encoder.out.rate
-    heard = 2.0 * sum(p.numel() for p in model.encoder.parameters()) * frames
-    return heard + float(passes) * read_by_all * (found.tokens + found.sounds)
+    encoder_work = 2.0 * sum(p.numel() for p in model.encoder.parameters()) * frames
+    return encoder_work + float(passes) * read_by_all * (estimate.tokens + estimate.sounds)
 
 
 def samples(stage: Stage) -> int:
@@ -84,20 +83,20 @@ def samples(stage: Stage) -> int:
     return int(objective.get("samples", 1)) if isinstance(objective, dict) else 1
 
 
-def row(name: str, stage: Stage, foreseen: Any, gpus: int, seconds: float) -> dict[str, Any]:
+def row(name: str, stage: Stage, plan: Any, gpus: int, seconds: float) -> dict[str, Any]:
     """One line of the table; ``seconds`` are those of an epoch."""
-    found = foreseen.estimate
-    memory = found.memory
+    estimate = plan.estimate
+    memory = estimate.memory
     split = (memory.weights + memory.gradients + memory.optimizer) / gpus + memory.activations
-    epochs = stage.epochs or foreseen.steps * stage.batch * stage.accumulate * gpus / foreseen.rows
+    epochs = stage.epochs or plan.steps * stage.batch * stage.accumulate * gpus / plan.rows
     return {
-        "stage": f"{name}: {foreseen.name}",
-        "learns": f"{foreseen.learning / 1e6:.0f} M",
+        "stage": f"{name}: {plan.name}",
+        "learns": f"{plan.learning / 1e6:.0f} M",
         "GPUs": gpus,
         "GiB each, DDP": f"{memory.total / GIB:.0f}",
         "GiB each, FSDP2": f"{split / GIB:.0f}",
-        "tokens/s": f"{(found.tokens + found.sounds) / seconds:,.0f}",
-        "audio hours/s": f"{found.hours / seconds:.3f}",
+        "tokens/s": f"{(estimate.tokens + estimate.sounds) / seconds:,.0f}",
+        "audio hours/s": f"{estimate.hours / seconds:.3f}",
         "epochs": f"{epochs:g}",
         "days": f"{epochs * seconds / 86400:.2g}",
     }

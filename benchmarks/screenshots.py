@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reports import write
+from reports import write_report
 
 ROOT = Path(__file__).parents[1]
 WAIT = 180  # seconds: a busy machine may take its time
@@ -36,23 +36,23 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "ui.json")
     parser.add_argument("--chromium", default=shutil.which("chromium"))
-    chosen = parser.parse_args()
-    if chosen.chromium is None:
+    args = parser.parse_args()
+    if args.chromium is None:
         sys.exit("no chromium is installed: name one with --chromium")
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "diffa", "ui", "--spec", chosen.spec, "--port", str(port)]
+    command = [sys.executable, "-m", "diffa", "ui", "--spec", args.spec, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()  # printed once the page is served
             ready = time.perf_counter() - begin
             print(line.strip())
-            visits = visit(address, chosen)
+            visits = visit(address, args)
         finally:
             server.terminate()
     report = {
-        "spec": chosen.spec,
+        "spec": args.spec,
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "load_1min": round(os.getloadavg()[0], 2),
@@ -62,35 +62,33 @@ def main() -> None:
         "median_open_to_first_answer_s": round(statistics.median(v["answered"] for v in visits), 2),
         "bound_s": 15,
     }
-    write(report, chosen.json)
+    write_report(report, args.json)
     print(json.dumps(report, indent=1))
 
 
 def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def visit(address: str, chosen: argparse.Namespace) -> list[dict[str, float]]:
+def visit(address: str, args: argparse.Namespace) -> list[dict[str, float]]:
     """Time some visits; picture the last one, with two sampler presets, and a phone."""
     from playwright.sync_api import sync_playwright
 
     visits = []
     with sync_playwright() as running:
-        for _ in range(chosen.rounds):
-            browser = running.chromium.launch(
-                executable_path=chosen.chromium, args=["--no-sandbox"]
-            )
-            page = opened(browser, 1100, 900)
+        for _ in range(args.rounds):
+            browser = running.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
+            page = open_page(browser, 1100, 900)
             visits.append(timed(page, address))
-            if len(visits) == chosen.rounds:
-                pictures(browser, page, address, chosen.pictures)
+            if len(visits) == args.rounds:
+                pictures(browser, page, address, args.pictures)
             browser.close()
     return visits
 
 
-def opened(browser: Any, width: int, height: int) -> Any:
+def open_page(browser: Any, width: int, height: int) -> Any:
     """A fresh visitor's tab."""
     page = browser.new_context(viewport={"width": width, "height": height}).new_page()
     page.set_default_timeout(WAIT * 1000)
@@ -125,7 +123,7 @@ def pictures(browser: Any, page: Any, address: str, folder: Path) -> None:
     top = page.locator("#answer-first").bounding_box()["y"] - 90
     high = page.evaluate("document.documentElement.scrollHeight") - top
     save(page, folder / "ui-compare.png", {"x": 0, "y": top, "width": 1100, "height": high})
-    phone = opened(browser, 390, 844)
+    phone = open_page(browser, 390, 844)
     timed(phone, address)
     phone.wait_for_timeout(500)
     save(phone, folder / "ui-phone.png")
@@ -135,8 +133,8 @@ def save(page: Any, path: Path, clip: dict[str, float] | None = None) -> None:
     """Write a picture with a small palette: a third of the size, and nothing is lost to the eye."""
     from PIL import Image
 
-    taken = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip)))
-    small = taken.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    image = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip)))
+    small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
 

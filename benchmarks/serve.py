@@ -1,4 +1,4 @@
-"""Many clients at once against one at a time: equal answers, throughput, waiting times.
+"""Many clients at once or one at a time: equal answers, throughput, waiting times.
 
     python benchmarks/serve.py --requests 2000 --clients 64
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import functools
 import http.client
 import json
@@ -23,9 +22,7 @@ import platform
 import random
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,22 +30,20 @@ from typing import Any, NamedTuple
 
 import soundfile
 import torch
-from reports import write
+from reports import RESULTS, run_server, write_report
 
 import diffa
 from diffa.nano.sources import Nano
 from diffa.runtime.threads import single_core
 from diffa.serving.limits import Limits
-from diffa.serving.run import configured
 from diffa.serving.service import Service
 
-RESULTS = Path(__file__).parent / "results"
 CLOSE = 1e-5
 _MODELS: dict[str, Any] = {}  # of the library's process
 
 
-class Asked(NamedTuple):
-    """One request of the mix; ``how`` is whole, stream or cancel."""
+class Request(NamedTuple):
+    """One request of the mix; ``how`` is "whole", "stream" or "cancel"."""
 
     number: int
     clip: Path
@@ -58,8 +53,8 @@ class Asked(NamedTuple):
     how: str
 
 
-class Got(NamedTuple):
-    """What came of it: text (None: cancelled or lost), seconds, and those to the first text."""
+class Response(NamedTuple):
+    """The text (None: cancelled or lost), the seconds, and the seconds to the first text."""
 
     text: str | None
     seconds: float
@@ -68,7 +63,7 @@ class Got(NamedTuple):
 
 class Times(NamedTuple):
     """Seconds of a portion by the clock; ``single`` is the server with one client, who cancels
-    nothing. What the server ran for all clients: ``forwards``, and ``rows`` in them."""
+    nothing. What the server ran for all clients: ``num_forwards``, and ``rows`` in them."""
 
     alone: float
     single: float
@@ -82,11 +77,14 @@ def ratio(one: list[float], many: list[float]) -> float:
     return round(sum(one) / sum(many), 3)
 
 
-def mix(count: int, folder: Path, sampler_presets: list[str], seed: int, per: int) -> list[Asked]:
+def mix(count: int, folder: Path, sampler_presets: list[str], seed: int, per: int) -> list[Request]:
     """Requests: two thirds short, one third long; a third streamed, a tenth cancelled. ``per``
     questions are about the same recording."""
-    source, rng = Nano(split="test", seed=seed, count=count, samples_per_utterance=per), random.Random(seed)
-    made = []
+    source, rng = (
+        Nano(split="test", seed=seed, count=count, samples_per_utterance=per),
+        random.Random(seed),
+    )
+    requests = []
     for number in range(count):
         sample = source[number]
         clip = folder / f"{number}.wav"
@@ -94,62 +92,50 @@ def mix(count: int, folder: Path, sampler_presets: list[str], seed: int, per: in
         soundfile.write(clip, audio.numpy(), sample.rate or 16000, subtype="FLOAT")
         how = rng.choices(["whole", "stream", "cancel"], [57, 33, 10])[0]
         tokens = rng.choice([8, 16, 48])
-        made.append(Asked(number, clip, sample.question, tokens, rng.choice(sampler_presets), how))
-    return made
+        requests.append(
+            Request(number, clip, sample.question, tokens, rng.choice(sampler_presets), how)
+        )
+    return requests
 
 
-@contextlib.contextmanager
-def served(model: Any, limits: Limits) -> Iterator[tuple[Service, int]]:
-    """A server in this process; yields it and its port."""
-    service = Service(model, "nano", limits=limits)
-    server = configured(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield service, server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(30)
-
-
-def body_of(asked: Asked) -> str:
-    """What is sent."""
-    audio = {"data": base64.b64encode(asked.clip.read_bytes()).decode(), "format": "wav"}
+def body_of(request: Request) -> str:
+    """Return the body of a request."""
+    audio = {"data": base64.b64encode(request.clip.read_bytes()).decode(), "format": "wav"}
     parts = [
         {"type": "input_audio", "input_audio": audio},
-        {"type": "text", "text": asked.question},
+        {"type": "text", "text": request.question},
     ]
     body = {
-        "model": f"nano:{asked.sampler_preset}",
+        "model": f"nano:{request.sampler_preset}",
         "messages": [{"role": "user", "content": parts}],
-        "max_tokens": asked.tokens,
-        "stream": asked.how != "whole",
+        "max_tokens": request.tokens,
+        "stream": request.how != "whole",
     }
     return json.dumps(body)
 
 
-def ask(port: int, asked: Asked, body: str) -> Got:
-    """Send one request, and read its answer as its kind is read."""
-    begun = time.perf_counter()
-    made = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+def ask(port: int, request: Request, body: str) -> Response:
+    """Send one request and read the response, whole or as a stream."""
+    start = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
-        made.request("POST", "/v1/chat/completions", body)
-        if asked.how == "cancel":
-            time.sleep(random.Random(asked.number).uniform(0, 2))
-            return Got(None, time.perf_counter() - begun, None)
-        reply = made.getresponse()
+        connection.request("POST", "/v1/chat/completions", body)
+        if request.how == "cancel":
+            time.sleep(random.Random(request.number).uniform(0, 2))
+            return Response(None, time.perf_counter() - start, None)
+        reply = connection.getresponse()
         if reply.status != 200:
-            return Got(None, time.perf_counter() - begun, None)
-        if asked.how == "whole":
+            return Response(None, time.perf_counter() - start, None)
+        if request.how == "whole":
             text = json.loads(reply.read())["choices"][0]["message"]["content"]
-            return Got(text, time.perf_counter() - begun, None)
-        return streamed(reply, begun)
+            return Response(text, time.perf_counter() - start, None)
+        return read_stream(reply, start)
     finally:
-        made.close()
+        connection.close()
 
 
-def streamed(reply: http.client.HTTPResponse, begun: float) -> Got:
-    """Put the pieces of a stream together."""
+def read_stream(reply: http.client.HTTPResponse, begin: float) -> Response:
+    """Join the pieces of a stream."""
     text, first, ended = "", None, False
     for line in reply:
         if not line.startswith(b"data: "):
@@ -160,12 +146,12 @@ def streamed(reply: http.client.HTTPResponse, begun: float) -> Got:
         event = json.loads(line[6:])
         piece = event["choices"][0]["delta"].get("content") if event.get("choices") else None
         if piece:
-            first = first or time.perf_counter() - begun
+            first = first or time.perf_counter() - begin
             text += piece
-    return Got(text if ended else None, time.perf_counter() - begun, first)
+    return Response(text if ended else None, time.perf_counter() - begin, first)
 
 
-def alone(part: list[Asked]) -> tuple[dict[int, str], float]:
+def answer_alone(part: list[Request]) -> tuple[dict[int, str], float]:
     """The library's answers to requests by themselves, and the seconds; runs in the library's own
     process."""
     if not _MODELS:
@@ -173,31 +159,31 @@ def alone(part: list[Asked]) -> tuple[dict[int, str], float]:
         known = model.spec.data["sampler_presets"]
         _MODELS.update({name: diffa.swap(model, sampler=known[name]) for name in known})
         answer(part[0])
-    begun = time.perf_counter()
-    found = {asked.number: answer(asked) for asked in part}
-    return found, time.perf_counter() - begun
+    start = time.perf_counter()
+    texts = {request.number: answer(request) for request in part}
+    return texts, time.perf_counter() - start
 
 
-def answer(asked: Asked) -> str:
+def answer(request: Request) -> str:
     """The library's answer to one request."""
-    model = _MODELS[asked.sampler_preset]
-    found: str = model.answer(asked.clip, asked.question, max_tokens=asked.tokens).text
-    return found
+    model = _MODELS[request.sampler_preset]
+    text: str = model.answer(request.clip, request.question, max_tokens=request.tokens).text
+    return text
 
 
-def margin(spec: Any, asked: Asked) -> float:
+def margin(spec: Any, request: Request) -> float:
     """The closest choice while the request is decoded in float64: between two tokens of a slot,
     or between accepting a slot and not."""
     model = diffa.build(spec, dtype="float64")
-    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][asked.sampler_preset])
+    model = diffa.swap(model, sampler=model.spec.data["sampler_presets"][request.sampler_preset])
     head, closest = model.backbone.head, [float("inf")]
     rule = model.sampler.rule
 
-    def watched(hidden: Any) -> Any:
+    def record_margin(hidden: Any) -> Any:
         logits = head(hidden)
-        seen = logits.clone().flatten(0, -2)
-        seen[:, model.backbone.vocab.mask] = -torch.inf
-        top = torch.softmax(seen, dim=-1).topk(2, dim=-1).values
+        scores = logits.clone().flatten(0, -2)
+        scores[:, model.backbone.vocab.mask] = -torch.inf
+        top = torch.softmax(scores, dim=-1).topk(2, dim=-1).values
         closest[0] = min(closest[0], float((top[:, 0] - top[:, 1]).min()))
         sure = top[:, 0].sort(descending=True).values
         if rule.threshold is not None:
@@ -209,46 +195,46 @@ def margin(spec: Any, asked: Asked) -> float:
             closest[0] = min(closest[0], float(sure[0] - sure[1]))
         return logits
 
-    model.backbone.head = watched
-    model.answer(asked.clip, asked.question, max_tokens=asked.tokens)
+    model.backbone.head = record_margin
+    model.answer(request.clip, request.question, max_tokens=request.tokens)
     return closest[0]
 
 
-def crowd(port: int, part: list[Asked], clients: int) -> tuple[list[Got], float]:
+def crowd(port: int, part: list[Request], clients: int) -> tuple[list[Response], float]:
     """Send requests, so many at a time, and count the seconds from the first to the last; runs in
     the clients' own process. What is sent is written before."""
-    bodies = [body_of(asked) for asked in part]
-    begun = time.perf_counter()
+    bodies = [body_of(request) for request in part]
+    start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        got = list(pool.map(functools.partial(ask, port), part, bodies))
-    return got, time.perf_counter() - begun
+        responses = list(pool.map(functools.partial(ask, port), part, bodies))
+    return responses, time.perf_counter() - start
 
 
 def portion(
     service: Service,
     port: int,
-    part: list[Asked],
+    part: list[Request],
     clients: int,
     library: Executor,
     outside: Executor,
-) -> tuple[list[str | None], list[Got], list[Got], Times]:
+) -> tuple[list[str | None], list[Response], list[Response], Times]:
     """Texts of a portion alone, what one client got, what all of them got, and the times; the
     first two leave out what will be cancelled."""
-    kept = [asked for asked in part if asked.how != "cancel"]
-    texts, by_itself = library.submit(alone, kept).result()
-    single, one_by_one = outside.submit(crowd, port, kept, 1).result()
+    completed = [request for request in part if request.how != "cancel"]
+    texts, by_itself = library.submit(answer_alone, completed).result()
+    single, one_by_one = outside.submit(crowd, port, completed, 1).result()
     before = service.engine.load()
-    got, all_at_once = outside.submit(crowd, port, part, clients).result()
+    responses, all_at_once = outside.submit(crowd, port, part, clients).result()
     load = service.engine.load()
     ran = load.num_forwards - before.num_forwards, load.rows - before.rows
     took = Times(by_itself, one_by_one, all_at_once, *ran)
-    return [texts.get(asked.number) for asked in part], single, got, took
+    return [texts.get(request.number) for request in part], single, responses, took
 
 
-def summary(got: list[Got]) -> dict[str, float]:
+def summary(responses: list[Response]) -> dict[str, float]:
     """Median and 95th percentile of seconds."""
-    waits = sorted(one.seconds for one in got if one.text is not None)
-    firsts = sorted(one.first for one in got if one.first is not None)
+    waits = sorted(one.seconds for one in responses if one.text is not None)
+    firsts = sorted(one.first for one in responses if one.first is not None)
 
     def at(values: list[float], share: float) -> float:
         return round(values[min(len(values) - 1, int(share * len(values)))], 3) if values else 0.0
@@ -269,59 +255,60 @@ def main() -> None:
     parser.add_argument("--portion", type=int, default=1000)
     parser.add_argument("--sampler-presets", default="exact,balanced,fast")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     with single_core():
         model = diffa.build("nano")
-    sampler_presets = chosen.sampler_presets.split(",")
+    sampler_presets = args.sampler_presets.split(",")
     limits = Limits(
-        rows=chosen.rows,
-        waiting=max(64, 2 * chosen.clients),
+        rows=args.rows,
+        waiting=max(64, 2 * args.clients),
         deadline=600,
-        remember=chosen.remember,
+        remember=args.remember,
     )
+    service = Service(model, "nano", limits=limits)
     expected: list[str | None] = []
-    single: list[Got] = []
-    got: list[Got] = []
+    single: list[Response] = []
+    responses: list[Response] = []
     times: list[Times] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, get_context("spawn")) as library,
         ProcessPoolExecutor(1, get_context("spawn")) as outside,
-        served(model, limits) as (service, port),
+        run_server(service) as (_, port),
     ):
         with single_core():
-            asked = mix(chosen.requests, Path(folder), sampler_presets, 0, chosen.per)
-        portion(service, port, asked[: chosen.rows], chosen.clients, library, outside)  # warm
-        for start in range(0, len(asked), chosen.portion):
-            part = asked[start : start + chosen.portion]
-            e, one, g, took = portion(service, port, part, chosen.clients, library, outside)
-            single, expected, got = single + one, expected + e, got + g
+            requests = mix(args.requests, Path(folder), sampler_presets, 0, args.per)
+        portion(service, port, requests[: args.rows], args.clients, library, outside)  # warm-up
+        for start in range(0, len(requests), args.portion):
+            part = requests[start : start + args.portion]
+            e, one, g, took = portion(service, port, part, args.clients, library, outside)
+            single, expected, responses = single + one, expected + e, responses + g
             times.append(took)
             print(f"{start + len(part)}: {took}", flush=True)
-        pairs = list(zip(asked, expected, got, strict=True))
-        kept = [pair for pair in pairs if pair[0].how != "cancel"]
-        lost = [a.number for a, _, g in kept if g.text is None]
-        differ = [a for a, e, g in kept if g.text is not None and g.text != e]
+        pairs = list(zip(requests, expected, responses, strict=True))
+        completed = [pair for pair in pairs if pair[0].how != "cancel"]
+        lost = [a.number for a, _, g in completed if g.text is None]
+        differ = [a for a, e, g in completed if g.text is not None and g.text != e]
         margins = {a.number: margin(model.spec, a) for a in differ}
     report = {
         "cpu": {"model": platform.machine(), "usable": len(os.sched_getaffinity(0))},
         "threads": torch.get_num_threads(),
-        "requests": len(asked),
-        "clients": chosen.clients,
-        "rows": chosen.rows,
-        "remember": chosen.remember,
-        "questions_per_recording": chosen.per,
+        "requests": len(requests),
+        "clients": args.clients,
+        "rows": args.rows,
+        "remember": args.remember,
+        "questions_per_recording": args.per,
         "sampler_presets": sampler_presets,
-        "answered": len(kept) - len(lost),
-        "cancelled": len(pairs) - len(kept),
+        "answered": len(completed) - len(lost),
+        "cancelled": len(pairs) - len(completed),
         "lost": lost,
         "differing": len(differ),
         "undecided": sum(value < CLOSE for value in margins.values()),
         "wrong": [number for number, value in margins.items() if value >= CLOSE],
         "margins": margins,
-        "alone_per_s": round(len(kept) / sum(took.alone for took in times), 3),
-        "one_client_per_s": round(len(kept) / sum(took.single for took in times), 3),
-        "together_per_s": round(len(kept) / sum(took.together for took in times), 3),
+        "alone_per_s": round(len(completed) / sum(took.alone for took in times), 3),
+        "one_client_per_s": round(len(completed) / sum(took.single for took in times), 3),
+        "together_per_s": round(len(completed) / sum(took.together for took in times), 3),
         "ratio": ratio([took.alone for took in times], [took.together for took in times]),
         "ratio_to_one_client": ratio(
             [took.single for took in times], [took.together for took in times]
@@ -335,11 +322,11 @@ def main() -> None:
             sum(took.rows for took in times) / sum(took.num_forwards for took in times), 2
         ),
         "one_client_differing": sum(
-            one.text != e for one, (_, e, _) in zip(single, kept, strict=True)
+            one.text != e for one, (_, e, _) in zip(single, completed, strict=True)
         ),
-        **summary(got),
+        **summary(responses),
     }
-    write(report, chosen.out)
+    write_report(report, args.out)
     print(json.dumps(report, indent=1))
 
 

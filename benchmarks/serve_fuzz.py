@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import gzip
 import io
 import json
-import os
 import random
 import re
 import socket
@@ -22,7 +20,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,13 +28,12 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from reports import RESULTS, process_memory, run_server, write_report
 
 import diffa
 from diffa.serving.limits import Limits
-from diffa.serving.run import configured
 from diffa.serving.service import Service
 
-RESULTS = Path(__file__).parent / "results"
 CHAT, HEAR = "/v1/chat/completions", "/v1/audio/transcriptions"
 LIMITS = Limits(
     rows=8, waiting=64, bytes=2**20, audio=10.0, tokens=32, characters=4000, body_seconds=2.0
@@ -57,23 +54,23 @@ class Reply:
 
 def send(place: tuple[str, int], data: bytes, *, slowly: bool = False) -> Reply:
     """Send raw bytes and read the status of the answer."""
-    begun, found = time.perf_counter(), b""
-    with socket.create_connection(place, timeout=60) as made:
+    start, received = time.perf_counter(), b""
+    with socket.create_connection(place, timeout=60) as connection:
         try:
             if slowly:
                 half = data.index(b"\r\n\r\n") + 6
-                made.sendall(data[:half])
+                connection.sendall(data[:half])
             else:
-                made.sendall(data)
+                connection.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has answered before it had read all
+            pass  # the server may answer before it has read everything
         try:
-            while b"\r\n" not in found and (more := made.recv(65536)):
-                found += more
+            while b"\r\n" not in received and (more := connection.recv(65536)):
+                received += more
         except ConnectionResetError:
             pass
-    status = re.match(rb"HTTP/1\.1 (\d{3})", found)
-    return Reply(int(status[1]) if status else 0, time.perf_counter() - begun)
+    status = re.match(rb"HTTP/1\.1 (\d{3})", received)
+    return Reply(int(status[1]) if status else 0, time.perf_counter() - start)
 
 
 def http(
@@ -95,7 +92,7 @@ def clip(form: str = "WAV", seconds: float = 0.2, **options: Any) -> bytes:
 
 
 def chat(data: object = None, **more: Any) -> dict[str, Any]:
-    """A proper body, or one with other data in its audio part."""
+    """Return a valid body, or one with other data in its audio part."""
     if isinstance(data, bytes):
         data = base64.b64encode(data).decode()
     audio = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
@@ -268,31 +265,16 @@ def kinds(faults: Faults) -> dict[str, Callable[[random.Random], bytes]]:
     return {name: getattr(faults, name) for name in names}
 
 
-def resident() -> float:
-    """Memory of this process in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@contextlib.contextmanager
-def served(limits: Limits = LIMITS) -> Iterator[tuple[str, int]]:
-    """A server of the tiny model in this process; yields its address."""
+def tiny_service(limits: Limits = LIMITS) -> Service:
+    """Return a service of the tiny model."""
     torch.set_num_threads(1)
-    service = Service(diffa.build("tiny"), "tiny", limits=limits)
-    server = configured(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[:2]
-    server.should_exit = True
-    thread.join(20)
+    return Service(diffa.build("tiny"), "tiny", limits=limits)
 
 
 def fuzz(place: tuple[str, int], count: int, *, clients: int = 8, seed: int = 0) -> dict[str, Any]:
     """Send malformed requests and count the answers by kind."""
     faults = Faults()
-    made, names = kinds(faults), list(kinds(faults))
+    makers, names = kinds(faults), list(kinds(faults))
     proper = http(CHAT, dumped(chat(faults.good["WAV"])))
     answers: dict[str, Counter[int]] = {name: Counter() for name in [*names, "slow", "proper"]}
     slowest = [0.0]
@@ -301,7 +283,7 @@ def fuzz(place: tuple[str, int], count: int, *, clients: int = 8, seed: int = 0)
     def one(number: int) -> None:
         rng = random.Random(f"{seed}/{number}")
         name = names[number % len(names)]
-        data, slowly = made[name](rng), False
+        data, slowly = makers[name](rng), False
         if number % 500 == 250:
             name, data, slowly = "slow", proper, True
         elif number % 100 == 0:
@@ -316,12 +298,12 @@ def fuzz(place: tuple[str, int], count: int, *, clients: int = 8, seed: int = 0)
         tenth = max(1, count // 10)
         for start in range(0, count, tenth):
             list(pool.map(one, range(start, min(count, start + tenth))))
-            memory.append(round(resident(), 1))
+            memory.append(round(process_memory() / 2**20, 1))
     return {
         "requests": count,
-        "answers": {name: dict(sorted(found.items())) for name, found in answers.items()},
+        "answers": {name: dict(sorted(counts.items())) for name, counts in answers.items()},
         "server_errors": sum(n for c in answers.values() for s, n in c.items() if s >= 500),
-        "unanswered": sum(found[0] for found in answers.values()),
+        "unanswered": sum(counts[0] for counts in answers.values()),
         "slowest_s": round(slowest[0], 2),
         "memory_mib": memory,
     }
@@ -331,14 +313,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "serve-fuzz.json")
-    chosen = parser.parse_args()
-    with served() as place:
-        fuzz(place, 300, seed=1)  # what is allocated once is allocated now
-        begun = time.perf_counter()
-        report = fuzz(place, chosen.requests)
-        report["seconds"] = round(time.perf_counter() - begun, 1)
-    chosen.out.parent.mkdir(exist_ok=True)
-    chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args = parser.parse_args()
+    with run_server(tiny_service()) as place:
+        fuzz(place, 300, seed=1)  # warm-up: one-time allocations
+        start = time.perf_counter()
+        report = fuzz(place, args.requests)
+        report["seconds"] = round(time.perf_counter() - start, 1)
+    write_report(report, args.out)
     print(json.dumps(report, indent=1))
 
 

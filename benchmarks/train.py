@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reports import write
+from reports import RESULTS, process_memory, synchronize, write_report
 from torch import Tensor
 
 import diffa
@@ -39,14 +39,13 @@ from diffa.data.rows import TrainingRow
 from diffa.spec.spec import Spec
 from diffa.trainers.learners.answers import Answers
 
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY, PROMPT, AT = 126464, 64, 16
 SIZES = {
-    "issue": {"d_model": 512, "n_layers": 8, "n_heads": 8, "mlp_hidden_size": 1536},
+    "default": {"d_model": 512, "n_layers": 8, "n_heads": 8, "mlp_hidden_size": 1536},
     "8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288},
 }
 ENCODERS = {
-    "issue": {"name": "tiny", "width": 512, "layers": 6, "heads": 8},
+    "default": {"name": "tiny", "width": 512, "layers": 6, "heads": 8},
     "8b": {"name": "tiny", "width": 1280, "layers": 32, "heads": 20, "num_mel_bins": 128},
 }
 ADAPTERS = {
@@ -94,14 +93,14 @@ def lengths_of(count: int) -> list[tuple[float, int]]:
 def rows_of(count: int) -> list[TrainingRow]:
     """Rows of different lengths: drawn tokens, noise for audio, corrupted by fixed seeds."""
     drawn = torch.Generator().manual_seed(1)
-    made = []
+    rows = []
     for number, (seconds, answer) in enumerate(lengths_of(count)):
         tokens = torch.randint(0, 126000, (PROMPT + answer,), generator=drawn)
         wave = 0.1 * torch.randn(int(16000 * seconds), generator=drawn)
-        made.append(
+        rows.append(
             TrainingRow(tokens, torch.arange(len(tokens)) >= PROMPT, 100 + number, AT, wave)
         )
-    return made
+    return rows
 
 
 def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -140,14 +139,14 @@ class Step:
         else:
             ordered = sorted(rows, key=lambda row: len(row.audio) if row.audio is not None else 0)
             groups = [ordered[i : i + micro] for i in range(0, len(ordered), micro)]
-            kept = FeatureCache(
+            features = FeatureCache(
                 cache,
                 identity("benchmark", model.encoder),
                 layers_read(model.adapters.values(), model.encoder.out),
                 model.encoder.out.layers + 1,
                 dtype="float32",
             )
-            self.run = Answers(model, kept).train()
+            self.run = Answers(model, features).train()
         self.batches = [collate(group).to(device) for group in groups]
         self.times: list[float] = []
         self.work: list[float] = []
@@ -157,58 +156,52 @@ class Step:
     def __call__(self) -> None:
         """Make the gradients of the mean loss, timed."""
         self.model.zero_grad(set_to_none=True)
-        wait(self.model.device)
+        synchronize(self.model.device)
         start, busy = time.perf_counter(), time.process_time()
         total = weight = 0.0
         for batch in self.batches:
-            found = self.run(batch)
-            found[0].backward()
-            total += float(found[0].detach())
-            weight += float(found[1])
+            loss, tokens, *_ = self.run(batch)
+            loss.backward()
+            total += float(loss.detach())
+            weight += float(tokens)
         learning = [p for p in self.model.parameters() if p.grad is not None]
         torch._foreach_mul_([p.grad for p in learning], 1 / weight)
-        wait(self.model.device)
+        synchronize(self.model.device)
         self.times.append(time.perf_counter() - start)
         self.work.append(time.process_time() - busy)
         self.loss = total / weight
         self.gradients = [p.grad.detach().clone() for p in learning]
 
 
-def wait(device: torch.device) -> None:
-    """Let a GPU finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def build(chosen: argparse.Namespace) -> Any:
-    dtype = torch.bfloat16 if chosen.device == "cuda" else torch.float32
-    model = diffa.build(spec(chosen.size, chosen.adapters), device=chosen.device, dtype=dtype)
+def build(args: argparse.Namespace) -> Any:
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = diffa.build(spec(args.size, args.adapters), device=args.device, dtype=dtype)
     return model.train()
 
 
-def measure(chosen: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     """Run both steps in turn, and compare what they make."""
-    model, rows = build(chosen), rows_of(chosen.rows)
-    steps = [Step(model, rows, name, cache, chosen.micro) for name in ("baseline", "ours")]
+    model, rows = build(args), rows_of(args.rows)
+    steps = [Step(model, rows, name, cache, args.micro) for name in ("baseline", "ours")]
     steps[1]()  # the first epoch fills the cache
     steps[1].times.clear(), steps[1].work.clear()
-    for _ in range(chosen.repeats):
+    for _ in range(args.repeats):
         for step in steps:
             step()
     base, busy = min(steps[0].times), min(steps[0].work)
-    found = []
+    result = []
     for step in steps:
         seconds = min(step.times)
         line = {"name": step.name, "seconds": round(seconds, 3)}
-        line |= {"speedup": round(base / seconds, 2), "rows_per_second": chosen.rows / seconds}
-        # where others use the cores too, work tells more than the clock
+        line |= {"speedup": round(base / seconds, 2), "rows_per_second": args.rows / seconds}
+        # On a busy machine CPU time says more than wall time.
         line |= {"cpu_seconds": round(min(step.work), 3)}
         line |= {"cpu_speedup": round(busy / min(step.work), 2)}
         line["loss_error"] = abs(step.loss - steps[0].loss) / abs(steps[0].loss)
         line["gradient_error"] = distance(step.gradients, steps[0].gradients)
         line["loss"] = step.loss
-        found.append(line)
-    return found
+        result.append(line)
+    return result
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -217,27 +210,20 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return (apart / sum(float(b.double().square().sum()) for b in theirs)) ** 0.5
 
 
-def peak(chosen: argparse.Namespace, cache: Path) -> tuple[int, int]:
+def peak(args: argparse.Namespace, cache: Path) -> tuple[int, int]:
     """Peak memory of one step above what the process holds before it, and what it holds."""
-    model = build(chosen)
-    step = Step(model, rows_of(chosen.rows), chosen.peak, cache, chosen.micro)
+    model = build(args)
+    step = Step(model, rows_of(args.rows), args.peak, cache, args.micro)
     gc.collect()
-    if chosen.device == "cuda":
+    if args.device == "cuda":
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before, before
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
-    before = resident("VmRSS")
+    before = process_memory("VmRSS")
     step()
-    return resident("VmHWM") - before, before
-
-
-def resident(field: str) -> int:
-    """A field of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    return process_memory("VmHWM") - before, before
 
 
 def peak_of(cache: Path, name: str) -> tuple[int, int]:
@@ -250,46 +236,50 @@ def peak_of(cache: Path, name: str) -> tuple[int, int]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="four rows, two rounds, under 4 min")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
-    parser.add_argument("--size", choices=SIZES, default="issue")
+    parser.add_argument(
+        "--quick", action="store_true", help="Run four rows and two rounds (under 4 minutes)."
+    )
+    parser.add_argument("--json", type=Path, help="Additional file for the report.")
+    parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--adapters", choices=ADAPTERS, default="semantic")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rows", type=int, help="of one step")
-    parser.add_argument("--micro", type=int, default=1, help="rows of ours that pass together")
+    parser.add_argument("--rows", type=int, help="Rows of one step.")
+    parser.add_argument(
+        "--micro", type=int, default=1, help="Rows per forward pass of diffa's step."
+    )
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    chosen.rows = chosen.rows or (4 if chosen.quick else 8)
-    chosen.repeats = chosen.repeats or (2 if chosen.quick else 3)
-    return chosen
+    args = parser.parse_args()
+    args.rows = args.rows or (4 if args.quick else 8)
+    args.repeats = args.repeats or (2 if args.quick else 3)
+    return args
 
 
 def main() -> None:
-    chosen = arguments()
-    torch.set_num_threads(chosen.threads)
-    if chosen.peak:
-        print(*peak(chosen, chosen.cache))
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(*peak(args, args.cache))
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(chosen, Path(folder))
+        rows = measure(args, Path(folder))
         for line in rows:
             line["peak_bytes"], line["held_bytes"] = peak_of(Path(folder), line["name"])
     report = {
-        "spec": Spec.read(spec(chosen.size, chosen.adapters)).digest(),
-        "size": chosen.size,
-        "adapters": chosen.adapters,
-        "lengths": lengths_of(chosen.rows),
-        "threads": chosen.threads,
+        "spec": Spec.read(spec(args.size, args.adapters)).digest(),
+        "size": args.size,
+        "adapters": args.adapters,
+        "lengths": lengths_of(args.rows),
+        "threads": args.threads,
         "cores": len(os.sched_getaffinity(0)),
-        "device": chosen.device,
+        "device": args.device,
         "rows": rows,
     }
-    target = RESULTS / f"train-{chosen.size}-{chosen.adapters}.json"
-    for path in (chosen.json, None if chosen.quick else target):
-        write(report, path)
+    target = RESULTS / f"train-{args.size}-{args.adapters}.json"
+    for path in (args.json, None if args.quick else target):
+        write_report(report, path)
     for line in rows:
         print(" ".join(f"{key}={value}" for key, value in line.items()))
 

@@ -1,4 +1,4 @@
-"""Benchmarks, where they could tell or write something wrong."""
+"""Benchmarks: the parts of them that could report or write something wrong."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-def test_an_interval_holds_its_value_or_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wilson_intervals_contain_their_value_and_error_rates_above_one_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     wilson = benchmark("nano", monkeypatch).wilson
     for hits in (0, 3, 10):
-        found = wilson(hits, 10)
-        assert found["low"] <= found["value"] == hits / 10 <= found["high"] + 1e-12
+        interval = wilson(hits, 10)
+        assert interval["low"] <= interval["value"] == hits / 10 <= interval["high"] + 1e-12
     assert wilson(15, 10) == {"value": 1.5, "low": None, "high": None, "n": 10}
 
 
@@ -38,11 +40,11 @@ def test_a_backbone_from_the_package_can_be_packed(
     assert written["model_type"] == "llada" and written["d_model"] > 0
 
 
-def test_the_cells_of_nanos_ablations_fit_and_are_told_as_they_were_measured(
+def test_nano_ablations_tabulate_the_scores_of_each_cell_over_its_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = benchmark("nano_ablations", monkeypatch)
-    grids = made.grids("package:nano/llada")
+    ablations = benchmark("nano_ablations", monkeypatch)
+    grids = ablations.grids("package:nano/llada")
     studies = [
         ablate("nano-adapters", vary, out=tmp_path, seeds=2, dry_run=True)
         for vary in grids.values()
@@ -52,11 +54,38 @@ def test_the_cells_of_nanos_ablations_fit_and_are_told_as_they_were_measured(
     assert len(both) == 1  # whisper before the semantic adapter is measured once for both tables
     first = [cell for cell in studies[0].cells if cell.digest == studies[0].cells[0].digest]
     for cell, value in zip(first, (0.5, 0.7), strict=True):
-        metrics = dict.fromkeys(made.SCORES.values(), value)
+        metrics = dict.fromkeys(ablations.SCORES.values(), value)
         note = {"metrics": metrics, "parameters": {"total": 9, "trained": 5}, "stages": ["align"]}
         studies[0].results[cell.name] = note | {"seconds": 1.0}
-    (row,) = made.table(studies[0])  # the others are not measured
+    (row,) = ablations.table(studies[0])  # the others are not measured
     assert row["settings"] == {"backbone": "llada", "adapters": "both"}
     assert row["accent"]["mean"] == pytest.approx(0.6) and row["accent"]["half"] > 1
     assert list(row["accent"]["seeds"].values()) == [0.5, 0.7]
-    assert "| llada | both | 2 | 5 | 0.600 ± 1.271 |" in made.markdown([row])
+    assert "| llada | both | 2 | 5 | 0.600 ± 1.271 |" in ablations.markdown([row])
+
+
+def test_process_memory_is_at_most_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = benchmark("reports", monkeypatch)
+    assert 2**20 < reports.process_memory("VmRSS") <= reports.process_memory("VmHWM")
+
+
+def test_a_report_is_written_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report = benchmark("reports", monkeypatch).write_report
+    write_report({"rows": [1]}, None)
+    write_report({"rows": [1]}, tmp_path / "new" / "report.json")
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == {"rows": [1]}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_imports_and_explains_its_options(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark(path.stem, monkeypatch)
+    if "argparse" not in path.read_text():
+        return
+    monkeypatch.setattr("sys.argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 # Measured on AVX-512 with MKL in float32: between these, weight @ rows is up to 1.9 times as fast
-# as rows @ weight (benchmarks/linear.py), below and above them slower or the same.
+# as rows @ weight (benchmarks/cpu_linear.py), below and above them slower or the same.
 _FEWEST, _MOST = 8, 64
 _WEIGHTS = 1 << 20
 

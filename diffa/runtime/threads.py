@@ -4,7 +4,7 @@ Every Python thread that runs PyTorch's operations on several cores starts a tea
 and keeps it as long as it lives. While all teams of a process together have no more threads than
 there are cores, those that wait for each other spin; beyond that libgomp puts them to sleep, at
 every one of an answer's many small operations. On two cores an answer of nano takes twice as long
-once a second thread has computed anything (``benchmarks/teams.py``).
+once a second thread has computed anything (``benchmarks/openmp.py``).
 """
 
 from __future__ import annotations

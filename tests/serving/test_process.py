@@ -1,6 +1,6 @@
 """The server as a process of its own: signals under load; and malformed requests by the hundred."""
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.serving import question, recording
 
-FUZZ = Path(__file__).parents[2] / "benchmarks" / "serve_fuzz.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def post(port, tokens):
@@ -71,12 +71,11 @@ def test_at_sigterm_what_is_in_flight_finishes_and_the_process_ends_well(tmp_pat
         made.kill()
 
 
-def test_malformed_requests_are_answered_with_4xx_and_nothing_else():
-    found = importlib.util.spec_from_file_location("serve_fuzz", FUZZ)
-    fuzzing = importlib.util.module_from_spec(found)
-    found.loader.exec_module(fuzzing)
-    with fuzzing.served() as place:
-        report = fuzzing.fuzz(place, 252, clients=4)
+def test_malformed_requests_are_answered_with_4xx_and_nothing_else(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    fuzzing = importlib.import_module("serve_fuzz")
+    with fuzzing.run_server(fuzzing.tiny_service()) as address:
+        report = fuzzing.fuzz(address, 252, clients=4)
     assert report["server_errors"] == report["unanswered"] == 0, report["answers"]
     answers = report["answers"]
     assert answers["proper"] == {200: 3}

@@ -1,6 +1,6 @@
-"""A speaker whom nano never heard: encoder and adapters trained without one of FSDD's people.
+"""Accuracy on a speaker whose recordings the encoder and adapters were not trained on.
 
-    python benchmarks/nano_unheard.py --out runs/unheard --speaker theo
+    python benchmarks/nano_unseen_speaker.py --out runs/unseen-speaker --speaker theo
 
 The encoder and both adapters learn from nothing, by ``recipes/nano.yaml`` without the speaker's
 recordings and with the steps that are given; the language model that ships, which learned from
@@ -18,66 +18,72 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reports import write
+from reports import RESULTS, write_report
 
 from diffa.data.corpora.fsdd import ACCENTS
 from diffa.trainers.config import Recipe
 from diffa.trainers.run import train
 
-RESULTS = Path(__file__).parent / "results" / "nano-unheard.json"
-SHOWN = ("digit error 2-5", "digit error 6-8", "open count", "open accent", "choice all")
+METRICS = ("digit error 2-5", "digit error 6-8", "open count", "open accent", "choice all")
 
 
-def recipe(chosen: argparse.Namespace) -> dict[str, Any]:
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """nano's recipe without its text stages, and without the speaker."""
     whole = Recipe.read("nano").data
     steps = {
-        "listen": chosen.listen,
-        **dict.fromkeys(("transcribe", "align", "instruct"), chosen.adapt),
+        "listen": args.listen,
+        **dict.fromkeys(("transcribe", "align", "instruct"), args.adapt),
     }
     stages = [stage | {"steps": steps[stage["name"]]} for stage in whole["stages"]
               if stage["name"] in steps]  # fmt: skip
     for stage in stages:
         for source in stage["data"]:
-            source["options"] = source["options"] | {"exclude_speakers": [chosen.speaker]}
-    backbone = {"name": "llada", "checkpoint": chosen.llada}
+            source["options"] = source["options"] | {"exclude_speakers": [args.speaker]}
+    backbone = {"name": "llada", "checkpoint": args.llada}
     return {**whole, "spec": {**whole["spec"], "backbone": backbone}, "stages": stages}
 
 
-def asked(spec: str, speaker: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def score(spec: str, speaker: str, args: argparse.Namespace) -> dict[str, Any]:
     """nano.py's scores of a model on utterances of one person alone."""
-    out = chosen.out / "scores" / f"{Path(spec).name}-{speaker}.json"
+    out = args.out / "scores" / f"{Path(spec).name}-{speaker}.json"
     script = Path(__file__).with_name("nano.py")
-    words = ["--spec", spec, "--speaker", speaker, "--count", str(chosen.count)]
+    words = ["--spec", spec, "--speaker", speaker, "--count", str(args.count)]
     subprocess.run([sys.executable, str(script), *words, "--json", str(out)], check=True)
     scores: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["scores"]
-    return {name: scores[name] for name in SHOWN if name in scores}
+    return {name: scores[name] for name in METRICS if name in scores}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the training")
-    parser.add_argument("--speaker", choices=sorted(ACCENTS), default="theo", help="left out")
-    parser.add_argument("--beside", choices=sorted(ACCENTS), default="george", help="heard")
+    parser.add_argument(
+        "--speaker", choices=sorted(ACCENTS), default="theo", help="Speaker left out of training."
+    )
+    parser.add_argument(
+        "--beside",
+        choices=sorted(ACCENTS),
+        default="george",
+        help="Speaker of the training data to compare with.",
+    )
     parser.add_argument("--listen", type=int, default=1900, help="steps of the encoder")
     parser.add_argument("--adapt", type=int, default=500, help="steps of each adapter stage")
     parser.add_argument("--llada", default="package:nano/llada")
     parser.add_argument("--count", type=int, default=60, help="test utterances of each speaker")
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    chosen = parser.parse_args()
-    train(recipe(chosen), out=chosen.out / "run", resume=(chosen.out / "run").is_dir())
-    people = {"left out": chosen.speaker, "heard": chosen.beside}
-    models = {"without the speaker": str(chosen.out / "run" / "model"), "nano": "nano"}
+    parser.add_argument("--json", type=Path, default=RESULTS / "nano-unseen-speaker.json")
+    args = parser.parse_args()
+    train(recipe(args), out=args.out / "run", resume=(args.out / "run").is_dir())
+    people = {"left out": args.speaker, "trained on": args.beside}
+    models = {"without the speaker": str(args.out / "run" / "model"), "nano": "nano"}
     report: dict[str, Any] = {
-        "speaker": chosen.speaker,
-        "beside": chosen.beside,
-        "steps": {"listen": chosen.listen, "transcribe, align, instruct": chosen.adapt},
-        "utterances": chosen.count,
+        "speaker": args.speaker,
+        "beside": args.beside,
+        "steps": {"listen": args.listen, "transcribe, align, instruct": args.adapt},
+        "utterances": args.count,
     }
     for name, spec in models.items():
-        report[name] = {part: asked(spec, person, chosen) for part, person in people.items()}
+        report[name] = {part: score(spec, person, args) for part, person in people.items()}
         print(name, json.dumps(report[name]))
-    write(report, chosen.json)
+    write_report(report, args.json)
 
 
 if __name__ == "__main__":

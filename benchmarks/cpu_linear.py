@@ -1,4 +1,6 @@
-"""A few rows against a large matrix on a CPU, by torch and by ours: python benchmarks/linear.py.
+"""Few rows times a large matrix on a CPU, torch.nn.Linear and diffa's Linear in turn.
+
+    python benchmarks/cpu_linear.py
 
 The two take turns on the same rows; the table gives medians of milliseconds and their ratio.
 """
@@ -11,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from reports import write
+from reports import write_report
 
 from diffa.runtime.cpu_linear import Linear
 
@@ -19,11 +21,11 @@ SHAPES = ((1024, 1024), (1024, 3072), (3072, 1024), (1024, 126_464))
 
 
 def main() -> None:
-    """Race, print a table and write JSON."""
+    """Time both, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     table = []
     with torch.inference_mode():
         for inner, outer in SHAPES:
@@ -31,27 +33,27 @@ def main() -> None:
             plain = torch.nn.Linear(inner, outer, bias=False)
             plain.weight = ours.weight
             for rows in (4, 8, 16, 32, 64, 128):
-                seconds = race(plain, ours, torch.randn(1, rows, inner), chosen.rounds)
+                seconds = race(plain, ours, torch.randn(1, rows, inner), args.rounds)
                 table.append({"in": inner, "out": outer, "rows": rows, **seconds})
                 print(
                     f"{inner:5d} -> {outer:6d} {rows:4d} rows: {seconds['torch']:8.2f} ms,"
                     f" ours {seconds['ours']:8.2f} ms, ratio {seconds['ratio']:.2f}"
                 )
-    result = {"threads": torch.get_num_threads(), "rounds": chosen.rounds, "rows": table}
-    write(result, chosen.json)
+    result = {"threads": torch.get_num_threads(), "rounds": args.rounds, "rows": table}
+    write_report(result, args.json)
 
 
 def race(
     plain: torch.nn.Module, ours: torch.nn.Module, x: torch.Tensor, rounds: int
 ) -> dict[str, float]:
     """Median milliseconds of both, a call of each in turn, and how much faster ours is."""
-    taken: dict[str, list[float]] = {"torch": [], "ours": []}
+    times: dict[str, list[float]] = {"torch": [], "ours": []}
     for _ in range(rounds + 2):
         for name, part in (("torch", plain), ("ours", ours)):
             begin = time.perf_counter()
             part(x)
-            taken[name].append(1e3 * (time.perf_counter() - begin))
-    middle = {name: statistics.median(found[2:]) for name, found in taken.items()}
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    middle = {name: statistics.median(values[2:]) for name, values in times.items()}
     ratio = middle["torch"] / middle["ours"]
     return {name: round(value, 3) for name, value in (*middle.items(), ("ratio", ratio))}
 
