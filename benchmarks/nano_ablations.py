@@ -16,8 +16,8 @@ from typing import Any
 
 from reports import write_report
 
-from diffa.ablation.study import Study, ablate, collect
-from diffa.ablation.table import rows
+from diffa.ablation.study import Study, ablate
+from diffa.ablation.table import summary_rows
 
 RESULTS = Path(__file__).parent / "results" / "nano-ablations.json"
 SCORES = {
@@ -54,18 +54,18 @@ def grids(llada: str) -> dict[str, list[str]]:
 def table(study: Study) -> list[dict[str, Any]]:
     """One row per cell: means over seeds with Student's 95 % intervals, and every seed's value."""
     entries = []
-    for row in rows(study, "scores.open all"):
+    for row in summary_rows(study, "scores.open all"):
         if not row.means:
             continue
         entry: dict[str, Any] = {
-            "settings": row.settings,
+            "settings": row.labels,
             "stages": row.stages,
             "parameters": row.parameters,
             "trained": row.trained,
         }
         for name, key in SCORES.items():
             mean = row.means[key]
-            entry[name] = {"mean": mean.mean, "half": mean.half, "seeds": row.values[key]}
+            entry[name] = {"mean": mean.mean, "half": mean.half, "seeds": row.by_seed[key]}
         entries.append(entry)
     return entries
 
@@ -123,7 +123,7 @@ def main() -> None:
             dry_run=args.collect,
             say=print,
         )
-        report[name] = table(study._replace(results=collect(study)))
+        report[name] = table(study._replace(results=study.load_results()))
         if report[name]:
             print(markdown(report[name]))
     write_report(report, args.json)

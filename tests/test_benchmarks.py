@@ -49,14 +49,16 @@ def test_nano_ablations_tabulate_the_scores_of_each_cell_over_its_seeds(
         ablate("nano-adapters", vary, out=tmp_path, seeds=2, dry_run=True)
         for vary in grids.values()
     ]
-    assert [len(study.cells) for study in studies] == [8, 6]
-    both = {cell.digest for cell in studies[0].cells} & {cell.digest for cell in studies[1].cells}
+    assert [len(study.runs) for study in studies] == [8, 6]
+    both = {run.spec_digest for run in studies[0].runs} & {
+        run.spec_digest for run in studies[1].runs
+    }
     assert len(both) == 1  # whisper before the semantic adapter is measured once for both tables
-    first = [cell for cell in studies[0].cells if cell.digest == studies[0].cells[0].digest]
-    for cell, value in zip(first, (0.5, 0.7), strict=True):
+    first = [run for run in studies[0].runs if run.spec_digest == studies[0].runs[0].digest]
+    for run, value in zip(first, (0.5, 0.7), strict=True):
         metrics = dict.fromkeys(ablations.SCORES.values(), value)
         note = {"metrics": metrics, "parameters": {"total": 9, "trained": 5}, "stages": ["align"]}
-        studies[0].results[cell.name] = note | {"seconds": 1.0}
+        studies[0].results[run.name] = note | {"seconds": 1.0}
     (row,) = ablations.table(studies[0])  # the others are not measured
     assert row["settings"] == {"backbone": "llada", "adapters": "both"}
     assert row["accent"]["mean"] == pytest.approx(0.6) and row["accent"]["half"] > 1

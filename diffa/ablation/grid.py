@@ -1,4 +1,4 @@
-"""Every combination of the axes and every seed: cells, and the trainings that they share."""
+"""Every combination of the axes and every seed: runs, and the trainings that they share."""
 
 from __future__ import annotations
 
@@ -9,85 +9,95 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from diffa.ablation.axes import Axis
-from diffa.ablation.overrides import changed
+from diffa.ablation.overrides import override
+from diffa.ablation.vary import GridAxis
 from diffa.errors import DiffaError, SpecError
 from diffa.spec.spec import Spec
 from diffa.trainers.config import Recipe
 
-# Numbers of ``evaluate`` that come from writing answers, which a sampler has a say in.
-_WRITTEN = ("exact", "error")
+# Metrics of ``evaluate`` that depend on generated answers, and so on the sampler.
+_GENERATED = ("exact", "error")
 
 
-class Cell(NamedTuple):
-    """One combination of values under one seed.
+class GridRun(NamedTuple):
+    """One combination of values with one seed.
 
     Attributes:
-        settings: the label of every axis's value, by the axis's path.
-        seed: of the recipe.
-        recipe: with every value in its place.
-        digest: of the spec.
-        training: names what is trained; cells that differ in decoding alone share it.
-        name: of the cell's result.
+        labels: The label of each axis's value, by path.
+        seed: Seed of the recipe.
+        recipe: The recipe with these values.
+        spec_digest: Digest of its spec.
+        training: Id of the training; runs that differ only in decoding share it.
+        name: Name of the run's result.
     """
 
-    settings: dict[str, str]
+    labels: dict[str, str]
     seed: int
     recipe: Recipe
-    digest: str
+    spec_digest: str
     training: str
     name: str
 
+    @property
+    def description(self) -> str:
+        """The labels in one line."""
+        return describe(self.labels)
 
-def cells(recipe: Recipe, axes: Sequence[Axis], seeds: int) -> list[Cell]:
-    """Every combination under every seed, seeds innermost.
+
+def describe(labels: dict[str, str]) -> str:
+    """Return labels in one line: ``backbone=llada, adapters=both``."""
+    return ", ".join(f"{path}={label}" for path, label in labels.items())
+
+
+def make_grid(recipe: Recipe, axes: Sequence[GridAxis], seeds: int) -> list[GridRun]:
+    """Return a run for every combination and seed, seeds innermost.
 
     Raises:
-        SpecError: fewer than one seed, or a combination that does not fit together.
+        SpecError: There are no seeds, or a combination does not fit together.
     """
     if seeds < 1:
         raise SpecError(f"--seeds must be at least 1, got {seeds}")
-    found = []
-    for levels in itertools.product(*(axis.levels for axis in axes)):
-        settings = {axis.path: level.label for axis, level in zip(axes, levels, strict=True)}
-        made = recipe
-        for axis, level in zip(axes, levels, strict=True):
+    runs = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        labels = {axis.path: value.label for axis, value in zip(axes, values, strict=True)}
+        changed = recipe
+        for axis, value in zip(axes, values, strict=True):
             try:
-                made = changed(made, axis.path, level.value)
+                changed = override(changed, axis.path, value.value)
             except DiffaError as error:
-                told = ", ".join(f"{path}={label}" for path, label in settings.items())
-                raise SpecError(f"--vary {axis.path}, at {told}: {error}") from error
-        found += [cell(made, settings, recipe.head.seed + i) for i in range(seeds)]
-    return found
+                raise SpecError(f"--vary {axis.path}, at {describe(labels)}: {error}") from error
+        runs += [_grid_run(changed, labels, recipe.head.seed + i) for i in range(seeds)]
+    return runs
 
 
-def cell(recipe: Recipe, settings: dict[str, str], seed: int) -> Cell:
-    """Name what a recipe trains and decodes under a seed."""
+def _grid_run(recipe: Recipe, labels: dict[str, str], seed: int) -> GridRun:
     data = copy.deepcopy(recipe.data)
     data["seed"] = seed
-    made = Recipe(data, recipe.folder)
-    assert made.spec is not None  # the recipe was checked
-    spec = made.spec.resolve()
-    train = training(made)
-    trained = _hash([train.data, str(recipe.folder)])
-    name = f"{spec.digest()}-{_hash([{**data, 'spec': spec.data}, trained])[:8]}"
-    return Cell(settings, seed, made, spec.digest(), trained, name)
+    recipe = Recipe(data, recipe.folder)
+    assert recipe.spec is not None  # the recipe was checked
+    spec = recipe.spec.resolve()
+    training = _hash([training_recipe(recipe).data, str(recipe.folder)])
+    name = f"{spec.digest()}-{_hash([{**data, 'spec': spec.data}, training])[:8]}"
+    return GridRun(labels, seed, recipe, spec.digest(), training, name)
 
 
-def training(recipe: Recipe) -> Recipe:
-    """What a recipe trains, without what only decodes: no evaluation that chooses no weights, and
-    the usual sampler unless weights are chosen by answers that it wrote."""
+def training_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe without what affects decoding only.
+
+    Evaluations go unless they select the weights, and the sampler goes unless generated answers
+    select them.
+    """
     data = copy.deepcopy(recipe.data)
     assert recipe.spec is not None  # the recipe was checked
     spec = recipe.spec.resolve().data
     del spec["sampler_presets"]
-    decides = False
+    needs_sampler = False
     for raw, stage in zip(data["stages"], recipe.stages, strict=True):
         if stage.take != "best":
             raw.pop("evaluate", None)
         else:
-            decides |= (stage.evaluate or {}).get("best") in _WRITTEN
-    if not decides:
+            needs_sampler |= (stage.evaluate or {}).get("best") in _GENERATED
+    if not needs_sampler:
         del spec["sampler"]
         del spec["prompt"]["max_tokens"]
     data["spec"] = Spec(spec).data

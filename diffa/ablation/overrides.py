@@ -1,13 +1,13 @@
-"""One value of an axis, written into a recipe: parts exchanged by name, adapters left out."""
+"""Write one value of an axis into a recipe: replace a part, leave out adapters, or set a path."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffa.ablation.related_parts import related
+from diffa.ablation.related_parts import options_to_keep
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
 from diffa.spec.schema import read_schema
@@ -15,30 +15,32 @@ from diffa.spec.spec import Spec
 from diffa.spec.validation import SPEC_KEYS
 from diffa.trainers.config import Recipe
 
-_WHOLE = ("both", "all")
-_EXCHANGED = ("encoder", "backbone", "objective", "sampler")
+_ALL_ADAPTERS = ("both", "all")
+_PARTS = ("encoder", "backbone", "objective", "sampler")
 
 
-def changed(recipe: Recipe, path: str, value: Any) -> Recipe:
-    """Return a recipe with one value in its place.
+def override(recipe: Recipe, path: str, value: Any) -> Recipe:
+    """Return a recipe with one value changed.
 
-    ``adapters`` takes names of the spec's adapters (``semantic``, ``a+b``, ``both``); a kind of
-    part takes a part's name or a whole mapping; anything else is a dotted path of the spec or of
-    the recipe, with ``stages.*`` for all stages.
+    Args:
+        recipe: The recipe.
+        path: ``adapters`` for a set of adapters; a kind of part; or a dotted path of the spec or
+            the recipe, with ``stages.*`` for all stages.
+        value: Names of adapters (``semantic``, ``a+b``, ``both``); a part's name or mapping; or
+            any value of the path.
 
     Raises:
-        SpecError: the path leads nowhere, or the value does not fit there.
+        SpecError: There is no such path, or the value does not fit.
     """
     place = path.removeprefix("spec.")
-    top = place.partition(".")[0]
     if place == "adapters" and isinstance(value, str):
-        return _fewer(recipe, value)
-    if place in _EXCHANGED and isinstance(value, str | Mapping):
-        return _exchanged(recipe, place, value)
+        return _select_adapters(recipe, value)
+    if place in _PARTS and isinstance(value, str | Mapping):
+        return _replace_part(recipe, place, value)
     if path == "seed":
         raise SpecError("--vary seed: seeds are not compared, they are repeated: --seeds 3")
-    if top in SPEC_KEYS and top != "spec":
-        return _with(recipe, spec=_spec(recipe).set(place, value))
+    if place.partition(".")[0] in SPEC_KEYS and place != "spec":
+        return _with_spec(recipe, _spec(recipe).set(place, value))
     paths = [path]
     if path.startswith("stages.*."):
         paths = [path.replace("*", str(i), 1) for i in range(len(recipe.stages))]
@@ -50,7 +52,7 @@ def _spec(recipe: Recipe) -> Spec:
     return recipe.spec
 
 
-def _with(recipe: Recipe, *, spec: Spec, stages: list[dict[str, Any]] | None = None) -> Recipe:
+def _with_spec(recipe: Recipe, spec: Spec, stages: list[dict[str, Any]] | None = None) -> Recipe:
     data = copy.deepcopy(recipe.data)
     data["spec"] = spec.data
     if stages is not None:
@@ -58,79 +60,80 @@ def _with(recipe: Recipe, *, spec: Spec, stages: list[dict[str, Any]] | None = N
     return Recipe(data, recipe.folder)
 
 
-def _fewer(recipe: Recipe, text: str) -> Recipe:
-    """Keep some adapters. A stage that is left with none of its own is left out."""
+def _select_adapters(recipe: Recipe, text: str) -> Recipe:
+    """Keep some adapters, and the stages that still train something."""
     data = _spec(recipe).data
     known = list(data["adapters"])
-    wanted = known if text in _WHOLE else [name.strip() for name in text.split("+")]
-    for name in wanted:
+    names = known if text in _ALL_ADAPTERS else [name.strip() for name in text.split("+")]
+    for name in names:
         if name not in known:
             raise SpecError(f"adapters: the spec has no {name!r}{suggest(name, [*known, 'both'])}")
-    gone = set(known) - set(wanted)
-    data["adapters"] = {key: part for key, part in data["adapters"].items() if key in wanted}
+    removed = set(known) - set(names)
+    data["adapters"] = {key: part for key, part in data["adapters"].items() if key in names}
     if "train" in data:
-        data["train"] = _kept(data["train"], gone)
-    stages = [_stage(stage, gone) for stage in copy.deepcopy(recipe.data["stages"])]
-    left = [stage for stage in stages if stage is not None]
-    if not left:
+        data["train"] = _without(data["train"], removed)
+    stages = []
+    for stage in copy.deepcopy(recipe.data["stages"]):
+        # Every option that names adapters, a learner's options included, loses the removed ones.
+        stage = {key: _without(value, removed) for key, value in stage.items()}
+        if stage.get("adapters") != [] and stage.get("train"):
+            stages.append(stage)
+    if not stages:
         raise SpecError(f"adapters={text}: no stage of the recipe trains any of them")
-    return _with(recipe, spec=Spec(data), stages=left)
+    return _with_spec(recipe, Spec(data), stages)
 
 
-def _stage(stage: dict[str, Any], gone: set[str]) -> dict[str, Any] | None:
-    """A stage without some adapters, or None where nothing of it is left."""
-    if stage.get("adapters") is not None:
-        stage["adapters"] = [key for key in stage["adapters"] if key not in gone]
-    train = _kept(stage.get("train", []), gone)
-    if stage.get("adapters") == [] or not train:
-        return None
-    aids = dict(stage.get("aids") or {})
-    if "match" in aids:
-        aids["match"] = [key for key in aids["match"] if key not in gone]
-    if "say" in aids:
-        aids["say"] = {key: value for key, value in aids["say"].items() if key not in gone}
-    return {**stage, "train": train, **({"aids": aids} if aids else {})}
+def _without(value: Any, removed: Collection[str]) -> Any:
+    """Return an option without the adapters that it names, as list entries or as keys."""
+    if isinstance(value, list):
+        return [
+            _without(entry, removed)
+            for entry in value
+            if not (isinstance(entry, str) and entry.removeprefix("adapters.") in removed)
+        ]
+    if isinstance(value, dict):
+        return {key: _without(v, removed) for key, v in value.items() if key not in removed}
+    return value
 
 
-def _kept(names: list[str], gone: set[str]) -> list[str]:
-    return [name for name in names if name.removeprefix("adapters.") not in gone]
-
-
-def _exchanged(recipe: Recipe, kind: str, value: str | Mapping[str, Any]) -> Recipe:
-    """Put another part in its place; of the old one's options, those that still apply stay."""
+def _replace_part(recipe: Recipe, kind: str, value: str | Mapping[str, Any]) -> Recipe:
+    """Replace a part; options of the old one that the new one has too are kept."""
     data = _spec(recipe).data
     if (
         kind == "sampler"
         and isinstance(value, str)
         and value in (data.get("sampler_presets") or {})
     ):
-        return _with(recipe, spec=_spec(recipe).set("sampler", value))
-    written = data.get(kind)
-    old = dict(written) if isinstance(written, Mapping) else {"name": written}
+        return _with_spec(recipe, _spec(recipe).set("sampler", value))
+    current = data.get(kind)
+    old = dict(current) if isinstance(current, Mapping) else {"name": current}
     if isinstance(value, Mapping):
         data[kind] = dict(value)
     elif value != old["name"]:
         known = read_schema(registry.load_part(kind, value)).options
-        data[kind] = {"name": value, **related(kind, old, value, known)}
+        data[kind] = {"name": value, **options_to_keep(kind, old, value, known)}
     stages = copy.deepcopy(recipe.data["stages"])
     if kind == "backbone":
-        _follow(data, stages)
-    return _with(recipe, spec=Spec(data), stages=stages)
+        _drop_unfit_parts(data, stages)
+    return _with_spec(recipe, Spec(data), stages)
 
 
-def _follow(data: dict[str, Any], stages: list[dict[str, Any]]) -> None:
-    """Leave out samplers and objectives that are for the other way of decoding: the usual ones
-    under the new backbone take their place."""
-    rule = _decoding("backbone", data["backbone"])
-    settings = data.get("sampler_presets") or {}
-    if isinstance(data.get("sampler"), str) and data["sampler"] in settings:
-        data["sampler"] = settings[data["sampler"]]
-    data["sampler_presets"] = {k: v for k, v in settings.items() if _decoding("sampler", v) == rule}
+def _drop_unfit_parts(data: dict[str, Any], stages: list[dict[str, Any]]) -> None:
+    """Drop samplers and objectives for another way of decoding; the backbone's defaults follow."""
+    decoding = _decoding("backbone", data["backbone"])
+    presets = data.get("sampler_presets") or {}
+    if isinstance(data.get("sampler"), str) and data["sampler"] in presets:
+        data["sampler"] = presets[data["sampler"]]
+    data["sampler_presets"] = {
+        name: sampler
+        for name, sampler in presets.items()
+        if _decoding("sampler", sampler) == decoding
+    }
     for kind in ("sampler", "objective"):
-        if data.get(kind) is not None and _decoding(kind, data[kind]) != rule:
+        if data.get(kind) is not None and _decoding(kind, data[kind]) != decoding:
             del data[kind]
     for stage in stages:
-        if stage.get("objective") and _decoding("objective", stage["objective"]) != rule:
+        if stage.get("objective") and _decoding("objective", stage["objective"]) != decoding:
             del stage["objective"]
 
 

@@ -1,4 +1,4 @@
-"""What a part that takes another's place takes over from it: options both have, and a size."""
+"""Options that a part takes over from the part that it replaces."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from diffa.errors import SpecError
 
-# LLaDA's names and Llama's for the fields of the Transformer that both are made of.
-_FIELDS = {
+# The fields of the Transformer that LLaDA and Llama share: LLaDA's names, Llama's names.
+_LLAMA_FIELDS = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -34,32 +34,42 @@ _SHARED = (
 )
 
 
-def related(kind: str, old: Mapping[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:
-    """Options for the part ``name`` where ``old`` stood: a Llama gets the size of the LLaDA it
-    replaces, so that attention and objective are all that differs.
+def options_to_keep(
+    kind: str, old: Mapping[str, Any], name: str, known: Iterable[str]
+) -> dict[str, Any]:
+    """Return the options that the part ``name`` takes over from the part that it replaces.
+
+    A Llama gets the size of the LLaDA that it replaces, so that only attention and objective
+    differ.
+
+    Args:
+        kind: Kind of part.
+        old: The part that is replaced.
+        name: The new part.
+        known: Options that the new part has.
 
     Raises:
-        SpecError: the old part has weights, and nothing says which ones the new part has.
+        SpecError: The old part has weights, and nothing says which ones the new part has.
     """
-    taken = {key: old[key] for key in _SHARED if key in old and key in known}
+    shared = {key: old[key] for key in _SHARED if key in old and key in known}
     if kind != "backbone":
-        return taken
+        return shared
     if old["name"] == "llada" and name == "llama" and old.get("config"):
-        return {**taken, "config": as_llama(old["config"])}
+        return {**shared, "config": to_llama_config(old["config"])}
     if old.get("checkpoint") or old.get("config"):
         raise SpecError(
             f"backbone={name}: the recipe's {old['name']} has weights or a size of its own, and "
             f"nothing says which {name} has: write 'backbone={old['name']},{{name: {name}, "
             "checkpoint: ...}'"
         )
-    return taken
+    return shared
 
 
-def as_llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The Llama configuration of the Transformer that a LLaDA configuration describes."""
-    found = {theirs: config[ours] for ours, theirs in _FIELDS.items() if ours in config}
+def to_llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Llama configuration of the Transformer of a LLaDA configuration."""
+    llama = {theirs: config[ours] for ours, theirs in _LLAMA_FIELDS.items() if ours in config}
     if config.get("embedding_size"):
-        found["vocab_size"] = config["embedding_size"]
+        llama["vocab_size"] = config["embedding_size"]
     if not config.get("mlp_hidden_size"):
-        found["intermediate_size"] = config.get("mlp_ratio", 4) * config["d_model"]
-    return {"model_type": "llama", "rms_norm_eps": 1e-5, **found}
+        llama["intermediate_size"] = config.get("mlp_ratio", 4) * config["d_model"]
+    return {"model_type": "llama", "rms_norm_eps": 1e-5, **llama}

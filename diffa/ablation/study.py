@@ -1,4 +1,4 @@
-"""Run a grid, one process per training, and collect what its cells measure."""
+"""Run a grid, one process per training, and collect the results of its runs."""
 
 from __future__ import annotations
 
@@ -11,37 +11,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.ablation.axes import Axis, read_axes
-from diffa.ablation.grid import Cell, cells, training
-from diffa.ablation.worker import Job, work
+from diffa.ablation.grid import GridRun, make_grid, training_recipe
+from diffa.ablation.vary import GridAxis, parse_axes
+from diffa.ablation.worker import TrainingJob, run_job
 from diffa.errors import DiffaError, SpecError
+from diffa.evaluation.intervals import import_scipy_stats
 from diffa.trainers.checkpoints import load_json, save_json
 from diffa.trainers.config import Recipe
 
 
 class Study(NamedTuple):
-    """A grid and what is known of it.
+    """A grid and its results.
 
     Attributes:
-        axes: what is varied.
-        cells: every combination under every seed.
-        results: of the cells that were measured, by name.
-        faults: why the others were not, by the name of their training.
-        out: the study's folder.
+        axes: What is varied.
+        runs: Every combination with every seed.
+        results: Results of the finished runs, by name.
+        faults: Why trainings failed, by the id of the training.
+        out: Folder of the study.
     """
 
-    axes: list[Axis]
-    cells: list[Cell]
+    axes: list[GridAxis]
+    runs: list[GridRun]
     results: dict[str, dict[str, Any]]
     faults: dict[str, str]
     out: Path
 
-    def groups(self) -> list[list[Cell]]:
-        """Cells that differ in their seed alone, in the order of the grid."""
-        found: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault(str(cell.settings), []).append(cell)
-        return list(found.values())
+    def combinations(self) -> list[list[GridRun]]:
+        """Return the runs that differ only in their seed, in the order of the grid."""
+        groups: dict[str, list[GridRun]] = {}
+        for run in self.runs:
+            groups.setdefault(str(run.labels), []).append(run)
+        return list(groups.values())
+
+    def result_path(self, run: GridRun) -> Path:
+        """Return the file of a run's result."""
+        return self.out / "results" / f"{run.name}.json"
+
+    def load_results(self) -> dict[str, dict[str, Any]]:
+        """Load the results in the study's folder, by name of the run."""
+        results = {run.name: load_json(self.result_path(run)) for run in self.runs}
+        return {name: result for name, result in results.items() if result is not None}
 
 
 def ablate(
@@ -57,73 +67,84 @@ def ablate(
     dry_run: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Study:
-    """Run every combination under every seed; what ``out`` has already is not run again.
+    """Run every combination with every seed, except the runs with a result in ``out``.
 
     Args:
-        recipe: a mapping, a file, or a recipe that diffa ships.
-        vary: axes such as ``backbone=llada,llama`` (see ``diffa.ablation.overrides``).
-        out: the study's folder; a training that was stopped goes on at its last checkpoint.
-        seeds: repetitions: the recipe's seed and the next ones.
-        overrides: changes to the recipe that all runs share, such as ``stages.0.steps=100``.
-        score: a command with ``{model}`` and ``{json}``, run on every cell's saved model; the
-            numbers in the JSON that it writes join those of the last stage's ``evaluate``.
-        jobs: processes at once; with 0, trainings run in this process, one after the other.
-        device: where to train.
-        dry_run: plan and check everything, run nothing.
-        say: told of what happens.
+        recipe: A mapping, a file, or a recipe that diffa ships.
+        vary: Axes such as ``backbone=llada,llama`` (see ``diffa.ablation.overrides``).
+        out: Folder of the study; an interrupted training continues at its last checkpoint.
+        seeds: Number of seeds: the recipe's and the next ones.
+        overrides: Changes to the recipe for all runs, such as ``stages.0.steps=100``.
+        score: A command with ``{model}`` and ``{json}``, run on each run's saved model. The
+            numbers in its JSON join the metrics of the last stage's ``evaluate``.
+        jobs: Processes at once; 0: one training after the other in this process.
+        device: Device of the trainings.
+        dry_run: Plan and check everything, run nothing.
+        say: Called with progress messages.
 
     Raises:
-        SpecError: the recipe, the axes or a combination have faults.
+        SpecError: The recipe, the axes or a combination is invalid.
     """
     if jobs < 0:
         raise SpecError(f"--jobs must be at least 0, got {jobs}")
     if score and not ("{model}" in score.split() and "{json}" in score.split()):
         raise SpecError(f"--score needs the words {{model}} and {{json}}, got {score!r}")
-    place = Path(out).expanduser()
-    axes = read_axes(vary)
-    grid = cells(Recipe.read(recipe).change(overrides), axes, seeds)
-    check(grid)
-    study = Study(axes, grid, {}, {}, place)
-    faults = {} if dry_run else _run(study, score, jobs, device, say)
-    return study._replace(results=collect(study), faults=faults)
+    axes = parse_axes(vary)
+    runs = make_grid(Recipe.read(recipe).change(overrides), axes, seeds)
+    _check_builds(runs)
+    study = Study(axes, runs, {}, {}, Path(out).expanduser())
+    if not dry_run:
+        from diffa.ablation.plot import import_matplotlib
+
+        # Table and plot need these libraries: fail before the trainings, not after them.
+        import_scipy_stats()
+        import_matplotlib()
+        study = study._replace(faults=_run_trainings(study, score, jobs, device, say))
+    return study._replace(results=study.load_results())
 
 
-def check(grid: Sequence[Cell]) -> None:
-    """Build every spec of a grid without weights; SpecError where parts do not fit each other."""
+def _check_builds(runs: Sequence[GridRun]) -> None:
+    """Build every spec without weights; raises SpecError if parts do not fit each other."""
     from diffa.build import build
 
-    for cell in {cell.digest: cell for cell in grid}.values():
+    for run in {run.spec_digest: run for run in runs}.values():
         try:
-            build(cell.recipe.spec, device="meta")  # type: ignore[arg-type]
+            build(run.recipe.spec, device="meta")  # type: ignore[arg-type]
         except DiffaError as error:
-            told = ", ".join(f"{path}={label}" for path, label in cell.settings.items())
-            raise SpecError(f"{told} cannot be built: {error}") from error
+            raise SpecError(f"{run.description} cannot be built: {error}") from error
 
 
-def collect(study: Study) -> dict[str, dict[str, Any]]:
-    """Read the results that there are, by the cells' names."""
-    found = {cell.name: load_json(_result(study, cell)) for cell in study.cells}
-    return {name: result for name, result in found.items() if result is not None}
+def _run_trainings(
+    study: Study, score: str | None, jobs: int, device: str | None, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Run the missing trainings; return why some of them failed."""
+    queue = list(_missing_jobs(study, score, device))
+    say(f"{len(study.runs)} runs, {len(queue)} trainings to run")
+    finished = _run_processes(study, queue, jobs) if jobs else _run_here(queue)
+    faults: dict[str, str] = {}
+    for done, (name, fault) in enumerate(finished, start=1):
+        if fault:
+            faults[name] = fault
+        say(f"{done} of {len(queue)}: {name} {fault or 'done'}")
+    return faults
 
 
-def _result(study: Study, cell: Cell) -> Path:
-    return study.out / "results" / f"{cell.name}.json"
-
-
-def _jobs(study: Study, score: str | None, device: str | None) -> Iterator[tuple[str, Job]]:
-    """The trainings of cells without a result, or with one that was measured otherwise."""
-    shared: dict[str, list[Cell]] = {}
-    for cell in study.cells:
-        known = load_json(_result(study, cell))
-        if known is None or known["score"] != score:
-            shared.setdefault(cell.training, []).append(cell)
-    for name, wanting in shared.items():
-        first = wanting[0].recipe
-        job = Job(
-            recipe=_sharing(study, training(first)),
+def _missing_jobs(
+    study: Study, score: str | None, device: str | None
+) -> Iterator[tuple[str, TrainingJob]]:
+    """Yield the trainings of runs without a result, or with one of another score command."""
+    shared: dict[str, list[GridRun]] = {}
+    for run in study.runs:
+        result = load_json(study.result_path(run))
+        if result is None or result["score"] != score:
+            shared.setdefault(run.training, []).append(run)
+    for name, runs in shared.items():
+        first = runs[0].recipe
+        job = TrainingJob(
+            recipe=_with_shared_cache(study, training_recipe(first)),
             folder=str(first.folder),
             out=str(study.out / "runs" / name),
-            cells={cell.name: _sharing(study, cell.recipe) for cell in wanting},
+            runs={run.name: _with_shared_cache(study, run.recipe) for run in runs},
             results=str(study.out / "results"),
             score=score,
             device=device,
@@ -131,8 +152,8 @@ def _jobs(study: Study, score: str | None, device: str | None) -> Iterator[tuple
         yield name, job
 
 
-def _sharing(study: Study, recipe: Recipe) -> dict[str, Any]:
-    """A recipe's mapping; what frozen encoders hear is kept in one place for all trainings."""
+def _with_shared_cache(study: Study, recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's mapping whose encoder features are cached in one folder for all runs."""
     data = copy.deepcopy(recipe.data)
     features = str((study.out / "features").resolve())
     for stage in data["stages"]:
@@ -141,64 +162,52 @@ def _sharing(study: Study, recipe: Recipe) -> dict[str, Any]:
     return data
 
 
-def _run(
-    study: Study, score: str | None, jobs: int, device: str | None, say: Callable[[str], None]
-) -> dict[str, str]:
-    """Run the trainings that are needed; return the reasons of those that failed."""
-    waiting = list(_jobs(study, score, device))
-    say(f"{len(study.cells)} cells, {len(waiting)} trainings to run")
-    faults: dict[str, str] = {}
-    for done, (name, fault) in enumerate(_ended(study, waiting, jobs), start=1):
-        if fault:
-            faults[name] = fault
-        say(f"{done} of {len(waiting)}: {name} {fault or 'done'}")
-    return faults
+def _run_here(queue: Sequence[tuple[str, TrainingJob]]) -> Iterator[tuple[str, str]]:
+    """Run trainings in this process; yield the id of each, and why it failed."""
+    for name, job in queue:
+        try:
+            run_job(job)
+        except DiffaError as error:
+            yield name, f"failed: {error}"
+        else:
+            yield name, ""
 
 
-def _ended(
-    study: Study, waiting: Sequence[tuple[str, Job]], jobs: int
+def _run_processes(
+    study: Study, queue: Sequence[tuple[str, TrainingJob]], jobs: int
 ) -> Iterator[tuple[str, str]]:
-    """Run trainings, so many processes at once, and name each as it ends, with what went wrong."""
-    left, busy = list(waiting), dict[str, subprocess.Popen[bytes]]()
-    while left and not jobs:
-        yield _here(*left.pop(0))
+    """Run trainings in ``jobs`` processes; yield the id of each, and why it failed."""
+    waiting, running = list(queue), dict[str, subprocess.Popen[bytes]]()
     try:
-        while left or busy:
-            while left and len(busy) < jobs:
-                name, job = left.pop(0)
-                busy[name] = _start(study, name, job)
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, job = waiting.pop(0)
+                running[name] = _start_process(study, name, job)
             time.sleep(0.05)
-            for name in [name for name, process in busy.items() if process.poll() is not None]:
-                code = busy.pop(name).returncode
-                yield name, _reason(study, name, code) if code else ""
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                code = running.pop(name).returncode
+                yield name, _failure(study, name, code) if code else ""
     finally:
-        for process in busy.values():
+        for process in running.values():
             process.terminate()
             process.wait()
 
 
-def _here(name: str, job: Job) -> tuple[str, str]:
-    try:
-        work(job)
-    except DiffaError as error:
-        return name, f"failed: {error}"
-    return name, ""
-
-
-def _start(study: Study, name: str, job: Job) -> subprocess.Popen[bytes]:
+def _start_process(study: Study, name: str, job: TrainingJob) -> subprocess.Popen[bytes]:
     path = study.out / "jobs" / f"{name}.json"
     save_json(job._asdict(), path)
-    with open(_log(study, name), "ab") as log:
+    with open(_log_path(study, name), "ab") as log:
         command = [sys.executable, "-m", "diffa.ablation.worker", str(path)]
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def _log(study: Study, name: str) -> Path:
+def _log_path(study: Study, name: str) -> Path:
     return study.out / "jobs" / f"{name}.log"
 
 
-def _reason(study: Study, name: str, code: int) -> str:
-    lines = _log(study, name).read_text(errors="replace").split("\n")
-    told = [line.strip() for line in lines if line.strip()]
-    last = told[-1][:300] if told else "it said nothing"
-    return f"failed with code {code}: {last} (see {_log(study, name)})"
+def _failure(study: Study, name: str, code: int) -> str:
+    """Return the exit code and the last line of the log."""
+    log = _log_path(study, name)
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1][:300] if lines else "the log is empty"
+    return f"failed with code {code}: {last} (see {log})"

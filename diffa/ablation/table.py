@@ -7,50 +7,53 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from diffa.ablation.statistics import Interval, interval, paired
+from diffa.ablation.statistics import MeanInterval, mean_interval, paired_interval
 from diffa.ablation.study import Study
 from diffa.errors import SpecError, suggest
 
 _FIRST = ("exact", "accuracy", "error", "loss")
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """One combination of values, over its seeds.
 
     Attributes:
-        settings: the labels of its values, by axis.
-        digest: of its spec.
-        parameters: of the whole model, and those that learned.
-        trained: see ``parameters``.
-        values: every number by seed.
-        means: every number's mean and interval.
-        against: the main number's difference from the first row, paired by seed.
-        stages: the stages that the recipe had for it.
-        missing: seeds without a result.
+        labels: The label of each axis's value, by path.
+        spec_digest: Digest of its spec.
+        parameters: Parameters of the whole model.
+        trained: Parameters that were trained.
+        by_seed: Every metric by seed.
+        means: Mean and interval of every metric.
+        difference: Difference of the main metric from the first row, paired by seed.
+        stages: Stages of its recipe.
+        missing: Seeds without a result.
     """
 
-    settings: dict[str, str]
-    digest: str
+    labels: dict[str, str]
+    spec_digest: str
     parameters: int
     trained: int
-    values: dict[str, dict[int, float]]
-    means: dict[str, Interval]
-    against: Interval | None
+    by_seed: dict[str, dict[int, float]]
+    means: dict[str, MeanInterval]
+    difference: MeanInterval | None
     stages: list[str]
     missing: int
 
     @property
     def label(self) -> str:
         """The values in one line."""
-        return ", ".join(self.settings.values())
+        return ", ".join(self.labels.values())
 
 
-def metrics(study: Study, main: str | None = None) -> list[str]:
-    """Every number that some cell has, the main one first: the one named, or else exact answers,
-    accuracy, errors, the loss, whichever there is.
+def metric_names(study: Study, main: str | None = None) -> list[str]:
+    """Return every metric that some run has, the main one first.
+
+    Args:
+        study: The study.
+        main: The main metric. Default: exact answers, accuracy, errors or the loss.
 
     Raises:
-        SpecError: nothing is called so.
+        SpecError: There is no metric of this name.
     """
     names = list(dict.fromkeys(n for r in study.results.values() for n in r["metrics"]))
     if main is not None and names and main not in names:
@@ -59,103 +62,100 @@ def metrics(study: Study, main: str | None = None) -> list[str]:
     return list(dict.fromkeys([*([main] if main and names else []), *usual, *names]))
 
 
-def rows(study: Study, main: str | None = None) -> list[Row]:
-    """One row per combination, in the order of the grid."""
-    names = metrics(study, main)
-    found: list[Row] = []
-    for cells in study.groups():
-        notes = {c.seed: study.results[c.name] for c in cells if c.name in study.results}
-        values = {
-            name: {s: note["metrics"][name] for s, note in notes.items() if name in note["metrics"]}
+def summary_rows(study: Study, main: str | None = None) -> list[SummaryRow]:
+    """Return one row per combination, in the order of the grid."""
+    names = metric_names(study, main)
+    rows: list[SummaryRow] = []
+    for runs in study.combinations():
+        results = {run.seed: study.results[run.name] for run in runs if run.name in study.results}
+        by_seed = {
+            name: {s: r["metrics"][name] for s, r in results.items() if name in r["metrics"]}
             for name in names
         }
-        some: dict[str, Any] = next(iter(notes.values()), {"parameters": {}, "stages": []})
-        first = found[0].values if found else {}
-        row = Row(
-            settings=cells[0].settings,
-            digest=cells[0].digest,
-            parameters=some["parameters"].get("total", 0),
-            trained=some["parameters"].get("trained", 0),
-            values=values,
-            means={name: interval(list(by.values())) for name, by in values.items() if by},
-            against=paired(values[names[0]], first[names[0]]) if names and first else None,
-            stages=some["stages"],
-            missing=len(cells) - len(notes),
+        example: dict[str, Any] = next(iter(results.values()), {"parameters": {}, "stages": []})
+        first = rows[0].by_seed if rows else {}
+        row = SummaryRow(
+            labels=runs[0].labels,
+            spec_digest=runs[0].spec_digest,
+            parameters=example["parameters"].get("total", 0),
+            trained=example["parameters"].get("trained", 0),
+            by_seed=by_seed,
+            means={
+                name: mean_interval(list(seeds.values()))
+                for name, seeds in by_seed.items()
+                if seeds
+            },
+            difference=paired_interval(by_seed[names[0]], first[names[0]])
+            if names and first
+            else None,
+            stages=example["stages"],
+            missing=len(runs) - len(results),
         )
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def markdown(study: Study, main: str | None = None) -> str:
-    """The study as a Markdown table, with a line that says how to read it."""
-    names, found = metrics(study, main), rows(study, main)
+def study_markdown(study: Study, main: str | None = None) -> str:
+    """Return the study as a Markdown table with notes."""
+    names, rows = metric_names(study, main), summary_rows(study, main)
     axes = [axis.path for axis in study.axes]
-    compared = bool(names) and len(found) > 1
+    compared = bool(names) and len(rows) > 1
     columns = [*axes, "runs", "parameters", "trained", *names]
     columns += [f"{names[0]}: difference from the first"] if compared else []
-    lines = [_line(columns), _line(["---"] * len(axes) + ["---:"] * (len(columns) - len(axes)))]
-    for row in found:
-        counts = [str(len(cells)) for cells in [row.values[names[0]] if names else {}]]
-        cells = [*row.settings.values(), *counts, f"{row.parameters:,}", f"{row.trained:,}"]
+    rule = ["---"] * len(axes) + ["---:"] * (len(columns) - len(axes))
+    lines = [_line(columns), _line(rule)]
+    for row in rows:
+        count = len(row.by_seed[names[0]]) if names else 0
+        cells = [*row.labels.values(), str(count), f"{row.parameters:,}", f"{row.trained:,}"]
         cells += [row.means[name].text() if name in row.means else "" for name in names]
-        cells += [row.against.text() if row.against else ""] if compared else []
+        cells += [row.difference.text() if row.difference else ""] if compared else []
         lines.append(_line(cells))
-    return "\n".join([*lines, "", *_notes(study, found)]) + "\n"
-
-
-def _notes(study: Study, found: Sequence[Row]) -> list[str]:
-    notes = [
-        "Mean over seeds ± half of Student's 95 % interval; differences are paired by seed.",
-        "A cell whose stages differ from the others' names them: "
-        + "; ".join(f"{row.label}: {', '.join(row.stages)}" for row in found if row.stages)
-        if len({tuple(row.stages) for row in found if row.stages}) > 1
-        else "",
-    ]
-    missing = sum(row.missing for row in found)
-    if missing:
-        notes.append(f"{missing} of {len(study.cells)} runs have no result yet.")
-    return [note for note in notes if note]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "\n".join([*lines, "", *_notes(study, rows)]) + "\n"
 
 
 def summary_csv(study: Study, main: str | None = None) -> str:
-    """One line per combination: mean, low and high of every number."""
-    names = metrics(study, main)
+    """Return one line per combination: mean, low and high of every metric."""
+    names = metric_names(study, main)
     head = [*(axis.path for axis in study.axes), "digest", "runs", "parameters", "trained"]
     body = []
-    for row in rows(study, main):
-        runs = len(row.values[names[0]]) if names else 0
-        cells: list[Any] = [*row.settings.values(), row.digest, runs, row.parameters, row.trained]
+    for row in summary_rows(study, main):
+        count = len(row.by_seed[names[0]]) if names else 0
+        cells = [*row.labels.values(), row.spec_digest, count, row.parameters, row.trained]
         for name in names:
-            cells += _bounds(row.means.get(name))
+            mean = row.means.get(name)
+            cells += [mean.mean if mean else "", *((mean and mean.bounds()) or ("", ""))]
         body.append(cells)
     return _csv([*head, *(f"{n} {end}" for n in names for end in ("mean", "low", "high"))], body)
 
 
 def runs_csv(study: Study, main: str | None = None) -> str:
-    """One line per run, with every number as it was measured."""
-    names = metrics(study, main)
+    """Return one line per run with every metric."""
+    names = metric_names(study, main)
     own = ["seed", "digest", "result", "training seconds"]
     head = [*(axis.path for axis in study.axes), *own, *names]
     body = []
-    for cell in study.cells:
-        note = study.results.get(cell.name)
-        if note is not None:
-            numbers = [note["metrics"].get(name, "") for name in names]
-            told = [*cell.settings.values(), cell.seed, cell.digest, cell.name, note["seconds"]]
-            body.append([*told, *numbers])
+    for run in study.runs:
+        result = study.results.get(run.name)
+        if result is not None:
+            metrics = [result["metrics"].get(name, "") for name in names]
+            cells = [*run.labels.values(), run.seed, run.spec_digest, run.name, result["seconds"]]
+            body.append([*cells, *metrics])
     return _csv(head, body)
 
 
-def _bounds(found: Interval | None) -> list[Any]:
-    if found is None:
-        return ["", "", ""]
-    if found.half is None:
-        return [found.mean, "", ""]
-    return [found.mean, found.mean - found.half, found.mean + found.half]
+def _notes(study: Study, rows: Sequence[SummaryRow]) -> list[str]:
+    notes = ["Mean over seeds ± half of Student's 95 % interval; differences are paired by seed."]
+    stages = {row.label: ", ".join(row.stages) for row in rows if row.stages}
+    if len(set(stages.values())) > 1:
+        listed = "; ".join(f"{label}: {names}" for label, names in stages.items())
+        notes.append(f"Rows have different stages: {listed}")
+    if missing := sum(row.missing for row in rows):
+        notes.append(f"{missing} of {len(study.runs)} runs have no result yet.")
+    return notes
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _csv(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:

@@ -81,16 +81,16 @@ def write_tables(study: Study, metric: str | None = None) -> str:
     """Write the study's tables and plot into its folder; return the table as Markdown."""
     from diffa.ablation import plot, table
 
-    text = table.markdown(study, metric)
+    text = table.study_markdown(study, metric)
     files = {
         "table.md": text,
         "table.csv": table.summary_csv(study, metric),
         "runs.csv": table.runs_csv(study, metric),
     }
-    names = table.metrics(study, metric)
+    names = table.metric_names(study, metric)
     if names:
         title = " and ".join(axis.path for axis in study.axes)
-        files["plot.svg"] = plot.draw(table.rows(study, metric), names[0], title)
+        files["plot.svg"] = plot.plot_summary(table.summary_rows(study, metric), names[0], title)
     for name, content in files.items():
         write_text(study.out / name, content)
     return text
@@ -100,10 +100,10 @@ def _print_plan(study: Study) -> None:
     """Print every combination: its values, its stages, and the number of finished runs."""
     columns = [*(axis.path for axis in study.axes), "stages", "digest", "results"]
     rows = []
-    for cells in study.groups():
-        stages = " ".join(stage.name for stage in cells[0].recipe.stages)
-        finished = sum(cell.name in study.results for cell in cells)
-        state = f"{finished} of {len(cells)}"
-        rows.append([*cells[0].settings.values(), stages, cells[0].digest, state])
+    for runs in study.combinations():
+        stages = " ".join(stage.name for stage in runs[0].recipe.stages)
+        finished = sum(run.name in study.results for run in runs)
+        state = f"{finished} of {len(runs)}"
+        rows.append([*runs[0].labels.values(), stages, runs[0].spec_digest, state])
     print_table(columns, rows)
-    print_note(f"{len(study.cells)} runs, {len({c.training for c in study.cells})} trainings")
+    print_note(f"{len(study.runs)} runs, {len({run.training for run in study.runs})} trainings")

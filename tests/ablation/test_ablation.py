@@ -7,19 +7,20 @@ import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 from helpers import toy
 
 from diffa.ablation import statistics
-from diffa.ablation.axes import read_axes, read_axis
-from diffa.ablation.grid import cells
-from diffa.ablation.overrides import changed
-from diffa.ablation.related_parts import as_llama
+from diffa.ablation.grid import make_grid
+from diffa.ablation.overrides import override
+from diffa.ablation.related_parts import to_llama_config
 from diffa.ablation.study import Study, ablate
-from diffa.ablation.table import markdown, metrics, rows, runs_csv, summary_csv
-from diffa.ablation.worker import numbers
+from diffa.ablation.table import metric_names, runs_csv, study_markdown, summary_csv, summary_rows
+from diffa.ablation.vary import parse_axes, parse_axis
+from diffa.ablation.worker import flatten_numbers
 from diffa.cli import main
 from diffa.errors import SpecError
 from diffa.trainers.config import Recipe
@@ -62,19 +63,19 @@ def recipe(world: Path) -> Recipe:
 
 
 def test_values_are_split_at_commas_outside_of_brackets():
-    axis = read_axis("encoder=tiny,{name: mel, bins: 40},{name: mel, bins: [1, 2]}")
-    assert [level.label for level in axis.levels] == [
+    axis = parse_axis("encoder=tiny,{name: mel, bins: 40},{name: mel, bins: [1, 2]}")
+    assert [value.label for value in axis.values] == [
         "tiny", "{name: mel, bins: 40}", "{name: mel, bins: [1, 2]}",
     ]  # fmt: skip
-    assert axis.levels[2].value == {"name": "mel", "bins": [1, 2]}
-    assert read_axis("backbone=llada,{name: llama, seed: 3}").levels[1].label == "llama"
-    assert [level.value for level in read_axis("sampler.block_length=8,16").levels] == [8, 16]
+    assert axis.values[2].value == {"name": "mel", "bins": [1, 2]}
+    assert parse_axis("backbone=llada,{name: llama, seed: 3}").values[1].label == "llama"
+    assert [value.value for value in parse_axis("sampler.block_length=8,16").values] == [8, 16]
 
 
 def test_a_value_may_stand_in_a_file(tmp_path):
     (tmp_path / "small.yaml").write_text("name: llama\nseed: 3\n")
-    axis = read_axis(f"backbone=llada,@{tmp_path}/small.yaml")
-    assert axis.levels[1] == ("small", {"name": "llama", "seed": 3})
+    axis = parse_axis(f"backbone=llada,@{tmp_path}/small.yaml")
+    assert axis.values[1] == ("small", {"name": "llama", "seed": 3})
 
 
 @pytest.mark.parametrize(
@@ -89,62 +90,64 @@ def test_a_value_may_stand_in_a_file(tmp_path):
 )
 def test_axes_that_say_nothing_are_refused(texts, told):
     with pytest.raises(SpecError, match=told):
-        read_axes(texts)
+        parse_axes(texts)
 
 
 # --- changes ------------------------------------------------------------------------------------
 
 
 def test_adapters_are_left_out_of_spec_and_stages(world):
-    only = changed(recipe(world), "adapters", "acoustic")
+    only = override(recipe(world), "adapters", "acoustic")
     assert list(only.spec.data["adapters"]) == ["acoustic"]
     assert [stage.name for stage in only.stages] == ["tune"]  # nothing was left to align
-    both = changed(recipe(world), "adapters", "both")
+    both = override(recipe(world), "adapters", "both")
     assert list(both.spec.data["adapters"]) == ["acoustic", "semantic"]
     assert [stage.name for stage in both.stages] == ["align", "tune"]
-    assert changed(recipe(world), "adapters", "acoustic+semantic").data == both.data
+    assert override(recipe(world), "adapters", "acoustic+semantic").data == both.data
     with pytest.raises(SpecError, match="did you mean 'semantic'"):
-        changed(recipe(world), "adapters", "semantics")
+        override(recipe(world), "adapters", "semantics")
 
 
 def test_a_llama_takes_the_size_of_the_llada_it_replaces(world):
     import diffa
 
-    old, new = recipe(world).spec, changed(recipe(world), "backbone", "llama")
+    old, new = recipe(world).spec, override(recipe(world), "backbone", "llama")
     wide, swapped = (diffa.build(spec, device="meta") for spec in (old, new.spec))
     assert wide.backbone.transformer.config == swapped.backbone.transformer.config
     data = new.spec.resolve().data
     assert (data["objective"]["name"], data["sampler"]["name"]) == ("autoregressive", "greedy")
     assert data["sampler_presets"] == {} and new.stages[1].objective is None
-    assert as_llama({"d_model": 4, "mlp_ratio": 3})["intermediate_size"] == 12
+    assert to_llama_config({"d_model": 4, "mlp_ratio": 3})["intermediate_size"] == 12
 
 
 def test_weights_are_never_guessed(world):
     data = plan(world)
     data["spec"]["backbone"] = {"name": "llada", "checkpoint": "GSAI-ML/LLaDA-8B-Instruct"}
     with pytest.raises(SpecError, match="nothing says which llama has"):
-        changed(Recipe(data, world), "backbone", "llama")
+        override(Recipe(data, world), "backbone", "llama")
 
 
 def test_any_path_of_spec_or_recipe_can_be_varied(world):
     base = recipe(world)
-    assert changed(base, "sampler.block_length", 4).spec.data["sampler"]["block_length"] == 4
-    assert changed(base, "spec.sampler", "quick").spec.resolve().data["sampler"]["threshold"] == 0.5
-    assert changed(base, "stages.tune.steps", 7).stages[1].steps == 7
-    rates = changed(base, "stages.*.optimizer.lr", 1e-3).stages
+    assert override(base, "sampler.block_length", 4).spec.data["sampler"]["block_length"] == 4
+    assert (
+        override(base, "spec.sampler", "quick").spec.resolve().data["sampler"]["threshold"] == 0.5
+    )
+    assert override(base, "stages.tune.steps", 7).stages[1].steps == 7
+    rates = override(base, "stages.*.optimizer.lr", 1e-3).stages
     assert [stage.optimizer["lr"] for stage in rates] == [1e-3, 1e-3]
-    assert changed(base, "adapters.semantic.stride", 2).spec.data["adapters"]["semantic"]["stride"]
+    assert override(base, "adapters.semantic.stride", 2).spec.data["adapters"]["semantic"]["stride"]
     with pytest.raises(SpecError, match="seeds are not compared"):
-        changed(base, "seed", 3)
+        override(base, "seed", 3)
     with pytest.raises(SpecError, match=r"at backbone=llada, sampler\.block_lenth=3"):
-        cells(base, read_axes(["backbone=llada", "sampler.block_lenth=3"]), 1)
+        make_grid(base, parse_axes(["backbone=llada", "sampler.block_lenth=3"]), 1)
 
 
 # --- the grid -----------------------------------------------------------------------------------
 
 
 def trainings(base: Recipe, *vary: str, seeds: int = 1) -> int:
-    return len({cell.training for cell in cells(base, read_axes(vary), seeds)})
+    return len({cell.training for cell in make_grid(base, parse_axes(vary), seeds)})
 
 
 def test_cells_that_differ_in_decoding_alone_share_a_training(world):
@@ -169,33 +172,34 @@ def test_a_sampler_that_chooses_weights_belongs_to_the_training(world):
 
 def test_intervals_are_students():
     # t of 2 and 9 degrees of freedom, from the printed tables
-    assert statistics.quantile(2) == pytest.approx(4.303, abs=5e-4)
-    assert statistics.quantile(9) == pytest.approx(2.262, abs=5e-4)
-    found = statistics.interval([1.0, 2.0, 3.0])
+    ten = [float(value) for value in range(10)]
+    half = statistics.mean_interval(ten).half
+    assert half == pytest.approx(2.262 * stdev(ten) / 10**0.5, rel=2e-4)
+    found = statistics.mean_interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
-    assert statistics.interval([4.0]) == (4.0, None, 1)
+    assert statistics.mean_interval([4.0]) == (4.0, None, 1)
     assert found.text() == "2.0 ± 2.5"
 
 
 def test_differences_are_paired_by_seed():
-    found = statistics.paired({0: 5.0, 1: 7.0, 2: 1.0}, {0: 4.0, 1: 6.0, 9: 0.0})
+    found = statistics.paired_interval({0: 5.0, 1: 7.0, 2: 1.0}, {0: 4.0, 1: 6.0, 9: 0.0})
     assert found == (1.0, 0.0, 2)
-    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+    assert statistics.paired_interval({0: 1.0}, {1: 1.0}) is None
 
 
 def test_every_number_of_a_score_is_found():
     made = {"scores": {"a": {"value": 0.5, "low": 0.1}, "b": 2}, "name": "x", "good": True}
-    assert dict(numbers(made)) == {"scores.a": 0.5, "scores.b": 2.0}
+    assert dict(flatten_numbers(made)) == {"scores.a": 0.5, "scores.b": 2.0}
 
 
 def test_tables_say_what_was_measured(world):
-    axes = read_axes(["adapters=semantic,both", "sampler.block_length=4,8"])
-    grid = cells(recipe(world), axes, 3)
+    axes = parse_axes(["adapters=semantic,both", "sampler.block_length=4,8"])
+    grid = make_grid(recipe(world), axes, 3)
     results = {
         cell.name: {
             "metrics": {
                 "loss": 2.0,
-                "exact": 0.1 * cell.seed + (cell.settings["adapters"] == "both"),
+                "exact": 0.1 * cell.seed + (cell.labels["adapters"] == "both"),
             },
             "parameters": {"total": 1000, "trained": 10},
             "stages": ["tune"],
@@ -204,12 +208,12 @@ def test_tables_say_what_was_measured(world):
         for cell in grid[:-1]
     }
     study = Study(axes, grid, results, {}, world)
-    assert metrics(study) == ["exact", "loss"] and metrics(study, "loss")[0] == "loss"
-    found = rows(study)
+    assert metric_names(study) == ["exact", "loss"] and metric_names(study, "loss")[0] == "loss"
+    found = summary_rows(study)
     assert [row.label for row in found] == ["semantic, 4", "semantic, 8", "both, 4", "both, 8"]
-    assert found[2].against.mean == pytest.approx(1.0) and found[2].against.half < 1e-9
+    assert found[2].difference.mean == pytest.approx(1.0) and found[2].difference.half < 1e-9
     assert found[3].missing == 1 and found[3].means["exact"].n == 2
-    text = markdown(study)
+    text = study_markdown(study)
     assert "| both | 4 | 3 | 1,000 | 10 | 1.10 ± 0.25 | 2.000 ± 0.000 |" in text
     assert "1 of 12 runs have no result yet" in text
     lines = list(csv.DictReader(summary_csv(study).splitlines()))
@@ -217,7 +221,7 @@ def test_tables_say_what_was_measured(world):
     told = list(csv.DictReader(runs_csv(study).splitlines()))
     assert len(told) == 11 and "training seconds" in told[0]  # a score may have "seconds" as well
     with pytest.raises(SpecError, match="did you mean 'exact'"):
-        metrics(study, "exakt")
+        metric_names(study, "exakt")
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -225,7 +229,8 @@ def test_tables_say_what_was_measured(world):
 SCORE = """
 import json, sys
 spec = json.load(open(sys.argv[1] + "/spec.json"))
-json.dump({"block_length": {"value": spec["sampler"]["block_length"], "n": 1}}, open(sys.argv[2], "w"))
+block_length = {"value": spec["sampler"]["block_length"], "n": 1}
+json.dump({"block_length": block_length}, open(sys.argv[2], "w"))
 """
 
 
