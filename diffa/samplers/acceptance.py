@@ -1,21 +1,25 @@
-"""The rule of a sampler: which masked tokens to accept, from its options."""
+"""The acceptance rule of a sampler: which masked tokens to accept, from its options."""
 
 from __future__ import annotations
 
-import torch
+from typing import Literal
+
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import selection as select
-from diffa.samplers.blocks import Place
-from diffa.samplers.predictions import Order, Predictions
+from diffa.samplers import selection
+from diffa.samplers.blocks import BlockState
+from diffa.samplers.options import check_at_least, check_non_negative, check_shares
+from diffa.samplers.predictions import Predictions, Ranking
 from diffa.samplers.stability import Stability
-from diffa.samplers.transfer_schedule import even
+from diffa.samplers.transfer_schedule import num_transfer_tokens
+
+FactorRule = Literal["paper", "released"]
 
 
-class Rule:
-    """One of steps, threshold, factor and entropy; a threshold may be refined by one of leap,
-    spread and stable. See ``Blockwise`` for their meaning.
+class AcceptanceRule:
+    """At most one of ``steps``, ``threshold``, ``factor`` and ``entropy_bound``; a threshold may
+    be refined by one of three more. ``Blockwise`` documents the options.
 
     Raises:
         SpecError: more than one rule, or a number out of its range.
@@ -28,55 +32,33 @@ class Rule:
         steps: int | None = None,
         threshold: float | None = None,
         factor: float | None = None,
+        factor_rule: FactorRule = "paper",
         entropy_bound: float | None = None,
         neighbor_threshold: float | None = None,
         run_threshold: float | None = None,
         kl_threshold: float | None = None,
     ) -> None:
-        self.block_length, self.steps = block_length, steps
-        self.threshold, self.factor, self.entropy_bound = threshold, factor, entropy_bound
-        self.neighbor_threshold, self.run_threshold, self.kl_threshold = (
-            neighbor_threshold,
-            run_threshold,
-            kl_threshold,
+        self.block_length, self.steps, self.threshold = block_length, steps, threshold
+        self.factor, self.factor_rule, self.entropy_bound = factor, factor_rule, entropy_bound
+        self.neighbor_threshold, self.run_threshold = neighbor_threshold, run_threshold
+        self.kl_threshold = kl_threshold
+        self.kind = _only_one(
+            steps=steps, threshold=threshold, factor=factor, entropy_bound=entropy_bound
         )
-        rules = {
-            "steps": steps,
-            "threshold": threshold,
-            "factor": factor,
-            "entropy_bound": entropy_bound,
-        }
-        self.kind = _one({k: v for k, v in rules.items() if v is not None}) or "steps"
-        finer = {
-            "neighbor_threshold": neighbor_threshold,
-            "run_threshold": run_threshold,
-            "kl_threshold": kl_threshold,
-        }
-        self.finer = _one({k: v for k, v in finer.items() if v is not None})
-        if self.finer and threshold is None:
-            raise SpecError(f"{self.finer} refines a threshold: set threshold as well")
-        for name, value in {
-            "block_length": block_length,
-            "steps": 1 if steps is None else steps,
-        }.items():
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
-        for name, share in {
-            "threshold": threshold,
-            "neighbor_threshold": neighbor_threshold,
-            "run_threshold": run_threshold,
-        }.items():
-            if share is not None and not 0 <= share <= 1:
-                raise SpecError(f"{name} must lie between 0 and 1, got {share}")
-        for name, number in {
-            "factor": factor,
-            "entropy_bound": entropy_bound,
-            "kl_threshold": kl_threshold,
-        }.items():
-            positive(name, number)
+        refinement = _only_one(
+            neighbor_threshold=neighbor_threshold, run_threshold=run_threshold,
+            kl_threshold=kl_threshold,
+        )  # fmt: skip
+        if refinement and threshold is None:
+            raise SpecError(f"{refinement} refines a threshold: set threshold as well")
+        check_at_least(1, block_length=block_length, steps=steps)
+        check_shares(
+            threshold=threshold, neighbor_threshold=neighbor_threshold, run_threshold=run_threshold
+        )
+        check_non_negative(factor=factor, entropy_bound=entropy_bound, kl_threshold=kl_threshold)
 
-    def check_ranking(self, ranking: Order) -> None:
-        """Refuse an order that gives the rule nothing to test."""
+    def check_ranking(self, ranking: Ranking) -> None:
+        """Raise SpecError for a ranking whose scores the rule cannot test."""
         if self.kind in ("threshold", "factor") and ranking in ("entropy", "random"):
             raise SpecError(
                 f"ranking: {ranking!r} gives no probability to compare with {self.kind}; "
@@ -87,53 +69,44 @@ class Rule:
                 f"ranking: entropy_bound always ranks by entropy; leave out {ranking!r}"
             )
 
-    def memory(self, count: int, length: int, device: torch.device) -> Stability | None:
-        """What the rule remembers between the steps of one answer."""
-        return None if self.kl_threshold is None else Stability(count, length, device)
-
-    def take(
-        self, predictions: Predictions, place: Place, length: int, memory: Stability | None
+    def accept(
+        self, predictions: Predictions, state: BlockState, stability: Stability | None = None
     ) -> Tensor:
-        """Which of the asked slots to accept now, (B, R) bool."""
-        score, masked = predictions.score, place.masked
+        """Return which masked slots to accept in this pass, (B, R) bool.
+
+        Args:
+            predictions: The pass's predictions for the masked slots of the block.
+            state: The block of each row.
+            stability: Earlier predictions of the same canvas; needed for ``kl_threshold``.
+        """
+        score, masked = predictions.score, state.masked
         if self.threshold is not None:
             if self.neighbor_threshold is not None:
-                return select.leap(
-                    score, masked, place.places, self.threshold, self.neighbor_threshold
+                return selection.select_local_leap(
+                    score, masked, state.places, self.threshold, self.neighbor_threshold
                 )
             if self.run_threshold is not None:
-                return select.spread(
-                    score, masked, place.places, self.threshold, self.run_threshold
+                return selection.select_runs(
+                    score, masked, state.places, self.threshold, self.run_threshold
                 )
-            if memory is not None and self.kl_threshold is not None:
-                moved = memory.observe(predictions, place)
-                return select.stable(score, masked, moved, self.threshold, self.kl_threshold)
-            return select.threshold(score, masked, self.threshold)
+            if self.kl_threshold is not None and stability is not None:
+                divergence = stability.update(predictions, state)
+                return selection.select_klass(
+                    score, masked, divergence, self.threshold, self.kl_threshold
+                )
+            return selection.select_threshold(score, masked, self.threshold)
         if self.factor is not None:
-            return select.factor(score, masked, self.factor)
+            released = self.factor_rule == "released"
+            return selection.select_factor(score, masked, self.factor, released=released)
         if self.entropy_bound is not None:
-            return select.entropy_bound(-score, masked, self.entropy_bound)
-        return select.fixed(score, masked, self.quota(place, length))
-
-    def quota(self, place: Place, length: int) -> Tensor:
-        """Tokens per row (B,) by the fixed schedule."""
-        return even(
-            place.block,
-            place.since,
-            place.due,
-            steps=self.steps,
-            length=length,
-            width=self.block_length,
-        )
+            return selection.select_entropy_bound(-score, masked, self.entropy_bound)
+        counts = num_transfer_tokens(state, self.steps, self.block_length)
+        return selection.select_top_k(score, masked, counts)
 
 
-def positive(name: str, value: float | None) -> None:
-    """Refuse a number that is negative, infinite or not a number."""
-    if value is not None and not 0 <= value < float("inf"):
-        raise SpecError(f"{name} must be 0 or more, got {value}")
-
-
-def _one(options: dict[str, float]) -> str | None:
-    if len(options) > 1:
-        raise SpecError(f"choose one of {' and '.join(options)}: each decides how many tokens")
-    return next(iter(options), None)
+def _only_one(**options: float | None) -> str | None:
+    """Return the name of the option that is set, None if none is."""
+    names = [name for name, value in options.items() if value is not None]
+    if len(names) > 1:
+        raise SpecError(f"choose one of {' and '.join(names)}: each decides how many tokens")
+    return names[0] if names else None

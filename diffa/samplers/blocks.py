@@ -1,4 +1,4 @@
-"""Where each row of a canvas works: blocks from left to right, each row at its own pace."""
+"""Where each row of a canvas is decoding: blocks from left to right, each row at its own pace."""
 
 from __future__ import annotations
 
@@ -13,110 +13,148 @@ if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas
 
 
-class Place(NamedTuple):
-    """Where each row works now.
+class BlockState(NamedTuple):
+    """The block that each row is decoding in this forward pass.
+
+    Shapes: B rows, R masked slots of the widest row. Slots count from the canvas's start, places
+    from the answer's start::
+
+        slots    0 ......... start ... end .........
+                 prompt      |-block--|  later blocks
+        places   -           0 + block * block_length ...
 
     Attributes:
-        alive: rows with anything left to do, (B,) bool.
-        block: the active block, (B,); its slots run from ``first`` to before ``end``, (B,).
-        fresh: rows that have just entered their block, (B,) bool.
-        step: steps since the start, (B,); ``since`` those since the block began.
-        due: masks that the block began with, (B,).
-        rows: the block's masked slots, (B, R), -1 where there are no more.
-        places: the same, counted from the answer's start.
+        active: (B,) bool, rows with masks left. The other rows wait.
+        block: (B,) number of the block.
+        start: (B,) first slot of the block.
+        end: (B,) slot after the block.
+        entered: (B,) bool, rows that have just entered the block.
+        step: (B,) steps since decoding began.
+        block_step: (B,) steps since the row entered the block.
+        initial_masks: (B,) masks when the row entered the block.
+        masked_slots: (B, R) slots of the block that are masks, -1 for padding.
+        places: (B, R) the same slots as indices within the answer.
+        answer_length: Answer tokens per row, A.
     """
 
-    alive: Tensor
+    active: Tensor
     block: Tensor
-    first: Tensor
+    start: Tensor
     end: Tensor
-    fresh: Tensor
+    entered: Tensor
     step: Tensor
-    since: Tensor
-    due: Tensor
-    rows: Tensor
+    block_step: Tensor
+    initial_masks: Tensor
+    masked_slots: Tensor
     places: Tensor
+    answer_length: int
 
     @property
     def masked(self) -> Tensor:
-        """Which of ``rows`` there are, (B, R) bool."""
-        return self.rows >= 0
+        """Which of ``masked_slots`` are no padding, (B, R) bool."""
+        return self.masked_slots >= 0
+
+    @property
+    def memory_index(self) -> tuple[Tensor, Tensor]:
+        """Index of the masked slots in a (B, A + 1, ...) tensor; padding gets the last column."""
+        column = torch.where(self.masked, self.places, self.answer_length)
+        return torch.arange(len(column), device=column.device)[:, None], column
 
 
-class Blocks:
-    """Follows every row through its blocks of ``width`` tokens."""
+class BlockTracker:
+    """Follows every row of a canvas through blocks of ``block_length`` answer tokens."""
 
-    def __init__(self, canvas: Canvas, width: int) -> None:
-        self._canvas, self._width = canvas, width
-        self._columns = torch.arange(width, device=canvas.tokens.device)
+    def __init__(self, canvas: Canvas, block_length: int) -> None:
+        self._canvas, self._block_length = canvas, block_length
+        self._columns = torch.arange(block_length, device=canvas.tokens.device)
         self._block = torch.full_like(canvas.seeds, -1)
-        self._step, self._entered, self._due = (torch.zeros_like(self._block) for _ in range(3))
+        self._step, self._entry_step, self._initial_masks = (
+            torch.zeros_like(self._block) for _ in range(3)
+        )
 
-    def enter(self) -> Place | None:
-        """Return where the rows work now, or None when nothing is left to do."""
-        canvas, width = self._canvas, self._width
+    def current(self) -> BlockState | None:
+        """Return each row's leftmost block with masks, or None when no row has masks left."""
+        canvas, width = self._canvas, self._block_length
         masked = canvas.undecided()
-        alive = masked.any(dim=1)
-        if not bool(alive.any()):
+        active = masked.any(dim=1)
+        if not bool(active.any()):
             return None
-        block = torch.where(alive, masked.int().argmax(dim=1) // width, self._block)
-        fresh = (block != self._block) & alive
+        block = torch.where(active, masked.int().argmax(dim=1) // width, self._block)
+        entered = (block != self._block) & active
         places = block[:, None] * width + self._columns
-        inside = alive[:, None] & (places < canvas.length)
-        open_ = masked.gather(1, places.clamp(0, canvas.length - 1)) & inside
+        inside = active[:, None] & (places < canvas.length)
+        in_block = masked.gather(1, places.clamp(0, canvas.length - 1)) & inside
         self._block = block
-        self._entered = torch.where(fresh, self._step, self._entered)
-        self._due = torch.where(fresh, open_.sum(dim=1), self._due)
-        first = canvas.start + block.clamp(min=0) * width  # a row that was done at once has none
-        rows = asked(torch.where(open_, canvas.start + places, -1))
-        return Place(
-            alive=alive,
+        self._entry_step = torch.where(entered, self._step, self._entry_step)
+        self._initial_masks = torch.where(entered, in_block.sum(dim=1), self._initial_masks)
+        # A row without masks from the start has never entered a block: its number is still -1.
+        start = canvas.start + block.clamp(min=0) * width
+        slots = drop_padding(torch.where(in_block, canvas.start + places, -1))
+        return BlockState(
+            active=active,
             block=block,
-            first=first,
-            end=(first + width).clamp(max=canvas.start + canvas.length),
-            fresh=fresh,
+            start=start,
+            end=(start + width).clamp(max=canvas.start + canvas.length),
+            entered=entered,
             step=self._step,
-            since=self._step - self._entered,
-            due=self._due,
-            rows=rows,
-            places=rows - canvas.start,
+            block_step=self._step - self._entry_step,
+            initial_masks=self._initial_masks,
+            masked_slots=slots,
+            places=slots - canvas.start,
+            answer_length=canvas.length,
         )
 
     def advance(self, steps: Tensor | int = 1) -> None:
-        """Count ``steps`` taken, for all rows or for each (B,)."""
+        """Count ``steps``, for all rows or for each row (B,)."""
         self._step = self._step + steps
 
 
-def asked(slots: Tensor) -> Tensor:
-    """Drop padding from slots (B, R). A GPU keeps it: a fixed shape, and no waiting for counts."""
-    if slots.is_cuda:
+def block_slots(canvas: Canvas, state: BlockState, width: int) -> tuple[Tensor, Tensor]:
+    """Return all slots (B, W) of each row's block, and which of them exist, (B, W) bool."""
+    slots = state.start[:, None] + torch.arange(width, device=state.start.device)
+    exists = (slots < state.end[:, None]) & state.active[:, None]
+    return slots.clamp(max=canvas.start + canvas.length - 1), exists
+
+
+def drop_padding(slots: Tensor) -> Tensor:
+    """Drop columns that are -1 in every row of slots (B, R), moving -1 to the right."""
+    if slots.is_cuda:  # a fixed shape, and no wait for a count on the device
         return slots
-    most = int((slots >= 0).sum(dim=1).max())
-    first = (slots < 0).sort(dim=1, stable=True).indices[:, :most]
-    return slots.gather(1, first)
+    longest = int((slots >= 0).sum(dim=1).max())
+    order = (slots < 0).sort(dim=1, stable=True).indices[:, :longest]
+    return slots.gather(1, order)
 
 
-def end(canvas: Canvas, given: Tensor) -> None:
-    """Fill rows with EOS behind a first EOS that has nothing undecided before it; tokens that
-    were ``given`` (B, A) stay."""
+def fill_after_eos(canvas: Canvas, draft: Tensor) -> None:
+    """Fill a row with EOS after its first EOS, once no mask is left before that EOS.
+
+    Tokens of the ``draft`` (B, A) bool stay.
+    """
     answer, eos = canvas.answer, canvas.vocab.eos
     ended = (answer == eos).cumsum(dim=1) > 0
     settled = ~((answer == canvas.vocab.mask) & ~ended).any(dim=1, keepdim=True)
-    behind = ended & settled & (answer != eos) & ~given
-    if bool(behind.any()):
-        canvas.fill(behind, eos)
+    after = ended & settled & (answer != eos) & ~draft
+    if bool(after.any()):
+        canvas.fill(after, eos)
 
 
-def snapshot(canvas: Canvas, revised: int | None = None, given: Tensor | None = None) -> Step:
-    """The canvas as callers see it after a forward.
+def make_step(
+    canvas: Canvas, *, draft: Tensor | None = None, revisable_block_length: int | None = None
+) -> Step:
+    """Return what callers see of the canvas after a forward pass.
 
-    Where tokens may still be ``revised`` in blocks of that width, only finished blocks are final.
-    Where an EOS may still end a row, only what was ``given`` (B, A) or has no mask before it is.
+    Args:
+        canvas: The canvas after the pass.
+        draft: (B, A) bool, tokens of a draft. Given where ``fill_after_eos`` may still replace
+            tokens: then only the draft and tokens with no mask before them are final.
+        revisable_block_length: Given where tokens of the current block may be masked again: then
+            only blocks of this length that are complete are final.
     """
     masked = canvas.undecided()
-    final = ~masked if given is None else given | (masked.cumsum(dim=1) == 0)
-    if revised is not None:
+    final = ~masked if draft is None else draft | (masked.cumsum(dim=1) == 0)
+    if revisable_block_length is not None:
+        width = revisable_block_length
         done = ~masked.any(dim=1, keepdim=True)
-        first = masked.int().argmax(dim=1, keepdim=True) // revised * revised
-        final = done | (torch.arange(canvas.length, device=masked.device) < first)
+        current = masked.int().argmax(dim=1, keepdim=True) // width * width
+        final = done | (torch.arange(canvas.length, device=masked.device) < current)
     return Step(canvas.answer.clone(), final, canvas.confidence.clone())

@@ -1,23 +1,35 @@
-"""Iterative unmasking in blocks, left to right: LLaDA's, DIFFA's and Fast-dLLM's decoding."""
+"""Iterative unmasking in blocks, left to right: the decoding of LLaDA, DIFFA and Fast-dLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal, cast
 
+import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers import recompute as slots
-from diffa.samplers.acceptance import Rule, positive
-from diffa.samplers.blocks import Place
+from diffa.samplers.acceptance import AcceptanceRule, FactorRule
+from diffa.samplers.blocks import BlockState, BlockTracker, fill_after_eos, make_step
 from diffa.samplers.credit import Credit
-from diffa.samplers.loop import unmask
-from diffa.samplers.predictions import Order, Predictions, clean, guided, read
+from diffa.samplers.options import check_non_negative
+from diffa.samplers.predictions import Predictions, Ranking, apply_cfg, exclude_mask, predict
+from diffa.samplers.recompute import (
+    AudioRefresh,
+    BlockCache,
+    CacheMode,
+    DriftRefresh,
+    RecomputePolicy,
+    RecomputeSlots,
+    SuffixWindow,
+    check_recompute_options,
+)
+from diffa.samplers.stability import Stability
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas
+    from diffa.canvas.denoiser import Denoiser
 
 
 class Blockwise:
@@ -35,6 +47,8 @@ class Blockwise:
             pass (Fast-dLLM, arXiv 2505.22618).
         factor: Accept the n most confident tokens while (n + 1)(1 - c_n) < factor (Fast-dLLM;
             DIFFA-2: 1.0).
+        factor_rule: Follow the paper's inequality, or the released loop of Fast-dLLM and DIFFA-2,
+            which also accepts all tokens where only the least confident one fails.
         entropy_bound: Accept tokens of lowest entropy while the entropies before sum up to at most
             this many nats (EB sampler, arXiv 2505.24857).
         neighbor_threshold: With ``threshold``, a lower threshold within four positions of a token
@@ -79,89 +93,106 @@ class Blockwise:
         steps: int | None = None,
         threshold: float | None = None,
         factor: float | None = None,
+        factor_rule: FactorRule = "paper",
         entropy_bound: float | None = None,
         neighbor_threshold: float | None = None,
         run_threshold: float | None = None,
         kl_threshold: float | None = None,
         credit_strength: float = 0.0,
-        ranking: Order = "confidence",
+        ranking: Ranking = "confidence",
         temperature: float = 0.0,
         cfg_scale: float = 0.0,
         cfg_drop: Literal["text", "audio", "both"] = "text",
-        cache: Literal["none", "prefix", "dual"] = "none",
+        cache: CacheMode = "none",
         vicinity_window: int = 0,
         suffix_window: int | None = None,
         audio_refresh_interval: int = 1,
         drift_threshold: float = 0.0,
         stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(
-            block_length=block_length, steps=steps, threshold=threshold, factor=factor, entropy_bound=entropy_bound,
-            neighbor_threshold=neighbor_threshold, run_threshold=run_threshold, kl_threshold=kl_threshold,
+        self.rule = AcceptanceRule(
+            block_length=block_length, steps=steps, threshold=threshold, factor=factor,
+            factor_rule=factor_rule, entropy_bound=entropy_bound, run_threshold=run_threshold,
+            neighbor_threshold=neighbor_threshold, kl_threshold=kl_threshold,
         )  # fmt: skip
         self.rule.check_ranking(ranking)
-        numbers = {
-            "temperature": temperature,
-            "cfg_scale": cfg_scale,
-            "credit_strength": credit_strength,
-        }
-        for name, value in numbers.items():
-            positive(name, value)
-        slots.check(vicinity_window, suffix_window, audio_refresh_interval, drift_threshold, cache)
+        check_non_negative(
+            temperature=temperature, cfg_scale=cfg_scale, credit_strength=credit_strength
+        )
+        check_recompute_options(
+            vicinity_window=vicinity_window, suffix_window=suffix_window, cache=cache,
+            audio_refresh_interval=audio_refresh_interval, drift_threshold=drift_threshold,
+        )  # fmt: skip
         if cfg_scale and drift_threshold:
             raise SpecError("drift_threshold and cfg_scale do not combine: leave one of them out")
         self.vocab, self.block_length, self.credit_strength = vocab, block_length, credit_strength
-        self.ranking: Order = "entropy" if entropy_bound is not None else ranking
+        self.ranking: Ranking = "entropy" if entropy_bound is not None else ranking
         self.temperature, self.cfg_scale, self.cfg_drop = temperature, cfg_scale, cfg_drop
-        self.cache: slots.Cache = cache
+        self.cache: CacheMode = cache
         self.vicinity_window, self.suffix_window = vicinity_window, suffix_window
-        self.audio_refresh_interval, self.drift_threshold, self.stop_at_eos = (
-            audio_refresh_interval,
-            drift_threshold,
-            stop_at_eos,
-        )
+        self.audio_refresh_interval = audio_refresh_interval
+        self.drift_threshold, self.stop_at_eos = drift_threshold, stop_at_eos
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
-        if self.cfg_scale:
-            canvas.add_unconditional(self.cfg_drop)
-        size = canvas.count, canvas.length, canvas.tokens.device
-        memory, credit = self.rule.memory(*size), None
-        if self.credit_strength:
-            credit = Credit(*size, strength=self.credit_strength)
-
-        def understand(logits: Tensor, place: Place) -> Predictions:
-            logits = guided(logits, self.cfg_scale) if self.cfg_scale else logits
-            logits = clean(logits, self.vocab.mask)
-            return read(
-                logits if credit is None else credit.raise_(logits, place),
-                seeds=canvas.seeds,
-                step=place.step,
-                places=place.places,
-                ranking=self.ranking,
-                temperature=self.temperature,
-            )
-
-        return unmask(
+        """Fill the masks of the canvas's answers, yielding after every forward pass."""
+        stability = None if self.rule.kl_threshold is None else Stability(canvas)
+        return self.unmask(
             canvas,
             denoise,
-            block_length=self.block_length,
-            understand=understand,
-            take=lambda predictions, place: self.rule.take(
-                predictions, place, canvas.length, memory
-            ),
-            slots=slots.Slots(self._policies(canvas, denoise)),
-            stop_at_eos=self.stop_at_eos,
+            lambda predictions, state: self.rule.accept(predictions, state, stability),
         )
 
-    def _policies(self, canvas: Canvas, denoise: Any) -> list[slots.Policy]:
-        chosen: list[slots.Policy] = []
+    def unmask(
+        self,
+        canvas: Canvas,
+        denoise: Denoise,
+        accept: Callable[[Predictions, BlockState], Tensor],
+    ) -> Iterator[Step]:
+        """Run the decoding loop with any acceptance rule; other samplers build on it.
+
+        Args:
+            canvas: What to fill. Between two passes the caller may mask tokens again.
+            denoise: Runs one forward pass of the backbone.
+            accept: Returns which masked slots (B, R) to accept now.
+        """
+        if self.cfg_scale:
+            canvas.add_unconditional(self.cfg_drop)  # doubles the rows: conditional, then unconditional
+        draft = ~canvas.undecided()  # answer tokens that were given
+        blocks = BlockTracker(canvas, self.block_length)
+        recompute_slots = RecomputeSlots(self._policies(canvas, denoise))
+        credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
+        # Each row decodes its leftmost block with masks; rows advance independently.
+        while (state := blocks.current()) is not None:
+            # Logits (B, R, V) of the block's masks. Slots not recomputed come from the KV cache.
+            recompute, write = recompute_slots(canvas, state)
+            logits = denoise(recompute, state.masked_slots, write=write)
+            if self.cfg_scale:
+                logits = apply_cfg(logits, self.cfg_scale)
+            logits = exclude_mask(logits, self.vocab.mask)
+            if credit is not None:
+                logits = credit.boost(logits, state)
+            predictions = predict(
+                logits, seeds=canvas.seeds, step=state.step, places=state.places,
+                ranking=self.ranking, temperature=self.temperature,
+            )  # fmt: skip
+            # Accepted tokens are written once; all other slots of the block stay masks.
+            accepted = torch.where(accept(predictions, state), state.masked_slots, -1)
+            canvas.write(accepted, predictions.tokens, predictions.confidence)
+            if self.stop_at_eos:
+                fill_after_eos(canvas, draft)
+            blocks.advance()
+            yield make_step(canvas, draft=draft if self.stop_at_eos else None)
+
+    def _policies(self, canvas: Canvas, denoise: Denoise) -> list[RecomputePolicy]:
+        """Build the policies that the options ask for."""
+        policies: list[RecomputePolicy] = []
         if self.cache != "none":
-            chosen.append(slots.Remembered(self.cache, self.vicinity_window))
+            policies.append(BlockCache(self.cache, self.vicinity_window))
         if self.suffix_window is not None:
-            chosen.append(slots.Suffix(self.suffix_window))
+            policies.append(SuffixWindow(self.suffix_window))
         if self.audio_refresh_interval > 1:
-            chosen.append(slots.LazyAudio(self.audio_refresh_interval, canvas))
+            policies.append(AudioRefresh(self.audio_refresh_interval, canvas))
         if self.drift_threshold:
-            chosen.append(slots.Drift(self.drift_threshold, canvas, denoise.kv_cache))
-        return chosen
+            denoiser = cast("Denoiser", denoise)  # only a KV cache knows how far keys have moved
+            policies.append(DriftRefresh(self.drift_threshold, canvas, denoiser.kv_cache))
+        return policies

@@ -1,48 +1,53 @@
-"""Credit for tokens that kept being the likeliest (CreditDecoding, arXiv 2510.06133)."""
+"""Credit for tokens that keep ranking first (CreditDecoding, arXiv 2510.06133)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diffa.samplers.blocks import Place
+from diffa.samplers.blocks import BlockState
+
+if TYPE_CHECKING:
+    from diffa.canvas.canvas import Canvas
 
 
 class Credit:
-    """Raises logits by strength * log(1 + E): E decays, and grows where a token ranks first.
+    """Raise logits by ``strength`` * log(1 + E) for a credit E per slot and token.
 
-    Only the ``room`` strongest tokens of a slot are remembered, not the whole vocabulary.
+    At every pass E decays by ``decay``, and the slot's first token gains p ** ``power`` for its
+    probability p. Only the ``tokens_per_slot`` highest credits of a slot are kept.
     """
 
     def __init__(
         self,
-        count: int,
-        length: int,
-        device: torch.device,
+        canvas: Canvas,
         *,
         strength: float,
         decay: float = 0.8,
         power: float = 0.2,
-        room: int = 4,
+        tokens_per_slot: int = 4,
     ) -> None:
         self._strength, self._decay, self._power = strength, decay, power
-        self._dump = length  # the last column takes what padding would write
-        self._ids = torch.zeros(count, length + 1, room, dtype=torch.long, device=device)
-        self._energy = torch.zeros(count, length + 1, room, device=device)
+        shape = (canvas.count, canvas.length + 1, tokens_per_slot)  # see BlockState.memory_index
+        self._ids = torch.zeros(shape, dtype=torch.long, device=canvas.tokens.device)
+        self._credit = torch.zeros(shape, device=canvas.tokens.device)
 
-    def raise_(self, logits: Tensor, place: Place) -> Tensor:
-        """Credit the leaders of clean logits (B, R, V), then raise all tokens with credit."""
-        at = torch.where(place.masked, place.places, self._dump)
-        row = torch.arange(len(at), device=at.device)[:, None]
-        best, leader = logits.max(dim=-1, keepdim=True)
-        share = (best - logits.logsumexp(dim=-1, keepdim=True)).exp() ** self._power
-        ids, energy = self._ids[row, at], self._energy[row, at] * self._decay
-        known = (ids == leader) & (energy > 0)
-        weakest = energy.argmin(dim=-1, keepdim=True)
-        slot = torch.where(known.any(dim=-1, keepdim=True), known.int().argmax(-1, True), weakest)
-        kept = torch.where(known.any(dim=-1, keepdim=True), energy.gather(-1, slot), 0.0)
-        energy = energy.scatter(-1, slot, kept + share.to(energy.dtype))
-        ids = ids.scatter(-1, slot, leader)
-        self._ids[row, at], self._energy[row, at] = ids, energy
-        more = self._strength * energy.log1p()
-        return logits.scatter_add(-1, ids, torch.where(energy > 0, more, 0.0).to(logits.dtype))
+    def boost(self, logits: Tensor, state: BlockState) -> Tensor:
+        """Credit the first token of each slot, and return the raised logits (B, R, V)."""
+        index = state.memory_index
+        best, first = logits.max(dim=-1, keepdim=True)
+        gain = (best - logits.logsumexp(dim=-1, keepdim=True)).exp() ** self._power
+        ids, credit = self._ids[index], self._credit[index] * self._decay
+        match = (ids == first) & (credit > 0)
+        known = match.any(dim=-1, keepdim=True)
+        # A token without credit takes the place of the lowest one.
+        lowest = credit.argmin(dim=-1, keepdim=True)
+        place = torch.where(known, match.int().argmax(-1, True), lowest)
+        old = torch.where(known, credit.gather(-1, place), 0.0)
+        credit = credit.scatter(-1, place, old + gain.to(credit.dtype))
+        ids = ids.scatter(-1, place, first)
+        self._ids[index], self._credit[index] = ids, credit
+        bonus = torch.where(credit > 0, self._strength * credit.log1p(), 0.0)
+        return logits.scatter_add(-1, ids, bonus.to(logits.dtype))

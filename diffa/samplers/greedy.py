@@ -1,4 +1,4 @@
-"""Left-to-right decoding for causal backbones: the likeliest token, or one from the nucleus."""
+"""Left-to-right decoding for causal backbones: greedy, or nucleus sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers.rng import categorical, uniform
+from diffa.samplers.options import check_non_negative
+from diffa.samplers.rng import sample_categorical, slot_uniform
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -40,56 +41,50 @@ class Greedy:
         top_p: float = 1.0,
         stop_at_eos: bool = True,
     ) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise SpecError(f"temperature must be 0 or more, got {temperature}")
+        check_non_negative(temperature=temperature)
         if not 0 < top_p <= 1:
             raise SpecError(f"top_p must lie above 0 and up to 1, got {top_p}")
-        self.vocab, self.temperature, self.top_p, self.stop_at_eos = (
-            vocab,
-            temperature,
-            top_p,
-            stop_at_eos,
-        )
+        self.vocab, self.temperature, self.top_p = vocab, temperature, top_p
+        self.stop_at_eos = stop_at_eos
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
-        ahead = torch.arange(canvas.start, device=canvas.tokens.device)
-        there = canvas.valid[:, : canvas.start]
-        recompute = torch.where(there, ahead, -1)
-        rows = torch.where(there, ahead, -1).amax(dim=1, keepdim=True)
-        alive = torch.ones_like(canvas.seeds, dtype=torch.bool)
+        """Write the canvas's answers, yielding after every forward pass."""
+        prompt = torch.arange(canvas.start, device=canvas.tokens.device)
+        recompute = torch.where(canvas.valid[:, : canvas.start], prompt, -1)
+        newest = recompute.amax(dim=1, keepdim=True)  # its logits predict the next token
+        active = torch.ones_like(canvas.seeds, dtype=torch.bool)
         final = torch.zeros_like(canvas.answer, dtype=torch.bool)
         for place in range(canvas.length):
-            slot = torch.where(alive, canvas.start + place, -1)[:, None]
-            tokens, confidence = self._read(denoise(recompute, rows), canvas.seeds, place, slot)
+            slot = torch.where(active, canvas.start + place, -1)[:, None]
+            tokens, confidence = self._next_token(denoise(recompute, newest), canvas.seeds, place)
             canvas.write(slot, tokens, confidence)
             final[:, place] = True
             if self.stop_at_eos:
-                ended = alive & (tokens[:, 0] == self.vocab.eos)
-                behind = torch.arange(canvas.length, device=slot.device) > place
-                canvas.fill(ended[:, None] & behind, self.vocab.eos)
+                ended = active & (tokens[:, 0] == self.vocab.eos)
+                after = torch.arange(canvas.length, device=slot.device) > place
+                canvas.fill(ended[:, None] & after, self.vocab.eos)
                 final |= ended[:, None]
-                alive = alive & ~ended
+                active = active & ~ended
             yield Step(canvas.answer.clone(), final.clone(), canvas.confidence.clone())
-            if not bool(alive.any()):
+            if not bool(active.any()):
                 return
-            recompute = rows = torch.where(alive[:, None], slot, -1)
+            recompute = newest = torch.where(active[:, None], slot, -1)
 
-    def _read(
-        self, logits: Tensor, seeds: Tensor, place: int, slot: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Choose a token (B, 1) from logits (B, 1, V); return it with its probability."""
+    def _next_token(self, logits: Tensor, seeds: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Return a token (B, 1) and its probability from logits (B, 1, V)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        shares = logits.softmax(dim=-1)
+        probabilities = logits.softmax(dim=-1)
         if not self.temperature:
-            confidence, tokens = shares.max(dim=-1)
+            confidence, tokens = probabilities.max(dim=-1)
             return tokens, confidence
-        step = torch.full_like(seeds, place)
-        draws = uniform(seeds, step, slot - slot, stream=1)
-        tokens = categorical(self._nucleus(logits), self.temperature, draws)
-        return tokens, shares.gather(-1, tokens[..., None])[..., 0]
+        draws = slot_uniform(
+            seeds, torch.full_like(seeds, place), torch.zeros_like(seeds)[:, None], stream=1
+        )
+        tokens = sample_categorical(self._nucleus(logits), self.temperature, draws)
+        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
 
     def _nucleus(self, logits: Tensor) -> Tensor:
+        """Exclude tokens outside the smallest set whose probabilities reach ``top_p``."""
         if self.top_p == 1:
             return logits
         ordered, order = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)

@@ -1,4 +1,4 @@
-"""Find the answer's length: grow the canvas until its end is seen, or cut it there."""
+"""Choose the answer's length while decoding: grow the canvas, or cut it (DAEDAL)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
-from diffa.samplers.acceptance import Rule
-from diffa.samplers.blocks import Place, snapshot
-from diffa.samplers.lengths import insert, resize
-from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import Predictions, clean
+from diffa.samplers.blocks import BlockState, make_step
+from diffa.samplers.blockwise import Blockwise
+from diffa.samplers.lengths import insert_masks, resize_answers
+from diffa.samplers.options import check_at_least, check_shares
+from diffa.samplers.predictions import Predictions, exclude_mask
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -68,91 +67,78 @@ class Growing:
         cut_threshold: float = 0.0,
         stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block_length=block_length, steps=steps, threshold=threshold)
-        for name, value in {
-            "initial_length": initial_length,
-            "expansion_length": expansion_length,
-            "eos_check_tokens": eos_check_tokens,
-        }.items():
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
-        for name, share in {
-            "eos_threshold": eos_threshold,
-            "insert_threshold": insert_threshold,
-            "cut_threshold": cut_threshold,
-        }.items():
-            if not 0 <= share <= 1:
-                raise SpecError(f"{name} must lie between 0 and 1, got {share}")
-        if insert_length < 0:
-            raise SpecError(f"insert_length must be at least 0, got {insert_length}")
-        self.vocab, self.block_length, self.loop = (
-            vocab,
-            block_length,
-            Loop(block_length, stop_at_eos=stop_at_eos),
-        )
-        self.initial_length, self.expansion_length, self.eos_check_tokens, self.eos_threshold = (
-            initial_length,
-            expansion_length,
-            eos_check_tokens,
-            eos_threshold,
-        )
-        self.insert_length, self.insert_threshold, self.cut_threshold = (
-            insert_length,
-            insert_threshold,
-            cut_threshold,
-        )
+        check_at_least(
+            1, initial_length=initial_length, expansion_length=expansion_length,
+            eos_check_tokens=eos_check_tokens,
+        )  # fmt: skip
+        check_at_least(0, insert_length=insert_length)
+        check_shares(
+            eos_threshold=eos_threshold, insert_threshold=insert_threshold,
+            cut_threshold=cut_threshold,
+        )  # fmt: skip
+        self.blockwise = Blockwise(
+            vocab, block_length=block_length, steps=steps, threshold=threshold,
+            stop_at_eos=stop_at_eos,
+        )  # fmt: skip
+        self.block_length, self.initial_length = block_length, initial_length
+        self.expansion_length, self.eos_check_tokens = expansion_length, eos_check_tokens
+        self.eos_threshold, self.cut_threshold = eos_threshold, cut_threshold
+        self.insert_length, self.insert_threshold = insert_length, insert_threshold
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Find the lengths, then fill the canvas's answers, yielding after every forward."""
-        ours = canvas.undecided()
-        places = torch.arange(canvas.length, device=ours.device)
-        given = torch.where(ours, 0, places + 1).amax(dim=1)  # a draft is never cut off
-        size = torch.full_like(given, canvas.length if self.cut_threshold else self.initial_length)
-        size = size.maximum(given).clamp(max=canvas.length)
-        busy = ours.any(dim=1) & ((size < canvas.length) | bool(self.cut_threshold))
-        resize(canvas, ours, size)
-        while bool(busy.any()):
-            share, rows = self._ends(canvas, denoise, ours, size, busy)
+        """Choose the lengths, then fill all masks, yielding after every forward pass."""
+        writable = canvas.undecided()
+        places = torch.arange(canvas.length, device=writable.device)
+        # A draft is never cut off: rows are at least as long as their last given token.
+        shortest = torch.where(writable, 0, places + 1).amax(dim=1)
+        first = canvas.length if self.cut_threshold else self.initial_length
+        length = torch.full_like(shortest, first).maximum(shortest).clamp(max=canvas.length)
+        pending = writable.any(dim=1) & ((length < canvas.length) | bool(self.cut_threshold))
+        resize_answers(canvas, writable, length)
+        while bool(pending.any()):
+            p_eos, slots = self._eos_probability(canvas, denoise, writable, length, pending)
             if self.cut_threshold:
-                hit = (share >= self.cut_threshold) & (rows >= 0)
-                first = torch.where(hit, rows - canvas.start + 1, canvas.length).amin(dim=1)
-                size, busy = first.maximum(given), busy & False
+                ends = (p_eos >= self.cut_threshold) & (slots >= 0)
+                cut = torch.where(ends, slots - canvas.start + 1, canvas.length).amin(dim=1)
+                length, pending = cut.maximum(shortest), pending & False
             else:
-                mean = share.sum(dim=1) / (rows >= 0).sum(dim=1).clamp(min=1)
-                busy = busy & (mean < self.eos_threshold)
-                size = torch.where(busy, size + self.expansion_length, size).clamp(
-                    max=canvas.length
-                )
-                busy = busy & (size < canvas.length)
-            resize(canvas, ours, size)
-            yield snapshot(canvas, revised=self.block_length)
-        yield from self._fill(canvas, denoise, ours, size)
+                mean = p_eos.sum(dim=1) / (slots >= 0).sum(dim=1).clamp(min=1)
+                pending = pending & (mean < self.eos_threshold)
+                longer = length + self.expansion_length
+                length = torch.where(pending, longer, length).clamp(max=canvas.length)
+                pending = pending & (length < canvas.length)
+            resize_answers(canvas, writable, length)
+            yield make_step(canvas, revisable_block_length=self.block_length)
+        yield from self._fill(canvas, denoise, writable, length)
 
-    def _ends(
-        self, canvas: Canvas, denoise: Denoise, ours: Tensor, size: Tensor, busy: Tensor
+    def _eos_probability(
+        self, canvas: Canvas, denoise: Denoise, writable: Tensor, length: Tensor, pending: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Probability of EOS (B, R) at the slots (B, R) that are asked for it."""
-        places = torch.arange(canvas.length, device=size.device)
+        """Return the EOS probability (B, A) at the slots (B, A) that decide about the length."""
+        places = torch.arange(canvas.length, device=length.device)
         tail = canvas.length if self.cut_threshold else self.eos_check_tokens
-        near = (places < size[:, None]) & (places >= size[:, None] - tail)
-        rows = torch.where(near & ours & busy[:, None], places + canvas.start, -1)
-        logits = clean(denoise(None, rows, write=False), canvas.vocab.mask)
-        share = logits.softmax(dim=-1)[..., canvas.vocab.eos]
-        return torch.where(rows >= 0, share, 0.0), rows
+        near = (places < length[:, None]) & (places >= length[:, None] - tail)
+        slots = torch.where(near & writable & pending[:, None], places + canvas.start, -1)
+        logits = exclude_mask(denoise(None, slots, write=False), canvas.vocab.mask)
+        p_eos = logits.softmax(dim=-1)[..., canvas.vocab.eos]
+        return torch.where(slots >= 0, p_eos, 0.0), slots
 
-    def _fill(self, canvas: Canvas, denoise: Denoise, ours: Tensor, size: Tensor) -> Iterator[Step]:
-        """Unmask the canvas, inserting masks where the model is at a loss."""
-        spot = torch.full_like(size, canvas.length)
+    def _fill(
+        self, canvas: Canvas, denoise: Denoise, writable: Tensor, length: Tensor
+    ) -> Iterator[Step]:
+        """Decode the canvas, inserting masks where the least confident mask is in doubt."""
+        doubtful_place = torch.full_like(length, canvas.length)
 
-        def take(predictions: Predictions, place: Place) -> Tensor:
-            taken = self.rule.take(predictions, place, canvas.length, None)
-            left = predictions.confidence.masked_fill(~place.masked | taken, torch.inf)
-            least, where = left.min(dim=1)
-            found = place.places.gather(1, where[:, None])[:, 0]
-            spot.copy_(torch.where(least < self.insert_threshold, found, canvas.length))
-            return taken
+        def accept(predictions: Predictions, state: BlockState) -> Tensor:
+            accepted = self.blockwise.rule.accept(predictions, state)
+            left = predictions.confidence.masked_fill(~state.masked | accepted, torch.inf)
+            lowest, index = left.min(dim=1)
+            place = state.places.gather(1, index[:, None])[:, 0]
+            doubtful = lowest < self.insert_threshold
+            doubtful_place.copy_(torch.where(doubtful, place, canvas.length))
+            return accepted
 
-        for _ in self.loop(canvas, denoise, take):
+        for _ in self.blockwise.unmask(canvas, denoise, accept):
             if self.insert_length:
-                size = insert(canvas, ours, size, spot, self.insert_length)
-            yield snapshot(canvas, revised=self.block_length)
+                length = insert_masks(canvas, writable, length, doubtful_place, self.insert_length)
+            yield make_step(canvas, revisable_block_length=self.block_length)

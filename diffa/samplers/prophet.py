@@ -1,4 +1,4 @@
-"""Early commit: once the leaders are clear enough, the whole block is written at once."""
+"""Early commit: write the whole block once the model is sure of its tokens (Prophet)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.samplers.acceptance import Rule, positive
-from diffa.samplers.blocks import Place
-from diffa.samplers.loop import Loop
+from diffa.samplers.blocks import BlockState
+from diffa.samplers.blockwise import Blockwise
+from diffa.samplers.options import check_non_negative
 from diffa.samplers.predictions import Predictions
-from diffa.samplers.recompute import Cache
+from diffa.samplers.recompute import CacheMode
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -53,34 +53,31 @@ class Prophet:
         early_gap: float = 7.5,
         middle_gap: float = 5.0,
         late_gap: float = 2.5,
-        cache: Cache = "none",
+        cache: CacheMode = "none",
         stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block_length=block_length, steps=steps)
-        for name, value in {
-            "early_gap": early_gap,
-            "middle_gap": middle_gap,
-            "late_gap": late_gap,
-        }.items():
-            positive(name, value)
-        self.vocab, self.bounds = vocab, (early_gap, middle_gap, late_gap)
-        self.loop = Loop(block_length, cache=cache, stop_at_eos=stop_at_eos)
+        check_non_negative(early_gap=early_gap, middle_gap=middle_gap, late_gap=late_gap)
+        self.blockwise = Blockwise(
+            vocab, block_length=block_length, steps=steps, cache=cache, stop_at_eos=stop_at_eos
+        )
+        self.gaps = early_gap, middle_gap, late_gap
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
+        """Fill the masks of the canvas's answers, yielding after every forward pass."""
+        return self.blockwise.unmask(canvas, denoise, self._accept)
 
-        def take(predictions: Predictions, place: Place) -> Tensor:
-            scheduled = self.rule.take(predictions, place, canvas.length, None)
-            return scheduled | (place.masked & self.clear(predictions.logits, place)[:, None])
+    def _accept(self, predictions: Predictions, state: BlockState) -> Tensor:
+        """Accept the schedule's tokens, and whole blocks that are committed."""
+        scheduled = self.blockwise.rule.accept(predictions, state)
+        return scheduled | (state.masked & self._commit(predictions.logits, state)[:, None])
 
-        return self.loop(canvas, denoise, take)
-
-    def clear(self, logits: Tensor, place: Place) -> Tensor:
-        """Rows (B,) whose mean gap between the two best logits (B, R, V) passes its bound."""
+    def _commit(self, logits: Tensor, state: BlockState) -> Tensor:
+        """Return the rows (B,) whose mean gap between the two highest logits exceeds its bound."""
         top = logits.topk(2, dim=-1).values
-        count = place.masked.sum(dim=1)
-        gaps = torch.where(place.masked, top[..., 0] - top[..., 1], 0.0)
+        count = state.masked.sum(dim=1)
+        gaps = torch.where(state.masked, top[..., 0] - top[..., 1], 0.0)
         mean = gaps.sum(dim=1) / count.clamp(min=1)
-        third = 3 * (place.due - count) // place.due.clamp(min=1)
-        bounds = torch.tensor(self.bounds, device=logits.device)
+        # 0, 1 or 2: the third of the block's masks that decoding has reached.
+        third = 3 * (state.initial_masks - count) // state.initial_masks.clamp(min=1)
+        bounds = torch.tensor(self.gaps, device=logits.device)
         return mean > bounds[third.clamp(0, 2)]

@@ -1,4 +1,7 @@
-"""Which slots a forward recomputes: small policies that each narrow or widen the choice."""
+"""Which slots a forward pass recomputes; keys and values of all others come from the KV cache.
+
+Small policies each narrow or widen the choice; ``RecomputeSlots`` applies them in turn.
+"""
 
 from __future__ import annotations
 
@@ -8,150 +11,155 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.samplers.blocks import Place
+from diffa.samplers.blocks import BlockState
+from diffa.samplers.options import check_at_least, check_non_negative
 
 if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas
     from diffa.canvas.kv_cache import KVCache
 
-Cache = Literal["none", "prefix", "dual"]
+CacheMode = Literal["none", "prefix", "dual"]
 
 
-class Policy(Protocol):
-    """Changes which slots (B, S) are recomputed; ``Slots`` applies several in turn."""
+class RecomputePolicy(Protocol):
+    """Change which slots (B, S) bool are recomputed in this pass."""
 
-    def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
-        """Return which slots to recompute, given what was chosen so far."""
+    def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
+        """Return the slots to recompute, given the choice of the policies before."""
         ...
 
 
-class Remembered:
-    """Between refreshes at each block's begin: ``prefix`` recomputes from the block on, ``dual``
-    the block alone (Fast-dLLM, arXiv 2505.22618), and ``vicinity`` slots to its sides (dInfer)."""
+class BlockCache:
+    """Within a block, recompute only from the block on (``prefix``) or the block alone (``dual``).
 
-    def __init__(self, cache: Cache, vicinity_window: int) -> None:
-        self.cache, self.vicinity_window = cache, vicinity_window
+    A pass that enters a block recomputes everything (Fast-dLLM, arXiv 2505.22618). ``vicinity``
+    slots on each side of the block are recomputed with it (dInfer)::
 
-    def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
-        """Keep the block's surroundings for rows that did not just enter it."""
-        count = canvas.count
-        # Positions, not slots: between a short prompt and its answer lies padding.
-        here = canvas.positions[:count]
-        start = here.gather(1, place.first[:, None]) - self.vicinity_window
-        window = here >= start
+        prompt ... | vicinity | block | vicinity | later blocks
+        prefix:      ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+        dual:        ^^^^^^^^^^^^^^^^^^^^^^^^^^^
+    """
+
+    def __init__(self, cache: CacheMode, vicinity: int) -> None:
+        self.cache, self.vicinity = cache, vicinity
+
+    def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
+        """Leave out what is cached, in rows that did not just enter their block."""
+        # By position, not by slot: padding lies between a short prompt and its answer.
+        positions = canvas.positions[: canvas.count]
+        first = positions.gather(1, state.start[:, None]) - self.vicinity
+        window = positions >= first
         if self.cache == "dual":
-            last = here.gather(1, (place.end - 1)[:, None]) + self.vicinity_window
-            window &= here <= last
-        return chosen & (window | place.fresh[:, None])
+            last = positions.gather(1, (state.end - 1)[:, None]) + self.vicinity
+            window &= positions <= last
+        return recompute & (window | state.entered[:, None])
 
 
-class Suffix:
-    """Lets nobody see answer slots beyond the block but the next ``count`` and the last one
-    (Streaming-dLLM, arXiv 2601.17917); they keep their positions."""
+class SuffixWindow:
+    """Hide answer slots after the block except the next ``count`` and the last one, which keep
+    their positions (Streaming-dLLM, arXiv 2601.17917)."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
-        """Mark far slots invalid; a slot that comes into sight is computed there and then."""
-        slots = torch.arange(canvas.size, device=chosen.device)
+    def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
+        """Hide far slots; a slot that comes into the window is recomputed in that pass."""
+        slots = torch.arange(canvas.size, device=recompute.device)
         last = canvas.start + canvas.length - 1
-        near = (slots < place.end[:, None] + self.count) | (slots == last)
-        near = torch.where(place.alive[:, None], near, canvas.valid[: canvas.count])
+        near = (slots < state.end[:, None] + self.count) | (slots == last)
+        near = torch.where(state.active[:, None], near, canvas.valid[: canvas.count])
         before = canvas.valid[: canvas.count]
         canvas.hide(~near)
         canvas.show(near)
         visible = canvas.valid[: canvas.count]
-        return (chosen | (visible & ~before)) & visible
+        return (recompute | (visible & ~before)) & visible
 
 
-class LazyAudio:
-    """Recomputes the prompt's audio slots once in ``every`` forwards at most (dLLM-Cache's rule
-    for prompts, arXiv 2506.06295)."""
+class AudioRefresh:
+    """Recompute the audio's slots at most every ``interval`` passes (dLLM-Cache's rule for
+    prompts, arXiv 2506.06295)."""
 
-    def __init__(self, every: int, canvas: Canvas) -> None:
-        self.every = every
-        self.audio = canvas.audio[: canvas.count]
-        self.last = torch.full_like(canvas.seeds, -every)
+    def __init__(self, interval: int, canvas: Canvas) -> None:
+        self.interval = interval
+        self._audio = canvas.audio[: canvas.count]
+        self._last = torch.full_like(canvas.seeds, -interval)
 
-    def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
-        """Leave out audio that was computed a short while ago."""
-        due = place.step - self.last >= self.every
-        wanted = (chosen & self.audio).any(dim=1)
-        self.last = torch.where(due & wanted, place.step, self.last)
-        return chosen & ~(self.audio & ~due[:, None])
-
-
-class Drift:
-    """Refreshes the prompt at a block's begin only where the keys of ``probes`` of its slots have
-    moved by more than ``bound`` (1 - cosine): first the probes, at the next forward the rest."""
-
-    def __init__(self, bound: float, canvas: Canvas, memory: KVCache, probes: int = 16) -> None:
-        self.bound, self.memory = bound, memory
-        memory.probe = -1  # the last layer has seen all that the others moved
-        columns = torch.arange(canvas.size, device=canvas.tokens.device)
-        self.prompt = canvas.valid[: canvas.count] & (columns < canvas.start)
-        share = (torch.arange(probes, device=columns.device) + 0.5) / probes
-        self.probes = (share * self.prompt.sum(dim=1, keepdim=True)).long()
-        self.asked = torch.zeros_like(canvas.seeds, dtype=torch.bool)
-
-    def __call__(self, chosen: Tensor, canvas: Canvas, place: Place) -> Tensor:
-        """Add the prompt where the probes moved, leave it out where they are still to be asked."""
-        if bool(self.asked.any()):
-            moved = self.memory.drift(self.probes).mean(dim=1) > self.bound
-            chosen = chosen | (self.prompt & (moved & self.asked & place.alive)[:, None])
-        self.asked = place.fresh & (place.step > 0)
-        if not self.prompt.any():
-            return chosen
-        probed = torch.zeros_like(chosen).scatter(1, self.probes, True) & self.prompt
-        return chosen & (~self.prompt | ~self.asked[:, None] | probed)
+    def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
+        """Leave out audio that was recomputed less than ``interval`` passes ago."""
+        due = state.step - self._last >= self.interval
+        wanted = (recompute & self._audio).any(dim=1)
+        self._last = torch.where(due & wanted, state.step, self._last)
+        return recompute & ~(self._audio & ~due[:, None])
 
 
-class Slots:
-    """Applies policies in turn to "every slot that there is"."""
+class DriftRefresh:
+    """Refresh the prompt at a block's start only if its keys have moved.
 
-    def __init__(self, policies: list[Policy]) -> None:
+    The first pass of a block recomputes only ``probes`` slots of the prompt. If their keys moved by
+    more than ``threshold`` (mean of 1 - cosine), the second pass recomputes the whole prompt.
+    """
+
+    def __init__(
+        self, threshold: float, canvas: Canvas, kv_cache: KVCache, probes: int = 16
+    ) -> None:
+        self.threshold, self._kv_cache = threshold, kv_cache
+        kv_cache.probe = -1  # the last layer's keys reflect the changes of all layers
+        slots = torch.arange(canvas.size, device=canvas.tokens.device)
+        self._prompt = canvas.valid[: canvas.count] & (slots < canvas.start)
+        share = (torch.arange(probes, device=slots.device) + 0.5) / probes  # evenly over the prompt
+        self._probes = (share * self._prompt.sum(dim=1, keepdim=True)).long()
+        self._probed = torch.zeros_like(canvas.seeds, dtype=torch.bool)
+
+    def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
+        """Add the prompt where the last pass's probes moved; leave it out where they are due."""
+        if bool(self._probed.any()):
+            moved = self._kv_cache.drift(self._probes).mean(dim=1) > self.threshold
+            refresh = moved & self._probed & state.active
+            recompute = recompute | (self._prompt & refresh[:, None])
+        self._probed = state.entered & (state.step > 0)
+        if not self._prompt.any():
+            return recompute
+        probes = torch.zeros_like(recompute).scatter(1, self._probes, True) & self._prompt
+        return recompute & (~self._prompt | ~self._probed[:, None] | probes)
+
+
+class RecomputeSlots:
+    """Apply policies in turn to "all valid slots of active rows"."""
+
+    def __init__(self, policies: list[RecomputePolicy]) -> None:
         self.policies = policies
 
-    def __call__(self, canvas: Canvas, place: Place) -> tuple[Tensor | None, bool]:
-        """Return slots (B, K) to recompute, None for all, and whether to remember them."""
-        chosen = canvas.valid[: canvas.count] & place.alive[:, None]
+    def __call__(self, canvas: Canvas, state: BlockState) -> tuple[Tensor | None, bool]:
+        """Return the ``recompute`` (B, K; None: all slots) and ``write`` arguments of a pass."""
+        everything = canvas.valid[: canvas.count] & state.active[:, None]
+        recompute = everything
         for policy in self.policies:
-            chosen = policy(chosen, canvas, place)
-        whole = (canvas.valid[: canvas.count] & place.alive[:, None]) == chosen
-        full = canvas.valid[: canvas.count, canvas.start :].all() & whole.all()
-        most, everything = torch.stack([chosen.sum(dim=1).max(), full.long()]).tolist()
-        if everything:
+            recompute = policy(recompute, canvas, state)
+        # Policies may have changed canvas.valid: compare with what is valid now.
+        everything = canvas.valid[: canvas.count] & state.active[:, None]
+        answers_valid = canvas.valid[: canvas.count, canvas.start :].all()
+        is_full = answers_valid & (everything == recompute).all()
+        # One transfer from the device instead of two.
+        longest, full = torch.stack([recompute.sum(dim=1).max(), is_full.long()]).tolist()
+        if full:
             return None, bool(self.policies)
-        picked = (~chosen).sort(dim=1, stable=True).indices[:, :most]
-        return torch.where(chosen.gather(1, picked), picked, -1), True
+        slots = (~recompute).sort(dim=1, stable=True).indices[:, :longest]
+        return torch.where(recompute.gather(1, slots), slots, -1), True
 
 
-def cached(cache: Cache) -> Slots:
-    """Return the policy of a cache alone."""
-    return Slots([] if cache == "none" else [Remembered(cache, 0)])
-
-
-def check(
+def check_recompute_options(
+    *,
     vicinity_window: int,
     suffix_window: int | None,
     audio_refresh_interval: int,
     drift_threshold: float,
-    cache: str,
+    cache: CacheMode,
 ) -> None:
-    """Refuse numbers out of their range, and policies that need a cache without one."""
-    lowest = {"vicinity_window": (vicinity_window, 0), "suffix_window": (suffix_window or 0, 0)}
-    for name, (value, least) in {
-        **lowest,
-        "audio_refresh_interval": (audio_refresh_interval, 1),
-    }.items():
-        if value < least:
-            raise SpecError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= drift_threshold < float("inf"):
-        raise SpecError(f"drift_threshold must be 0 or more, got {drift_threshold}")
-    for name, given in {
-        "vicinity_window": vicinity_window,
-        "drift_threshold": drift_threshold,
-    }.items():
-        if given and cache == "none":
+    """Raise SpecError for a number out of its range, or an option that needs a cache."""
+    check_at_least(0, vicinity_window=vicinity_window, suffix_window=suffix_window)
+    check_at_least(1, audio_refresh_interval=audio_refresh_interval)
+    check_non_negative(drift_threshold=drift_threshold)
+    needs_cache = {"vicinity_window": vicinity_window, "drift_threshold": drift_threshold}
+    for name, value in needs_cache.items():
+        if value and cache == "none":
             raise SpecError(f"{name} needs a cache: set cache to prefix or dual")

@@ -1,4 +1,4 @@
-"""Remasking diffusion: decided tokens may be masked again, quality for compute."""
+"""Remasking diffusion: mask decided tokens again to gain quality for compute (ReMDM)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
-from diffa.samplers import selection as select
-from diffa.samplers.acceptance import Rule, positive
-from diffa.samplers.blocks import Place, snapshot
-from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import Order, Predictions
-from diffa.samplers.recompute import Cache
-from diffa.samplers.rng import uniform
-from diffa.samplers.transfer_schedule import per_block
+from diffa.samplers.blocks import BlockState, make_step
+from diffa.samplers.blockwise import Blockwise
+from diffa.samplers.options import check_shares
+from diffa.samplers.predictions import Predictions, Ranking
+from diffa.samplers.recompute import CacheMode
+from diffa.samplers.rng import slot_uniform
+from diffa.samplers.selection import select_top_k
+from diffa.samplers.transfer_schedule import steps_per_block
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -58,67 +57,69 @@ class ReMDM:
         steps: int | None = None,
         eta: float = 0.05,
         remasking_schedule: Literal["cap", "rescale", "confidence"] = "cap",
-        ranking: Order = "confidence",
+        ranking: Ranking = "confidence",
         temperature: float = 0.0,
-        cache: Cache = "none",
+        cache: CacheMode = "none",
         stop_at_eos: bool = True,
     ) -> None:
-        Rule(block_length=block_length, steps=steps)
-        positive("temperature", temperature)
-        if not 0 <= eta <= 1:
-            raise SpecError(f"eta must lie between 0 and 1, got {eta}")
-        self.vocab, self.block_length, self.steps, self.eta, self.remasking_schedule = (
-            vocab,
-            block_length,
-            steps,
-            eta,
-            remasking_schedule,
-        )
-        self.loop = Loop(block_length, ranking, temperature, cache, stop_at_eos)
+        check_shares(eta=eta)
+        self.blockwise = Blockwise(
+            vocab, block_length=block_length, steps=steps, ranking=ranking, cache=cache,
+            temperature=temperature, stop_at_eos=stop_at_eos,
+        )  # fmt: skip
+        self.vocab, self.block_length, self.steps = vocab, block_length, steps
+        self.eta, self.remasking_schedule = eta, remasking_schedule
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
-        ours, latest = canvas.undecided(), list[Place]()
+        """Fill the masks of the canvas's answers, yielding after every forward pass."""
+        writable, latest = canvas.undecided(), list[BlockState]()
 
-        def take(predictions: Predictions, place: Place) -> Tensor:
-            latest[:] = [place]
-            decided = place.due - place.masked.sum(dim=1)
-            return select.fixed(
-                predictions.score, place.masked, self._target(canvas, place, 1) - decided
-            )
+        def accept(predictions: Predictions, state: BlockState) -> Tensor:
+            latest[:] = [state]
+            decided = state.initial_masks - state.masked.sum(dim=1)
+            counts = self._target(state, 1) - decided
+            return select_top_k(predictions.score, state.masked, counts)
 
-        for _ in self.loop(canvas, denoise, take):
-            canvas.fill(self._again(canvas, latest[0], ours), canvas.vocab.mask or 0)
-            yield snapshot(canvas, revised=self.block_length)
+        for _ in self.blockwise.unmask(canvas, denoise, accept):
+            canvas.fill(self._remasked(canvas, latest[0], writable), canvas.vocab.mask or 0)
+            yield make_step(canvas, revisable_block_length=self.block_length)
 
-    def _steps(self, canvas: Canvas, place: Place) -> Tensor:
-        """Forwards (B,) of the rows' active blocks."""
-        share = canvas.length / self.block_length
-        steps = self.steps or 2 * canvas.length
-        per = per_block(None, canvas.length, self.block_length)
-        counts = torch.tensor(per, device=place.block.device)[place.block.clamp(min=0)]
+    def _steps(self, state: BlockState) -> Tensor:
+        """Steps (B,) of each row's block: its share of the answer's, by length."""
+        share = state.answer_length / self.block_length
+        steps = self.steps or 2 * state.answer_length
+        lengths = steps_per_block(None, state.answer_length, self.block_length)
+        counts = torch.tensor(lengths, device=state.block.device)[state.block.clamp(min=0)]
         return (counts * steps / (share * self.block_length)).long().clamp(min=1)
 
-    def _target(self, canvas: Canvas, place: Place, ahead: int) -> Tensor:
-        """How many of the block's masks are to be decided ``ahead`` forwards from now, (B,)."""
-        steps = self._steps(canvas, place)
-        done = (place.since + ahead).clamp(max=steps)
-        return (place.due * done + steps - 1) // steps
+    def _target(self, state: BlockState, ahead: int) -> Tensor:
+        """How many of the block's masks should be decided ``ahead`` steps from now, (B,)."""
+        steps = self._steps(state)
+        done = (state.block_step + ahead).clamp(max=steps)
+        return (state.initial_masks * done + steps - 1) // steps
 
-    def _again(self, canvas: Canvas, place: Place, ours: Tensor) -> Tensor:
-        """Which tokens (B, A) of the active blocks to mask again."""
+    def _remasked(self, canvas: Canvas, state: BlockState, writable: Tensor) -> Tensor:
+        """Draw which tokens (B, A) of the current blocks to mask again.
+
+        ReMDM, eq. 6: sigma_t <= (1 - alpha_s) / alpha_t, with alpha_t the share decided after this
+        step and alpha_s the share after the next.
+        """
         undecided = canvas.undecided()
-        places = torch.arange(canvas.length, device=ours.device)
-        here = places >= (place.first - canvas.start)[:, None]
-        here &= places < (place.end - canvas.start)[:, None]
-        open_ = (undecided & here).any(dim=1) & place.alive
-        able = ours & here & ~undecided & open_[:, None]
-        now = self._target(canvas, place, 1) / place.due.clamp(min=1)
-        then = self._target(canvas, place, 2) / place.due.clamp(min=1)
-        most = ((1 - then) / now.clamp(min=1e-6)).clamp(0, 1)[:, None]
-        sigma = most.clamp(max=self.eta) if self.remasking_schedule == "cap" else self.eta * most
+        places = torch.arange(canvas.length, device=writable.device)
+        in_block = places >= (state.start - canvas.start)[:, None]
+        in_block &= places < (state.end - canvas.start)[:, None]
+        unfinished = (undecided & in_block).any(dim=1) & state.active
+        candidates = writable & in_block & ~undecided & unfinished[:, None]
+        masks = state.initial_masks.clamp(min=1)
+        now, then = self._target(state, 1) / masks, self._target(state, 2) / masks
+        largest = ((1 - then) / now.clamp(min=1e-6)).clamp(0, 1)[:, None]
+        if self.remasking_schedule == "cap":
+            sigma = largest.clamp(max=self.eta)
+        else:
+            sigma = self.eta * largest
         if self.remasking_schedule == "confidence":
-            doubt = (-canvas.confidence).masked_fill(~able, -torch.inf).softmax(dim=1)
-            sigma = (sigma * doubt.nan_to_num() * able.sum(dim=1, keepdim=True)).clamp(max=1)
-        draws = uniform(canvas.seeds, place.step, places.expand_as(ours), stream=3)
-        return able & (draws < sigma)
+            doubt = (-canvas.confidence).masked_fill(~candidates, -torch.inf).softmax(dim=1)
+            count = candidates.sum(dim=1, keepdim=True)
+            sigma = (sigma * doubt.nan_to_num() * count).clamp(max=1)  # NaN: no candidates
+        draws = slot_uniform(canvas.seeds, state.step, places.expand_as(writable), stream=3)
+        return candidates & (draws < sigma)

@@ -1,4 +1,4 @@
-"""Revise a draft: mask again what the model doubts, and fill it in."""
+"""Revise a draft: mask the tokens that the model doubts again, and decode them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from diffa.errors import SpecError
-from diffa.samplers.acceptance import Rule
-from diffa.samplers.blocks import asked, snapshot
-from diffa.samplers.loop import Loop
-from diffa.samplers.predictions import clean
-from diffa.samplers.recompute import Cache
+from diffa.samplers.blocks import drop_padding, make_step
+from diffa.samplers.blockwise import Blockwise
+from diffa.samplers.options import check_shares
+from diffa.samplers.predictions import exclude_mask, token_probability
+from diffa.samplers.recompute import CacheMode
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -52,35 +51,31 @@ class Revise:
         block_length: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
-        cache: Cache = "none",
+        cache: CacheMode = "none",
         stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block_length=block_length, steps=steps, threshold=threshold)
-        if not 0 <= remask_threshold <= 1:
-            raise SpecError(f"remask_threshold must lie between 0 and 1, got {remask_threshold}")
-        self.vocab, self.remask_threshold = vocab, remask_threshold
-        self.loop = Loop(block_length, cache=cache, stop_at_eos=stop_at_eos)
+        check_shares(remask_threshold=remask_threshold)
+        self.blockwise = Blockwise(
+            vocab, block_length=block_length, steps=steps, threshold=threshold, cache=cache,
+            stop_at_eos=stop_at_eos,
+        )  # fmt: skip
+        self.remask_threshold = remask_threshold
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Revise and fill the canvas's answers, yielding after every forward."""
+        """Mask doubtful tokens again, then fill all masks, yielding after every forward pass."""
         slots = torch.arange(canvas.length, device=canvas.tokens.device) + canvas.start
-        rows = asked(torch.where(canvas.undecided(), -1, slots))
-        if rows.shape[1] and bool((rows >= 0).any()):
-            self._doubt(canvas, denoise, rows)
-            yield snapshot(canvas)
-        yield from self.loop(
-            canvas,
-            denoise,
-            lambda predictions, place: self.rule.take(predictions, place, canvas.length, None),
-        )
+        draft_slots = drop_padding(torch.where(canvas.undecided(), -1, slots))
+        if draft_slots.shape[1] and bool((draft_slots >= 0).any()):
+            self._remask(canvas, denoise, draft_slots)
+            yield make_step(canvas)
+        yield from self.blockwise(canvas, denoise)
 
-    def _doubt(self, canvas: Canvas, denoise: Denoise, rows: torch.Tensor) -> None:
-        """Mask the tokens at ``rows`` (B, R) again that the model finds unlikely."""
-        logits = clean(denoise(None, rows, write=False), canvas.vocab.mask)
-        tokens = canvas.tokens[: canvas.count].gather(1, rows.clamp(min=0)).clamp(min=0)
-        known = logits.gather(-1, tokens[..., None])[..., 0]
-        share = (known - logits.logsumexp(dim=-1)).exp()
-        canvas.write(rows, tokens, share)
-        doubted = torch.where((share < self.remask_threshold) & (rows >= 0), rows, -1)
+    def _remask(self, canvas: Canvas, denoise: Denoise, slots: torch.Tensor) -> None:
+        """Mask tokens at ``slots`` (B, R) again whose probability is below the threshold."""
+        logits = exclude_mask(denoise(None, slots, write=False), canvas.vocab.mask)
+        tokens = canvas.tokens[: canvas.count].gather(1, slots.clamp(min=0)).clamp(min=0)
+        probability = token_probability(logits, tokens)
+        canvas.write(slots, tokens, probability)
+        doubtful = torch.where((probability < self.remask_threshold) & (slots >= 0), slots, -1)
         masks = torch.full_like(tokens, canvas.vocab.mask or 0)
-        canvas.write(doubted, masks, torch.zeros_like(share))
+        canvas.write(doubtful, masks, torch.zeros_like(probability))

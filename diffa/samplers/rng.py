@@ -5,33 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffa.runtime.rng import GOLDEN_GAMMA, shift_right, splitmix64
+from diffa.runtime.rng import GOLDEN, mixed, shifted
 
 
-def uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tensor:
-    """Return float64 numbers in (0, 1), one for each of ``slots`` (B, K).
+def slot_uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tensor:
+    """Return one float64 number in (0, 1) per slot, the same in any batch and on any device.
 
-    A counter-based generator (splitmix64): the same for a row alone and in any batch, on any
-    device. ``seeds`` and ``step`` are (B,); ``stream`` keeps different uses apart.
+    The generator is counter-based (SplitMix64): it hashes seed, stream, step and slot.
+
+    Args:
+        seeds: Seed of each row, (B,).
+        step: Step of each row, (B,).
+        slots: Slots that need a number, (B, K).
+        stream: Keeps different uses of the same key independent.
     """
-    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN_GAMMA  # wraps, as intended
-    key = splitmix64(
-        splitmix64(seeds.long() + streams + GOLDEN_GAMMA)
-        + step.long() * GOLDEN_GAMMA
-        + GOLDEN_GAMMA
-    )
-    bits = splitmix64(key[:, None] + slots.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
-    return (shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN  # overflow is intended
+    key = mixed(mixed(seeds.long() + streams + GOLDEN) + step.long() * GOLDEN + GOLDEN)
+    bits = mixed(key[:, None] + slots.long() * GOLDEN + GOLDEN)
+    return (shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 
-def categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
-    """Sample softmax(logits / temperature) by inverting its cumulative sum at ``draws``.
+def sample_categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
+    """Return tokens (B, R) drawn from softmax(logits / temperature) by inverse transform sampling.
 
-    logits (B, R, V), draws (B, R) in (0, 1). The sum runs in float64, because truncated uniforms
-    in float32 silently lower the temperature (arXiv 2409.02908).
+    Args:
+        logits: (B, R, V).
+        temperature: Above 0.
+        draws: Uniform numbers in (0, 1), (B, R).
     """
-    shares = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(dim=-1)
-    target = (draws * shares[..., -1]).unsqueeze(-1)
-    return (
-        torch.searchsorted(shares, target, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
-    )
+    # In float64: truncated float32 uniforms silently lower the temperature (arXiv 2409.02908).
+    cumulative = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(dim=-1)
+    target = (draws * cumulative[..., -1]).unsqueeze(-1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return tokens.clamp(max=cumulative.shape[-1] - 1)

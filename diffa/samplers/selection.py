@@ -1,7 +1,7 @@
-"""Which masked tokens to accept now: pure functions of scores (B, R) and what is masked (B, R).
+"""Acceptance rules as pure functions of scores (B, R) and of which slots are masked (B, R).
 
-Each returns a bool (B, R) within ``masked``, with at least one token for every row that has any,
-and without a Python loop over rows or tokens.
+Each returns the accepted slots as a bool (B, R) within ``masked``, at least one for every row
+that has masks, without a Python loop over rows or tokens.
 """
 
 from __future__ import annotations
@@ -10,94 +10,112 @@ import torch
 from torch import Tensor
 
 
-def fixed(scores: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
-    """Take each row's ``counts`` (B,) highest scores (LLaDA, arXiv 2502.09992, algorithm 5)."""
-    _, order = _descending(scores, masked)
+def select_top_k(scores: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
+    """Accept the ``counts`` (B,) highest scores of each row (LLaDA, arXiv 2502.09992, alg. 5)."""
+    _, order = _sort_descending(scores, masked)
     ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return _back(order, ranks < counts.clamp(min=1)[:, None]) & masked
+    return _unsort(order, ranks < counts.clamp(min=1)[:, None]) & masked
 
 
-def threshold(scores: Tensor, masked: Tensor, least: float) -> Tensor:
-    """Take every score of at least ``least``, or else the best (Fast-dLLM, arXiv 2505.22618)."""
+def select_threshold(scores: Tensor, masked: Tensor, threshold: float) -> Tensor:
+    """Accept scores of at least ``threshold``, or else the best (Fast-dLLM, arXiv 2505.22618)."""
     best = scores.masked_fill(~masked, -torch.inf).amax(dim=1, keepdim=True)
-    return (scores >= best.clamp(max=least)) & masked
+    return (scores >= best.clamp(max=threshold)) & masked
 
 
-def factor(scores: Tensor, masked: Tensor, scale: float) -> Tensor:
-    """Take the largest n with (n + 1)(1 - c_n) < scale, c sorted, or one (Fast-dLLM).
+def select_factor(
+    scores: Tensor, masked: Tensor, factor: float, *, released: bool = False
+) -> Tensor:
+    """Accept the largest n with (n + 1)(1 - c_n) < factor, c sorted descending, at least one.
 
-    The rule as stated in the papers: the released loops also accept a failing last token.
+    This is the rule of Fast-dLLM's paper. Its released loop, which DIFFA-2 copies, tests
+    c_n >= 1 - factor / (n + 1) and cannot tell "the last-ranked token fails" from "all pass": it
+    accepts all tokens in both cases. ``released`` reproduces that.
     """
-    ordered, order = _descending(scores, masked)
+    ordered, order = _sort_descending(scores, masked)
     ranks = torch.arange(1, scores.shape[1] + 1, device=scores.device)
-    passes = (ranks + 1) * (1 - ordered) < scale
+    if released:
+        passes = ordered >= 1 - factor / (ranks + 1)
+    else:
+        passes = (ranks + 1) * (1 - ordered) < factor
     passes[:, :1] = True
-    return _back(order, passes.cumprod(dim=1).bool()) & masked
+    accepted = passes.cumprod(dim=1).bool()
+    if released:
+        only_last_fails = accepted.sum(dim=1) == masked.sum(dim=1) - 1
+        accepted |= only_last_fails[:, None]
+    return _unsort(order, accepted) & masked
 
 
-def entropy_bound(entropies: Tensor, masked: Tensor, bound: float) -> Tensor:
-    """Take the lowest entropies while the sum of those before stays within ``bound`` (EB,
+def select_entropy_bound(entropies: Tensor, masked: Tensor, bound: float) -> Tensor:
+    """Accept the lowest entropies while the sum of those before is at most ``bound`` (EB sampler,
     arXiv 2505.24857)."""
-    ordered, order = _descending(-entropies, masked)
+    ordered, order = _sort_descending(-entropies, masked)
     costs = torch.where(torch.isfinite(ordered), -ordered, torch.inf)
     before = torch.cat([torch.zeros_like(costs[:, :1]), costs.cumsum(dim=1)[:, :-1]], dim=1)
-    return _back(order, before <= bound) & masked
+    return _unsort(order, before <= bound) & masked
 
 
-def _descending(scores: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort what is masked by falling score, ties to the left, the rest last."""
+def select_klass(
+    scores: Tensor, masked: Tensor, divergence: Tensor, threshold: float, kl_threshold: float
+) -> Tensor:
+    """Accept scores of at least ``threshold`` whose recent KL ``divergence`` (B, R) is below
+    ``kl_threshold``, or the best score if there are none (KLASS, arXiv 2511.05664)."""
+    stable = (scores >= threshold) & (divergence < kl_threshold) & masked
+    return torch.where(stable.any(dim=1, keepdim=True), stable, _best(scores, masked))
+
+
+def select_local_leap(
+    scores: Tensor,
+    masked: Tensor,
+    places: Tensor,
+    threshold: float,
+    neighbor_threshold: float,
+    reach: int = 4,
+) -> Tensor:
+    """Accept scores of at least ``threshold`` (anchors), those of at least ``neighbor_threshold``
+    within ``reach`` places of an anchor, and the best score (LocalLeap, arXiv 2510.07081)."""
+    anchors = (scores >= threshold) & masked
+    near = (places[:, :, None] - places[:, None, :]).abs() <= reach  # (B, R, R)
+    neighbors = (near & anchors[:, None, :]).any(dim=2) & (scores >= neighbor_threshold)
+    return (anchors | neighbors | _best(scores, masked)) & masked
+
+
+def select_runs(
+    scores: Tensor, masked: Tensor, places: Tensor, threshold: float, run_threshold: float
+) -> Tensor:
+    """Accept scores of at least ``threshold``, the best of every run of adjacent masks if it is
+    at least ``run_threshold``, and the best score (dInfer's hierarchical rule, 2510.08666).
+
+    ``places`` (B, R) increase along a row wherever it is masked.
+    """
+    # A run ends where a place is skipped or not masked: places 4 5 6 9 10 are runs 1 1 1 2 2.
+    before = torch.cat([places[:, :1] - 2, places[:, :-1]], dim=1)
+    masked_before = torch.cat([masked[:, :1], masked[:, :-1]], dim=1)
+    run = ((places != before + 1) | ~masked_before).cumsum(dim=1)
+    own = scores.masked_fill(~masked, -torch.inf)
+    same_run = run[:, :, None] == run[:, None, :]
+    rivals = own[:, None, :].masked_fill(~same_run, -torch.inf)  # (B, R, R)
+    best_of_run = rivals.argmax(dim=2) == torch.arange(scores.shape[1], device=scores.device)
+    accepted = (scores >= threshold) | (best_of_run & (scores >= run_threshold))
+    return (accepted | _best(scores, masked)) & masked
+
+
+def select_capped(scores: Tensor, masked: Tensor, threshold: float, most: Tensor) -> Tensor:
+    """Accept scores above ``threshold``, at most ``most`` (B,) per row, and the best score."""
+    return select_top_k(scores, masked, most) & ((scores > threshold) | _best(scores, masked))
+
+
+def _best(scores: Tensor, masked: Tensor) -> Tensor:
+    """Mark each row's highest score, the leftmost of equal ones."""
+    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
+    return torch.zeros_like(masked).scatter(1, best, True) & masked
+
+
+def _sort_descending(scores: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort masked slots by descending score, ties from the left; other slots come last."""
     return scores.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True, stable=True)
 
 
-def _back(order: Tensor, taken: Tensor) -> Tensor:
-    """Undo a sort: mark the places that ``taken`` marks in the sorted order."""
-    return torch.zeros_like(taken).scatter(1, order, taken)
-
-
-def stable(
-    scores: Tensor, masked: Tensor, moved: Tensor, least: float, most_moved: float
-) -> Tensor:
-    """Take scores of at least ``least`` whose prediction has ``moved`` (B, R) by less than
-    ``most_moved``, or the best score where there is none (KLASS, arXiv 2511.05664)."""
-    calm = (scores >= least) & (moved < most_moved) & masked
-    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
-    alone = torch.zeros_like(calm).scatter(1, best, True) & masked
-    return torch.where(calm.any(dim=1, keepdim=True), calm, alone)
-
-
-def leap(
-    scores: Tensor, masked: Tensor, places: Tensor, anchor: float, relaxed: float, reach: int = 4
-) -> Tensor:
-    """Take scores of at least ``anchor``, and of at least ``relaxed`` within ``reach`` places of
-    one (LocalLeap, arXiv 2510.07081); the best one always."""
-    anchors = (scores >= anchor) & masked
-    near = (places[:, :, None] - places[:, None, :]).abs() <= reach
-    close = (near & anchors[:, None, :]).any(dim=2)
-    best = scores.masked_fill(~masked, -torch.inf).argmax(dim=1, keepdim=True)
-    taken = anchors | ((scores >= relaxed) & close)
-    return taken.scatter(1, best, True) & masked
-
-
-def spread(scores: Tensor, masked: Tensor, places: Tensor, least: float, low: float) -> Tensor:
-    """Take scores of at least ``least``, and the best of every contiguous run of masked places
-    that reaches ``low``; the best one always (dInfer's hierarchical rule, arXiv 2510.08666).
-
-    ``places`` (B, R) rise along a row wherever it is masked.
-    """
-    before = torch.cat([places[:, :1] - 2, places[:, :-1]], dim=1)
-    known = torch.cat([masked[:, :1], masked[:, :-1]], dim=1)
-    run = ((places != before + 1) | ~known).cumsum(dim=1)
-    own = scores.masked_fill(~masked, -torch.inf)
-    same = run[:, :, None] == run[:, None, :]
-    rivals = own[:, None, :].masked_fill(~same, -torch.inf)
-    first = rivals.argmax(dim=2) == torch.arange(scores.shape[1], device=scores.device)
-    best = own.argmax(dim=1, keepdim=True)
-    taken = (scores >= least) | (first & (scores >= low))
-    return taken.scatter(1, best, True) & masked
-
-
-def capped(scores: Tensor, masked: Tensor, least: float, most: Tensor) -> Tensor:
-    """Take scores above ``least``, at most ``most`` (B,) of them, and the best one always."""
-    return fixed(scores, masked, most) & (
-        (scores > least) | fixed(scores, masked, torch.ones_like(most))
-    )
+def _unsort(order: Tensor, accepted: Tensor) -> Tensor:
+    """Undo a sort: mark the slots that ``accepted`` marks in sorted order."""
+    return torch.zeros_like(accepted).scatter(1, order, accepted)

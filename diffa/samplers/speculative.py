@@ -1,4 +1,4 @@
-"""Lossless self-speculation: several steps drafted from one forward and checked in the next."""
+"""Lossless self-speculation: draft several steps in one pass, verify them in the next."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
-from diffa.samplers.acceptance import Rule, positive
-from diffa.samplers.blocks import Blocks, Place, end, snapshot
-from diffa.samplers.drafts import Draft, extend, look
-from diffa.samplers.predictions import Order, Predictions, read
+from diffa.samplers.acceptance import AcceptanceRule
+from diffa.samplers.blocks import (
+    BlockState,
+    BlockTracker,
+    block_slots,
+    fill_after_eos,
+    make_step,
+)
+from diffa.samplers.drafts import BlockView, Drafts, draft_ahead, read_versions
+from diffa.samplers.options import check_at_least, check_non_negative
+from diffa.samplers.predictions import Predictions, Ranking, predict
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -53,101 +59,83 @@ class Speculative:
         block_length: int = 32,
         steps: int | None = None,
         threshold: float | None = None,
-        ranking: Order = "confidence",
+        ranking: Ranking = "confidence",
         temperature: float = 0.0,
         stop_at_eos: bool = True,
     ) -> None:
-        self.rule = Rule(block_length=block_length, steps=steps, threshold=threshold)
+        self.rule = AcceptanceRule(block_length=block_length, steps=steps, threshold=threshold)
         self.rule.check_ranking(ranking)
-        self.ranking: Order = ranking
-        positive("temperature", temperature)
-        if draft_steps < 1:
-            raise SpecError(f"draft_steps must be at least 1, got {draft_steps}")
-        self.vocab, self.draft_steps, self.block_length, self.stop_at_eos = (
-            vocab,
-            draft_steps,
-            block_length,
-            stop_at_eos,
-        )
-        self.temperature = temperature
+        check_non_negative(temperature=temperature)
+        check_at_least(1, draft_steps=draft_steps)
+        self.ranking: Ranking = ranking
+        self.vocab, self.draft_steps, self.block_length = vocab, draft_steps, block_length
+        self.temperature, self.stop_at_eos = temperature, stop_at_eos
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
-        width, blocks = min(self.block_length, canvas.length), Blocks(canvas, self.block_length)
-        given = ~canvas.undecided()
-        slots = [canvas.add_scratch(width, branch=d) for d in range(1, self.draft_steps)]
-        shadows = torch.cat(slots) if slots else canvas.tokens.new_zeros(0)
-        draft = Draft(canvas.tokens.new_zeros(canvas.count, len(slots), width), canvas.seeds < 0)
-        while (place := blocks.enter()) is not None:
-            own, there = self._slots(canvas, place, width)
-            tokens = canvas.tokens[: canvas.count].gather(1, own)
-            drafted = draft.there & ~place.fresh & place.alive
-            both = torch.cat([tokens[:, None], draft.tokens], dim=1)
-            logits = look(canvas, denoise, place, own, there, both, drafted, shadows)
-            taken, draft = self._follow(canvas, place, logits, own, there, both, drafted)
+        """Fill the masks of the canvas's answers, yielding after every forward pass."""
+        width = min(self.block_length, canvas.length)
+        blocks, draft = BlockTracker(canvas, self.block_length), ~canvas.undecided()
+        depth = self.draft_steps - 1
+        parts = [canvas.add_scratch(width, branch=branch + 1) for branch in range(depth)]
+        scratch = torch.cat(parts) if parts else canvas.tokens.new_zeros(0)
+        no_tokens = canvas.tokens.new_zeros(canvas.count, depth, width)
+        drafts = Drafts(no_tokens, torch.zeros_like(canvas.seeds, dtype=torch.bool))
+        while (state := blocks.current()) is not None:
+            view = BlockView(*block_slots(canvas, state, width))
+            block = canvas.tokens[: canvas.count].gather(1, view.slots)
+            versions = torch.cat([block[:, None], drafts.tokens], dim=1)
+            has_drafts = drafts.exists & ~state.entered & state.active
+            logits = read_versions(canvas, denoise, state, view, versions, has_drafts, scratch)
+            taken, drafts = self._verify(canvas, state, view, logits, versions, has_drafts)
             if self.stop_at_eos:
-                end(canvas, given)
+                fill_after_eos(canvas, draft)
             blocks.advance(taken)
-            yield snapshot(canvas, given=given if self.stop_at_eos else None)
+            yield make_step(canvas, draft=draft if self.stop_at_eos else None)
 
-    def _slots(self, canvas: Canvas, place: Place, width: int) -> tuple[Tensor, Tensor]:
-        """The slots of each row's block (B, W), and which of them there are."""
-        own = place.first[:, None] + torch.arange(width, device=place.first.device)
-        there = (own < place.end[:, None]) & place.alive[:, None]
-        return own.clamp(max=canvas.start + canvas.length - 1), there
-
-    def _follow(
+    def _verify(
         self,
         canvas: Canvas,
-        place: Place,
+        state: BlockState,
+        view: BlockView,
         logits: Tensor,
-        own: Tensor,
-        there: Tensor,
-        both: Tensor,
-        drafted: Tensor,
-    ) -> tuple[Tensor, Draft]:
-        """Take steps while the drafts foresaw them; return how many per row, and new drafts."""
-        now, going, taken = both[:, 0], place.alive, torch.zeros_like(place.step)
-        score, chosen = torch.zeros_like(logits[:, 0, :, 0]), now
-        for depth in range(both.shape[1]):
-            masked = (now == canvas.vocab.mask) & there & going[:, None]
+        versions: Tensor,
+        has_drafts: Tensor,
+    ) -> tuple[Tensor, Drafts]:
+        """Take the sampler's steps while the drafts predicted them.
+
+        Step k is exact if versions 0 .. k - 1 became versions 1 .. k: then the logits of version k
+        are those that the plain sampler would have computed.
+
+        Returns:
+            How many steps each row took, (B,), and new drafts.
+        """
+        block, going, taken = versions[:, 0], state.active, torch.zeros_like(state.step)
+        score, tokens = torch.zeros_like(logits[:, 0, :, 0]), block
+        for depth in range(versions.shape[1]):
+            masked = (block == canvas.vocab.mask) & view.exists & going[:, None]
             going = masked.any(dim=1)
-            here = place._replace(
-                rows=torch.where(masked, own, -1),
-                places=own - canvas.start,
-                step=place.step + taken,
-                since=place.since + taken,
+            here = state._replace(
+                masked_slots=torch.where(masked, view.slots, -1),
+                places=view.slots - canvas.start,
+                step=state.step + taken,
+                block_step=state.block_step + taken,
             )
-            predictions = self._read(canvas, logits[:, depth], here)
-            take = self.rule.take(predictions, here, canvas.length, None) & masked
-            canvas.write(torch.where(take, own, -1), predictions.tokens, predictions.confidence)
-            now = torch.where(take, predictions.tokens, now)
+            predictions = predict(
+                logits[:, depth], seeds=canvas.seeds, step=here.step, places=here.places,
+                ranking=self.ranking, temperature=self.temperature,
+            )  # fmt: skip
+            accepted = self.rule.accept(predictions, here) & masked
+            slots = torch.where(accepted, view.slots, -1)
+            canvas.write(slots, predictions.tokens, predictions.confidence)
+            block = torch.where(accepted, predictions.tokens, block)
             taken = taken + going.long()
             score = torch.where(going[:, None], predictions.score, score)
-            chosen = torch.where(going[:, None], predictions.tokens, chosen)
-            if depth + 1 < both.shape[1]:
-                foreseen = (now == both[:, depth + 1]) | ~there
-                going = going & drafted & foreseen.all(dim=1)
-        ahead = place._replace(since=place.since + taken)
-        draft = extend(
-            self.rule,
-            ahead,
-            self.draft_steps - 1,
-            now,
-            there,
-            chosen,
-            score,
-            length=canvas.length,
-            mask=canvas.vocab.mask,
-        )
-        return taken, draft
-
-    def _read(self, canvas: Canvas, logits: Tensor, place: Place) -> Predictions:
-        return read(
-            logits,
-            seeds=canvas.seeds,
-            step=place.step,
-            places=place.places,
-            ranking=self.ranking,
-            temperature=self.temperature,
-        )
+            tokens = torch.where(going[:, None], predictions.tokens, tokens)
+            if depth + 1 < versions.shape[1]:
+                predicted = (block == versions[:, depth + 1]) | ~view.exists
+                going = going & has_drafts & predicted.all(dim=1)
+        ahead = state._replace(block_step=state.block_step + taken)
+        latest = Predictions(tokens, score, score, score, score)  # rules read tokens and score only
+        depth = self.draft_steps - 1
+        mask_id = canvas.vocab.mask
+        return taken, draft_ahead(self.rule, ahead, depth, block, view.exists, latest, mask_id)

@@ -1,26 +1,28 @@
-"""How many tokens a block's forwards accept when their number is given."""
+"""LLaDA's fixed schedule: how many tokens each forward pass accepts when ``steps`` is given."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from diffa.samplers.blocks import BlockState
 
-def even(
-    block: Tensor, since: Tensor, due: Tensor, *, steps: int | None, length: int, width: int
-) -> Tensor:
-    """Tokens (B,) for each row's ``since``-th forward in its ``block`` that began with ``due``.
 
-    ``steps`` over the whole answer (one per token where None) are spread over blocks by width, at
-    least one each; a block's masks are split evenly over its steps, the remainder first (LLaDA).
+def num_transfer_tokens(state: BlockState, steps: int | None, block_length: int) -> Tensor:
+    """Return how many tokens (B,) each row accepts in this pass.
+
+    A block of m masks and n steps accepts m // n tokens per step, and one more in its first
+    m % n steps (``get_num_transfer_tokens`` of LLaDA's code).
     """
-    spread = torch.tensor(per_block(steps, length, width), device=block.device)
-    count = spread[block.clamp(min=0)]
-    return due // count + (since < due % count).long()
+    schedule = steps_per_block(steps, state.answer_length, block_length)
+    count = torch.tensor(schedule, device=state.block.device)[state.block.clamp(min=0)]
+    masks = state.initial_masks
+    return masks // count + (state.block_step < masks % count).long()
 
 
-def per_block(steps: int | None, length: int, width: int) -> list[int]:
-    """Forwards of every block of an answer of ``length`` tokens."""
-    total = min(steps or length, length)
-    ends = [min(end + width, length) * total // length for end in range(0, length, width)]
+def steps_per_block(steps: int | None, answer_length: int, block_length: int) -> list[int]:
+    """Divide ``steps`` (default: one per token) among blocks by their length, at least one each."""
+    total = min(steps or answer_length, answer_length)
+    starts = range(0, answer_length, block_length)
+    ends = [min(start + block_length, answer_length) * total // answer_length for start in starts]
     return [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,4 +1,4 @@
-"""Draft widely, verify by leave-one-out, and take back what does not hold (WINO)."""
+"""Accept tokens generously and revoke those that leave-one-out checks refute (WINO)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
-from diffa.samplers import selection as select
-from diffa.samplers.acceptance import Rule
-from diffa.samplers.blocks import Blocks, Place, end, snapshot
-from diffa.samplers.predictions import clean, read
+from diffa.samplers.blocks import (
+    BlockState,
+    BlockTracker,
+    block_slots,
+    fill_after_eos,
+    make_step,
+)
+from diffa.samplers.options import check_at_least, check_shares
+from diffa.samplers.predictions import exclude_mask, predict, token_probability
+from diffa.samplers.selection import select_capped, select_top_k
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -49,76 +54,82 @@ class Wino:
         remask_threshold: float = 0.9,
         stop_at_eos: bool = True,
     ) -> None:
-        Rule(block_length=block_length)
-        for name, value in {"threshold": threshold, "remask_threshold": remask_threshold}.items():
-            if not 0 <= value <= 1:
-                raise SpecError(f"{name} must lie between 0 and 1, got {value}")
+        check_at_least(1, block_length=block_length)
+        check_shares(threshold=threshold, remask_threshold=remask_threshold)
         self.vocab, self.block_length, self.stop_at_eos = vocab, block_length, stop_at_eos
         self.threshold, self.remask_threshold = threshold, remask_threshold
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Fill the canvas's answers, yielding after every forward."""
-        width = min(self.block_length, canvas.length)
-        ours, blocks = canvas.undecided(), Blocks(canvas, self.block_length)
-        shadows = canvas.add_scratch(width, branch=1)
-        while (place := blocks.enter()) is not None:
-            checked, there = self._cast(canvas, place, ours, shadows)
-            rows = torch.cat([place.rows, torch.where(there, shadows, -1)], dim=1)
-            attn_mask = self._attn_mask(canvas, checked, shadows)
-            logits = clean(denoise(None, rows, attn_mask=attn_mask), canvas.vocab.mask)
-            own = place.rows.shape[1]
-            found, loud = logits[:, :own], logits[:, own:]
-            predictions = read(found, seeds=canvas.seeds, step=place.step, places=place.places)
-            taken = select.capped(predictions.score, place.masked, self.threshold, self._cap(place))
-            # At least one token more is decided after every forward than before it.
-            doubted = self._doubted(canvas, loud, checked, there, taken.sum(dim=1) - 1)
-            canvas.write(
-                torch.where(taken, place.rows, -1), predictions.tokens, predictions.confidence
-            )
-            masks = torch.full_like(checked, canvas.vocab.mask or 0)
-            canvas.write(torch.where(doubted, checked, -1), masks, torch.zeros_like(loud[..., 0]))
-            if self.stop_at_eos:
-                end(canvas, ~ours)
-            blocks.advance()
-            yield snapshot(canvas, revised=self.block_length)
+        """Fill the masks of the canvas's answers, yielding after every forward pass.
 
-    def _cast(
-        self, canvas: Canvas, place: Place, ours: Tensor, shadows: Tensor
+        A pass computes the canvas and one shadow slot per decided token of the block::
+
+            prompt | a b _ c _ _ | later blocks | A B C      a b c: decided, _: masks
+                                                  ^ a masked shadow at the position of a; it attends
+                                                    to everything but a and the other shadows
+        """
+        writable, blocks = canvas.undecided(), BlockTracker(canvas, self.block_length)
+        shadows = canvas.add_scratch(min(self.block_length, canvas.length), branch=1)
+        while (state := blocks.current()) is not None:
+            slots, decided = self._place_shadows(canvas, state, writable, shadows)
+            output_slots = torch.cat([state.masked_slots, torch.where(decided, shadows, -1)], dim=1)
+            attn_mask = self._attn_mask(canvas, slots, shadows)
+            logits = denoise(None, output_slots, attn_mask=attn_mask)
+            logits = exclude_mask(logits, canvas.vocab.mask)
+            num_masked = state.masked_slots.shape[1]
+            predictions = predict(
+                logits[:, :num_masked], seeds=canvas.seeds, step=state.step, places=state.places
+            )
+            most = _most_accepted(state)
+            accepted = select_capped(predictions.score, state.masked, self.threshold, most)
+            # Revoke fewer tokens than are accepted, so that every pass gains at least one.
+            revoked = self._revoked(
+                canvas, logits[:, num_masked:], slots, decided, accepted.sum(dim=1) - 1
+            )
+            accepted_slots = torch.where(accepted, state.masked_slots, -1)
+            canvas.write(accepted_slots, predictions.tokens, predictions.confidence)
+            masks = torch.full_like(slots, canvas.vocab.mask or 0)
+            zeros = torch.zeros_like(masks, dtype=predictions.confidence.dtype)
+            canvas.write(torch.where(revoked, slots, -1), masks, zeros)
+            if self.stop_at_eos:
+                fill_after_eos(canvas, ~writable)
+            blocks.advance()
+            yield make_step(canvas, revisable_block_length=self.block_length)
+
+    def _place_shadows(
+        self, canvas: Canvas, state: BlockState, writable: Tensor, shadows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Lay a masked shadow beside every decided slot of the block; return those slots (B, W),
-        and which of them there are."""
-        slots = place.first[:, None] + torch.arange(len(shadows), device=shadows.device)
-        inside = (slots < place.end[:, None]) & place.alive[:, None]
-        slots = slots.clamp(max=canvas.start + canvas.length - 1)
-        able = (ours & ~canvas.undecided()).gather(1, slots - canvas.start)
-        there = inside & able
+        """Place a masked shadow beside every decided token of the block; return the block's slots
+        (B, W), and which of them have one, (B, W) bool."""
+        slots, exists = block_slots(canvas, state, len(shadows))
+        decided = exists & (writable & ~canvas.undecided()).gather(1, slots - canvas.start)
         masks = torch.full_like(slots, canvas.vocab.mask or 0)
         positions = canvas.positions[: canvas.count].gather(1, slots)
-        canvas.fill_scratch(shadows, there, masks, positions)
-        return slots, there
+        canvas.fill_scratch(shadows, decided, masks, positions)
+        return slots, decided
 
-    def _attn_mask(self, canvas: Canvas, checked: Tensor, shadows: Tensor) -> Tensor:
-        """What each slot may see (B, S, S): a shadow all but its token and the other shadows."""
-        attn_mask = torch.ones(
-            canvas.count, canvas.size, canvas.size, dtype=torch.bool, device=checked.device
-        )
-        own = torch.ones(len(shadows), canvas.size, dtype=torch.bool, device=checked.device)
-        own[:, shadows] = torch.eye(len(shadows), dtype=torch.bool, device=checked.device)
-        attn_mask[:, shadows] = own.expand(canvas.count, -1, -1).scatter(
-            2, checked[:, :, None], False
-        )
+    def _attn_mask(self, canvas: Canvas, slots: Tensor, shadows: Tensor) -> Tensor:
+        """Hide from each shadow its own token and all other shadows, (B, S, S) bool."""
+        device = slots.device
+        shape = canvas.count, canvas.size, canvas.size
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=device)
+        visible = torch.ones(len(shadows), canvas.size, dtype=torch.bool, device=device)
+        visible[:, shadows] = torch.eye(len(shadows), dtype=torch.bool, device=device)
+        visible = visible.expand(canvas.count, -1, -1)
+        attn_mask[:, shadows] = visible.scatter(2, slots[:, :, None], False)
         return attn_mask
 
-    def _cap(self, place: Place) -> Tensor:
-        """The most tokens (B,) to accept at once: min(max(0.7 m, 5), 20) of m masks."""
-        return (0.7 * place.masked.sum(dim=1)).long().clamp(min=5, max=20)
-
-    def _doubted(
-        self, canvas: Canvas, logits: Tensor, slots: Tensor, there: Tensor, most: Tensor
+    def _revoked(
+        self, canvas: Canvas, logits: Tensor, slots: Tensor, decided: Tensor, most: Tensor
     ) -> Tensor:
-        """Which decided tokens (B, W) to take back: the least likely ones, at most ``most``."""
+        """Return which decided tokens (B, W) to mask again: the ``most`` (B,) least likely ones
+        below the threshold."""
         tokens = canvas.tokens[: canvas.count].gather(1, slots)
-        known = logits.gather(-1, tokens[..., None])[..., 0]
-        share = (known - logits.logsumexp(dim=-1)).exp()
-        worst = select.fixed(-share, there, most) & (most > 0)[:, None]
-        return worst & (share < self.remask_threshold)
+        probability = token_probability(logits, tokens)
+        worst = select_top_k(-probability, decided, most) & (most > 0)[:, None]
+        return worst & (probability < self.remask_threshold)
+
+
+def _most_accepted(state: BlockState) -> Tensor:
+    """Most tokens (B,) to accept at once: min(max(0.7 m, 5), 20) of m masks (WINO's code)."""
+    return (0.7 * state.masked.sum(dim=1)).long().clamp(min=5, max=20)
