@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffa.runtime.rng import GOLDEN, mixed, shifted
+from diffa.runtime.rng import GOLDEN_GAMMA, shift_right, splitmix64
 
 
 def slot_uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tensor:
@@ -19,10 +19,10 @@ def slot_uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> 
         slots: Slots that need a number, (B, K).
         stream: Keeps different uses of the same key independent.
     """
-    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN  # overflow is intended
-    key = mixed(mixed(seeds.long() + streams + GOLDEN) + step.long() * GOLDEN + GOLDEN)
-    bits = mixed(key[:, None] + slots.long() * GOLDEN + GOLDEN)
-    return (shifted(bits, 11).double() + 0.5) * 2.0**-53
+    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN_GAMMA  # overflow is intended
+    key = splitmix64(splitmix64(seeds.long() + streams + GOLDEN_GAMMA) + step.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
+    bits = splitmix64(key[:, None] + slots.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
+    return (shift_right(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def sample_categorical(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:

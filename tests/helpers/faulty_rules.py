@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffa.objectives.masked import Masked
-from diffa.samplers.rng import categorical, uniform
+from diffa.samplers.rng import sample_categorical, slot_uniform
 from diffa.types import Noised, Step, Vocab
 
 
@@ -29,8 +29,8 @@ class Steady:
         if not self.temperature:
             return logits.argmax(-1)
         places = rows - canvas.start
-        draws = uniform(canvas.seeds, places[:, 0], places, stream=1)
-        return categorical(logits, self.temperature, draws)
+        draws = slot_uniform(canvas.seeds, places[:, 0], places, stream=1)
+        return sample_categorical(logits, self.temperature, draws)
 
     def logits(self, denoise: Any, rows: Tensor) -> Tensor:
         return denoise(None, rows)

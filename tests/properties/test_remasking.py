@@ -14,9 +14,9 @@ from torch import Tensor
 from diffa.backbones.llada import LLaDA
 from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
-from diffa.samplers import selection as select
+from diffa.samplers import selection
 from diffa.samplers.blockwise import Blockwise
-from diffa.samplers.rng import categorical, uniform
+from diffa.samplers.rng import sample_categorical, slot_uniform
 from diffa.testing import Chaos, ToyDenoise, toy_canvas
 from diffa.testing.parts import noise
 from diffa.testing.toy import MASKED as VOCAB
@@ -228,10 +228,12 @@ def test_fixed_takes_the_n_highest(case: tuple[Tensor, Tensor], counts: list[int
     values, masked = case
     for row in range(len(values)):
         one = slice(row, row + 1)
-        found = select.fixed(values[one], masked[one], torch.tensor(counts[row : row + 1]))
+        found = selection.select_top_k(
+            values[one], masked[one], torch.tensor(counts[row : row + 1])
+        )
         n = max(1, counts[row])
         agrees(found, values[one], masked[one], lambda _, order, n=n: set(order[:n]))
-    together = select.fixed(values, masked, torch.tensor(counts[: len(values)]))
+    together = selection.select_top_k(values, masked, torch.tensor(counts[: len(values)]))
     for row in range(len(values)):
         n = max(1, counts[row])
         assert int(together[row].sum()) == min(n, int(masked[row].sum()))
@@ -248,7 +250,7 @@ def test_threshold_takes_what_reaches_it_and_the_best(
         best = max(row[i] for i in order)
         return {i for i in order if row[i] >= min(best, torch.tensor(least).item())}
 
-    agrees(select.threshold(*case, least), *case, rule)
+    agrees(selection.select_threshold(*case, least), *case, rule)
 
 
 @given(scores(), st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.5, 3.0]))
@@ -269,7 +271,7 @@ def test_factor_takes_the_longest_run_that_passes(
     ranks = torch.arange(2, values.shape[1] + 3)
     gap = ((ranks * (1 - values[..., None])) - scale).abs()
     assume(bool(((gap > 1e-5) | (values * 8 == (values * 8).round())[..., None]).all()))
-    agrees(select.factor(values, masked, scale), values, masked, rule)
+    agrees(selection.select_factor(values, masked, scale), values, masked, rule)
 
 
 @given(scores(), st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.5]))
@@ -293,7 +295,7 @@ def test_the_entropy_bound_takes_while_the_sum_before_stays_within(
 
     exact = bool((values * 8 == (values * 8).round()).all())
     assume(exact or bool(((costs.sort(1).values.cumsum(1) - bound).abs() > 1e-5).all()))
-    agrees(select.entropy_bound(costs, masked, bound), values, masked, rule)
+    agrees(selection.select_entropy_bound(costs, masked, bound), values, masked, rule)
 
 
 @given(scores())
@@ -302,10 +304,10 @@ def test_every_rule_takes_something_where_anything_is_masked(case: tuple[Tensor,
     values, masked = case
     nothing = torch.zeros(len(values), dtype=torch.long)
     for found in (
-        select.fixed(values, masked, nothing),
-        select.threshold(values, masked, 1.0),
-        select.factor(values, masked, 0.0),
-        select.entropy_bound(values, masked, 0.0),
+        selection.select_top_k(values, masked, nothing),
+        selection.select_threshold(values, masked, 1.0),
+        selection.select_factor(values, masked, 0.0),
+        selection.select_entropy_bound(values, masked, 0.0),
     ):
         assert torch.equal(found.any(1), masked.any(1))
         assert not bool((found & ~masked).any())
@@ -415,15 +417,15 @@ def test_the_real_backbone_has_something_to_say() -> None:
 def test_draws_are_keyed_by_seed_step_and_slot(seed: int, step: int, stream: int) -> None:
     seeds, steps = torch.tensor([seed, seed + 1]), torch.tensor([step, step])
     slots = torch.tensor([[3, 1, 2], [3, 1, 2]])
-    draws = uniform(seeds, steps, slots, stream=stream)
+    draws = slot_uniform(seeds, steps, slots, stream=stream)
     assert bool(((draws > 0) & (draws < 1)).all()) and draws.dtype == torch.float64
-    alone = uniform(seeds[1:], steps[1:], slots[1:, 1:], stream=stream)
+    alone = slot_uniform(seeds[1:], steps[1:], slots[1:, 1:], stream=stream)
     assert torch.equal(alone[0], draws[1, 1:]), "a draw depends on what is drawn beside it"
     other = [
-        uniform(seeds + 2, steps, slots, stream=stream),
-        uniform(seeds, steps + 1, slots, stream=stream),
-        uniform(seeds, steps, slots + 1, stream=stream)[:, 1:],
-        uniform(seeds, steps, slots, stream=stream + 1),
+        slot_uniform(seeds + 2, steps, slots, stream=stream),
+        slot_uniform(seeds, steps + 1, slots, stream=stream),
+        slot_uniform(seeds, steps, slots + 1, stream=stream)[:, 1:],
+        slot_uniform(seeds, steps, slots, stream=stream + 1),
     ]
     everything = torch.cat([draws.flatten(), *(draw.flatten() for draw in other[:2]),
                             other[3].flatten()])  # fmt: skip
@@ -433,9 +435,9 @@ def test_draws_are_keyed_by_seed_step_and_slot(seed: int, step: int, stream: int
 def test_draws_are_uniform_and_independent_in_every_key() -> None:
     count = 300
     grid = torch.arange(count)
-    by_slot = uniform(grid, torch.zeros_like(grid), grid.expand(count, -1), stream=1)
+    by_slot = slot_uniform(grid, torch.zeros_like(grid), grid.expand(count, -1), stream=1)
     by_step = torch.stack(
-        [uniform(grid, torch.full_like(grid, s), grid[:1].expand(count, 1), stream=1)[:, 0]
+        [slot_uniform(grid, torch.full_like(grid, s), grid[:1].expand(count, 1), stream=1)[:, 0]
          for s in range(count)]
     )  # fmt: skip
     for draws in (by_slot, by_step):
@@ -453,7 +455,7 @@ def test_sampling_follows_the_softmax_of_the_temperature(seed: int, temperature:
     logits = torch.randn(5, generator=torch.Generator().manual_seed(seed)) * 2
     rows = 3000
     draws = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows  # an even grid: no noise at all
-    tokens = categorical(logits.expand(1, rows, 5), temperature, draws[None])[0]
+    tokens = sample_categorical(logits.expand(1, rows, 5), temperature, draws[None])[0]
     found = torch.bincount(tokens, minlength=5) / rows
     assert torch.allclose(found, (logits / temperature).softmax(0), atol=2 / rows)
 

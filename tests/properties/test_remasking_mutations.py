@@ -11,25 +11,9 @@ from hypothesis import Phase, settings
 from properties import test_remasking as properties
 from torch import Tensor
 
-from diffa.samplers import (
-    acceptance as rules,
-)
-from diffa.samplers import (
-    blocks,
-    loop,
-)
-from diffa.samplers import (
-    predictions as predictions,
-)
-from diffa.samplers import (
-    rng as draws,
-)
-from diffa.samplers import (
-    selection as select,
-)
-from diffa.samplers import (
-    transfer_schedule as quota,
-)
+from diffa.samplers import acceptance, blocks, blockwise, predictions, rng, selection
+from diffa.samplers import transfer_schedule as schedule
+from diffa.samplers.blocks import BlockState
 from diffa.testing import toy_canvas
 
 BROKEN = settings(
@@ -37,25 +21,25 @@ BROKEN = settings(
     database=None,
 )  # fmt: skip
 
-_even, _fixed, _take, _end, _uniform = (
-    quota.even, select.fixed, rules.Rule.take, blocks.end, draws.uniform,
+_transfer, _top_k, _accept, _fill_after_eos, _uniform = (
+    schedule.num_transfer_tokens, selection.select_top_k, acceptance.AcceptanceRule.accept,
+    blocks.fill_after_eos, rng.slot_uniform,
 )  # fmt: skip
-_places, _read = blocks.Blocks.enter, predictions.read
 
 
-def one_more(*where: Any, **options: Any) -> Tensor:
-    """A schedule that reveals one token more than its share."""
-    return _even(*where, **options) + 1
+def one_more(state: BlockState, *more: Any) -> Tensor:
+    """A schedule that accepts one token more than its share."""
+    return _transfer(state, *more) + 1
 
 
-def remainder_last(block: Tensor, since: Tensor, due: Tensor, **options: Any) -> Tensor:
+def remainder_last(state: BlockState, *more: Any) -> Tensor:
     """A schedule that rounds down first."""
-    return _even(block, 10_000 - since, due, **options)
+    return _transfer(state._replace(block_step=10_000 - state.block_step), *more)
 
 
-def take_nothing(self: Any, found: Any, place: Any, *more: Any) -> Tensor:
+def take_nothing(self: Any, found: Any, state: BlockState, *more: Any) -> Tensor:
     """A rule that accepts nothing in its block's first step."""
-    return _take(self, found, place, *more) & (place.since > 0)[:, None]
+    return _accept(self, found, state, *more) & (state.block_step > 0)[:, None]
 
 
 def open_everything(self: Any, canvas: Any, width: int) -> None:
@@ -63,18 +47,18 @@ def open_everything(self: Any, canvas: Any, width: int) -> None:
     _init(self, canvas, canvas.length)
 
 
-_init = blocks.Blocks.__init__
+_init = blocks.BlockTracker.__init__
 
 
-def end_over_given(canvas: Any, given: Tensor) -> None:
+def end_over_given(canvas: Any, draft: Tensor) -> None:
     """An end that overwrites given tokens."""
-    _end(canvas, torch.zeros_like(given))
+    _fill_after_eos(canvas, torch.zeros_like(draft))
 
 
-def end_at_once(canvas: Any, given: Tensor) -> None:
+def end_at_once(canvas: Any, draft: Tensor) -> None:
     """An end that does not wait for what is before it."""
     ended = (canvas.answer == canvas.vocab.eos).cumsum(dim=1) > 0
-    canvas.fill(ended & ~given, canvas.vocab.eos)
+    canvas.fill(ended & ~draft, canvas.vocab.eos)
 
 
 def never_end(canvas: Any, given: Tensor) -> None:
@@ -98,7 +82,7 @@ def stepless(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> Tens
 
 def n_less_one(scores: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
     """One fewer than asked."""
-    return _fixed(scores, masked, counts - 1)
+    return _top_k(scores, masked, counts - 1)
 
 
 def above(scores: Tensor, masked: Tensor, least: float) -> Tensor:
@@ -107,15 +91,15 @@ def above(scores: Tensor, masked: Tensor, least: float) -> Tensor:
     return ((scores > least) | (scores == best)) & masked
 
 
-def accept_the_failing(scores: Tensor, masked: Tensor, scale: float) -> Tensor:
+def accept_the_failing(scores: Tensor, masked: Tensor, scale: float, **_: Any) -> Tensor:
     """Fast-dLLM's released loop: the last one that fails is accepted too."""
     found = _factor(scores, masked, scale)
-    return found | select.fixed(scores, masked, found.sum(dim=1) + 1)
+    return found | selection.select_top_k(scores, masked, found.sum(dim=1) + 1)
 
 
 def bound_with_itself(entropies: Tensor, masked: Tensor, bound: float) -> Tensor:
     """The sum that must stay within the bound includes the candidate's own entropy."""
-    first = select.fixed(-entropies, masked, torch.ones(len(masked), dtype=torch.long))
+    first = selection.select_top_k(-entropies, masked, torch.ones(len(masked), dtype=torch.long))
     costs = entropies.masked_fill(~masked, torch.inf)
     ordered, order = costs.sort(dim=1, stable=True)
     inside = torch.zeros_like(masked).scatter(1, order, ordered.cumsum(dim=1) <= bound)
@@ -127,35 +111,38 @@ def warm(logits: Tensor, temperature: float, numbers: Tensor) -> Tensor:
     return _categorical(logits, 1.2 * temperature, numbers)
 
 
-def unmasked_final(canvas: Any, revised: int | None = None, given: Any = None) -> Any:
+def unmasked_final(canvas: Any, **_: Any) -> Any:
     """Every decided token called final, though an end may replace it."""
-    return _snapshot(canvas, revised)
+    return _make_step(canvas)
 
 
-_factor, _categorical, _snapshot = select.factor, draws.categorical, blocks.snapshot
+_factor, _categorical, _make_step = (
+    selection.select_factor, rng.sample_categorical, blocks.make_step,
+)  # fmt: skip
 
 P = properties
 MUTATIONS: list[tuple[Any, str, Callable[..., Any], Callable[..., None]]] = [
-    (rules, "even", one_more, P.test_a_step_reveals_the_schedules_share_to_rounding),
-    (rules, "even", remainder_last, P.test_a_step_reveals_the_schedules_share_to_rounding),
-    (rules.Rule, "take", take_nothing,
+    (acceptance, "num_transfer_tokens", one_more, P.test_a_step_reveals_the_schedules_share_to_rounding),
+    (acceptance, "num_transfer_tokens", remainder_last, P.test_a_step_reveals_the_schedules_share_to_rounding),
+    (acceptance.AcceptanceRule, "accept", take_nothing,
      P.test_every_step_reveals_at_least_one_token_of_every_open_row),
-    (loop, "end", end_over_given, P.test_given_tokens_never_change),
-    (loop, "end", end_at_once, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
-    (loop, "end", never_end, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
-    (loop, "snapshot", unmasked_final, P.test_final_tokens_never_change),
-    (blocks.Blocks, "__init__", open_everything, P.test_blocks_finish_from_left_to_right),
-    (predictions, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_the_toy),
-    (predictions, "uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada),
-    (P, "uniform", half, P.test_draws_are_uniform_and_independent_in_every_key),
-    (P, "uniform", stepless, P.test_draws_are_keyed_by_seed_step_and_slot),
-    (P, "uniform", by_row, P.test_draws_are_keyed_by_seed_step_and_slot),
-    (select, "fixed", n_less_one, P.test_fixed_takes_the_n_highest),
-    (select, "threshold", above, P.test_threshold_takes_what_reaches_it_and_the_best),
-    (select, "factor", accept_the_failing, P.test_factor_takes_the_longest_run_that_passes),
-    (select, "entropy_bound", bound_with_itself,
+    (blockwise, "fill_after_eos", end_over_given, P.test_given_tokens_never_change),
+    (blockwise, "fill_after_eos", end_at_once, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
+    (blockwise, "fill_after_eos", never_end, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
+    (blockwise, "make_step", unmasked_final, P.test_final_tokens_never_change),
+    (blocks.BlockTracker, "__init__", open_everything, P.test_blocks_finish_from_left_to_right),
+    (predictions, "slot_uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_the_toy),
+    (predictions, "slot_uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_a_real_llada),
+    (P, "slot_uniform", half, P.test_draws_are_uniform_and_independent_in_every_key),
+    (P, "slot_uniform", stepless, P.test_draws_are_keyed_by_seed_step_and_slot),
+    (P, "slot_uniform", by_row, P.test_draws_are_keyed_by_seed_step_and_slot),
+    (selection, "select_top_k", n_less_one, P.test_fixed_takes_the_n_highest),
+    (selection, "select_threshold", above, P.test_threshold_takes_what_reaches_it_and_the_best),
+    (selection, "select_factor", accept_the_failing,
+     P.test_factor_takes_the_longest_run_that_passes),
+    (selection, "select_entropy_bound", bound_with_itself,
      P.test_the_entropy_bound_takes_while_the_sum_before_stays_within),
-    (P, "categorical", warm, P.test_sampling_follows_the_softmax_of_the_temperature),
+    (P, "sample_categorical", warm, P.test_sampling_follows_the_softmax_of_the_temperature),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffa.samplers import selection as select
+from diffa.samplers import selection
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.speculative import Speculative
 from diffa.spec import registry
@@ -34,6 +34,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "warm": ("blockwise", {"temperature": 0.7}),
     "threshold": ("blockwise", {"threshold": 0.5}),
     "factor": ("blockwise", {"factor": 1.0}),
+    "released factor": ("blockwise", {"factor": 1.0, "factor_rule": "released"}),
     "entropy bound": ("blockwise", {"entropy_bound": 1.0}),
     "local leap": ("blockwise", {"threshold": 0.7, "neighbor_threshold": 0.3}),
     "run threshold": ("blockwise", {"threshold": 0.7, "run_threshold": 0.3}),
@@ -278,14 +279,16 @@ def taken(rule: str, case: Scores, mild: float) -> Tensor:
     values, masked, places, moved = case
     strict = 1 - mild
     rules = {
-        "fixed": lambda: select.fixed(values, masked, _counts(values, mild)),
-        "threshold": lambda: select.threshold(values, masked, strict),
-        "factor": lambda: select.factor(values, masked, 4 * mild),
-        "entropy bound": lambda: select.entropy_bound(1 - values, masked, 3 * mild),
-        "KLASS": lambda: select.stable(values, masked, moved, 0.0, mild),
-        "local leap": lambda: select.leap(values, masked, places, 0.8, 0.8 * strict),
-        "run threshold": lambda: select.spread(values, masked, places, 0.9, 0.9 * strict),
-        "capped": lambda: select.capped(values, masked, 0.2, _counts(values, mild)),
+        "fixed": lambda: selection.select_top_k(values, masked, _counts(values, mild)),
+        "threshold": lambda: selection.select_threshold(values, masked, strict),
+        "factor": lambda: selection.select_factor(values, masked, 4 * mild),
+        "entropy bound": lambda: selection.select_entropy_bound(1 - values, masked, 3 * mild),
+        "KLASS": lambda: selection.select_klass(values, masked, moved, 0.0, mild),
+        "local leap": lambda: selection.select_local_leap(
+            values, masked, places, 0.8, 0.8 * strict
+        ),
+        "run threshold": lambda: selection.select_runs(values, masked, places, 0.9, 0.9 * strict),
+        "capped": lambda: selection.select_capped(values, masked, 0.2, _counts(values, mild)),
     }
     return rules[rule]()
 
@@ -373,7 +376,11 @@ def test_refined_thresholds_take_what_the_threshold_takes(
     case: Scores, least: float, low: float
 ) -> None:
     values, masked, places, _ = case
-    plain = select.threshold(values, masked, least)
-    assert not bool((plain & ~select.leap(values, masked, places, least, low * least)).any())
-    assert not bool((plain & ~select.spread(values, masked, places, least, low * least)).any())
-    assert torch.equal(select.leap(values, masked, places, least, least), plain)
+    plain = selection.select_threshold(values, masked, least)
+    assert not bool(
+        (plain & ~selection.select_local_leap(values, masked, places, least, low * least)).any()
+    )
+    assert not bool(
+        (plain & ~selection.select_runs(values, masked, places, least, low * least)).any()
+    )
+    assert torch.equal(selection.select_local_leap(values, masked, places, least, least), plain)

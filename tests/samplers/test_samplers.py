@@ -8,19 +8,19 @@ import torch
 
 from diffa.canvas.canvas import NO_TOKEN
 from diffa.errors import SpecError
-from diffa.samplers import selection as select
-from diffa.samplers.blocks import Blocks
+from diffa.samplers import selection
+from diffa.samplers.blocks import BlockTracker
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.credit import Credit
 from diffa.samplers.growing import Growing
-from diffa.samplers.lengths import insert, resize
+from diffa.samplers.lengths import insert_masks, resize_answers
 from diffa.samplers.prophet import Prophet
-from diffa.samplers.recompute import LazyAudio, Remembered, Slots, Suffix
+from diffa.samplers.recompute import AudioRefresh, BlockCache, RecomputeSlots, SuffixWindow
 from diffa.samplers.remdm import ReMDM
 from diffa.samplers.revise import Revise
 from diffa.samplers.speculative import Speculative
-from diffa.samplers.stability import divergence
-from diffa.samplers.transfer_schedule import per_block
+from diffa.samplers.stability import coarse_kl_divergence
+from diffa.samplers.transfer_schedule import steps_per_block
 from diffa.samplers.wino import Wino
 from diffa.testing import SamplerSuite
 from diffa.testing.toy import MASKED, Chaos, Joint, Sure, ToyDenoise, toy_canvas
@@ -43,7 +43,7 @@ class TestPrefixAndSuffix(SamplerSuite):
     exact: ClassVar = {"suffix_window": 12, **RANDOM}
 
 
-class TestLazyAudio(SamplerSuite):
+class TestAudioRefresh(SamplerSuite):
     name, options, exact = "blockwise", {"block_length": 4, "audio_refresh_interval": 3}, RANDOM
 
 
@@ -144,9 +144,9 @@ def test_wino_takes_back_what_leave_one_out_denies():
 
 def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
     canvas = toy_canvas(PROMPTS, 6)
-    wino, blocks = Wino(MASKED, block_length=6), Blocks(canvas, 6)
+    wino, blocks = Wino(MASKED, block_length=6), BlockTracker(canvas, 6)
     shadows = canvas.add_scratch(6, branch=1)
-    checked, _ = wino._cast(canvas, blocks.enter(), ~canvas.undecided(), shadows)
+    checked, _ = wino._place_shadows(canvas, blocks.current(), ~canvas.undecided(), shadows)
     attn_mask = wino._attn_mask(canvas, checked, shadows)
     for column, shadow in enumerate(shadows.tolist()):
         hidden = (~attn_mask[0, shadow]).nonzero()[:, 0].tolist()
@@ -211,9 +211,11 @@ def test_inserted_masks_push_the_rest_of_the_answer_back():
     canvas = toy_canvas([[1], [2]], 8)
     ours = canvas.undecided()
     size = torch.tensor([5, 5])
-    resize(canvas, ours, size)
+    resize_answers(canvas, ours, size)
     canvas.write(torch.tensor([[1, 4], [1, 4]]), torch.tensor([[2, 3], [2, 3]]))
-    size = insert(canvas, ours, size, torch.tensor([1, 8]), 2)  # the second row has no such place
+    size = insert_masks(
+        canvas, ours, size, torch.tensor([1, 8]), 2
+    )  # the second row has no such place
     gap, rest = MASKED.mask, MASKED.eos
     assert canvas.answer.tolist() == [
         [2, gap, gap, gap, gap, 3, gap, rest],
@@ -224,15 +226,15 @@ def test_inserted_masks_push_the_rest_of_the_answer_back():
 
 
 def chosen(policies, place, canvas):
-    recompute, write = Slots(policies)(canvas, place)
+    recompute, write = RecomputeSlots(policies)(canvas, place)
     if recompute is None:
         return None, write
     return [sorted(row[row >= 0].tolist()) for row in recompute], write
 
 
 def entered(canvas, width=4, fresh=False):
-    place = Blocks(canvas, width).enter()
-    return place if fresh else place._replace(fresh=torch.zeros_like(place.fresh))
+    place = BlockTracker(canvas, width).current()
+    return place if fresh else place._replace(entered=torch.zeros_like(place.entered))
 
 
 def test_policies_recompute_the_slots_they_are_named_for():
@@ -240,30 +242,30 @@ def test_policies_recompute_the_slots_they_are_named_for():
     canvas.write(torch.tensor([[3, 4, 5, 6]]), torch.zeros(1, 4, dtype=torch.long))
     place = entered(canvas)  # the second block: slots 7 to 10 of 15
     assert chosen([], place, canvas) == (None, False)
-    assert chosen([Remembered("dual", 0)], place, canvas) == ([[7, 8, 9, 10]], True)
-    assert chosen([Remembered("dual", 2)], place, canvas) == ([list(range(5, 13))], True)
-    assert chosen([Remembered("prefix", 0)], place, canvas) == ([list(range(7, 15))], True)
-    assert chosen([Remembered("dual", 0)], entered(canvas, fresh=True), canvas) == (None, True)
+    assert chosen([BlockCache("dual", 0)], place, canvas) == ([[7, 8, 9, 10]], True)
+    assert chosen([BlockCache("dual", 2)], place, canvas) == ([list(range(5, 13))], True)
+    assert chosen([BlockCache("prefix", 0)], place, canvas) == ([list(range(7, 15))], True)
+    assert chosen([BlockCache("dual", 0)], entered(canvas, fresh=True), canvas) == (None, True)
 
 
 def test_vicinity_counts_positions_not_the_padding_between_prompt_and_answer():
     canvas = toy_canvas(PROMPTS, 12)
-    rows, _ = chosen([Remembered("dual", 2)], entered(canvas), canvas)
+    rows, _ = chosen([BlockCache("dual", 2)], entered(canvas), canvas)
     assert [row[:2] for row in rows] == [[1, 2], [0, 7], [5, 6]]
 
 
 def test_a_suffix_window_keeps_the_next_slots_and_the_last():
     canvas = toy_canvas([[1, 2, 3]], 12)
-    rows, _ = chosen([Suffix(2)], entered(canvas), canvas)
+    rows, _ = chosen([SuffixWindow(2)], entered(canvas), canvas)
     assert rows == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 14]]
     assert (~canvas.valid[0]).nonzero()[:, 0].tolist() == [9, 10, 11, 12, 13]
 
 
 def test_audio_is_recomputed_once_in_so_many_forwards():
     canvas = toy_canvas([[-1, -1, 2]], 6)
-    policy, blocks, heard = LazyAudio(3, canvas), Blocks(canvas, 6), []
+    policy, blocks, heard = AudioRefresh(3, canvas), BlockTracker(canvas, 6), []
     for _ in range(7):
-        rows, _ = chosen([policy], blocks.enter(), canvas)
+        rows, _ = chosen([policy], blocks.current(), canvas)
         heard.append(rows is None or 0 in rows[0])
         blocks.advance()
     assert heard == [True, False, False, True, False, False, True]
@@ -280,7 +282,7 @@ def scores(count=40, width=9):
 
 def test_leap_is_its_definition():
     values, masked, places = scores()
-    taken = select.leap(values, masked, places, 0.9, 0.6, reach=2)
+    taken = selection.select_local_leap(values, masked, places, 0.9, 0.6, reach=2)
     for row in range(len(values)):
         open_ = masked[row].nonzero()[:, 0].tolist()
         anchors = [i for i in open_ if values[row, i] >= 0.9]
@@ -291,7 +293,7 @@ def test_leap_is_its_definition():
 
 def test_spread_is_its_definition():
     values, masked, places = scores()
-    taken = select.spread(values, masked, places, 0.9, 0.4)
+    taken = selection.select_runs(values, masked, places, 0.9, 0.4)
     for row in range(len(values)):
         open_ = masked[row].nonzero()[:, 0].tolist()
         runs = [
@@ -308,7 +310,7 @@ def test_spread_is_its_definition():
 def test_stable_is_its_definition():
     values, masked, _ = scores()
     moved = torch.rand(values.shape, generator=torch.Generator().manual_seed(2))
-    taken = select.stable(values, masked, moved, 0.8, 0.3)
+    taken = selection.select_klass(values, masked, moved, 0.8, 0.3)
     for row in range(len(values)):
         open_ = masked[row].nonzero()[:, 0].tolist()
         calm = [i for i in open_ if values[row, i] >= 0.8 and moved[row, i] < 0.3]
@@ -318,7 +320,7 @@ def test_stable_is_its_definition():
 
 def test_capped_takes_no_more_than_it_may():
     values, masked, _ = scores()
-    taken = select.capped(values, masked, 0.5, torch.full((len(values),), 2))
+    taken = selection.select_capped(values, masked, 0.5, torch.full((len(values),), 2))
     assert ((taken.sum(1) <= 2) & (taken.sum(1) >= 1)).all()
     assert ((values > 0.5) | (taken.sum(1, keepdim=True) == 1))[taken].all()
 
@@ -328,14 +330,14 @@ def test_divergence_is_kullback_leibler_where_all_tokens_are_kept():
     now = torch.randn(5, 8, generator=generator).double().log_softmax(-1)
     before = torch.randn(5, 8, generator=generator).double().log_softmax(-1)
     exact = (now.exp() * (now - before)).sum(-1)
-    assert torch.allclose(divergence(now, before), exact, atol=1e-6)
-    assert (divergence(now[:, :3], before[:, :3]) <= exact + 1e-9).all()
+    assert torch.allclose(coarse_kl_divergence(now, before), exact, atol=1e-6)
+    assert (coarse_kl_divergence(now[:, :3], before[:, :3]) <= exact + 1e-9).all()
 
 
 def test_credit_is_its_definition():
     canvas = toy_canvas([[1]], 4)
-    credit = Credit(1, 4, torch.device("cpu"), strength=0.7, room=8)
-    place = Blocks(canvas, 4).enter()
+    credit = Credit(canvas, strength=0.7, tokens_per_slot=8)
+    place = BlockTracker(canvas, 4).current()
     energy = torch.zeros(1, 4, 8)
     generator = torch.Generator().manual_seed(4)
     for _ in range(6):
@@ -344,14 +346,14 @@ def test_credit_is_its_definition():
         energy = 0.8 * energy
         energy.scatter_add_(-1, leader, best**0.2)
         expected = logits + 0.7 * energy.log1p()
-        assert torch.allclose(credit.raise_(logits.clone(), place), expected, atol=1e-5)
+        assert torch.allclose(credit.boost(logits.clone(), place), expected, atol=1e-5)
 
 
 def test_steps_are_spread_over_blocks_by_width():
-    assert per_block(None, 32, 8) == [8, 8, 8, 8]
-    assert per_block(15, 24, 8) == [5, 5, 5]
-    assert per_block(2, 10, 4) == [1, 1, 1]
-    assert sum(per_block(7, 10, 4)) == 7
+    assert steps_per_block(None, 32, 8) == [8, 8, 8, 8]
+    assert steps_per_block(15, 24, 8) == [5, 5, 5]
+    assert steps_per_block(2, 10, 4) == [1, 1, 1]
+    assert sum(steps_per_block(7, 10, 4)) == 7
 
 
 @pytest.mark.parametrize("ranking", ["random", "entropy", "margin"])
