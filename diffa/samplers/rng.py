@@ -19,8 +19,10 @@ def slot_uniform(seeds: Tensor, step: Tensor, slots: Tensor, *, stream: int) -> 
         slots: Slots that need a number, (B, K).
         stream: Keeps different uses of the same key independent.
     """
-    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN_GAMMA  # overflow is intended
-    key = splitmix64(splitmix64(seeds.long() + streams + GOLDEN_GAMMA) + step.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
+    # Products and sums wrap around in 64 bits, as SplitMix64 intends.
+    streams = torch.full_like(step, stream, dtype=torch.long) * GOLDEN_GAMMA
+    row_key = splitmix64(seeds.long() + streams + GOLDEN_GAMMA)
+    key = splitmix64(row_key + step.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
     bits = splitmix64(key[:, None] + slots.long() * GOLDEN_GAMMA + GOLDEN_GAMMA)
     return (shift_right(bits, 11).double() + 0.5) * 2.0**-53
 

@@ -61,7 +61,7 @@ def end_at_once(canvas: Any, draft: Tensor) -> None:
     canvas.fill(ended & ~draft, canvas.vocab.eos)
 
 
-def never_end(canvas: Any, given: Tensor) -> None:
+def never_end(canvas: Any, draft: Tensor) -> None:
     """No end at all."""
 
 
@@ -122,13 +122,17 @@ _factor, _categorical, _make_step = (
 
 P = properties
 MUTATIONS: list[tuple[Any, str, Callable[..., Any], Callable[..., None]]] = [
-    (acceptance, "num_transfer_tokens", one_more, P.test_a_step_reveals_the_schedules_share_to_rounding),
-    (acceptance, "num_transfer_tokens", remainder_last, P.test_a_step_reveals_the_schedules_share_to_rounding),
+    (acceptance, "num_transfer_tokens", one_more,
+     P.test_a_step_reveals_the_schedules_share_to_rounding),
+    (acceptance, "num_transfer_tokens", remainder_last,
+     P.test_a_step_reveals_the_schedules_share_to_rounding),
     (acceptance.AcceptanceRule, "accept", take_nothing,
      P.test_every_step_reveals_at_least_one_token_of_every_open_row),
     (blockwise, "fill_after_eos", end_over_given, P.test_given_tokens_never_change),
-    (blockwise, "fill_after_eos", end_at_once, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
-    (blockwise, "fill_after_eos", never_end, P.test_an_end_closes_its_row_once_all_before_it_is_decided),
+    (blockwise, "fill_after_eos", end_at_once,
+     P.test_an_end_closes_its_row_once_all_before_it_is_decided),
+    (blockwise, "fill_after_eos", never_end,
+     P.test_an_end_closes_its_row_once_all_before_it_is_decided),
     (blockwise, "make_step", unmasked_final, P.test_final_tokens_never_change),
     (blocks.BlockTracker, "__init__", open_everything, P.test_blocks_finish_from_left_to_right),
     (predictions, "slot_uniform", by_row, P.test_a_row_of_a_batch_is_the_row_alone_over_the_toy),
@@ -137,7 +141,8 @@ MUTATIONS: list[tuple[Any, str, Callable[..., Any], Callable[..., None]]] = [
     (P, "slot_uniform", stepless, P.test_draws_are_keyed_by_seed_step_and_slot),
     (P, "slot_uniform", by_row, P.test_draws_are_keyed_by_seed_step_and_slot),
     (selection, "select_top_k", n_less_one, P.test_fixed_takes_the_n_highest),
-    (selection, "select_threshold", above, P.test_threshold_takes_what_reaches_it_and_the_best),
+    (selection, "select_threshold", above,
+     P.test_threshold_takes_what_reaches_it_and_the_best),
     (selection, "select_factor", accept_the_failing,
      P.test_factor_takes_the_longest_run_that_passes),
     (selection, "select_entropy_bound", bound_with_itself,
