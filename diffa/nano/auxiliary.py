@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffa.objectives.ctc import ctc
+from diffa.objectives.ctc import head_ctc_loss
 from diffa.trainers.checkpoints import TrainingError
 from diffa.types import Embeds, Features
 
@@ -173,7 +173,7 @@ class Saying:
         self, embeds: Embeds, words: Sequence[Tensor], gate: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         if self.head is not None:
-            return ctc(embeds, self.head, words, blank=self.blank)
+            return head_ctc_loss(embeds, self.head, words, blank=self.blank)
         device = embeds.values.device
         flat = torch.cat(list(words)).to(device)
         classes, index = torch.unique(flat, return_inverse=True)

@@ -1,1 +1,1 @@
-"""Objectives: how answers are corrupted for training and what restoring them costs."""
+"""Training objectives: how answers are corrupted, and the loss of restoring them."""

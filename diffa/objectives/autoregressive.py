@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.objectives.likelihood import rows_nll
-from diffa.objectives.measure import Measure, pooled
+from diffa.objectives.likelihood import token_nll
+from diffa.objectives.measure import CountedLoss, MeasuredLoss, reduce_losses
 from diffa.types import Decoding, Noised, Vocab
 
 
-class Autoregressive:
+class Autoregressive(CountedLoss):
     """Predict every answer token from the tokens before it.
 
     Args:
@@ -43,29 +43,24 @@ class Autoregressive:
             raise SpecError(f"eos_weight must be positive, got {eos_weight}")
         if chunk_size is not None and chunk_size < 1:
             raise SpecError(f"chunk_size must be at least 1, got {chunk_size}")
-        self.normalization, self.eos_weight, self.chunk_size = normalization, eos_weight, chunk_size
-        self.eos = vocab.eos
+        self.normalization, self.eos_weight = normalization, eos_weight
+        self.chunk_size, self.eos = chunk_size, vocab.eos
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
-        """Leave ``tokens`` (B, L) as they are; answer tokens but the first column are predicted."""
+        """Return ``tokens`` (B, L) unchanged; all answer tokens but the first column count."""
         predicted = answer.clone()
-        predicted[:, :1] = False  # nothing stands before it
+        predicted[:, :1] = False  # no token stands before it
         weight = predicted.to(torch.float32)
         if self.eos_weight != 1.0:
             weight = torch.where(tokens == self.eos, self.eos_weight * weight, weight)
         return Noised(tokens, predicted, weight, answer)
 
-    def loss(
-        self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
-    ) -> tuple[Tensor, Tensor]:
-        """Return the summed loss of hidden (B, L, W), whose row i predicts token i + 1."""
-        measure = self.measure(hidden, head, tokens, noised)
-        return measure.sum, measure.weight
-
     def measure(
         self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
-    ) -> Measure:
-        """Return ``loss`` together with how many answer tokens were predicted right."""
-        ahead = noised.masked[:, 1:]
-        rows = rows_nll(hidden[:, :-1][ahead], head, tokens[:, 1:][ahead], self.chunk_size)
-        return pooled(rows, noised, self.normalization)
+    ) -> MeasuredLoss:
+        """Return the loss of hidden (B, L, W), and how many answer tokens are correct."""
+        predicted = noised.masked[:, 1:]  # hidden state i predicts token i + 1
+        losses = token_nll(
+            hidden[:, :-1][predicted], head, tokens[:, 1:][predicted], self.chunk_size
+        )
+        return reduce_losses(losses, noised, self.normalization)

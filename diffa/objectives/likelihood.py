@@ -1,7 +1,7 @@
-"""Cross-entropy against a large vocabulary, a few rows at a time.
+"""Cross-entropy against a large vocabulary, a few tokens at a time.
 
-Logits of 126,464 entries cost more than the rest of the model: only the rows that are to be
-predicted meet the vocabulary, in chunks, and a frozen head never gets a weight gradient.
+Logits over LLaDA's 126,464 tokens cost more than the rest of the model. So they are computed for
+predicted tokens only, in chunks, and a frozen head gets no weight gradient.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from torch.utils.checkpoint import checkpoint
 
 from diffa.runtime.cpu_linear import Linear
 
-# Logits held at once when no chunk is given: 128 MiB in float32, 265 rows of LLaDA's vocabulary.
-LOGITS = 1 << 25
+# Default number of logits computed at a time: 128 MiB in float32, 265 tokens of LLaDA's vocabulary.
+MAX_LOGITS = 1 << 25
 
 
-class Rows(NamedTuple):
-    """Negative log-likelihood (N,) in float32 of each row's target, and whether it ranks first."""
+class TokenLosses(NamedTuple):
+    """Losses of N predicted tokens.
+
+    Attributes:
+        nll: (N,) negative log-likelihood in float32.
+        correct: (N,) bool, whether the token has the highest logit.
+    """
 
     nll: Tensor
-    hits: Tensor
+    correct: Tensor
 
 
-def frozen_matrix(head: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Return the head's matrix (V, W) if the head is that product alone and learns nothing.
+def frozen_head_matrix(head: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Return the matrix (V, W) of a head that only multiplies by it and is frozen, or None.
 
     Recognised: a plain ``nn.Linear`` without bias; a bound method whose owner has a
     ``head_weight``; any callable that is no module and has a ``weight``.
@@ -44,113 +49,114 @@ def frozen_matrix(head: Callable[[Tensor], Tensor]) -> Tensor | None:
     return weight if usable and not weight.requires_grad else None
 
 
-def rows_nll(
+def token_nll(
     hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk_size: int | None = None
-) -> Rows:
-    """Score targets (N,) under the head's reading of hidden (N, W), ``chunk`` rows at a time."""
-    matrix = frozen_matrix(head)
+) -> TokenLosses:
+    """Return the losses of targets (N,) predicted from hidden (N, W), in chunks."""
+    matrix = frozen_head_matrix(head)
     if matrix is not None and matrix.shape[1] == hidden.shape[1]:
-        return _frozen_rows(hidden, matrix, targets, chunk_size or _fitting(len(matrix)))
-    step = chunk_size or _fitting(_width_of(head, hidden))
+        return _frozen_losses(hidden, matrix, targets, chunk_size or _default_chunk(len(matrix)))
+    step = chunk_size or _default_chunk(_vocab_size(head, hidden))
     parts = [
-        _through(head, hidden[i : i + step], targets[i : i + step]) for i in _starts(hidden, step)
+        _checkpointed_losses(head, hidden[i : i + step], targets[i : i + step])
+        for i in _starts(hidden, step)
     ]
-    return Rows(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    return TokenLosses(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
 
-def rows_entropy(
+def token_entropy(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     temperature: float,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Entropy (N,) in nats of the head's reading of hidden (N, W) at a temperature, in float32."""
+    """Return the entropy (N,) in nats of predictions from hidden (N, W) at a temperature."""
 
     def score(logits: Tensor) -> Tensor:
         logs = (logits / temperature).log_softmax(dim=1)
         return -(logs.exp() * logs.clamp(min=-1e4)).sum(dim=1)
 
-    return _rows(hidden, head, score, chunk_size)
+    return _score_chunks(hidden, head, score, chunk_size)
 
 
-def rows_log_total(
+def token_logsumexp(
     hidden: Tensor, head: Callable[[Tensor], Tensor], chunk_size: int | None = None
 ) -> Tensor:
-    """Log-sum-exp (N,) over the vocabulary of the head's reading of hidden (N, W), in float32."""
-    return _rows(hidden, head, lambda logits: logits.logsumexp(dim=1), chunk_size)
+    """Return the log-sum-exp (N,) of the logits of hidden (N, W), in float32."""
+    return _score_chunks(hidden, head, lambda logits: logits.logsumexp(dim=1), chunk_size)
 
 
-def _rows(
+def _score_chunks(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], Tensor],
     chunk_size: int | None,
 ) -> Tensor:
-    """One number (N,) per row of logits, a few rows at a time, forward and backward."""
-    step = chunk_size or _fitting(_width_of(head, hidden))
+    """Return ``score`` (N,) of the logits of hidden (N, W), in chunks, forward and backward."""
+    step = chunk_size or _default_chunk(_vocab_size(head, hidden))
     parts = [hidden[i : i + step] for i in _starts(hidden, step)]
     if not torch.is_grad_enabled():
         return torch.cat([score(head(part).float()) for part in parts])
-    kept = [checkpoint(lambda x: score(head(x).float()), x, use_reentrant=False) for x in parts]
-    return torch.cat(kept)
+    scores = [checkpoint(lambda x: score(head(x).float()), x, use_reentrant=False) for x in parts]
+    return torch.cat(scores)
 
 
 def _starts(hidden: Tensor, step: int) -> range:
-    """One chunk at least, so that an empty selection still belongs to the graph."""
+    """Return where chunks start: at least one, so that the graph exists without tokens too."""
     return range(0, max(len(hidden), 1), step)
 
 
-def _fitting(vocabulary: int) -> int:
-    return max(1, LOGITS // max(1, vocabulary))
+def _default_chunk(vocabulary: int) -> int:
+    return max(1, MAX_LOGITS // max(1, vocabulary))
 
 
-def _width_of(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+def _vocab_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     with torch.no_grad():
         return head(hidden.new_zeros(1, hidden.shape[1])).shape[-1]
 
 
-def _through(
+def _checkpointed_losses(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Score one chunk, keeping its logits only until the backward pass needs them again."""
+    """Return nll and correct of one chunk; the backward pass recomputes its logits."""
 
-    def score(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def score(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(rows).float()
-        right = logits.gather(1, wanted[:, None])[:, 0]
-        return torch.logsumexp(logits, 1) - right, logits.argmax(1) == wanted
+        own = logits.gather(1, target[:, None])[:, 0]
+        return torch.logsumexp(logits, 1) - own, logits.argmax(1) == target
 
     if not torch.is_grad_enabled():
         return score(hidden, targets)
-    nll, hits = checkpoint(score, hidden, targets, use_reentrant=False)
-    return nll, hits
+    nll, correct = checkpoint(score, hidden, targets, use_reentrant=False)
+    return nll, correct
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Scores rows under a frozen matrix; the gradient of hidden is made in the forward pass."""
+    """Losses under a frozen matrix. The forward pass computes the gradient of hidden: p - onehot."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         nll = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
-            # (C, V); logsumexp and softmax in float32 whatever the matrix is kept in
+            # (C, V). logsumexp and softmax run in float32, whatever dtype the matrix has.
             logits = (hidden[part].to(matrix.dtype) @ matrix.T).to(nll.dtype)
-            top = torch.logsumexp(logits, 1)
-            wanted = targets[part, None]
-            nll[part] = top - logits.gather(1, wanted)[:, 0]
-            hits[part] = logits.argmax(1) == targets[part]
+            log_total = torch.logsumexp(logits, 1)
+            target = targets[part, None]
+            nll[part] = log_total - logits.gather(1, target)[:, 0]
+            correct[part] = logits.argmax(1) == targets[part]
             if gradient is not None:
-                logits.sub_(top[:, None]).exp_()
-                logits.scatter_add_(1, wanted, -torch.ones_like(top[:, None]))
+                logits.sub_(log_total[:, None]).exp_()
+                logits.scatter_add_(1, target, -torch.ones_like(log_total[:, None]))
                 gradient[part] = (logits.to(matrix.dtype) @ matrix).to(gradient.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(hits)
-        return nll, hits
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -159,5 +165,5 @@ class _FrozenHead(torch.autograd.Function):
         return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
-def _frozen_rows(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk_size: int) -> Rows:
-    return Rows(*_FrozenHead.apply(hidden, matrix, targets, chunk_size))  # type: ignore[no-untyped-call]
+def _frozen_losses(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk_size: int) -> TokenLosses:
+    return TokenLosses(*_FrozenHead.apply(hidden, matrix, targets, chunk_size))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The masked-diffusion objective of LLaDA (2502.09992, eq. 3) as DIFFA trains with it."""
+"""The masked-diffusion objective of LLaDA, which DIFFA trains with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.objectives import masking as hiding
-from diffa.objectives import schedules
-from diffa.objectives.cart import cart as by_context
-from diffa.objectives.levels import Levels, times
-from diffa.objectives.likelihood import rows_entropy, rows_nll
-from diffa.objectives.measure import Measure, pooled
-from diffa.objectives.rng import uniform
+from diffa.objectives.cart import cart_weights
+from diffa.objectives.likelihood import token_entropy, token_nll
+from diffa.objectives.masking import (
+    answer_blocks,
+    mask_bernoulli,
+    mask_complementary,
+    mask_count,
+)
+from diffa.objectives.measure import CountedLoss, MeasuredLoss, Normalization, reduce_losses
+from diffa.objectives.rng import row_uniform
+from diffa.objectives.schedules import floor_level, noise_schedule
+from diffa.objectives.time_sampling import TimeSampling, sample_times
 from diffa.types import Decoding, Noised, Vocab
 
 
-class Masked:
+class Masked(CountedLoss):
     """Mask answer tokens at a random level and predict them, weighted by one over the level.
 
     The expectation is the evidence bound of LLaDA (arXiv 2502.09992, eq. 3), for the whole answer
@@ -68,10 +73,10 @@ class Masked:
         power: float = 2.0,
         eps: float = 1e-3,
         masking: Literal["bernoulli", "count"] = "bernoulli",
-        time_sampling: Levels = "independent",
+        time_sampling: TimeSampling = "independent",
         complementary_masking: bool = False,
         block_length: int | None = None,
-        normalization: Literal["batch", "sample", "masked", "row"] = "batch",
+        normalization: Normalization = "batch",
         cart_p: float = 0.0,
         certainty_weight: float = 0.0,
         certainty_temperature: float = 0.5,
@@ -99,33 +104,21 @@ class Masked:
         if complementary_masking and masking != "count":
             raise SpecError("complementary_masking needs masking: count")
         self.mask: int = vocab.mask
-        self.schedule = schedules.named(schedule, power)
-        self.eps, self.masking, self.time_sampling, self.block_length = (
-            eps,
-            masking,
-            time_sampling,
-            block_length,
-        )
-        self.complementary_masking, self.normalization, self.cart_p = (
-            complementary_masking,
-            normalization,
-            cart_p,
-        )
-        self.certainty_weight, self.certainty_temperature, self.full_mask_prob, self.chunk_size = (
-            certainty_weight,
-            certainty_temperature,
-            full_mask_prob,
-            chunk_size,
-        )
-        self.eos_weight, self.eos = eos_weight, vocab.eos
+        self.eos, self.eos_weight, self.chunk_size = vocab.eos, eos_weight, chunk_size
+        self.schedule, self.eps = noise_schedule(schedule, power), eps
+        self.masking, self.time_sampling, self.block_length = masking, time_sampling, block_length
+        self.complementary_masking, self.full_mask_prob = complementary_masking, full_mask_prob
+        self.normalization, self.cart_p = normalization, cart_p
+        self.certainty_weight = certainty_weight
+        self.certainty_temperature = certainty_temperature
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
-        """Mask answer tokens of ``tokens`` (B, L); row b draws from ``seeds`` (B,) [b] only."""
+        """Mask answer tokens of ``tokens`` (B, L); row b depends on ``seeds`` (B,) [b] only."""
         masked, weight, _ = self._draw(answer, seeds.to(tokens.device)[:, None])
         return self._noised(tokens, answer, masked, weight)
 
     def second(self, tokens: Tensor, noised: Noised, seeds: Tensor) -> Noised | None:
-        """With ``complementary``, the same answers with all else masked; the sums add up."""
+        """Return the complement's corruption if ``complementary_masking``: all other tokens."""
         if not self.complementary_masking:
             return None
         answer = noised.answer
@@ -133,31 +126,32 @@ class Masked:
         return self._noised(tokens, answer, answer & ~noised.masked, weight)
 
     def _draw(self, answer: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is masked, its weight, and the weight of all else in a second copy, (B, L) each."""
-        block = hiding.blocks(answer, self.block_length)
-        # the n-th answer token of its row, wherever that starts
-        draws = uniform(seeds, torch.cumsum(answer, 1))
-        t = times(self.time_sampling, seeds, None if self.block_length is None else block.number)
+        """Draw masks; return them, their weights, and the weights of the complement, (B, L)."""
+        blocks = answer_blocks(answer, self.block_length)
+        # The n-th answer token of a row draws number n, wherever the answer starts.
+        draws = row_uniform(seeds, torch.cumsum(answer, 1))
+        t = sample_times(
+            self.time_sampling, seeds, None if self.block_length is None else blocks.number
+        )
         level, slope = self.schedule.level(t), self.schedule.slope(t)
         if self.complementary_masking:
-            masked, weight, other = hiding.halved(level, draws, answer, block)
+            masked, weight, complement = mask_complementary(level, draws, answer, blocks)
         elif self.masking == "count":
-            masked, weight = hiding.counted(level, draws, answer, block)
-            other = weight
+            masked, weight = mask_count(level, draws, answer, blocks)
+            complement = weight
         else:
-            level = schedules.floored(level, self.eps)
-            masked, weight = hiding.independent(level, draws, answer)
-            other = weight
-        everything = uniform(seeds, torch.full_like(seeds, -2)) < self.full_mask_prob
-        masked = torch.where(everything, answer, masked)
-        whole = (
-            2.0 if self.complementary_masking else 1.0
-        )  # the other copy has nothing left to mask
-        return masked, torch.where(everything, whole, slope * weight), slope * other
+            masked, weight = mask_bernoulli(floor_level(level, self.eps), draws, answer)
+            complement = weight
+        full = row_uniform(seeds, torch.full_like(seeds, -2)) < self.full_mask_prob
+        masked = torch.where(full, answer, masked)
+        # The complement of a full mask is empty: the first copy counts for both.
+        full_weight = 2.0 if self.complementary_masking else 1.0
+        return masked, torch.where(full, full_weight, slope * weight), slope * complement
 
     def _noised(self, tokens: Tensor, answer: Tensor, masked: Tensor, weight: Tensor) -> Noised:
+        """Write the masks, and apply the options that change the weights."""
         if self.cart_p:
-            weight = by_context(masked, answer, self.cart_p)
+            weight = cart_weights(masked, answer, self.cart_p)
         elif self.normalization in ("masked", "row"):
             weight = torch.ones_like(weight)
         if self.eos_weight != 1.0:
@@ -165,23 +159,16 @@ class Masked:
         noisy = torch.where(masked, torch.full_like(tokens, self.mask), tokens)
         return Noised(noisy, masked, weight * masked, answer)
 
-    def loss(
-        self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of hidden (B, L, W), summed, and what to divide it by."""
-        measure = self.measure(hidden, head, tokens, noised)
-        return measure.sum, measure.weight
-
     def measure(
         self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
-    ) -> Measure:
-        """Return ``loss`` together with how many masked tokens were restored."""
-        asked = hidden[noised.masked]
-        rows = rows_nll(asked, head, tokens[noised.masked], self.chunk_size)
-        found = pooled(rows, noised, self.normalization)
+    ) -> MeasuredLoss:
+        """Return the loss of hidden (B, L, W), and how many masked tokens are correct."""
+        states = hidden[noised.masked]
+        losses = token_nll(states, head, tokens[noised.masked], self.chunk_size)
+        measured = reduce_losses(losses, noised, self.normalization)
         if not self.certainty_weight:
-            return found
-        doubt = rows_entropy(
-            asked[rows.hits], head, self.certainty_temperature, self.chunk_size
+            return measured
+        entropy = token_entropy(
+            states[losses.correct], head, self.certainty_temperature, self.chunk_size
         ).sum()
-        return found._replace(sum=found.sum + self.certainty_weight * doubt)
+        return measured._replace(sum=measured.sum + self.certainty_weight * entropy)

@@ -1,8 +1,7 @@
-"""Which answer tokens are hidden at a level, and what one over its probability weighs.
+"""Which answer tokens are masked at a level, and the weight of their losses.
 
-Every function works on all blocks of a row at once: ``block`` (B, L) numbers the block of each
-answer token, ``size`` (B, L) says how many answer tokens its block has. A whole answer is one
-block. ``draws`` (B, L) are uniform, one per token.
+Shapes: ``level`` (B, 1) or (B, L), ``draws`` (B, L) one uniform number per token, ``answer`` (B, L)
+bool. All blocks of a row are masked at once; a whole answer is one block.
 """
 
 from __future__ import annotations
@@ -13,54 +12,69 @@ import torch
 from torch import Tensor
 
 
-class Blocks(NamedTuple):
-    """The number (B, L) of each answer token's block, its size, and its first token's place."""
+class AnswerBlocks(NamedTuple):
+    """The block of each answer token, (B, L) each.
+
+    Attributes:
+        number: Number of the block.
+        size: Answer tokens in the block.
+        first: Index of the block's first token within the answer.
+    """
 
     number: Tensor
     size: Tensor
     first: Tensor
 
 
-def blocks(answer: Tensor, width: int | None) -> Blocks:
-    """Cut each row's answer tokens (B, L) into blocks of ``width``; one block where None."""
+def answer_blocks(answer: Tensor, block_length: int | None) -> AnswerBlocks:
+    """Divide each row's answer tokens into blocks; None makes one block of all."""
     total = answer.sum(dim=1, keepdim=True)
     place = (answer.cumsum(dim=1) - 1).clamp(min=0)
-    if width is None:
-        return Blocks(torch.zeros_like(place), total.expand_as(place), torch.zeros_like(place))
-    first = place // width * width
-    return Blocks(place // width, (total - first).clamp(max=width), first)
+    if block_length is None:
+        return AnswerBlocks(
+            torch.zeros_like(place), total.expand_as(place), torch.zeros_like(place)
+        )
+    first = place // block_length * block_length
+    size = (total - first).clamp(max=block_length)
+    return AnswerBlocks(place // block_length, size, first)
 
 
-def independent(level: Tensor, draws: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-    """Hide each answer token with probability ``level``; weight one over it."""
+def mask_bernoulli(level: Tensor, draws: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask each answer token with probability ``level``; its weight is 1 / level."""
     return answer & (draws < level), 1 / level
 
 
-def counted(level: Tensor, draws: Tensor, answer: Tensor, block: Blocks) -> tuple[Tensor, Tensor]:
-    """Hide exactly l of a block's A tokens, l = ceil(level A); weight A / l, with less variance.
+def mask_count(
+    level: Tensor, draws: Tensor, answer: Tensor, blocks: AnswerBlocks
+) -> tuple[Tensor, Tensor]:
+    """Mask exactly l = ceil(level A) of a block's A tokens; their weight is A / l.
 
-    As slope(t) dt = d level, every l in 1..A weighs the same.
+    The bound is the same as with independent masks, with less variance: since slope(t) dt = d level,
+    every l in 1..A has the same probability times slope.
     """
-    count = torch.ceil(level * block.size).clamp(min=1)
-    return answer & (ranks(draws, answer, block) < count), block.size / count
+    count = torch.ceil(level * blocks.size).clamp(min=1)
+    return answer & (rank_in_block(draws, answer, blocks) < count), blocks.size / count
 
 
-def halved(
-    level: Tensor, draws: Tensor, answer: Tensor, block: Blocks
+def mask_complementary(
+    level: Tensor, draws: Tensor, answer: Tensor, blocks: AnswerBlocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide l of a block's A tokens, l uniform on 0..A, and in a second copy the other A - l.
+    """Mask l of a block's A tokens, l uniform on 0..A, and in a second copy the other A - l.
 
-    Returns the first set and the two weights, (A + 1) / l and (A + 1) / (A - l): each copy alone
-    is the bound in expectation, and their mean hides every token once. One over the level would
-    have no bounded weight for the second copy (it tends to 1 / (1 - t)).
+    Each copy alone has the bound as its expectation, and together they mask every token once. The
+    weight 1 / level would be unbounded in the second copy, where it is 1 / (1 - t).
+
+    Returns:
+        The masks of the first copy, and the weights (A + 1) / l and (A + 1) / (A - l).
     """
-    count = torch.floor(level * (block.size + 1)).clamp(max=block.size)
-    first = answer & (ranks(draws, answer, block) < count)
-    whole = block.size + 1
-    return first, whole / count.clamp(min=1), whole / (block.size - count).clamp(min=1)
+    count = torch.floor(level * (blocks.size + 1)).clamp(max=blocks.size)
+    masked = answer & (rank_in_block(draws, answer, blocks) < count)
+    whole = blocks.size + 1
+    return masked, whole / count.clamp(min=1), whole / (blocks.size - count).clamp(min=1)
 
 
-def ranks(draws: Tensor, answer: Tensor, block: Blocks) -> Tensor:
-    """Where each answer token stands among the draws of its block, from 0."""
-    keys = (draws.double() + 2.0 * block.number).masked_fill(~answer, torch.inf)
-    return keys.argsort(stable=True, dim=1).argsort(dim=1) - block.first
+def rank_in_block(draws: Tensor, answer: Tensor, blocks: AnswerBlocks) -> Tensor:
+    """Return the rank of each answer token among the draws of its block, from 0, (B, L)."""
+    # Keys of block k lie in (2k, 2k + 1): one sort of the row sorts every block in its place.
+    keys = (draws.double() + 2.0 * blocks.number).masked_fill(~answer, torch.inf)
+    return keys.argsort(stable=True, dim=1).argsort(dim=1) - blocks.first

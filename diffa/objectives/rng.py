@@ -1,7 +1,7 @@
-"""Uniform draws keyed by a row's own seed: the same on any device and in any batch.
+"""Uniform numbers keyed by a row's own seed: the same on any device and in any batch.
 
-A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014) instead of a stream:
-draw k of a row depends on (seed, k) alone, so neither batch mates nor padding can shift it.
+Number k of a row depends on (seed, k) alone, so neither other rows nor padding can change it. The
+generator is counter-based: the finaliser of SplitMix64 (Steele et al. 2014).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 from diffa.runtime.rng import GOLDEN_GAMMA, shift_right, splitmix64
 
 
-def uniform(seeds: Tensor, counter: Tensor) -> Tensor:
-    """Return float32 draws strictly between 0 and 1 for seeds and counters that broadcast."""
+def row_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
+    """Return float32 numbers strictly between 0 and 1 for seeds and counters that broadcast."""
     state = splitmix64(seeds.to(torch.int64) * GOLDEN_GAMMA + GOLDEN_GAMMA)
     bits = shift_right(splitmix64(state + counter.to(torch.int64) * GOLDEN_GAMMA), 41)
-    # 23 bits and a half: the largest float32 below 1 is 1 - 2^-24
+    # 23 bits and a half: the largest value is 1 - 2^-24, the largest float32 below 1.
     return (bits.to(torch.float32) + 0.5) * 2.0**-23

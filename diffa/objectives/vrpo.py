@@ -1,4 +1,4 @@
-"""Variance-reduced preference optimisation (LLaDA 1.5, arXiv 2505.19223) as DIFFA-2 trains it."""
+"""Variance-reduced preference optimisation (LLaDA 1.5, arXiv 2505.19223), used by DIFFA-2."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffa.errors import SpecError
-from diffa.objectives.likelihood import rows_nll
+from diffa.objectives.likelihood import token_nll
 from diffa.objectives.masked import Masked
 from diffa.runtime.rng import GOLDEN_GAMMA, splitmix64
 from diffa.types import Decoding, Noised, Vocab
 
-_APART = 1 << 40  # draws counted from here share nothing with those counted from 0
+_APART = 1 << 40  # numbers from here on never meet those that start at 0
 
 
 class Preference(NamedTuple):
-    """What pairs of answers say about a policy, each (P,).
+    """The preference loss of P pairs.
 
     Attributes:
-        loss: -log sigmoid of ``margin``.
-        margin: beta times how much more than the reference the policy prefers the chosen answer.
+        loss: (P,) -log sigmoid(margin).
+        margin: (P,) beta times the policy's gain on the chosen answer over its gain on the
+            rejected one, both against the reference.
     """
 
     loss: Tensor
@@ -83,7 +84,7 @@ class VRPO:
         self.shared_masks, self.eps, self.chunk_size = shared_masks, eps, chunk_size
 
     def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
-        """Hide k of each row's answer tokens; row b of (B, L) draws from ``seeds`` [b] only."""
+        """Mask k of each row's answer tokens; row b of (B, L) depends on ``seeds`` [b] only."""
         noised = self._single.corrupt(tokens, answer, seeds)
         return noised._replace(weights=noised.weights.clamp(max=1.0 / self.eps))
 
@@ -96,37 +97,44 @@ class VRPO:
     def draws(
         self, tokens: Tensor, answer: Tensor, seeds: Tensor, *, apart: bool = False
     ) -> Noised:
-        """Corrupt every row of (B, L) ``samples`` times, (samples * B, L), one draw after another.
+        """Corrupt every row ``samples`` times.
 
-        Draws ``apart`` are independent of those that are not.
+        Args:
+            tokens: (B, L).
+            answer: (B, L) bool.
+            seeds: (B,).
+            apart: Draw independently of the draws without ``apart``.
+
+        Returns:
+            (samples * B, L), one draw of all rows after another.
         """
         numbers = torch.arange(self.samples, device=seeds.device) + (_APART if apart else 0)
-        found = [
+        draws = [
             self.corrupt(tokens, answer, splitmix64(seeds.to(torch.int64) + salt))
             for salt in numbers * GOLDEN_GAMMA
         ]
-        return Noised(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return Noised(*(torch.cat(parts) for parts in zip(*draws, strict=True)))
 
     def bounds(
         self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
     ) -> Tensor:
-        """Return bounds (B,) in float32 on the log-likelihood of answers that were drawn often.
+        """Return bounds (B,) in float32 on the log-likelihood of answers.
 
         Args:
-            hidden: states (draws * B, L, W), one draw after another.
-            head: hidden states to logits; meets the hidden tokens' states alone.
-            tokens: the rows as they are, (B, L).
-            noised: what was hidden in every draw, (draws * B, L).
+            hidden: States of all draws, (draws * B, L, W), in the order of ``draws``.
+            head: The backbone's head; computes logits of masked tokens only.
+            tokens: The uncorrupted rows, (B, L).
+            noised: The draws, (draws * B, L).
         """
         count = len(noised.tokens) // len(tokens)
-        wanted = tokens.repeat(count, 1)[noised.masked]
-        rows = rows_nll(hidden[noised.masked], head, wanted, self.chunk_size)
-        owner = noised.masked.nonzero()[:, 0] % len(tokens)
-        total = rows.nll.new_zeros(len(tokens))
-        return total.index_add(0, owner, -rows.nll * noised.weights[noised.masked]) / count
+        targets = tokens.repeat(count, 1)[noised.masked]
+        losses = token_nll(hidden[noised.masked], head, targets, self.chunk_size)
+        row = noised.masked.nonzero()[:, 0] % len(tokens)
+        total = losses.nll.new_zeros(len(tokens))
+        return total.index_add(0, row, -losses.nll * noised.weights[noised.masked]) / count
 
     def compare(self, policy: Tensor, reference: Tensor) -> Preference:
-        """Compare bounds (2 P,) of pairs under policy and reference: chosen, rejected, ..."""
+        """Compare the bounds (2 P,) of pairs: chosen, rejected, chosen, rejected ..."""
         gain = (policy - reference).view(-1, 2)
         margin = self.beta * (gain[:, 0] - gain[:, 1])
         return Preference(-F.logsigmoid(margin), margin)

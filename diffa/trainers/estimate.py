@@ -17,7 +17,7 @@ from diffa.data.mixture import Mixture
 from diffa.data.samples import Sample, TimedSource
 from diffa.errors import CheckpointError
 from diffa.model import Model
-from diffa.objectives.likelihood import LOGITS
+from diffa.objectives.likelihood import MAX_LOGITS
 from diffa.trainers.config_sections import Stage
 from diffa.types import Features
 
@@ -113,10 +113,10 @@ def estimate(model: Model, stage: Stage, mixed: Mixture, *, half: bool) -> Estim
         sizes = [size._replace(questions=1.0) for size in sizes]
     copies = 2 if stage.kind == "preferences" else 1
     counted = list(zip(mixed.shares, sizes, strict=True))
-    times = [packed + (1 - packed) * size.questions for size in sizes]
+    sample_times = [packed + (1 - packed) * size.questions for size in sizes]
     heard = sum(
         n * often * embeddings(model, size.seconds)
-        for (n, size), often in zip(counted, times, strict=True)
+        for (n, size), often in zip(counted, sample_times, strict=True)
     )
     slots = max(size.questions * embeddings(model, size.longest) + size.most for size in sizes)
     clip = max(size.longest for size in sizes)
@@ -202,7 +202,7 @@ def memory(model: Model, stage: Stage, *, slots: int, seconds: float, half: bool
     if any(p.requires_grad for p in model.adapters.parameters()):
         held += sum(_adapted(a, model, stage.batch, seconds) for a in _adapters(model))
     if stage.kind != "listening":
-        held += _read(model, stage.batch * draws, slots, half=half) + 3 * 4 * LOGITS
+        held += _read(model, stage.batch * draws, slots, half=half) + 3 * 4 * MAX_LOGITS
     return Memory(weights, 4 * learning, 4 * moments * learning, held)
 
 

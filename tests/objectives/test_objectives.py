@@ -10,7 +10,7 @@ from torch import nn
 
 from diffa.errors import SpecError
 from diffa.objectives.autoregressive import Autoregressive
-from diffa.objectives.likelihood import frozen_matrix, rows_nll
+from diffa.objectives.likelihood import frozen_head_matrix, token_nll
 from diffa.objectives.masked import Masked
 from diffa.types import Noised, Vocab
 
@@ -48,11 +48,11 @@ def test_every_head_gives_cross_entropy_and_its_gradients(name: str, chunk: int 
     head = heads()[name]
     hidden = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 13, (10,))
-    rows = rows_nll(hidden, head, targets, chunk)
+    rows = token_nll(hidden, head, targets, chunk)
     logits = head(hidden)
     plain = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     assert torch.allclose(rows.nll.double(), plain.double(), atol=1e-5)
-    assert torch.equal(rows.hits, logits.argmax(1) == targets)
+    assert torch.equal(rows.correct, logits.argmax(1) == targets)
     weights = torch.rand(10, dtype=torch.float64)
     (mine,) = torch.autograd.grad((rows.nll * weights).sum(), hidden)
     (theirs,) = torch.autograd.grad((plain * weights).sum(), hidden)
@@ -62,9 +62,9 @@ def test_every_head_gives_cross_entropy_and_its_gradients(name: str, chunk: int 
 def test_a_learning_head_gets_its_gradient_and_a_frozen_one_none() -> None:
     made = heads()
     hidden, targets = torch.randn(4, 5, dtype=torch.float64), torch.randint(0, 13, (4,))
-    rows_nll(hidden.requires_grad_(), made["learning"], targets, 2).nll.sum().backward()
+    token_nll(hidden.requires_grad_(), made["learning"], targets, 2).nll.sum().backward()
     assert made["learning"].weight.grad.abs().sum() > 0
-    rows_nll(hidden, made["frozen"], targets, 2).nll.sum().backward()
+    token_nll(hidden, made["frozen"], targets, 2).nll.sum().backward()
     assert made["frozen"].weight.grad is None
 
 
@@ -74,11 +74,11 @@ def test_only_a_head_that_is_a_plain_frozen_product_is_read_directly() -> None:
             return 2 * super().forward(hidden)
 
     made = heads()
-    assert frozen_matrix(made["frozen"]) is not None
-    assert frozen_matrix(made["method"]) is not None
+    assert frozen_head_matrix(made["frozen"]) is not None
+    assert frozen_head_matrix(made["method"]) is not None
     scaled = Scaled(5, 13, bias=False).requires_grad_(False)
-    assert all(frozen_matrix(made[n]) is None for n in ("learning", "biased", "function"))
-    assert frozen_matrix(scaled) is None
+    assert all(frozen_head_matrix(made[n]) is None for n in ("learning", "biased", "function"))
+    assert frozen_head_matrix(scaled) is None
 
 
 def test_a_whole_vocabulary_is_never_held_at_once() -> None:
@@ -95,7 +95,7 @@ def test_a_whole_vocabulary_is_never_held_at_once() -> None:
             return out
 
     with Spy():
-        rows_nll(hidden, head, torch.randint(0, 500, (64,)), 8).nll.sum().backward()
+        token_nll(hidden, head, torch.randint(0, 500, (64,)), 8).nll.sum().backward()
     assert largest <= 8 * 500
 
 
@@ -103,8 +103,8 @@ def test_half_precision_heads_are_summed_in_float32() -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 4000, bias=False).requires_grad_(False)
     hidden, targets = torch.randn(20, 16), torch.randint(0, 4000, (20,))
-    exact = rows_nll(hidden, head, targets).nll
-    half = rows_nll(hidden.bfloat16(), head.bfloat16(), targets)
+    exact = token_nll(hidden, head, targets).nll
+    half = token_nll(hidden.bfloat16(), head.bfloat16(), targets)
     assert half.nll.dtype == torch.float32
     assert torch.allclose(half.nll, exact, atol=0.05)
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffa.errors import SpecError
-from diffa.objectives.cart import cart
-from diffa.objectives.ctc import ctc
-from diffa.objectives.levels import times
-from diffa.objectives.likelihood import rows_entropy, rows_log_total
+from diffa.objectives.cart import cart_weights
+from diffa.objectives.ctc import head_ctc_loss
+from diffa.objectives.time_sampling import sample_times
+from diffa.objectives.likelihood import token_entropy, token_logsumexp
 from diffa.objectives.masked import Masked
-from diffa.objectives.masking import blocks
+from diffa.objectives.masking import answer_blocks
 from diffa.testing import ObjectiveSuite
 from diffa.types import Embeds, Noised, Vocab
 
@@ -69,7 +69,12 @@ class TestCertainty(ObjectiveSuite):
 @few
 def test_spread_times_of_any_run_of_seeds_are_even(first: int, count: int) -> None:
     """Every arc of the circle of length w holds n w times to within the golden ratio's bound."""
-    t = times("low_discrepancy", torch.arange(count)[:, None] + first)[:, 0].double().sort().values
+    t = (
+        sample_times("low_discrepancy", torch.arange(count)[:, None] + first)[:, 0]
+        .double()
+        .sort()
+        .values
+    )
     gaps = torch.diff(t, append=t[:1] + 1)
     assert float(gaps.max()) * count < 2.7 and float(gaps.min()) * count > 0.35
 
@@ -77,7 +82,7 @@ def test_spread_times_of_any_run_of_seeds_are_even(first: int, count: int) -> No
 @given(st.integers(0, 2**61))
 @few
 def test_antithetic_times_of_a_pair_add_up_to_one(half: int) -> None:
-    t = times("antithetic", torch.tensor([[2 * half], [2 * half + 1]]))
+    t = sample_times("antithetic", torch.tensor([[2 * half], [2 * half + 1]]))
     assert float(t.sum()) == 1.0
 
 
@@ -85,7 +90,7 @@ def test_antithetic_times_of_a_pair_add_up_to_one(half: int) -> None:
 def test_times_are_uniform_and_inside_whatever_the_seeds(kind: str) -> None:
     hashed = torch.randint(0, 2**62, (20_000, 1), generator=torch.Generator().manual_seed(1))
     for seeds in (torch.arange(20_000)[:, None], hashed):
-        t = times(kind, seeds)
+        t = sample_times(kind, seeds)
         assert float(t.min()) > 0 and float(t.max()) < 1
         share = torch.histc(t, 20, 0, 1) / len(t)
         assert float((share - 0.05).abs().max()) < 5 * (0.05 / len(t)) ** 0.5
@@ -94,7 +99,7 @@ def test_times_are_uniform_and_inside_whatever_the_seeds(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_a_row_have_times_of_their_own(kind: str) -> None:
     seeds, block = torch.arange(4000)[:, None], torch.arange(3).expand(4000, -1)
-    t = times(kind, seeds, block)
+    t = sample_times(kind, seeds, block)
     for column in range(3):
         share = torch.histc(t[:, column], 10, 0, 1) / 4000
         assert float((share - 0.1).abs().max()) < 5 * (0.1 / 4000) ** 0.5
@@ -193,7 +198,7 @@ def test_counted_blocks_have_the_size_their_weight_says(size: int, width: int, s
 
 def test_answers_that_do_not_begin_at_the_first_column_are_cut_alike() -> None:
     answer = torch.tensor([[False, True, False, True, True, True, False, True]])
-    found = blocks(answer, 2)
+    found = answer_blocks(answer, 2)
     assert found.number[answer].tolist() == [0, 0, 1, 1, 2]
     assert found.size[answer].tolist() == [2, 2, 2, 2, 1]
     assert found.first[answer].tolist() == [0, 0, 2, 2, 4]
@@ -217,7 +222,7 @@ def test_cart_is_its_definition(size: int, share: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     answer = torch.rand(2, size + 3, generator=g) < 0.7
     masked = answer & (torch.rand(2, size + 3, generator=g) < 0.6)
-    found = cart(masked, answer, share)
+    found = cart_weights(masked, answer, share)
     for row in range(2):
         order = answer[row].nonzero()[:, 0].tolist()
         for n, column in enumerate(order):
@@ -258,8 +263,8 @@ def test_entropy_and_normaliser_have_the_gradient_of_the_whole_vocabulary() -> N
     hidden = torch.randn(7, 6, requires_grad=True)
     shares = (head(hidden) / 0.7).softmax(-1)
     for found, due in (
-        (rows_entropy(hidden, head, 0.7, 3), -(shares * shares.log()).sum(-1)),
-        (rows_log_total(hidden, head, 3), head(hidden).logsumexp(-1)),
+        (token_entropy(hidden, head, 0.7, 3), -(shares * shares.log()).sum(-1)),
+        (token_logsumexp(hidden, head, 3), head(hidden).logsumexp(-1)),
     ):
         assert torch.allclose(found, due, atol=1e-5)
         (mine,) = torch.autograd.grad(found.sum(), hidden, retain_graph=True)
@@ -280,7 +285,7 @@ def spoken() -> tuple[Embeds, list[torch.Tensor], nn.Linear]:
 
 def test_exact_ctc_is_ctc_over_the_whole_vocabulary() -> None:
     embeds, words, head = spoken()
-    found = ctc(embeds, head, words, blank=29, exact=True, chunk_size=4)
+    found = head_ctc_loss(embeds, head, words, blank=29, exact=True, chunk_size=4)
     logs = head(embeds.values).log_softmax(2).transpose(0, 1)
     due = F.ctc_loss(
         logs, torch.cat(words), embeds.lengths, torch.tensor([3, 1]), blank=29, reduction="sum"
@@ -295,16 +300,16 @@ def test_exact_ctc_is_ctc_over_the_whole_vocabulary() -> None:
 def test_ctc_among_the_batchs_words_costs_no_vocabulary() -> None:
     """The head's rows for the words and the blank are all that is multiplied."""
     embeds, words, head = spoken()
-    found = ctc(embeds, head, words, blank=29)
+    found = head_ctc_loss(embeds, head, words, blank=29)
     ids = torch.tensor([29, 3, 7, 12])
     logs = (embeds.values @ head.weight[ids].T).log_softmax(2).transpose(0, 1)
     targets = torch.tensor([1, 1, 2, 3])
     due = F.ctc_loss(logs, targets, embeds.lengths, torch.tensor([3, 1]), reduction="sum")
     assert torch.allclose(found, due / 4, atol=1e-5)
-    assert found < ctc(embeds, head, words, blank=29, exact=True)
+    assert found < head_ctc_loss(embeds, head, words, blank=29, exact=True)
     learning = nn.Linear(6, 30, bias=False)
     learning.load_state_dict(head.state_dict())
-    assert torch.allclose(ctc(embeds, learning, words, blank=29), found, atol=1e-5)
+    assert torch.allclose(head_ctc_loss(embeds, learning, words, blank=29), found, atol=1e-5)
 
 
 @pytest.mark.parametrize(

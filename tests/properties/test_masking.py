@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffa.objectives import schedules
 from diffa.objectives.masked import Masked
-from diffa.objectives.rng import uniform
+from diffa.objectives.rng import row_uniform
+from diffa.objectives.schedules import floor_level, noise_schedule
 from diffa.types import Noised, Vocab
 
 VOCAB = Vocab(size=11, eos=8, pad=8, mask=10)
@@ -45,7 +45,7 @@ def cases(draw) -> Case:
 @few
 def test_alpha_falls_from_one_to_zero(name: str, power: float) -> None:
     t = torch.linspace(0, 1, 400, dtype=torch.float64)
-    alpha = schedules.alpha(schedules.named(name, power), t)
+    alpha = 1 - noise_schedule(name, power).level(t)
     assert torch.allclose(alpha[[0, -1]], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-9)
     assert bool((alpha.diff() <= 0).all())
 
@@ -53,17 +53,17 @@ def test_alpha_falls_from_one_to_zero(name: str, power: float) -> None:
 @given(names, st.floats(0.3, 4.0), st.floats(0.02, 0.98))
 @few
 def test_weight_is_the_derivative_over_the_masked_share(name: str, power: float, at: float) -> None:
-    schedule, h = schedules.named(name, power), 1e-6
+    schedule, h = noise_schedule(name, power), 1e-6
     t = torch.tensor([at - h, at, at + h], dtype=torch.float64)
-    alpha = schedules.alpha(schedule, t)
+    alpha = 1 - schedule.level(t)
     numeric = -(alpha[2] - alpha[0]) / (2 * h) / (1 - alpha[1])
-    assert torch.allclose(schedules.weight(schedule, t)[1], numeric, rtol=1e-4, atol=1e-6)
+    assert torch.allclose((schedule.slope(t) / schedule.level(t))[1], numeric, rtol=1e-4, atol=1e-6)
 
 
 @given(st.floats(0, 1), st.floats(0, 0.5))
 @few
 def test_noise_floor_keeps_levels_between_eps_and_one(level: float, eps: float) -> None:
-    floored = schedules.floored(torch.tensor(level, dtype=torch.float64), eps)
+    floored = floor_level(torch.tensor(level, dtype=torch.float64), eps)
     assert eps - 1e-12 <= floored <= 1 + 1e-12
     assert torch.allclose(floored, torch.tensor((1 - eps) * level + eps, dtype=torch.float64))
 
@@ -76,8 +76,8 @@ def test_masked_share_equals_the_level(name: str, form: str) -> None:
     answer = torch.ones(rows, size, dtype=torch.bool)
     seeds = torch.arange(rows)
     noised = objective.corrupt(torch.zeros(rows, size, dtype=torch.long), answer, seeds)
-    t = uniform(seeds, torch.full_like(seeds, -1))
-    level = schedules.floored(objective.schedule.level(t), objective.eps)
+    t = row_uniform(seeds, torch.full_like(seeds, -1))
+    level = floor_level(objective.schedule.level(t), objective.eps)
     # five standard errors of a mean of binomial shares; a count is rounded up by half a token
     allowed = 5 * (level * (1 - level) / size / rows).mean().sqrt() + (form == "count") * 0.6 / size
     assert abs(noised.masked.float().mean() - level.mean()) < allowed
@@ -122,7 +122,7 @@ def test_seeds_change_the_corruption() -> None:
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    draws = uniform(torch.arange(500)[:, None], torch.arange(500)[None])
+    draws = row_uniform(torch.arange(500)[:, None], torch.arange(500)[None])
     assert draws.min() > 0 and draws.max() < 1
     share = torch.histc(draws, 50, 0, 1) / draws.numel()
     assert (share - 0.02).abs().max() < 5 * (0.02 / draws.numel()) ** 0.5

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffa.objectives.likelihood import frozen_matrix
+from diffa.objectives.likelihood import frozen_head_matrix
 from diffa.runtime import cpu_linear as linear
 from diffa.runtime.cpu_linear import Linear
 
@@ -54,4 +54,4 @@ def test_small_weights_gradients_and_other_types_go_torchs_way(products):
 
 def test_the_loss_knows_it_for_a_plain_matrix():
     head = large().requires_grad_(False)
-    assert frozen_matrix(head) is head.weight
+    assert frozen_head_matrix(head) is head.weight
