@@ -132,7 +132,7 @@ def _checkpointed_losses(
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Losses under a frozen matrix. The forward pass computes the gradient of hidden: p - onehot."""
+    """Losses under a frozen matrix; the forward pass also computes the gradient, p - one_hot."""
 
     @staticmethod
     def forward(

@@ -49,7 +49,7 @@ def mask_count(
 ) -> tuple[Tensor, Tensor]:
     """Mask exactly l = ceil(level A) of a block's A tokens; their weight is A / l.
 
-    The bound is the same as with independent masks, with less variance: since slope(t) dt = d level,
+    The bound is the same as with independent masks, with less variance: as slope(t) dt = d level,
     every l in 1..A has the same probability times slope.
     """
     count = torch.ceil(level * blocks.size).clamp(min=1)

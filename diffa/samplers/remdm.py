@@ -101,8 +101,8 @@ class ReMDM:
     def _remasked(self, canvas: Canvas, state: BlockState, writable: Tensor) -> Tensor:
         """Draw which tokens (B, A) of the current blocks to mask again.
 
-        The probability sigma of each is at most (1 - alpha_s) / alpha_t, with alpha_t the share decided
-        after this step and alpha_s the share after the next (ReMDM).
+        The probability sigma of each is at most (1 - alpha_s) / alpha_t, where alpha_t is the share
+        decided after this step, and alpha_s the share after the next (ReMDM).
         """
         undecided = canvas.undecided()
         places = torch.arange(canvas.length, device=writable.device)
