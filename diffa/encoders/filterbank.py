@@ -1,14 +1,15 @@
-"""Filter banks as they are: the baseline that a trained encoder has to beat."""
+"""Log filter banks as features: a baseline for trained encoders."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from diffa.encoders import frontends as fronts
-from diffa.encoders.chunking import read
+from diffa.encoders.frontends import MelFilterBank, kaldi_fbank, mel_spectrogram
+from diffa.encoders.windows import encode_windows
 from diffa.errors import SpecError
 from diffa.types import Features, FeatureSpec
 
@@ -23,9 +24,10 @@ class FilterBank(nn.Module):
     every filter over the recording's true frames.
 
     Args:
-        filterbank: ``mel``, torchaudio's (HTK's scale, frames centred), or ``kaldi``, its filter banks.
-        num_mel_bins: filters.
-        hop_seconds: seconds from frame to frame.
+        filterbank: Filter bank: ``mel`` is torchaudio's (HTK's scale, centred frames), ``kaldi``
+            is Kaldi's.
+        num_mel_bins: Mel filters.
+        hop_seconds: Time from frame to frame, in seconds.
     """
 
     def __init__(
@@ -46,34 +48,42 @@ class FilterBank(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the filter banks of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return read(
+        return encode_windows(
             audio,
             lengths,
-            self._hear,
-            frames=self._frames,
-            window=None,
-            least=WINDOW,
-            together=False,
+            self._encode,
+            count_frames=self._count_frames,
+            window_samples=None,
+            padded_size=lambda samples, _: max(WINDOW, samples),
         )
 
-    def _frames(self, samples: int) -> int:
+    def _count_frames(self, samples: int) -> int:
         # torchaudio centres frames on multiples of the hop, Kaldi keeps them inside the wave
         return 1 + (samples - (WINDOW if self._filterbank == "kaldi" else 0)) // self._hop
 
-    def _hear(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
-        rows = [self._bank(wave[:size]) for wave, size in zip(waves, sizes, strict=True)]
-        bank = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # of one length, in fact
+    def _encode(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
+        del sizes  # all equal: padding is not masked
+        bank = torch.stack([self._log_energies(wave) for wave in waves])
         centred = bank - bank.mean(dim=1, keepdim=True)
         deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
         return [bank, centred / (deviation + 1e-5)]
 
-    def _bank(self, wave: Tensor) -> Tensor:
+    def _log_energies(self, wave: Tensor) -> Tensor:
         if self._filterbank == "kaldi":
-            return fronts.kaldi(
-                wave, bins=self._num_mel_bins, rate=RATE, window="povey", hop=self._hop
+            return kaldi_fbank(
+                wave,
+                num_mel_bins=self._num_mel_bins,
+                sampling_rate=RATE,
+                window_type="povey",
+                hop_length=self._hop,
             )
-        bank = fronts.Bank(self._num_mel_bins, WINDOW, RATE, 0.0, RATE / 2, "htk")
-        mel = fronts.power_mel(
-            wave[None], bank, hop=self._hop, win=WINDOW, symmetric=False, mode="reflect"
+        bank = MelFilterBank(self._num_mel_bins, WINDOW, RATE, 0.0, RATE / 2, "htk")
+        mel = mel_spectrogram(
+            wave[None],
+            bank,
+            hop_length=self._hop,
+            win_length=WINDOW,
+            periodic=True,
+            pad_mode="reflect",
         )
         return mel[0].clamp(min=1e-10).log()

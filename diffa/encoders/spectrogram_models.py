@@ -1,55 +1,58 @@
-"""How AST and CLAP listen: spectrograms of a fixed size as images, frequencies averaged away."""
+"""Front ends of AST and CLAP: spectrograms of a fixed size as images, averaged over frequency."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffa.encoders import frontends as fronts
+from diffa.encoders.frontends import MelFilterBank, kaldi_fbank, mel_spectrogram
 from diffa.types import FeatureSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 HOP = 160  # samples of AST's 10 ms
 
 
-class Ast:
+class ASTFrontEnd:
     """The Audio Spectrogram Transformer (Gong et al. 2021): patches over windows of 10.24 s.
 
     A frame is the mean of the patches of one time over all frequencies; the two class tokens
     are left out.
     """
 
-    together = True
-    least = 400
+    masks_padding = True
+    min_samples = 400
 
-    def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
-        self.sample_rate = told.get("sampling_rate", 16000)
+    def __init__(self, config: PretrainedConfig, preprocessor: Mapping[str, Any]) -> None:
+        self.sample_rate = preprocessor.get("sampling_rate", 16000)
         self._bins, self._hops = config.num_mel_bins, config.max_length
-        self._mean = told.get("mean", -4.2677393)
-        self._std = told.get("std", 4.5689974)
+        self._mean = preprocessor.get("mean", -4.2677393)
+        self._std = preprocessor.get("std", 4.5689974)
         self._stride = int(config.time_stride)
         self._high = (self._bins - config.patch_size) // config.frequency_stride + 1
         self._wide = int(self._hops - config.patch_size) // self._stride + 1
-        self.window = self._hops * HOP
+        self.window_samples = self._hops * HOP
         self.out = FeatureSpec(
             width=config.hidden_size,
             layers=config.num_hidden_layers,
-            rate=self._wide * self.sample_rate / self.window,
+            rate=self._wide * self.sample_rate / self.window_samples,
             heads=config.num_attention_heads,
         )
 
-    def frames(self, samples: int) -> int:
-        """Return the frames of so many samples: patches with half their stride or more in them."""
+    def count_frames(self, samples: int) -> int:
+        """Return the frames of ``samples``: patches at least half a stride inside the audio."""
         rows = 1 + (samples - 400) // HOP
         return min(self._wide, (rows + self._stride // 2) // self._stride)
 
-    def hear(self, model: Any, waves: Tensor, sizes: list[int]) -> list[Tensor]:
-        """Return the states (M, T, width) of waves (M, S)."""
-        images = spectrograms(
+    def encode(self, model: PreTrainedModel, waves: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Return the states (M, T, width) of waves (M, S) with true ``sizes``."""
+        images = normalised_fbanks(
             waves, sizes, self._hops, self._bins, self.sample_rate, self._mean, self._std
         )
         out = model(images.to(model.dtype), output_hidden_states=True)
@@ -59,19 +62,27 @@ class Ast:
         ]
 
 
-def spectrograms(
+def normalised_fbanks(
     waves: Tensor, sizes: list[int], hops: int, bins: int, rate: int, mean: float, std: float
 ) -> Tensor:
-    """Return Kaldi filter banks (M, hops, bins) of waves (M, S): zeros behind each row's end,
-    then less ``mean``, over two ``std`` (AST)."""
+    """Return Kaldi filter banks (M, hops, bins) of waves (M, S): zeros past each row's end.
+
+    The result is (x - mean) / (2 * std), as AST expects.
+    """
     images = waves.new_zeros(len(sizes), hops, bins, dtype=torch.float32)
     for image, wave, size in zip(images, waves, sizes, strict=True):
-        bank = fronts.kaldi(wave[:size], bins=bins, rate=rate, window="hanning", hop=rate // 100)
+        bank = kaldi_fbank(
+            wave[:size],
+            num_mel_bins=bins,
+            sampling_rate=rate,
+            window_type="hanning",
+            hop_length=rate // 100,
+        )
         image[: len(bank)] = bank[:hops]
     return (images - mean) / (2 * std)
 
 
-class Clap:
+class CLAPFrontEnd:
     """CLAP's audio tower, HTSAT (Chen et al. 2022): a Swin over windows of 10 s at 48 kHz.
 
     Its stages differ in width, so the states are two: what enters the last stage, and what
@@ -79,49 +90,52 @@ class Clap:
     with repeats of itself where the published extractor does so (``repeatpad``).
     """
 
-    together = True
+    masks_padding = True
 
-    def __init__(self, config: Any, told: Mapping[str, Any]) -> None:
-        self.sample_rate = told.get("sampling_rate", 48000)
-        self._hop, fft = told.get("hop_length", 480), told.get("fft_window_size", 1024)
-        self.window = int(told.get("nb_max_samples", 10 * self.sample_rate))
-        self._repeats = told.get("padding", "repeatpad") == "repeatpad"
-        # the two published filter banks go with the two ways of cutting long audio
-        fused = told.get("truncation", "fusion" if config.enable_fusion else "rand_trunc")
-        self._bank = fronts.Bank(
+    def __init__(self, config: PretrainedConfig, preprocessor: Mapping[str, Any]) -> None:
+        self.sample_rate = preprocessor.get("sampling_rate", 48000)
+        self._hop, fft = (
+            preprocessor.get("hop_length", 480),
+            preprocessor.get("fft_window_size", 1024),
+        )
+        self.window_samples = int(preprocessor.get("nb_max_samples", 10 * self.sample_rate))
+        self._repeats = preprocessor.get("padding", "repeatpad") == "repeatpad"
+        # the two published models differ in both their truncation and their mel scale
+        fused = preprocessor.get("truncation", "fusion" if config.enable_fusion else "rand_trunc")
+        self._bank = MelFilterBank(
             config.num_mel_bins,
             fft,
             self.sample_rate,
-            told.get("frequency_min", 0.0),
-            told.get("frequency_max", 14000.0),
+            preprocessor.get("frequency_min", 0.0),
+            preprocessor.get("frequency_max", 14000.0),
             "htk" if fused == "fusion" else "slaney",
         )
         self._channels = 4 if config.enable_fusion else 1
         self._rows = config.spec_size // config.num_mel_bins  # the image's bands of time
         shrunk = 2 ** (len(config.depths) - 1)
         self._wide = int(self._rows * (config.spec_size // config.patch_stride[1] // shrunk))
-        self.least = 1
+        self.min_samples = 1
         self.out = FeatureSpec(
             width=config.patch_embeds_hidden_size * shrunk,
             layers=1,
-            rate=self._wide * self.sample_rate / self.window,
+            rate=self._wide * self.sample_rate / self.window_samples,
             heads=config.num_attention_heads[-1],
         )
 
-    def frames(self, samples: int) -> int:
+    def count_frames(self, samples: int) -> int:
         """Return the frames that begin within so many samples."""
-        return min(self._wide, -(-samples * self._wide // self.window))
+        return min(self._wide, -(-samples * self._wide // self.window_samples))
 
-    def hear(self, model: Any, waves: Tensor, sizes: list[int]) -> list[Tensor]:
-        """Return the states (M, T, width) of waves (M, S)."""
+    def encode(self, model: PreTrainedModel, waves: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Return the states (M, T, width) of waves (M, S) with true ``sizes``."""
         filled = torch.stack([self._fill(w[:s]) for w, s in zip(waves, sizes, strict=True)])
-        mel = fronts.power_mel(
+        mel = mel_spectrogram(
             filled,
             self._bank,
-            hop=self._hop,
-            win=self._bank.fft,
-            symmetric=False,
-            mode="reflect",
+            hop_length=self._hop,
+            win_length=self._bank.n_fft,
+            periodic=True,
+            pad_mode="reflect",
         )
         decibels = 10 * mel.clamp(min=1e-10).log10()
         images = decibels[:, None].expand(-1, self._channels, -1, -1).to(model.dtype)
@@ -132,5 +146,5 @@ class Clap:
 
     def _fill(self, wave: Tensor) -> Tensor:
         if self._repeats:
-            wave = wave.repeat(self.window // len(wave))
-        return pad(wave, (0, self.window - len(wave)))
+            wave = wave.repeat(self.window_samples // len(wave))
+        return pad(wave, (0, self.window_samples - len(wave)))

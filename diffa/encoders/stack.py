@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffa.encoders.frontends import torchaudio
+from diffa.encoders.frontends import import_torchaudio
 from diffa.errors import SpecError, suggest
 from diffa.spec import registry
 from diffa.spec.schema import read_schema
@@ -19,10 +19,14 @@ from diffa.types import Features, FeatureSpec
 class Stack(nn.Module):
     """Frames of ``first`` with those of ``second`` that fall into the same time, concatenated.
 
-    Both are given as in a spec, ``{name: whisper, checkpoint: ...}``. Frames come at the rate of
-    ``first``: of the second's, those under one frame are averaged, or one is repeated. The
-    deeper encoder gives as many states as the other has, evenly spread, the ends included.
-    SALMONN (Tang et al. 2024) stacks Whisper and BEATs so.
+    Frames have the rate of ``first``: frames of the second that fall into one of them are
+    averaged, or one is repeated. The deeper encoder contributes as many states as the other has,
+    evenly spread, including the first and the last. SALMONN (Tang et al. 2024) stacks Whisper and
+    BEATs in this way.
+
+    Args:
+        first: The first encoder as in a spec, e.g. ``{name: whisper, checkpoint: ...}``.
+        second: The second encoder as in a spec.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class Stack(nn.Module):
         second: Mapping[str, Any] = {"name": "mel"},
     ) -> None:
         super().__init__()
-        self.first, self.second = _make("first", first), _make("second", second)
+        self.first, self.second = _build_encoder("first", first), _build_encoder("second", second)
         one, two = self.first.out, self.second.out
         self.sample_rate = max(self.first.sample_rate, self.second.sample_rate)
         layers, width = min(one.layers, two.layers), one.width + two.width
@@ -40,14 +44,14 @@ class Stack(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        one = self._hear(self.first, audio, lengths)
-        two = self._hear(self.second, audio, lengths)
+        one = self._encode(self.first, audio, lengths)
+        two = self._encode(self.second, audio, lengths)
         frames = one.states[0].shape[1]
         ratio = self.second.out.rate / self.first.out.rate
         states = []
         for layer in range(self.out.layers + 1):
             own = one.states[self._depth(layer, self.first)]
-            other = resample(
+            other = resample_frames(
                 two.states[self._depth(layer, self.second)], two.extents, ratio, frames
             )
             inside = torch.arange(frames, device=own.device) < one.extents[:, None]
@@ -55,13 +59,13 @@ class Stack(nn.Module):
             states.append(torch.cat([own, other.to(own.dtype)], dim=-1))
         return Features(tuple(states), one.lengths, one.extents)
 
-    def _hear(self, encoder: Any, audio: Tensor, lengths: Tensor) -> Features:
+    def _encode(self, encoder: Any, audio: Tensor, lengths: Tensor) -> Features:
         """Run an encoder at its own sample rate; nothing past a row's length is resampled."""
         rate = encoder.sample_rate
         if rate != self.sample_rate:
             inside = torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]
             audio = torch.where(inside, audio, 0)
-            audio = torchaudio().functional.resample(audio, self.sample_rate, rate)
+            audio = import_torchaudio().functional.resample(audio, self.sample_rate, rate)
             lengths = (-(-lengths * rate // self.sample_rate)).clamp(max=audio.shape[1])
         features: Features = encoder(audio, lengths)
         return features
@@ -70,7 +74,7 @@ class Stack(nn.Module):
         return round(layer * int(encoder.out.layers) / self.out.layers)
 
 
-def resample(state: Tensor, extents: Tensor, ratio: float, frames: int) -> Tensor:
+def resample_frames(state: Tensor, extents: Tensor, ratio: float, frames: int) -> Tensor:
     """Average the frames (B, T, width) that fall into each of ``frames`` new ones.
 
     ``ratio`` old frames make a new one; where that is less than one, an old frame is repeated.
@@ -89,7 +93,7 @@ def resample(state: Tensor, extents: Tensor, ratio: float, frames: int) -> Tenso
     return ((above - below) / (end - start)[..., None]).to(state.dtype)
 
 
-def _make(place: str, part: Mapping[str, Any]) -> Any:
+def _build_encoder(place: str, part: Mapping[str, Any]) -> Any:
     """Build an encoder from its entry in a spec."""
     options = {key: value for key, value in part.items() if key != "name"}
     if not isinstance(part.get("name"), str):

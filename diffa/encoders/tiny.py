@@ -1,4 +1,4 @@
-"""A small encoder of Whisper's shape with random weights, for tests and for training anew."""
+"""An encoder of Whisper's architecture with random weights, for tests and training from scratch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from diffa.checkpoints import read as checkpoint
-from diffa.encoders.mel import Mel
-from diffa.encoders.windows import WindowedWhisper, checked
+from diffa.encoders.mel import LogMelConfig
+from diffa.encoders.whisper_windows import WindowedWhisper, check_trailing_silence
 from diffa.errors import SpecError
 from diffa.types import FeatureSpec
 
 
 class Tiny(WindowedWhisper):
-    """Whisper's encoder at any size, drawn from ``seed``; ``window_seconds`` is its window's length.
+    """Whisper's encoder at any size, with random weights.
 
-    ``trailing_silence`` is how much silence is read after audio shorter than a window; None fills it up.
+    Args:
+        width: Width of the hidden states.
+        layers: Transformer layers.
+        heads: Attention heads.
+        num_mel_bins: Mel filters of the front end.
+        window_seconds: Length of the encoder's window, in seconds.
+        trailing_silence: Seconds of silence read after audio shorter than a window. Default: fill
+            the window.
+        seed: Seed of the weights.
     """
 
     def __init__(
@@ -35,11 +43,13 @@ class Tiny(WindowedWhisper):
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        _check(width, layers, heads, num_mel_bins)
-        self.trailing_silence = checked(trailing_silence)
-        self.mel = Mel(num_mel_bins)
-        self.sample_rate = self.mel.rate
-        self.out = FeatureSpec(width, layers, self.mel.rate / self.mel.hop / 2, heads)
+        _check_sizes(width, layers, heads, num_mel_bins)
+        self.trailing_silence = check_trailing_silence(trailing_silence)
+        self.mel = LogMelConfig(num_mel_bins)
+        self.sample_rate = self.mel.sampling_rate
+        self.out = FeatureSpec(
+            width, layers, self.mel.sampling_rate / self.mel.hop_length / 2, heads
+        )
         config = WhisperConfig(
             d_model=width,
             encoder_layers=layers,
@@ -52,10 +62,10 @@ class Tiny(WindowedWhisper):
             self.encoder = WhisperEncoder(config)
         if not checkpoint.is_meta():
             self.encoder.to_empty(device=torch.get_default_device())
-            _draw(self.encoder, seed)
+            _init_weights(self.encoder, seed)
 
 
-def _check(width: int, layers: int, heads: int, num_mel_bins: int) -> None:
+def _check_sizes(width: int, layers: int, heads: int, num_mel_bins: int) -> None:
     for name, value in (("layers", layers), ("heads", heads), ("num_mel_bins", num_mel_bins)):
         if value < 1:
             raise SpecError(f"{name} must be at least 1, got {value}")
@@ -74,22 +84,21 @@ def _frames(seconds: float, rate: float) -> int:
 
 
 @torch.no_grad()
-def _draw(encoder: nn.Module, seed: int) -> None:
-    """Draw weights of variance 1 / fan-in from a generator of their own; positions are Whisper's
-    sinusoids, norms and biases neutral."""
+def _init_weights(encoder: nn.Module, seed: int) -> None:
+    """Draw weights of variance 1 / fan-in; positions are Whisper's sinusoids, norms are neutral."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in encoder.named_parameters():
         if name == "embed_positions.weight":
             value.copy_(_sinusoids(*value.shape))
         elif value.dim() > 1:
-            spread = value[0].numel() ** -0.5
-            value.copy_(torch.randn(value.shape, generator=generator, device="cpu") * spread)
+            std = value[0].numel() ** -0.5
+            value.copy_(torch.randn(value.shape, generator=generator, device="cpu") * std)
         else:
             value.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
 
 def _sinusoids(frames: int, width: int) -> Tensor:
-    """Return positions (frames, width): sines, then cosines, of periods 2 pi to 20,000 pi."""
+    """Return positions (frames, width): sines, then cosines, with periods 2 pi to 20,000 pi."""
     half = width // 2
     periods = 10000.0 ** (torch.arange(half, device="cpu") / max(half - 1, 1))
     angles = torch.arange(frames, device="cpu")[:, None] / periods

@@ -1,4 +1,4 @@
-"""Any vision backbone of timm, listening to a spectrogram as if it were an image."""
+"""Any vision backbone of timm, with a spectrogram as its image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from diffa.checkpoints import read as ckpt
-from diffa.encoders.chunking import read
-from diffa.encoders.spectrogram_models import spectrograms
+from diffa.encoders.spectrogram_models import normalised_fbanks
+from diffa.encoders.windows import encode_windows
 from diffa.errors import PluginError, SpecError
 from diffa.types import Features, FeatureSpec
 
@@ -29,13 +29,13 @@ class Timm(nn.Module):
     read in windows of ``window_seconds``; a frame is what covers one patch or stride of time.
 
     Args:
-        model: a name that timm knows.
-        num_mel_bins: Kaldi filters: the image's width.
-        window_seconds: of one window: the image's height, a row per 10 ms.
-        pretrained: let timm fetch the weights that it publishes; colours are summed to one.
-        checkpoint: a folder or Hub id with weights in timm's layout.
-        revision: of the Hub repository.
-        seed: of the weights where there are no others.
+        model: Name of a timm model.
+        num_mel_bins: Mel filters: the image's width.
+        window_seconds: Length of one window: the image's height, one row per 10 ms.
+        pretrained: Let timm download its published weights; colour channels are summed.
+        checkpoint: Folder or Hub id of weights in timm's layout.
+        revision: Revision of the Hub repository. Default: the newest.
+        seed: Seed of the weights without a checkpoint.
 
     Raises:
         PluginError: timm is not installed.
@@ -55,7 +55,7 @@ class Timm(nn.Module):
     ) -> None:
         super().__init__()
         self._rows = _rows(num_mel_bins, window_seconds)
-        self._num_mel_bins, self._window = num_mel_bins, self._rows * RATE // 100
+        self._num_mel_bins, self._window_samples = num_mel_bins, self._rows * RATE // 100
         self.sample_rate = RATE
         if pretrained and checkpoint is not None:
             raise SpecError("pretrained and checkpoint exclude each other: drop one of them")
@@ -66,22 +66,24 @@ class Timm(nn.Module):
             )
         if checkpoint is not None and not ckpt.is_meta():
             _fill(self.encoder, ckpt.find_checkpoint(checkpoint, revision))
-        self.out, self._wide = self._probe(model)
+        self.out, self._frames = self._probe(model)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples."""
-        return read(
+        return encode_windows(
             audio,
             lengths,
-            self._hear,
-            frames=lambda samples: min(self._wide, -(-samples * self._wide // self._window)),
-            window=self._window,
-            least=400,
-            together=True,
+            self._encode,
+            count_frames=lambda samples: min(
+                self._frames, -(-samples * self._frames // self._window_samples)
+            ),
+            window_samples=self._window_samples,
+            padded_size=lambda samples, _: max(400, samples),  # one window of the filter bank
+            masks_padding=True,
         )
 
-    def _hear(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
-        images = spectrograms(waves, sizes, self._rows, self._num_mel_bins, RATE, MEAN, STD)
+    def _encode(self, waves: Tensor, sizes: list[int]) -> list[Tensor]:
+        images = normalised_fbanks(waves, sizes, self._rows, self._num_mel_bins, RATE, MEAN, STD)
         return self._states(images[:, None].to(next(self.encoder.parameters()).dtype))
 
     def _states(self, images: Tensor) -> list[Tensor]:
@@ -107,7 +109,8 @@ class Timm(nn.Module):
             states = self._states(weight.new_zeros(1, 1, self._rows, self._num_mel_bins))
         except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
             raise SpecError(
-                f"timm's {name} cannot read an image of {self._rows} x {self._num_mel_bins} ({error}): "
+                f"timm's {name} cannot read an image of {self._rows} x {self._num_mel_bins} "
+                f"({error}): "
                 "choose num_mel_bins and window_seconds that its patches divide, or another model"
             ) from error
         self.encoder.train(was)

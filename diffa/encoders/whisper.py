@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffa.checkpoints import read as ckpt
-from diffa.encoders.mel import Mel
-from diffa.encoders.windows import WindowedWhisper, checked
+from diffa.encoders.mel import LogMelConfig
+from diffa.encoders.whisper_windows import WindowedWhisper, check_trailing_silence
 from diffa.errors import CheckpointError
 from diffa.types import FeatureSpec
 
@@ -17,10 +17,14 @@ from diffa.types import FeatureSpec
 class Whisper(WindowedWhisper):
     """Whisper's encoder (Radford et al. 2022): all hidden states at 50 frames per second.
 
-    ``checkpoint`` is a Whisper folder or Hub id; it says how many mel bins there are and how
-    long a window is. Longer audio is read in several windows, never cut. The published weights
-    expect every window filled up with silence; ``trailing_silence`` seconds of it are enough for weights
-    that were trained so.
+    The checkpoint sets the number of mel bins and the window's length. The published weights expect
+    every window to be filled with silence.
+
+    Args:
+        checkpoint: Folder or Hub id of a Whisper model.
+        revision: Revision of the Hub repository. Default: the newest.
+        trailing_silence: Seconds of silence read after audio shorter than a window, for weights
+            trained so. Default: fill the window.
     """
 
     def __init__(
@@ -34,15 +38,15 @@ class Whisper(WindowedWhisper):
         from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        self.trailing_silence = checked(trailing_silence)
+        self.trailing_silence = check_trailing_silence(trailing_silence)
         folder = ckpt.find_checkpoint(checkpoint, revision, weights=not ckpt.is_meta())
-        config = WhisperConfig.from_dict(_whisper(folder))
+        config = WhisperConfig.from_dict(_whisper_config(folder))
         self.mel = _front_end(folder, config.num_mel_bins)
-        self.sample_rate = self.mel.rate
+        self.sample_rate = self.mel.sampling_rate
         self.out = FeatureSpec(
             width=config.d_model,
             layers=config.encoder_layers,
-            rate=self.mel.rate / self.mel.hop / 2,
+            rate=self.mel.sampling_rate / self.mel.hop_length / 2,
             heads=config.encoder_attention_heads,
         )
         with torch.device("meta"):
@@ -52,7 +56,7 @@ class Whisper(WindowedWhisper):
             self.encoder.float()  # large-v3 is published in float16
 
 
-def _whisper(folder: Path) -> dict[str, object]:
+def _whisper_config(folder: Path) -> dict[str, object]:
     config = ckpt.load_config(folder, "config.json")
     if config.get("model_type") != "whisper":
         raise CheckpointError(
@@ -62,26 +66,24 @@ def _whisper(folder: Path) -> dict[str, object]:
     return config
 
 
-def _front_end(folder: Path, bins: int) -> Mel:
-    """Return the front end that preprocessor_config.json describes; Whisper's own without one."""
+def _front_end(folder: Path, num_mel_bins: int) -> LogMelConfig:
+    """Return the front end in preprocessor_config.json, else Whisper's own."""
+    default = LogMelConfig(num_mel_bins)
     if not (folder / "preprocessor_config.json").is_file():
-        return Mel(bins)
-    told = ckpt.load_config(folder, "preprocessor_config.json")
-    mel = Mel(
-        bins=told.get("feature_size", bins),
-        fft=told.get("n_fft", Mel().fft),
-        hop=told.get("hop_length", Mel().hop),
-        rate=told.get("sampling_rate", Mel().rate),
-    )
-    if mel.bins != bins:
+        return default
+    fields = ckpt.load_config(folder, "preprocessor_config.json")
+    fields["num_mel_bins"] = fields.get("feature_size", num_mel_bins)
+    mel = default._replace(**{name: fields[name] for name in default._fields if name in fields})
+    if mel.num_mel_bins != num_mel_bins:
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json has {mel.bins} mel bins, config.json {bins}"
+            f"{folder}: preprocessor_config.json has {mel.num_mel_bins} mel bins, config.json "
+            f"{num_mel_bins}"
         )
     return mel
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Return the encoder's tensors, of a Whisper with or without its head or of a bare encoder."""
+    """Return the encoder's weights from a whole Whisper, one without a head, or a bare encoder."""
     for prefix in ("model.encoder.", "encoder."):
         if state := ckpt.read_weights(folder, prefix):
             return state

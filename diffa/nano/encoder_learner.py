@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from diffa.data.collate import Batch
 from diffa.encoders.mel import log_mel
-from diffa.encoders.windows import hidden_states
 from diffa.nano import encoder_heads as listening
 from diffa.trainers.learners.answers import Parts
 
@@ -75,17 +73,14 @@ class Hears(nn.Module):
 
     def _cropped(self, audio: Tensor, lengths: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run the encoder's layers over the clips alone, at a random place of its window."""
-        inner, mel = self.encoder.encoder, self.encoder.mel
-        hop = 2 * mel.hop  # samples of one frame
-        window = int(inner.config.max_source_positions)
-        frames = min(window, -(-int(lengths.max() + _SPARE * mel.rate) // hop))
+        mel, window = self.encoder.mel, self.encoder.window_frames
+        hop = 2 * mel.hop_length  # samples of one frame
+        frames = min(window, -(-int(lengths.max() + _SPARE * mel.sampling_rate) // hop))
         padded = F.pad(audio, (0, frames * hop - audio.shape[1]))
         mels = self._masked(log_mel(padded, mel))
-        at = int(torch.randint(window - frames + 1, ()))
-        place = SimpleNamespace(weight=inner.embed_positions.weight[at : at + frames])
-        parts = {n: getattr(inner, n) for n in ("conv1", "conv2", "layers", "layer_norm", "config")}
-        seen = SimpleNamespace(**parts, embed_positions=place, training=inner.training)
-        return tuple(hidden_states(seen, mels)), (-(-lengths // hop)).clamp(max=frames)
+        offset = int(torch.randint(window - frames + 1, ()))
+        states = self.encoder.encode_log_mel(mels, position_offset=offset)
+        return states, (-(-lengths // hop)).clamp(max=frames)
 
     def _masked(self, mels: Tensor) -> Tensor:
         """Put a band of some clips (M, bins, T) at the clip's mean (SpecAugment, 1904.08779)."""

@@ -71,12 +71,12 @@ def _spectrogram(wave: Tensor, rate: int) -> str:
     from PIL import Image
 
     from diffa.audio import resample
-    from diffa.encoders.mel import Mel, log_mel
+    from diffa.encoders.mel import LogMelConfig, log_mel
 
     heard = resample(wave, rate, _RATE)
-    short = max(0, 2 * Mel().hop - len(heard))
+    short = max(0, 2 * LogMelConfig().hop_length - len(heard))
     heard = torch.nn.functional.pad(heard, (0, short))
-    mel = log_mel(heard[None], Mel(bins=_ROWS))
+    mel = log_mel(heard[None], LogMelConfig(num_mel_bins=_ROWS))
     mel = torch.nn.functional.adaptive_max_pool1d(mel, min(_COLUMNS, mel.shape[2]))[0].flip(0)
     mel = (mel - mel.min()) / (mel.max() - mel.min()).clamp(min=1e-6)
     ink = torch.tensor(_INKS, dtype=torch.float32)

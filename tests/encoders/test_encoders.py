@@ -15,10 +15,10 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from diffa.encoders.mel import Mel, log_mel, mel_filters
+from diffa.encoders.mel import LogMelConfig, log_mel, mel_filters
 from diffa.encoders.tiny import Tiny
 from diffa.encoders.whisper import Whisper
-from diffa.encoders.windows import hidden_states
+from diffa.encoders.whisper_windows import hidden_states
 from diffa.errors import AudioError, CheckpointError, SpecError
 from diffa.types import Encoder, FeatureSpec
 
@@ -73,25 +73,27 @@ def test_log_mel_equals_transformers(bins):
     audio[1] *= 1e-4
     theirs = WhisperFeatureExtractor(feature_size=bins, chunk_length=3)
     expected = theirs(list(audio.numpy()), sampling_rate=SECOND, return_tensors="pt")
-    assert torch.allclose(log_mel(audio, Mel(bins)), expected.input_features, atol=1e-5, rtol=0)
+    assert torch.allclose(
+        log_mel(audio, LogMelConfig(bins)), expected.input_features, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("bins, rate", [(80, 16000), (128, 16000), (40, 24000)])
 def test_mel_filters_equal_transformers(bins, rate):
     theirs = mel_filter_bank(201, bins, 0.0, 8000.0, rate, norm="slaney", mel_scale="slaney")
-    ours = mel_filters(Mel(bins, rate=rate))
+    ours = mel_filters(LogMelConfig(bins, sampling_rate=rate))
     assert np.allclose(ours.numpy(), theirs.T, atol=1e-7)
 
 
 def test_silence_gives_finite_features():
-    assert log_mel(torch.zeros(1, SECOND), Mel()).isfinite().all()
+    assert log_mel(torch.zeros(1, SECOND), LogMelConfig()).isfinite().all()
 
 
 def test_log_mel_stays_float32_under_autocast_and_in_a_bfloat16_encoder():
     audio = noise(1, SECOND)
-    expected = log_mel(audio, Mel())
+    expected = log_mel(audio, LogMelConfig())
     with torch.autocast("cpu", torch.bfloat16):
-        assert log_mel(audio, Mel()).equal(expected)
+        assert log_mel(audio, LogMelConfig()).equal(expected)
     encoder = Tiny(width=16, layers=1, heads=2, window_seconds=1.0).to(torch.bfloat16).eval()
     with torch.no_grad():
         features = encoder(audio, torch.tensor([SECOND]))
@@ -101,7 +103,7 @@ def test_log_mel_stays_float32_under_autocast_and_in_a_bfloat16_encoder():
 
 
 def test_the_front_end_trains_after_inference_mode():
-    mel = Mel(bins=33)
+    mel = LogMelConfig(num_mel_bins=33)
     with torch.inference_mode():
         log_mel(noise(1, SECOND), mel)
     audio = noise(1, SECOND).requires_grad_()
@@ -324,7 +326,7 @@ def test_the_front_end_follows_the_preprocessor(tmp_path):
     told = {"feature_size": 64, "hop_length": 80, "n_fft": 200, "sampling_rate": 8000}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     encoder = Whisper(checkpoint=str(tmp_path)).eval()
-    assert encoder.mel == Mel(64, 200, 80, 8000) and encoder.sample_rate == 8000
+    assert encoder.mel == LogMelConfig(64, 200, 80, 8000) and encoder.sample_rate == 8000
     assert encoder.out.rate == 50.0
     assert hear(encoder, noise(8000)).lengths.tolist() == [50]
 

@@ -7,9 +7,9 @@ import torch
 import torchaudio
 from helpers.hearing import hear, noise
 
-from diffa.encoders.chunking import cut
+from diffa.encoders.windows import split_windows
 from diffa.encoders.filterbank import FilterBank
-from diffa.encoders.stack import Stack, resample
+from diffa.encoders.stack import Stack, resample_frames
 from diffa.encoders.vision import MEAN, STD, Timm
 from diffa.errors import CheckpointError, PluginError, SpecError
 from diffa.testing import EncoderSuite
@@ -227,7 +227,7 @@ def test_a_stack_resamples_the_audio():
 @pytest.mark.parametrize("ratio, expected", [(2.0, [0.5, 2.5]), (0.5, [0, 0]), (1.0, [0, 1])])
 def test_resampling_averages_or_repeats(ratio, expected):
     state = torch.arange(4.0)[None, :, None]
-    out = resample(state, torch.tensor([4]), ratio, 2)
+    out = resample_frames(state, torch.tensor([4]), ratio, 2)
     assert out[0, :, 0].tolist() == expected
 
 
@@ -245,5 +245,5 @@ def test_a_stack_names_what_it_cannot_build(second, told):
 
 
 def test_cutting_keeps_every_sample():
-    rows = cut(torch.arange(10.0)[None], torch.tensor([7]), 3)
+    rows = split_windows(torch.arange(10.0)[None], torch.tensor([7]), 3)
     assert [piece.tolist() for piece in rows[0]] == [[0, 1, 2], [3, 4, 5], [6]]
