@@ -1,4 +1,4 @@
-"""Wire a resolved spec: construct its parts, give each what it asks for, check that they fit."""
+"""Assemble a model: construct the parts of a resolved spec and check that they fit."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ def assemble(
     stored: Container[str] = (),
     shared: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Build a resolved spec.
+    """Return the model of a resolved spec.
 
     Args:
-        spec: names every part.
-        device: where the parts go; ``meta`` builds without weights.
-        dtype: of the backbone; bfloat16 on a GPU and float32 elsewhere where None.
-        stored: paths of parts whose weights ``load`` fills in afterwards.
-        shared: parts that exist already, by kind; they are used as they are.
+        spec: Names every part.
+        device: Device of the parts; ``meta`` builds without weights.
+        dtype: Dtype of the backbone. Default: bfloat16 on a GPU, float32 elsewhere.
+        stored: Paths of parts whose weights ``load`` copies in afterwards.
+        shared: Existing parts by kind, used as they are.
     """
     shared = shared or {}
-
-    def part_of(kind: str, **wires: Any) -> Any:
-        return shared[kind] if kind in shared else make_part(chosen[kind], **wires)
-
-    dtype = _dtype(dtype, device)
-    chosen = spec.parts()
+    dtype = _resolve_dtype(dtype, device)
+    parts = spec.parts()
     meta = device.type == "meta"
     if "backbone" not in shared:
-        _await_lora(chosen["backbone"], stored)
-        if not meta and chosen["backbone"].options.get("checkpoint"):
-            _check_memory(chosen["backbone"], device, dtype)
+        _defer_lora(parts["backbone"], stored)
+        if not meta and parts["backbone"].options.get("checkpoint"):
+            _check_memory(parts["backbone"], device, dtype)
+
+    def part_of(kind: str, **wires: Any) -> Any:
+        return shared[kind] if kind in shared else make_part(parts[kind], **wires)
+
     with torch.device("meta" if meta else "cpu"):
         encoder = part_of("encoder")
         backbone = part_of("backbone")
         adapters = shared.get("adapters")
         if adapters is None:
             adapters = {}
-            for path, part in chosen.items():
+            for path, part in parts.items():
                 if part.kind != "adapter":
                     continue
                 if path in stored and "checkpoint" in part.options:
@@ -60,7 +60,7 @@ def assemble(
                 adapters[key] = make_part(part, source=encoder.out, width=backbone.width)
     rules = {kind: part_of(kind, vocab=backbone.vocab) for kind in ("sampler", "objective")}
     for kind, rule in rules.items():
-        _check_decoding(kind, chosen, rule.decoding, backbone.decoding)
+        _check_decoding(kind, parts, rule.decoding, backbone.decoding)
     model = Model(encoder=encoder, adapters=adapters, backbone=backbone, spec=spec, **rules)
     if not meta:
         for kind in ("encoder", "adapters", "backbone"):
@@ -69,12 +69,12 @@ def assemble(
                 module.to(device, dtype if kind == "backbone" else torch.float32)
     set_trainable(model, spec.data["train"])
     if not meta and "backbone" not in shared and "backbone.lora" in spec.data["train"]:
-        model.get_submodule("backbone.lora").float()  # small steps need all their digits
+        model.get_submodule("backbone.lora").float()  # bfloat16 would round small updates away
     return model.eval()
 
 
 def make_part(part: PartSpec, **wires: Any) -> Any:
-    """Construct a part, giving it the wires that it asks for by name."""
+    """Return a new part, with the wires that its constructor names."""
     cls = part.load()
     try:
         return cls(**{name: wires[name] for name in read_schema(cls).wires}, **part.options)
@@ -85,7 +85,7 @@ def make_part(part: PartSpec, **wires: Any) -> Any:
 
 
 def set_trainable(model: Model, train: list[str]) -> None:
-    """Let the parts that ``train`` names learn, and freeze the others."""
+    """Make the parts named by ``train`` trainable, and freeze the others."""
     model.requires_grad_(False)
     for name in train:
         part = model.get_submodule(name)
@@ -94,8 +94,8 @@ def set_trainable(model: Model, train: list[str]) -> None:
         part.requires_grad_(True)
 
 
-def _await_lora(part: PartSpec, stored: Container[str]) -> None:
-    """Leave LoRA's weights to ``load`` where they are stored, with the backbone or alone."""
+def _defer_lora(part: PartSpec, stored: Container[str]) -> None:
+    """Build LoRA pairs empty where ``load`` copies their weights in, or leave merged ones out."""
     lora = part.options.get("lora")
     if lora and ("backbone.lora" in stored or "backbone" in stored):
         merged = lora.get("merge", bool(lora.get("checkpoint")))
@@ -103,26 +103,24 @@ def _await_lora(part: PartSpec, stored: Container[str]) -> None:
         part.options["lora"] = None if merged and "backbone" in stored else fresh
 
 
-def _check_decoding(kind: str, chosen: Mapping[str, PartSpec], own: str, rule: str) -> None:
+def _check_decoding(kind: str, parts: Mapping[str, PartSpec], own: str, rule: str) -> None:
     if own != rule:
-        names = [
-            str(getattr(chosen[k].name, "__name__", chosen[k].name)) for k in (kind, "backbone")
-        ]
+        names = [str(getattr(parts[k].name, "__name__", parts[k].name)) for k in (kind, "backbone")]
         raise SpecError(decoding_mismatch(kind, names[0], own, names[1], rule))
 
 
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not isinstance(found, torch.dtype) or found not in usual:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    supported = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not isinstance(resolved, torch.dtype) or resolved not in supported:
         raise SpecError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-    return found
+    return resolved
 
 
 def _check_memory(part: PartSpec, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare what the backbone needs with what is free, before gigabytes are read."""
+    """Refuse a backbone that does not fit into free memory, before gigabytes are read."""
     with torch.device("meta"):
         count = sum(weight.numel() for weight in make_part(part).parameters())
     need = count * dtype.itemsize
@@ -148,10 +146,10 @@ def _free(device: torch.device) -> int | None:
 
 
 def parse_device(name: str | torch.device) -> torch.device:
-    """The device of a name; raises SpecError where there is none or it does not work."""
+    """Return the device of a name; raises SpecError where it does not exist or work."""
     try:
         torch.empty(0, device=name)
-        return torch.device(name)  # as it was named: of "cuda", each process takes its own
+        return torch.device(name)  # "cuda" stays without an index: each process takes its own
     except Exception as error:  # torch raises several types, with long texts
         reason = str(error).partition("\n")[0]
         raise SpecError(f"{name}: {reason}; `diffa doctor` shows what is here") from error

@@ -1,4 +1,4 @@
-"""Build a model from a spec, and exchange parts of one.
+"""Build a model from a spec, and replace parts of a model.
 
 The package's ``__init__`` imports this module, so torch is imported inside the functions.
 """
@@ -24,19 +24,19 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
 ) -> Model:
-    """Build the model that a spec names: a mapping, a path, or the name of a preset.
+    """Return the model of a spec.
 
     Args:
-        spec: what to build.
-        device: where to; ``meta`` is a dry run that loads no weights and needs no network for
-            the published models.
-        dtype: of the backbone; bfloat16 on a GPU and float32 elsewhere where None. The encoder
+        spec: A mapping, a path, or the name of a preset.
+        device: Device of the model; ``meta`` is a dry run that loads no weights and needs no
+            network for the published models.
+        dtype: Dtype of the backbone. Default: bfloat16 on a GPU, float32 elsewhere. The encoder
             and the adapters stay in float32.
 
     Raises:
-        SpecError: the spec has faults, or its parts do not fit each other.
-        PluginError: a part cannot be imported or is not what it should be.
-        CheckpointError: weights are missing or do not fit, or memory will not hold them.
+        SpecError: The spec has faults, or its parts do not fit each other.
+        PluginError: A part cannot be imported, or breaks the contract of its kind.
+        CheckpointError: Weights are missing or do not fit, or memory is too small for them.
     """
     import torch
 
@@ -47,13 +47,13 @@ def build(
 
 
 def swap(model: Model, **parts: Any) -> Model:
-    """Return a model with some parts exchanged and the rest shared.
+    """Return a model with some parts replaced and the rest shared.
 
     ``swap(model, sampler={"name": "blockwise", "threshold": 0.9})`` replaces a whole part:
     options that are left out take their defaults. ``adapters`` takes a mapping of all of them.
 
     Raises:
-        SpecError: a part that a spec does not have, or one that does not fit the others.
+        SpecError: A part is unknown, or does not fit the others.
     """
     from diffa.assembly import assemble
     from diffa.spec.spec import Spec
@@ -63,8 +63,9 @@ def swap(model: Model, **parts: Any) -> Model:
         raise SpecError(f"unknown part {wrong[0]!r}; swap accepts {', '.join(known)}")
     data = model.spec.data
     data.update(parts)
-    if data.get("train"):  # what is gone cannot learn
-        data["train"] = [name for name in data["train"] if name not in _gone(model, parts)]
+    if data.get("train"):
+        removed = _removed(model, parts)
+        data["train"] = [name for name in data["train"] if name not in removed]
     replaced = set(parts)
     if "encoder" in replaced or "backbone" in replaced:
         replaced.add("adapters")  # built for the width of both
@@ -75,10 +76,10 @@ def swap(model: Model, **parts: Any) -> Model:
     return swapped.train(model.training)
 
 
-def _gone(model: Model, parts: Mapping[str, Any]) -> set[str]:
-    """Names of what could learn in a model, and is not in the parts that replace its own."""
+def _removed(model: Model, parts: Mapping[str, Any]) -> set[str]:
+    """Return trainable parts of a model that are missing from the parts that replace its own."""
     kept = set(parts.get("adapters", model.adapters))
-    gone = {f"adapters.{key}" for key in model.adapters if key not in kept}
+    removed = {f"adapters.{key}" for key in model.adapters if key not in kept}
     backbone = parts.get("backbone", model.spec.data["backbone"])
     lora = isinstance(backbone, Mapping) and backbone.get("lora")
-    return gone if lora else {*gone, "backbone.lora"}
+    return removed if lora else {*removed, "backbone.lora"}

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and how it is said: what, where, and what to do."""
+"""The errors that a user of diffa can cause; a message says what, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class DiffaError(Exception):
-    """Anything a user of diffa can cause and mend."""
+    """Base of every error that a user of diffa can cause and correct."""
 
 
 class SpecError(DiffaError):
@@ -15,11 +15,11 @@ class SpecError(DiffaError):
 
 
 class PluginError(DiffaError):
-    """A part cannot be found, imported or trusted to be what it says it is."""
+    """A part cannot be found or imported, or breaks the contract of its kind."""
 
 
 class CheckpointError(DiffaError):
-    """Published or saved weights are missing, unreadable, or do not fit the part that asks."""
+    """Published or saved weights are missing, unreadable, or do not fit the part."""
 
 
 class AudioError(DiffaError):
@@ -27,7 +27,7 @@ class AudioError(DiffaError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that names what was probably meant, or all there is."""
+    """Return the end of an error message: the known names close to ``word``, else all of them."""
     names = sorted(known)
     if not names:
         return "; there is none"

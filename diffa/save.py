@@ -6,8 +6,6 @@ The package's ``__init__`` imports this module, so torch is imported inside the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,28 +24,35 @@ _LORA = "backbone.lora."
 
 
 def save(model: Model, folder: str | Path) -> None:
-    """Write the resolved spec and the weights that no checkpoint pins.
+    """Write a model to a folder: its resolved spec, and the weights that no checkpoint has.
 
-    A part is left to its checkpoint when it has one and does not learn. The folder appears whole
-    or not at all; one that holds a saved model is replaced, any other is refused.
+    A frozen part with a checkpoint is loaded from that checkpoint again. The folder appears
+    complete or not at all; one that holds a saved model is replaced, any other is refused.
 
     Raises:
-        CheckpointError: the folder holds something else, or cannot be written.
-        SpecError: a class stands for a name in the spec.
+        CheckpointError: The folder holds something else, or cannot be written.
+        SpecError: The spec holds a class instead of a name.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from diffa import __version__
 
     folder = Path(folder)
     spec = absolute_checkpoints(model.spec)
-    if found := lora_options(model):
-        spec = spec.change(found)
-    tensors, tied = _unshared(saved_state(model))
+    if options := lora_options(model):
+        spec = spec.change(options)
+    tensors, tied = _split_tied(saved_state(model))
     notes = {"format": "pt", "diffa": __version__, "spec": spec.to_json()}
-    with replacing(folder) as fresh:
-        (fresh / SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
-        save_file(tensors, fresh / WEIGHTS, {**notes, "tied": json.dumps(tied)})
+    _check_replaceable(folder)
+    try:
+        with replace_folder(folder) as draft:
+            (draft / SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
+            save_file(tensors, draft / WEIGHTS, {**notes, "tied": json.dumps(tied)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}; nothing was changed"
+        ) from error
 
 
 def load(
@@ -57,17 +62,17 @@ def load(
     dtype: torch.dtype | str | None = None,
     merge: bool = False,
 ) -> Model:
-    """Build the model that ``save`` wrote, with exactly the weights it wrote.
+    """Return the model that ``save`` wrote, with exactly the weights it wrote.
 
     Args:
-        folder: where it was saved.
-        device: where to put it.
-        dtype: of the backbone, as in ``build``.
-        merge: fold live LoRA pairs into the backbone's weights: faster, and no longer trained.
+        folder: Folder of the saved model.
+        device: Device of the model.
+        dtype: Dtype of the backbone, as in ``build``.
+        merge: Merge LoRA pairs into the backbone's weights: faster, and no longer trainable.
 
     Raises:
-        CheckpointError: files are missing or damaged, or do not match the installed parts.
-        SpecError: the spec does not fit the installed parts, or there is nothing to merge.
+        CheckpointError: Files are missing or damaged, or do not match the installed parts.
+        SpecError: The spec does not fit the installed parts, or there is nothing to merge.
     """
     import torch
 
@@ -78,20 +83,20 @@ def load(
 
     folder = Path(folder)
     spec = Spec(load_config(folder, SPEC)).resolve()
-    tensors, version = _read(folder / WEIGHTS)
-    found = {path for path in spec.parts() if any(k.startswith(f"{path}.") for k in tensors)}
-    if found & {"backbone"} and all(k.startswith(_LORA) for k in tensors if k[:9] == "backbone."):
-        found = found - {"backbone"} | {"backbone.lora"}
-    model = assemble(spec, torch.device(device), dtype, stored=found)
-    wanted = saved_state(model)
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    tensors, version = _read_tensors(folder / WEIGHTS)
+    stored = {path for path in spec.parts() if any(k.startswith(f"{path}.") for k in tensors)}
+    if "backbone" in stored and all(k.startswith(_LORA) for k in tensors if k[:9] == "backbone."):
+        stored = stored - {"backbone"} | {"backbone.lora"}
+    model = assemble(spec, torch.device(device), dtype, stored=stored)
+    state = saved_state(model)
+    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
     if missing or extra:
         raise CheckpointError(
             f"{folder} does not match the installed parts. missing: {missing[:6]} unexpected: "
             f"{extra[:6]} it was built with diffa {version}, this is {__version__}"
         )
     with torch.no_grad():
-        for key, target in wanted.items():
+        for key, target in state.items():
             if target.shape != tensors[key].shape:
                 sizes = f"{tuple(tensors[key].shape)} where {tuple(target.shape)} is needed"
                 raise CheckpointError(f"{folder}: {key} has shape {sizes}")
@@ -101,10 +106,10 @@ def load(
 
 
 def merge_lora(model: Model, folder: Path) -> Model:
-    """Fold a model's live LoRA pairs into its backbone; ``folder`` is where they are saved.
+    """Merge a model's LoRA pairs, saved in ``folder``, into its backbone.
 
     Raises:
-        SpecError: the backbone has no live pairs.
+        SpecError: The backbone has no LoRA pairs.
     """
     from diffa.backbones.lora import merge_lora_pairs
     from diffa.spec.spec import Spec
@@ -113,21 +118,21 @@ def merge_lora(model: Model, folder: Path) -> Model:
         raise SpecError(f"{folder}: the backbone has no live LoRA pairs to merge")
     data = model.spec.data
     lora = data["backbone"]["lora"]
-    kept = {**lora, "merge": True} if lora.get("checkpoint") else None
-    if {"backbone", "backbone.lora"} & set(data["train"]):  # the folder holds the pairs
+    options = {**lora, "merge": True} if lora.get("checkpoint") else None
+    if {"backbone", "backbone.lora"} & set(data["train"]):  # then ``folder`` holds the pairs
         alpha = lora.get("alpha", 16.0)
-        kept = {"checkpoint": str(folder.resolve()), "alpha": alpha, "merge": True}
-    pinned = data["backbone"].get("checkpoint") is not None
-    data["backbone"]["lora"] = kept if pinned else None
+        options = {"checkpoint": str(folder.resolve()), "alpha": alpha, "merge": True}
+    has_checkpoint = data["backbone"].get("checkpoint") is not None
+    data["backbone"]["lora"] = options if has_checkpoint else None
     data["train"] = [name for name in data["train"] if name != "backbone.lora"]
     model.spec = Spec.read(data).resolve()
     return model
 
 
 def lora_options(model: Model) -> dict[str, Any]:
-    """Return what a spec says of the backbone's live LoRA pairs, by path; {} where there are none.
+    """Return the spec's options of the backbone's LoRA pairs, by path; {} without pairs.
 
-    Pairs that were read know their rank and layers, which their spec need not say.
+    Pairs from a checkpoint have their own rank and layers, which the spec may leave out.
     """
     from torch import nn
 
@@ -143,14 +148,14 @@ def lora_options(model: Model) -> dict[str, Any]:
 
 
 def saved_state(model: Model) -> dict[str, Tensor]:
-    """Weights that ``save`` writes, by name: of parts that learn or have no checkpoint."""
+    """Return the weights that ``save`` writes: of parts that are trained or have no checkpoint."""
     train = model.spec.data["train"]
     state: dict[str, Tensor] = {}
     for path, part in model.spec.parts().items():
         if part.kind not in ("encoder", "adapter", "backbone"):
             continue
-        learns = path in train or path.partition(".")[0] in train
-        if learns or not part.options.get("checkpoint"):
+        trained = path in train or path.partition(".")[0] in train
+        if trained or not part.options.get("checkpoint"):
             inner = model.get_submodule(path).state_dict(keep_vars=False)
             state.update({f"{path}.{key}": value for key, value in inner.items()})
     if "backbone.lora" in train and not any(key.startswith("backbone.") for key in state):
@@ -160,7 +165,7 @@ def saved_state(model: Model) -> dict[str, Tensor]:
 
 
 def absolute_checkpoints(spec: Spec) -> Spec:
-    """Write relative checkpoint folders out in full, so that the spec works from anywhere."""
+    """Make the folders in a spec absolute, so that it works from any folder."""
     changes = {}
     for path, part in spec.parts().items():
         for option in ("checkpoint", "tokenizer"):
@@ -174,43 +179,29 @@ def absolute_checkpoints(spec: Spec) -> Spec:
     return spec.change(changes) if changes else spec
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``folder`` at the end, or vanishes.
-
-    Raises:
-        CheckpointError: ``folder`` holds something that is no saved model, or cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / SPEC).is_file():
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds something else than a saved model."""
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not (folder / SPEC).is_file():
         raise CheckpointError(f"{folder} exists and is no saved model: choose another place")
-    try:
-        with replace_folder(folder) as fresh:
-            yield fresh
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error}; nothing was changed"
-        ) from error
 
 
-def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Leave out tensors that share storage with an earlier one, and say which those are."""
+def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors without those that share storage with an earlier one, and these by name."""
     first: dict[tuple[int, Any], str] = {}
-    kept, tied = {}, {}
+    own, tied = {}, {}
     for key, value in state.items():
-        place = (value.data_ptr(), value.shape)
-        if value.numel() and place in first:
-            tied[key] = first[place]
+        storage = (value.data_ptr(), value.shape)
+        if value.numel() and storage in first:
+            tied[key] = first[storage]
         else:
-            first[place] = key
-            kept[key] = value.detach().cpu().contiguous()
-    return kept, tied
+            first[storage] = key
+            own[key] = value.detach().cpu().contiguous()
+    return own, tied
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a saved model, tied ones repeated, and the version that wrote them."""
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return a saved model's tensors, tied ones included, and the version that wrote them."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""Published checkpoints: find, download and read them."""
+"""Published checkpoints: find, download and read them (``read``, ``hub``)."""

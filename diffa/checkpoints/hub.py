@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what of a repository is in the cache, and fetching only what is read."""
+"""Find a repository of the Hugging Face Hub in the cache, or fetch the files that are read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from diffa.errors import CheckpointError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TEXT = (".json", ".jinja", "merges.txt", "vocab.txt", "tokenizer.model")
-_SECONDS = 5.0  # the Hub answers in well under a second, or it is not going to
+_TIMEOUT = 5.0  # the Hub answers in well under a second, or it is not going to
 
 
 def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights: bool) -> Path:
     """Return the local folder of ``repository/sub``, from the cache or else from the network.
 
-    Fetches configuration, tokenizer files and one set of weights, never code. Raises
-    CheckpointError, within seconds when there is no network.
+    Fetches configuration, tokenizer files and one set of weights, never code.
+
+    Raises:
+        CheckpointError: The checkpoint is not there; within seconds if there is no network.
     """
-    found = _cached(repository, sub, revision)
-    if found is not None and not (weights and _weight_files(_names(found)) is None):
-        return found
+    folder = _cached(repository, sub, revision)
+    if folder is not None and not (weights and _weight_files(os.listdir(folder)) is None):
+        return folder
     name = f"{repository}/{sub}" if sub else repository
     if _offline():
         raise _absent(name, repository, "the Hub is switched off (HF_HUB_OFFLINE)")
@@ -30,14 +32,14 @@ def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights
         return _download(repository, sub, revision, weights=weights)
     except CheckpointError:
         raise
-    except Exception as error:  # the http library's own types differ between its versions
+    except Exception as error:  # the types differ between versions of the http library
         raise _absent(name, repository, _reason(error, repository, revision)) from error
 
 
 def _cached(repository: str, sub: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", *WEIGHT_FILES, *(f"{whole}.index.json" for whole in WEIGHT_FILES)):
+    for file in ("config.json", *WEIGHT_FILES, *(f"{file}.index.json" for file in WEIGHT_FILES)):
         inside = f"{sub}/{file}" if sub else file
         path = try_to_load_from_cache(repository, inside, revision=revision)
         if isinstance(path, str):
@@ -48,28 +50,25 @@ def _cached(repository: str, sub: str, revision: str | None) -> Path | None:
 def _offline() -> bool:
     from huggingface_hub import constants
 
-    told = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return told or bool(constants.HF_HUB_OFFLINE)
-
-
-def _names(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in folder.iterdir()}
+    # huggingface_hub reads the variable once, at its import.
+    value = os.environ.get("HF_HUB_OFFLINE", "").upper()
+    return value in ("1", "ON", "YES", "TRUE") or bool(constants.HF_HUB_OFFLINE)
 
 
 def _weight_files(names: Collection[str]) -> list[str] | None:
-    """Return one whole set of weights among file names, safetensors first; None without one."""
-    for whole in WEIGHT_FILES:
-        stem, suffix = whole.rsplit(".", 1)
-        if whole in names:
-            return [whole]
+    """Return one complete set of weight files among names, safetensors first; None without one."""
+    for file in WEIGHT_FILES:
+        stem, suffix = file.rsplit(".", 1)
+        if file in names:
+            return [file]
         shards = [n for n in names if n.startswith(f"{stem}-") and n.endswith(f".{suffix}")]
-        if f"{whole}.index.json" in names and shards and len(shards) == _count(shards[0]):
+        if f"{file}.index.json" in names and shards and len(shards) == _num_shards(shards[0]):
             return sorted(shards)
     return None
 
 
-def _count(shard: str) -> int:
-    """Return how many shards there are: 4 for ``model-00001-of-00004.safetensors``."""
+def _num_shards(shard: str) -> int:
+    """Return the number of shards: 4 for ``model-00001-of-00004.safetensors``."""
     total = shard.rsplit(".", 1)[0].rsplit("-of-", 1)[-1]
     return int(total) if total.isdigit() else -1
 
@@ -77,7 +76,7 @@ def _count(shard: str) -> int:
 def _download(repository: str, sub: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    info: Any = HfApi().repo_info(repository, revision=revision, timeout=_SECONDS)
+    info: Any = HfApi().repo_info(repository, revision=revision, timeout=_TIMEOUT)
     start = f"{sub}/" if sub else ""
     files = [
         f.rfilename.removeprefix(start) for f in info.siblings if f.rfilename.startswith(start)
@@ -95,7 +94,7 @@ def _download(repository: str, sub: str, revision: str | None, *, weights: bool)
         repository,
         revision=revision,
         allow_patterns=[start + name for name in wanted],
-        etag_timeout=_SECONDS,
+        etag_timeout=_TIMEOUT,
     )
     return Path(folder) / sub
 

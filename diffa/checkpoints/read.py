@@ -1,9 +1,9 @@
-"""Published weights: find a folder, read its configuration and tensors, fill a module strictly."""
+"""Published checkpoints: find a folder, read its configuration and tensors, load a module."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def is_meta() -> bool:
-    """Return whether modules are being built under ``torch.device("meta")``: load no weights."""
+    """Return whether modules are built on the meta device, without weights."""
     return torch.get_default_device().type == "meta"
 
 
 def find_checkpoint(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Return the folder of a checkpoint; raises CheckpointError where there is none.
+    """Return the folder of a checkpoint.
 
-    ``name`` is a folder, ``package:FOLDER`` for weights inside diffa, or a Hub id
-    ``org/name`` (``org/name/sub`` for a folder in it). Without ``weights`` configurations do,
-    and those of the published models ship with diffa.
+    Args:
+        name: A folder, ``package:FOLDER`` for weights inside diffa, or a Hub id ``org/name``
+            (``org/name/sub`` for a folder in it).
+        revision: Branch, tag or commit on the Hub. Default: the main branch.
+        weights: False if the configuration is enough; diffa ships those of the published models.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
     """
     if name.startswith("package:"):
         return _inside(_ASSETS / "weights", name.removeprefix("package:"), name)
@@ -60,7 +65,7 @@ def _hub_id(name: str) -> tuple[str, str]:
 
 
 def load_config(folder: Path, file: str) -> dict[str, Any]:
-    """Return the JSON object in ``folder / file``; raises CheckpointError."""
+    """Return the JSON object in a checkpoint's file; raises CheckpointError."""
     path = Path(folder) / file
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -76,19 +81,25 @@ def load_config(folder: Path, file: str) -> dict[str, Any]:
 def read_weights(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors whose keys start with ``prefix``, which is stripped.
 
-    Reads safetensors, else PyTorch files (``weights_only``), whole or sharded; tensors stay
-    memory-mapped, in the file's dtype. Raises CheckpointError for absent or damaged files.
+    Reads safetensors, else PyTorch files (``weights_only``), whole or sharded. Tensors stay
+    memory-mapped, in the file's dtype.
+
+    Raises:
+        CheckpointError: The files are missing or damaged.
     """
     folder = Path(folder)
-    for whole in hub.WEIGHT_FILES:
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            return _strip(_read(folder / whole, prefix), prefix)
-        if index.is_file():
-            state: dict[str, Tensor] = {}
-            for shard in _shards(index, prefix):
-                state.update(_read(folder / shard, prefix))
-            return _strip(state, prefix)
+    for file in hub.WEIGHT_FILES:
+        index = folder / f"{file}.index.json"
+        if (folder / file).is_file():
+            names = [file]
+        elif index.is_file():
+            names = _shards(index, prefix)
+        else:
+            continue
+        state: dict[str, Tensor] = {}
+        for name in names:
+            state.update(_read_file(folder / name, prefix))
+        return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
     raise CheckpointError(
         f"{folder} holds no weights: expected {' or '.join(hub.WEIGHT_FILES)}, or shards with an index"
     )
@@ -96,29 +107,31 @@ def read_weights(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def _shards(index: Path, prefix: str) -> list[str]:
     """Return the files that an index names for keys below ``prefix``."""
-    table = load_config(index.parent, index.name).get("weight_map")
-    if not isinstance(table, dict):
+    weight_map = load_config(index.parent, index.name).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no 'weight_map' object")
-    files = sorted({str(file) for key, file in table.items() if key.startswith(prefix)})
+    files = sorted({str(file) for key, file in weight_map.items() if key.startswith(prefix)})
     for file in files:
         if Path(file).name != file or not (index.parent / file).is_file():
             raise CheckpointError(f"{index} names {file!r}, which is not in {index.parent}")
     return files
 
 
-def _read(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_file(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
-        return _read_safe(path, prefix) if path.suffix == ".safetensors" else _read_pickle(path)
+        return (
+            _read_safetensors(path, prefix) if path.suffix == ".safetensors" else _read_pickle(path)
+        )
     except CheckpointError:
         raise
-    except Exception as error:  # the readers raise a dozen types for damaged files
+    except Exception as error:  # damaged files raise a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read ({reason}): it may be cut short; fetch it again"
         ) from error
 
 
-def _read_safe(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -138,15 +151,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-
-
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Put ``state`` into ``module``, every key in its place; raises CheckpointError otherwise.
+    """Load ``state`` into ``module``, every key and shape equal.
 
-    A module on the meta device takes the tensors themselves (their dtype, no copy); a real one
-    keeps its own dtype and device. ``source`` says in errors where the state came from.
+    A module on the meta device takes the tensors themselves (their dtype, no copy); any other
+    keeps its own dtype and device.
+
+    Args:
+        module: The module to load.
+        state: Its tensors by name.
+        source: Where the state came from, for errors.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, or shapes differ.
     """
     own = module.state_dict()
     shapes = [
@@ -159,27 +176,26 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
         "unexpected": [key for key in state if key not in own],
         "wrong shape": shapes,
     }
-    told = [f"{what}: {_some(keys)}" for what, keys in faults.items() if keys]
-    if told:
+    lines = [f"{name}: {_first_few(keys)}" for name, keys in faults.items() if keys]
+    if lines:
         kind = type(module).__name__
-        raise CheckpointError(f"{source} does not fit this {kind}. " + ". ".join(told))
+        raise CheckpointError(f"{source} does not fit this {kind}. " + ". ".join(lines))
     assign = any(value.is_meta for value in own.values())
     module.load_state_dict(dict(state), strict=True, assign=assign)
 
 
-def _some(keys: Iterable[str], most: int = 6) -> str:
-    """Return the first few of ``keys`` and how many more there are."""
-    keys = list(keys)
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _first_few(keys: list[str], count: int = 6) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
 
 
 def resolve_config(
     checkpoint: str | None, revision: str | None, config: Mapping[str, Any] | None
 ) -> tuple[Path | None, Mapping[str, Any]]:
-    """Return a checkpoint's folder and configuration, or None and the configuration given.
+    """Return a checkpoint's folder and configuration, or None and the given configuration.
 
-    For parts that take either; raises SpecError for neither or both.
+    Raises:
+        SpecError: Neither or both are given.
     """
     if (checkpoint is None) == (config is None):
         raise SpecError("give either checkpoint (a folder or Hub id) or config (a mapping)")

@@ -1,4 +1,4 @@
-"""The scrambling behind every counter-based draw: SplitMix64 (Steele et al. 2014) on tensors."""
+"""SplitMix64 (Steele et al. 2014) on tensors: the hash behind every counter-based draw."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _FIRST, _SECOND = -4658895280553007687, -7723592293110705685
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift right without carrying the sign in."""
+    """Shift 64-bit integers right, filling with zeros instead of the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """Scramble 64-bit integers one to one."""
+    """Return the SplitMix64 hash of 64-bit integers, one to one."""
     x = (x ^ shift_right(x, 30)) * _FIRST
     x = (x ^ shift_right(x, 27)) * _SECOND
     return x ^ shift_right(x, 31)

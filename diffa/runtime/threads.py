@@ -1,10 +1,10 @@
-"""Threads that compute: one with a team of OpenMP's is fast, several are slow.
+"""Run PyTorch work on one thread to avoid OpenMP oversubscription.
 
-Every Python thread that runs PyTorch's operations on several cores starts a team of OpenMP threads
+Every Python thread that runs PyTorch operations on several cores starts a team of OpenMP threads
 and keeps it as long as it lives. While all teams of a process together have no more threads than
-there are cores, those that wait for each other spin; beyond that libgomp puts them to sleep, at
-every one of an answer's many small operations. On two cores an answer of nano takes twice as long
-once a second thread has computed anything (``benchmarks/openmp.py``).
+there are cores, idle threads spin; beyond that libgomp puts them to sleep at every one of an
+answer's many small operations. On two cores an answer of nano takes twice as long once a second
+thread has computed anything (``benchmarks/openmp.py``).
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ _END = object()
 
 
 class ComputeThread:
-    """One thread, in which all that a process computes is done in turn, on as many cores as
-    PyTorch would use where the hand is made."""
+    """The one thread in which a process computes, on as many cores as its maker uses."""
 
     def __init__(self) -> None:
         import torch
 
-        cores = torch.get_num_threads()  # a new thread's own may be what another thread set last
-        self._pool = ThreadPoolExecutor(1, "hand", torch.set_num_threads, (cores,))
+        # A new thread's own number may be what another thread set last: set it from here.
+        cores = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (cores,))
 
-    def __call__(self, work: Callable[..., T], *given: object) -> T:
-        """What ``work(*given)`` returns or raises, there.
+    def __call__(self, work: Callable[..., T], *args: object) -> T:
+        """Return what ``work(*args)`` returns in the thread, or raise what it raises.
 
         Raises:
-            DiffaError: the process is about to end.
+            DiffaError: The process is about to end.
         """
         try:
-            told = self._pool.submit(work, *given)
+            future = self._pool.submit(work, *args)
         except RuntimeError as error:
             raise DiffaError("the process ends: nothing more is computed") from error
-        return told.result()
+        return future.result()
 
-    def each(self, made: Iterator[T]) -> Iterator[T]:
-        """Yield what an iterator makes there, one at a time."""
-        while (found := self(next, made, _END)) is not _END:
-            yield found
+    def iterate(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items of an iterator that runs in the thread, one at a time."""
+        while (item := self(next, items, _END)) is not _END:
+            yield item
 
 
 @contextmanager
 def single_core() -> Iterator[None]:
-    """Compute on one core for a while, so that this thread starts no team, for another is to."""
+    """Compute on one core for a while, so that this thread starts no OpenMP team."""
     import torch
 
     cores = torch.get_num_threads()

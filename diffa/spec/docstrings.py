@@ -1,4 +1,4 @@
-"""What a part and each of its options mean, in a line, as its docstring says it."""
+"""Read a part's summary and its options' descriptions off its docstring."""
 
 from __future__ import annotations
 
@@ -9,47 +9,32 @@ _ENTRY = re.compile(r"(\w+): (.*)")
 
 
 def docstring_summary(cls: type) -> str:
-    """Return the first sentence of a class's docstring, on one line; "" where it has none."""
-    text = _own(cls)
-    return " ".join(text.split("\n\n")[0].split())
+    """Return the first paragraph of a class's docstring on one line; "" without a docstring."""
+    return " ".join(_docstring(cls).split("\n\n")[0].split())
 
 
 def option_descriptions(cls: type) -> dict[str, str]:
-    """Return what the ``Args:`` section of a class's docstring says of each parameter.
-
-    A class that inherits its constructor inherits the descriptions of its options too.
-    """
-    owner = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
-    found: dict[str, str] = {} if owner is cls else option_descriptions(owner)
+    """Return what the ``Args:`` section of a class's docstring says of each parameter."""
+    descriptions: dict[str, str] = {}
     name = ""
-    for line in _section(_own(cls), "Args"):
-        entry = _ENTRY.fullmatch(line[4:]) if re.match(r" {4}\S", line) else None
-        if entry:
-            name = entry[1]
-            found[name] = entry[2]
-        elif name:
-            found[name] += " " + line.strip()
-    return found
-
-
-def _own(cls: type) -> str:
-    """The class's own docstring, or its constructor's: bases may be of other libraries."""
-    said = cls.__dict__.get("__doc__") or ""
-    init = cls.__dict__.get("__init__")
-    if "Args:" not in said and init is not None and "Args:" in (init.__doc__ or ""):
-        said += "\n\n" + (inspect.getdoc(init) or "")
-    return inspect.cleandoc(said)
-
-
-def _section(text: str, title: str) -> list[str]:
-    """The indented lines below ``title:``."""
-    lines: list[str] = []
     inside = False
-    for line in text.splitlines():
-        if line == f"{title}:":
-            inside = True
-        elif inside and line and not line.startswith(" "):
-            break
+    for line in _docstring(cls).splitlines():
+        if line and not line.startswith(" "):  # a section ends at the next unindented line
+            inside = line == "Args:"
         elif inside and line:
-            lines.append(line)
-    return lines
+            entry = _ENTRY.fullmatch(line[4:]) if re.match(r" {4}\S", line) else None
+            if entry:
+                name = entry[1]
+                descriptions[name] = entry[2]
+            elif name:
+                descriptions[name] += " " + line.strip()
+    return descriptions
+
+
+def _docstring(cls: type) -> str:
+    """Return the class's own docstring and its constructor's: bases may be of other libraries."""
+    text = cls.__dict__.get("__doc__") or ""
+    init = cls.__dict__.get("__init__")
+    if "Args:" not in text and init is not None and "Args:" in (init.__doc__ or ""):
+        text += "\n\n" + (inspect.getdoc(init) or "")
+    return inspect.cleandoc(text)

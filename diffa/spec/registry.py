@@ -1,4 +1,4 @@
-"""Find a part among the installed packages' entry points; import it only when asked for."""
+"""Find parts among the entry points of installed packages, and import them when needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
 
 
 class Part(NamedTuple):
-    """An entry point: who offers which part, and where it lives."""
+    """An installed part: its entry point and the distribution that declares it."""
 
     kind: str
     name: str
@@ -73,48 +73,48 @@ _cached: _Scan | None = None
 
 
 def available(kind: str) -> tuple[str, ...]:
-    """Names of the installed parts of a kind, "package:name" where two packages share one."""
+    """Return the names of the installed parts of a kind; "package:name" where two share one."""
     return tuple(sorted(short_name(part) for part in list_parts(kind)))
 
 
 def list_parts(kind: str) -> tuple[Part, ...]:
-    """Every installed part of a kind, diffa's own first; nothing is imported."""
+    """Return every installed part of a kind, diffa's own first; nothing is imported."""
     if kind not in PLUGIN_KINDS:
         raise SpecError(f"there is no kind of part {kind!r}{suggest(kind, PLUGIN_KINDS)}")
     return _scan().parts[kind]
 
 
 def scan_faults() -> tuple[str, ...]:
-    """What is wrong with installed packages whose entry points cannot be read."""
+    """Return what is wrong with installed packages whose entry points cannot be read."""
     return _scan().faults
 
 
 def find_part(kind: str, name: str) -> Part:
-    """Return the part a name stands for; SpecError where it is unknown or ambiguous."""
-    known = list_parts(kind)
-    if not known:
+    """Return the part of a name; raises SpecError where it is unknown or ambiguous."""
+    installed = list_parts(kind)
+    if not installed:
         raise SpecError(
             f"no {kind} is installed: diffa is not installed here; run pip install -e ."
         )
     package, _, short = name.rpartition(":")
-    found = [part for part in known if part.name == short]
+    matches = [part for part in installed if part.name == short]
     if package:
-        found = [part for part in found if _normal(part.dist) == _normal(package)]
-    elif any(part.is_builtin for part in found):
-        found = [part for part in found if part.is_builtin]
-    if not found:
+        matches = [part for part in matches if _normal(part.dist) == _normal(package)]
+    elif any(part.is_builtin for part in matches):
+        matches = [part for part in matches if part.is_builtin]
+    if not matches:
         raise SpecError(f"there is no {kind} {name!r}{suggest(name, available(kind))}")
-    if len({part.dist for part in found}) > 1:
-        choices = " or ".join(repr(f"{part.dist}:{part.name}") for part in found)
+    if len({part.dist for part in matches}) > 1:
+        choices = " or ".join(repr(f"{part.dist}:{part.name}") for part in matches)
         raise SpecError(f"{kind} {name!r} is ambiguous: write {choices}")
-    if len(found) > 1:
-        targets = " and ".join(part.target for part in found)
-        raise PluginError(f"{kind} {name!r} is declared twice by {found[0].dist}: {targets}")
-    return found[0]
+    if len(matches) > 1:
+        targets = " and ".join(part.target for part in matches)
+        raise PluginError(f"{kind} {name!r} is declared twice by {matches[0].dist}: {targets}")
+    return matches[0]
 
 
 def load_part(kind: str, name: str) -> type[Any]:
-    """Import the class a name stands for; PluginError where it fails or breaks the contract."""
+    """Return the class of a part; raises PluginError where its import or its contract fails."""
     part = find_part(kind, name)
     module, _, attribute = part.target.partition(":")
     try:
@@ -158,7 +158,7 @@ def clear_scan() -> None:
 
 
 def _scan() -> _Scan:
-    """Read the entry points of every installed package once; keep the answer only if whole."""
+    """Read the entry points of every installed package once; keep the result if none failed."""
     global _cached
     if _cached is not None:
         return _cached
@@ -202,7 +202,7 @@ def _collect(
 
 
 def short_name(part: Part) -> str:
-    """The shortest text that ``find`` understands as this part."""
+    """Return the shortest name that ``find_part`` resolves to this part."""
     if part.is_builtin:
         return part.name
     rivals = [other for other in list_parts(part.kind) if other.name == part.name]
@@ -210,7 +210,7 @@ def short_name(part: Part) -> str:
 
 
 def _has(cls: type, member: str) -> bool:
-    """Whether a class itself, not Python's or torch's bases, offers or declares a member."""
+    """Return whether a class or its bases outside Python and torch declare a member."""
     names = ("forward", "__call__") if member == "__call__" else (member,)
     own = [base for base in cls.__mro__ if base is not object and base.__module__[:6] != "torch."]
     return any(

@@ -1,4 +1,4 @@
-"""Read a part's constructor as its schema, and fit values to the types it declares."""
+"""Read a part's constructor as its schema, and convert values to the declared types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from diffa.errors import PluginError, suggest
 
 Report = Callable[[str, str], None]
-"""Takes the dotted path of a fault and what is wrong there."""
+"""Called with the dotted path of a fault and what is wrong there."""
 
 _SCALARS = (bool, int, float, str)
 _LISTS = (list, abc.Sequence)
@@ -30,7 +30,7 @@ class Option(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What a part asks for: wires, given by ``build``, and options, given by a spec."""
+    """Parameters of a part: wires, passed by ``build``, and options, written in a spec."""
 
     wires: tuple[str, ...]
     options: dict[str, Option]
@@ -40,7 +40,7 @@ _read: weakref.WeakKeyDictionary[type, Schema] = weakref.WeakKeyDictionary()
 
 
 def read_schema(cls: type) -> Schema:
-    """Return the wires and options of a part; PluginError where its constructor is no schema."""
+    """Return the wires and options of a part; raises PluginError for any other constructor."""
     if cls not in _read:
         _read[cls] = _schema(cls)
     return _read[cls]
@@ -64,7 +64,14 @@ def _schema(cls: type) -> Schema:
 
 
 def coerce(value: Any, hint: Any, path: str, report: Report) -> Any:
-    """Return ``value`` as ``hint`` wants it (1 becomes 1.0 for a float), reporting misfits."""
+    """Return ``value`` converted to ``hint`` (1 becomes 1.0 for a float).
+
+    Args:
+        value: Plain JSON types.
+        hint: Type hint of the option.
+        path: Dotted path of the value, for reports.
+        report: Called for every fault; the value then stays as it is.
+    """
     exact = _fit(value, hint, widen=False)
     if exact is not _MISFIT:
         return exact
@@ -76,7 +83,7 @@ def coerce(value: Any, hint: Any, path: str, report: Report) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """Say a type hint as a spec's author would: ``int or null``, ``one of 'a', 'b'``."""
+    """Return a type hint in a spec's words: ``int or null``, ``one of 'a', 'b'``."""
     hint = _unwrap(hint)
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -93,7 +100,7 @@ def describe_type(hint: Any) -> str:
 
 
 def accepts_mapping(hint: Any) -> bool:
-    """Whether a mapping can be a value of this hint."""
+    """Return whether a mapping can be a value of this hint."""
     hint = _unwrap(hint)
     if get_origin(hint) in (Union, types.UnionType):
         return any(accepts_mapping(part) for part in get_args(hint))
@@ -101,7 +108,7 @@ def accepts_mapping(hint: Any) -> bool:
 
 
 def to_plain(value: Any, depth: int = 0) -> Any:
-    """Copy a value into plain JSON types; paths become text, what does not fit stays."""
+    """Copy a value into plain JSON types; paths become text, other types stay as they are."""
     if isinstance(value, Mapping) and depth < _DEPTH:
         return {key: to_plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple) and depth < _DEPTH:
@@ -117,7 +124,7 @@ def to_plain(value: Any, depth: int = 0) -> Any:
 def _parameters(cls: type) -> list[inspect.Parameter]:
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
     if owner is object or owner.__module__.startswith("torch."):
-        return []  # nothing of its own: no wires, no options
+        return []
     return list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
 
 
@@ -169,7 +176,7 @@ def _require_json(hint: Any, where: str) -> None:
 
 
 def _unwrap(hint: Any) -> Any:
-    """Follow ``type X = ...`` and ``Annotated`` to the type meant."""
+    """Resolve ``type X = ...`` and ``Annotated`` to the type inside."""
     while hasattr(hint, "__value__") or get_origin(hint) is typing.Annotated:
         hint = hint.__value__ if hasattr(hint, "__value__") else get_args(hint)[0]
     return hint
@@ -181,7 +188,7 @@ _MISFIT = object()
 
 
 def _fit(value: Any, hint: Any, *, widen: bool) -> Any:
-    """Return the value as the hint wants it, or _MISFIT; ints become floats where ``widen``."""
+    """Return the value converted to the hint, or _MISFIT; ``widen`` makes ints floats."""
     hint = _unwrap(hint)
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -244,7 +251,7 @@ def _explain(value: Any, hint: Any, path: str, report: Report) -> None:
 
 
 def _hint_at(value: Any, parts: tuple[Any, ...]) -> str:
-    """Say what to do about the commonest misfits."""
+    """Return what to do about the commonest misfits."""
     if type(value) is float and not math.isfinite(value):
         return "; it must be finite"
     if str in parts and type(value) in (bool, int, float):

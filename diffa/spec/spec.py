@@ -1,4 +1,4 @@
-"""A spec names the parts of a model: read it, check it, complete it, change it, digest it."""
+"""A spec names the parts of a model: read, validate, complete, change and digest it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS = ("encoder", "backbone", "objective", "sampler")
 
 
 class PartSpec(NamedTuple):
-    """A part that a spec names, at its dotted path, with every option filled in."""
+    """A part named by a spec: its dotted path, kind, name or class, and all its options."""
 
     path: str
     kind: str
@@ -31,12 +31,20 @@ class PartSpec(NamedTuple):
     options: dict[str, Any]
 
     def load(self) -> type[Any]:
-        """Import the part's class."""
+        """Return the part's class; raises PluginError where it cannot be imported."""
         return registry.load_part(self.kind, self.name) if isinstance(self.name, str) else self.name
 
 
 class Spec:
-    """A checked spec. It never changes: ``set`` and ``resolve`` return new ones."""
+    """A validated spec; immutable: ``set`` and ``resolve`` return new ones.
+
+    Args:
+        data: The spec as a mapping.
+        source: Name of its file, for errors.
+
+    Raises:
+        SpecError: The spec has faults; the message lists all of them.
+    """
 
     def __init__(self, data: Mapping[Any, Any], source: str = "") -> None:
         self._written: dict[str, Any] = to_plain(data)
@@ -44,7 +52,7 @@ class Spec:
 
     @classmethod
     def read(cls, spec: Spec | Mapping[Any, Any] | str | os.PathLike[str]) -> Spec:
-        """Read a mapping, a YAML or JSON file, a saved model's folder, or a preset by name."""
+        """Return the spec of a mapping, a YAML or JSON file, a saved model, or a preset."""
         if isinstance(spec, Spec):
             return spec
         if isinstance(spec, Mapping):
@@ -57,7 +65,7 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Read a spec from the text that ``to_json`` or ``to_yaml`` wrote."""
+        """Return the spec of a text that ``to_json`` or ``to_yaml`` wrote."""
         value = parse_json(text) if text.lstrip().startswith("{") else parse_yaml(text)
         if not isinstance(value, dict):
             raise SpecError(f"a spec is a mapping, not {value!r}")
@@ -65,40 +73,37 @@ class Spec:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The spec as it was written, in plain types; a copy."""
+        """A copy of the spec as it was written, in plain types."""
         return dict(to_plain(self._written))
 
     def resolve(self) -> Spec:
-        """Return the spec with every default filled in and a named sampler preset written out."""
+        """Return the spec with every default filled in and its sampler preset written out."""
         return Spec(self._complete)
 
     def set(self, path: str, value: Any) -> Spec:
-        """Return a spec with one value changed; SpecError where the path leads nowhere."""
+        """Return a spec with one value changed; raises SpecError for an unknown path."""
         return self.change({path: value})
 
     def change(self, values: Mapping[str, Any]) -> Spec:
-        """Return a spec with several values changed, checked once they are all in place."""
+        """Return a spec with several values changed, validated once they are all in place."""
         data = self.data
         for path, value in values.items():
             self._put(data, path, to_plain(value))
         return Spec(data)
 
     def parts(self) -> dict[str, PartSpec]:
-        """Every part by dotted path, in the order they are built; sampler presets are left out."""
-        done = to_plain(self._complete)
-        places = [
-            ("encoder", "encoder", done["encoder"]),
-            ("backbone", "backbone", done["backbone"]),
-        ]
-        places += [(f"adapters.{k}", "adapter", part) for k, part in done["adapters"].items()]
-        places += [(kind, kind, done[kind]) for kind in ("objective", "sampler")]
-        return {p: PartSpec(p, kind, part.pop("name"), part) for p, kind, part in places}
+        """Return every part by dotted path, in build order, without sampler presets."""
+        spec = to_plain(self._complete)
+        entries = [(kind, kind, spec[kind]) for kind in ("encoder", "backbone")]
+        entries += [(f"adapters.{k}", "adapter", part) for k, part in spec["adapters"].items()]
+        entries += [(kind, kind, spec[kind]) for kind in ("objective", "sampler")]
+        return {p: PartSpec(p, kind, part.pop("name"), part) for p, kind, part in entries}
 
     def digest(self) -> str:
-        """Name what the spec builds in 12 hexadecimal digits.
+        """Return a digest of the model that the spec builds, 12 hexadecimal digits.
 
-        Two ways of writing one model agree. The adapters' order counts, the order of options
-        does not, nor do sampler presets that are only on offer.
+        It is equal for equal models, however they are written. The order of adapters counts; the
+        order of options and sampler presets that are not chosen do not.
         """
         canonical = {
             key: value for key, value in self._complete.items() if key != "sampler_presets"
@@ -108,20 +113,20 @@ class Spec:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_yaml(self) -> str:
-        """Write the spec as YAML; SpecError where a class stands for a name."""
+        """Return the spec as YAML; raises SpecError where it holds a class instead of a name."""
         self._refuse_classes()
         return write_yaml(self._written)
 
     def to_json(self) -> str:
-        """Write the spec as JSON; SpecError where a class stands for a name."""
+        """Return the spec as JSON; raises SpecError where it holds a class instead of a name."""
         self._refuse_classes()
         return json.dumps(self._written, indent=2, ensure_ascii=False, allow_nan=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
             return NotImplemented
-        offers = self._complete["sampler_presets"] == other._complete["sampler_presets"]
-        return offers and self.digest() == other.digest()
+        same_presets = self._complete["sampler_presets"] == other._complete["sampler_presets"]
+        return same_presets and self.digest() == other.digest()
 
     def __hash__(self) -> int:
         return hash(self.digest())
@@ -139,15 +144,15 @@ class Spec:
                 )
 
     def _put(self, data: dict[str, Any], path: str, value: Any) -> None:
-        """Change one place of the written data; whether it fits is checked afterwards."""
+        """Change one place of the written data, which is validated afterwards."""
         top, *rest = path.split(".")
         if top not in SPEC_KEYS:
             raise SpecError(f"{path}: there is no {top!r} in a spec{suggest(top, SPEC_KEYS)}")
         if not rest:
             data[top] = value
         elif top in _PARTS:
-            data[top] = self._opened(data, top)
-            _reach(data[top], self._complete[top], rest, path)[rest[-1]] = value
+            data[top] = self._part_mapping(data, top)
+            _parent_of(data[top], self._complete[top], rest, path)[rest[-1]] = value
         elif top in ("adapters", "sampler_presets"):
             self._put_named(data, top, rest, path, value)
         elif top == "prompt" and len(rest) == 1 and rest[0] in PROMPT_DEFAULTS:
@@ -166,28 +171,28 @@ class Spec:
         if len(rest) == 1:
             parts[rest[0]] = value
             return
-        parts[rest[0]] = _open(parts[rest[0]])
+        parts[rest[0]] = _to_mapping(parts[rest[0]])
         known = self._complete[top].get(rest[0], {})
-        _reach(parts[rest[0]], known, rest[1:], path)[rest[-1]] = value
+        _parent_of(parts[rest[0]], known, rest[1:], path)[rest[-1]] = value
 
-    def _opened(self, data: dict[str, Any], top: str) -> dict[str, Any]:
-        """The mapping that a part's name or a sampler preset's name stands for."""
+    def _part_mapping(self, data: dict[str, Any], top: str) -> dict[str, Any]:
+        """Return the mapping of a part that may be written as a name."""
         written = data.get(top)
         if written is None:
             written = self._complete[top]["name"]
         sampler_presets = data.get("sampler_presets") or {}
         if top == "sampler" and isinstance(written, str) and written in sampler_presets:
             written = sampler_presets[written]
-        return _open(written)
+        return _to_mapping(written)
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the specs that diffa ships."""
+    """Return the names of the specs that diffa ships."""
     return tuple(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
 
 
 def _locate(spec: str | os.PathLike[str]) -> Path:
-    """Find the file that a path or the name of a preset stands for."""
+    """Return the file of a path or of a preset's name."""
     path = Path(spec)
     if (path / "spec.json").is_file():
         return path / "spec.json"
@@ -204,14 +209,14 @@ def _locate(spec: str | os.PathLike[str]) -> Path:
     return _PRESETS / f"{spec}.yaml"
 
 
-def _open(part: Any) -> dict[str, Any]:
+def _to_mapping(part: Any) -> dict[str, Any]:
     return dict(deepcopy(part)) if isinstance(part, Mapping) else {"name": part}
 
 
-def _reach(
+def _parent_of(
     node: dict[str, Any], known: Mapping[str, Any], steps: list[str], path: str
 ) -> dict[str, Any]:
-    """Walk to the mapping that holds a path's last step, opening mappings left out so far."""
+    """Return the mapping that holds a path's last step; makes the mappings on the way."""
     for step in steps[:-1]:
         inner = node.get(step, known.get(step))
         if inner is not None and not isinstance(inner, Mapping):

@@ -1,4 +1,4 @@
-"""Check a written spec against the parts it names and fill in every default."""
+"""Validate a written spec against the parts it names, and fill in every default."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEC_KEYS = (
 PROMPT_DEFAULTS: dict[str, str | int] = {
     "system": "You are a helpful voice assistant.",
     "user": "This is the audio: <audio>. {question}",
-    "max_tokens": 128,  # of an answer, unless the caller says otherwise
+    "max_tokens": 128,  # default length of an answer
 }
 _DEFAULTS = {
     "masked": {"sampler": "blockwise", "objective": "masked"},
@@ -33,29 +33,31 @@ _DEFAULTS = {
 
 
 def validate_spec(written: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
-    """Return the spec with every default filled in; SpecError lists all of its faults at once."""
-    task = _Completion(written)
-    done = task.run()
-    if task.faults:
-        spec_faults = [line for line, error in task.faults if not isinstance(error, PluginError)]
+    """Return the spec with every default filled in; raises SpecError with all of its faults."""
+    validator = _Validator(written)
+    spec = validator.run()
+    if validator.faults:
+        spec_faults = [
+            line for line, error in validator.faults if not isinstance(error, PluginError)
+        ]
         kind = SpecError if spec_faults else PluginError
-        if kind is PluginError and len(task.faults) == 1:
-            line, error = task.faults[0]
+        if kind is PluginError and len(validator.faults) == 1:
+            line, error = validator.faults[0]
             raise PluginError(line) from error
-        lines = "\n".join(f"  {line}" for line, _ in task.faults)
+        lines = "\n".join(f"  {line}" for line, _ in validator.faults)
         raise kind(f"invalid spec{source and ' ' + source}:\n{lines}")
-    return done
+    return spec
 
 
 def decoding_mismatch(path: str, name: str, decoding: str, backbone: str, rule: str) -> str:
-    """Say that a sampler or objective of one decoding meets a backbone of another."""
+    """Return the error for a sampler or objective that cannot drive a backbone."""
     remedy = _DEFAULTS.get(rule, {}).get(path.partition(".")[0])
     hint = f"; use {remedy!r}" if remedy else ""
     return f"{path}: {name!r} is for {decoding} backbones, but {backbone!r} is {rule}{hint}"
 
 
-class _Completion:
-    """One pass over a written spec, which goes on after a fault to find the others."""
+class _Validator:
+    """One pass over a written spec; a fault is recorded and the pass goes on."""
 
     def __init__(self, written: Mapping[Any, Any]) -> None:
         self.written = written
@@ -70,7 +72,7 @@ class _Completion:
                 f"{number!r} is not known; this diffa reads format {FORMAT}"
                 + ("; upgrade diffa" if isinstance(number, int) and number > FORMAT else ""),
             )
-            return {}  # what the rest means is not known either
+            return {}  # the other keys may mean something else in another format
         for key in self.written:
             if key not in SPEC_KEYS:
                 self.fault(str(key), f"unknown key{suggest(str(key), SPEC_KEYS)}")
@@ -78,7 +80,7 @@ class _Completion:
         done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
         done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
         done["backbone"] = self.part("backbone", "backbone", self.required("backbone"))
-        done["objective"] = self.part("objective", "objective", self.chosen("objective"))
+        done["objective"] = self.part("objective", "objective", self.or_default("objective"))
         done["sampler_presets"] = self.named(
             "sampler_presets", "sampler", self.written.get("sampler_presets") or {}
         )
@@ -98,15 +100,15 @@ class _Completion:
             self.fault(key, f"is missing; known: {', '.join(registry.available(kind))}")
         return value
 
-    def chosen(self, key: str) -> Any:
-        """The written sampler or objective, or the usual one under the backbone's decoding."""
+    def or_default(self, key: str) -> Any:
+        """Return the written sampler or objective, or the default for the backbone's decoding."""
         if self.written.get(key) is not None:
             return self.written[key]
         decoding = getattr(self.classes.get("backbone"), "decoding", "masked")
         return _DEFAULTS.get(decoding, _DEFAULTS["masked"])[key]
 
     def part(self, path: str, kind: str, value: Any) -> dict[str, Any]:
-        """Complete one part: its name and every option in the order of its constructor."""
+        """Return one part: its name and every option in the order of its constructor."""
         if value is None:
             return {}
         if isinstance(value, str | type):
@@ -144,13 +146,13 @@ class _Completion:
                 place = f"{path}.{key}"
                 done[key] = coerce(given, known.options[key].hint, place, self.fault)
             elif key in known.wires:
-                self.fault(f"{path}.{key}", "is wired by build, never written in a spec; remove it")
+                self.fault(f"{path}.{key}", "is set automatically; remove it from the spec")
             else:
                 self.fault(f"{path}.{key}", f"unknown option{suggest(str(key), known.options)}")
         return done
 
     def named(self, key: str, kind: str, value: Any) -> dict[str, Any]:
-        """Complete an ordered mapping of names to parts: the adapters, or the sampler presets."""
+        """Return an ordered mapping of names to parts: the adapters, or the sampler presets."""
         if not isinstance(value, Mapping):
             if value is not None:
                 self.fault(key, f"expected a mapping of names to {kind}s, got {value!r}")
@@ -162,7 +164,7 @@ class _Completion:
             path = f"{key}.{name}"
             if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
                 self.fault(path, "a name is made of letters, digits, '-' and '_'")
-            elif key == "adapters" and _taken(name):
+            elif key == "adapters" and _is_reserved(name):
                 self.fault(path, "the name is taken by torch's ModuleDict; choose another")
             elif key == "sampler_presets" and name in registry.available("sampler"):
                 self.fault(path, "is the name of a sampler; give the sampler preset another")
@@ -172,8 +174,8 @@ class _Completion:
         return done
 
     def sampler(self, sampler_presets: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the sampler, which may be the name of a sampler preset."""
-        value = self.chosen("sampler")
+        """Return the sampler, which may be written as the name of a sampler preset."""
+        value = self.or_default("sampler")
         if isinstance(value, str) and value in sampler_presets:
             if f"sampler_presets.{value}" in self.classes:
                 self.classes["sampler"] = self.classes[f"sampler_presets.{value}"]
@@ -189,7 +191,7 @@ class _Completion:
         return self.part("sampler", "sampler", value)
 
     def train(self) -> list[str]:
-        """Check which parts learn; by default the adapters."""
+        """Return the parts to train; by default the adapters."""
         value = self.written.get("train")
         value = ["adapters"] if value is None else value
         if not isinstance(value, list):
@@ -209,7 +211,7 @@ class _Completion:
         return value
 
     def prompt(self) -> dict[str, Any]:
-        """Complete the chat's turns; the user's holds the places of audio and question."""
+        """Return the prompt's turns; the user's holds the places of audio and question."""
         value = self.written.get("prompt") or {}
         if not isinstance(value, Mapping):
             self.fault(
@@ -231,7 +233,7 @@ class _Completion:
         return done
 
     def decodings(self, done: Mapping[str, Any]) -> None:
-        """Report a sampler or objective that cannot drive this backbone, where classes say so."""
+        """Report a sampler or objective that cannot drive this backbone."""
         rule = getattr(self.classes.get("backbone"), "decoding", None)
         for path in ("objective", "sampler"):
             own = getattr(self.classes.get(path), "decoding", None)
@@ -241,8 +243,8 @@ class _Completion:
                 self.fault("", decoding_mismatch(path, names[0], own, names[1], rule))
 
 
-def _taken(name: str) -> bool:
-    """Whether torch's ModuleDict, which will hold the adapters, has an attribute of this name."""
+def _is_reserved(name: str) -> bool:
+    """Return whether torch's ModuleDict, which holds the adapters, has such an attribute."""
     from torch.nn import ModuleDict
 
     return hasattr(ModuleDict(), name)

@@ -1,4 +1,4 @@
-"""Read YAML and JSON as what they say, and write YAML: no duplicate keys, no surprising types."""
+"""Read YAML 1.2 and JSON without duplicate keys or surprising types, and write YAML."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _Loader.add_constructor(_TAG + "int", _number)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value a YAML text stands for; SpecError with the line where it is malformed."""
+    """Return the value of a YAML text; raises SpecError with the line that is malformed."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -61,9 +61,9 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value a JSON text stands for; SpecError with the line where it is malformed."""
+    """Return the value of a JSON text; raises SpecError with the line that is malformed."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise SpecError(f"not JSON: line {error.lineno}: {error.msg}") from error
     except RecursionError as error:
@@ -71,7 +71,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """Read a YAML or JSON file that holds a mapping; SpecError names the file and the fault."""
+    """Return the mapping in a YAML or JSON file; raises SpecError with the file and the fault."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -83,8 +83,8 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
     if not isinstance(value, dict):
-        held = "nothing" if value is None else f"a {type(value).__name__}"
-        raise SpecError(f"{path} holds {held}, not a mapping such as `encoder: whisper`")
+        content = "nothing" if value is None else f"a {type(value).__name__}"
+        raise SpecError(f"{path} holds {content}, not a mapping such as `encoder: whisper`")
     return value
 
 
@@ -101,7 +101,7 @@ def write_yaml(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text so that both YAML 1.1 and 1.2 readers find the same value."""
+    """Write scalars so that readers of YAML 1.1 and of 1.2 find the same value."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Repeat equal values instead of writing anchors."""
@@ -117,22 +117,22 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     if not value.isprintable():  # PyYAML loses U+0085 and its like in other styles
         return dumper.represent_scalar(_TAG + "str", value, style='"')
-    own = any(
+    looks_typed = any(
         pattern.match(value)
         for patterns in _Loader.yaml_implicit_resolvers.values()
         for _, pattern in patterns
     )
-    return dumper.represent_scalar(_TAG + "str", value, style="'" if own else None)
+    return dumper.represent_scalar(_TAG + "str", value, style="'" if looks_typed else None)
 
 
 _Dumper.add_representer(float, _float)
 _Dumper.add_representer(str, _text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise SpecError(f"{key!r} is given twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping

@@ -217,7 +217,9 @@ def _runner(
                 replay, wanted = None, Chosen(*part[1:])
                 name = sampler_options.title(model.spec, str(part[0]), wanted)
                 told = 0.0
-                for replay in hand.each(ask(model, name, sampler_options.write(wanted), request)):
+                for replay in hand.iterate(
+                    ask(model, name, sampler_options.write(wanted), request)
+                ):
                     if time.perf_counter() - told > OFTEN:  # the browser shares the cores
                         yield _update(place, replay)
                         told = time.perf_counter()

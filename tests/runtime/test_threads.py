@@ -20,7 +20,7 @@ def test_a_hand_is_one_thread_in_which_an_iterator_goes_on():
             told.append(threading.get_ident())
             yield number
 
-    assert list(hand.each(count())) == [0, 1, 2]
+    assert list(hand.iterate(count())) == [0, 1, 2]
     assert set(told) == {hand(threading.get_ident)} and told[0] != threading.get_ident()
 
 
@@ -34,7 +34,7 @@ def test_a_hand_passes_arguments_and_errors_on():
         yield 1
         raise KeyError("two")
 
-    made = hand.each(broken())
+    made = hand.iterate(broken())
     assert next(made) == 1
     with pytest.raises(KeyError, match="two"):
         next(made)

@@ -79,7 +79,10 @@ def test_all_faults_are_reported_at_once():
         ({"adapters": {"a": None}}, "adapters.a: needs a name"),
         ({"backbone": 8}, "backbone: expected a name or a mapping with a name, got 8"),
         ({"backbone": {"name": 8}}, "backbone: expected a name, got 8; known: "),
-        ({"adapters": {"a": {"name": "conv", "width": 8}}}, "adapters.a.width: is wired by build"),
+        (
+            {"adapters": {"a": {"name": "conv", "width": 8}}},
+            "adapters.a.width: is set automatically",
+        ),
         (
             {"sampler": "fsat", "sampler_presets": {"fast": "blockwise"}},
             "sampler: no sampler preset or sampler",
