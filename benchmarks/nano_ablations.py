@@ -121,7 +121,7 @@ def main() -> None:
             score=score,
             jobs=args.jobs,
             dry_run=args.collect,
-            say=print,
+            on_message=print,
         )
         report[name] = table(study._replace(results=study.load_results()))
         if report[name]:

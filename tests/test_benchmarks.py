@@ -54,7 +54,7 @@ def test_nano_ablations_tabulate_the_scores_of_each_cell_over_its_seeds(
         run.spec_digest for run in studies[1].runs
     }
     assert len(both) == 1  # whisper before the semantic adapter is measured once for both tables
-    first = [run for run in studies[0].runs if run.spec_digest == studies[0].runs[0].digest]
+    first = [run for run in studies[0].runs if run.spec_digest == studies[0].runs[0].spec_digest]
     for run, value in zip(first, (0.5, 0.7), strict=True):
         metrics = dict.fromkeys(ablations.SCORES.values(), value)
         note = {"metrics": metrics, "parameters": {"total": 9, "trained": 5}, "stages": ["align"]}

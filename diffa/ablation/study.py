@@ -65,7 +65,7 @@ def ablate(
     jobs: int = 1,
     device: str | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    on_message: Callable[[str], None] = lambda text: None,
 ) -> Study:
     """Run every combination with every seed, except the runs with a result in ``out``.
 
@@ -80,7 +80,7 @@ def ablate(
         jobs: Processes at once; 0: one training after the other in this process.
         device: Device of the trainings.
         dry_run: Plan and check everything, run nothing.
-        say: Called with progress messages.
+        on_message: Called with progress messages.
 
     Raises:
         SpecError: The recipe, the axes or a combination is invalid.
@@ -99,7 +99,7 @@ def ablate(
         # Table and plot need these libraries: fail before the trainings, not after them.
         import_scipy_stats()
         import_matplotlib()
-        study = study._replace(faults=_run_trainings(study, score, jobs, device, say))
+        study = study._replace(faults=_run_trainings(study, score, jobs, device, on_message))
     return study._replace(results=study.load_results())
 
 
@@ -115,17 +115,21 @@ def _check_builds(runs: Sequence[GridRun]) -> None:
 
 
 def _run_trainings(
-    study: Study, score: str | None, jobs: int, device: str | None, say: Callable[[str], None]
+    study: Study,
+    score: str | None,
+    jobs: int,
+    device: str | None,
+    on_message: Callable[[str], None],
 ) -> dict[str, str]:
     """Run the missing trainings; return why some of them failed."""
     queue = list(_missing_jobs(study, score, device))
-    say(f"{len(study.runs)} runs, {len(queue)} trainings to run")
+    on_message(f"{len(study.runs)} runs, {len(queue)} trainings to run")
     finished = _run_processes(study, queue, jobs) if jobs else _run_here(queue)
     faults: dict[str, str] = {}
     for done, (name, fault) in enumerate(finished, start=1):
         if fault:
             faults[name] = fault
-        say(f"{done} of {len(queue)}: {name} {fault or 'done'}")
+        on_message(f"{done} of {len(queue)}: {name} {fault or 'done'}")
     return faults
 
 

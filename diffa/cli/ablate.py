@@ -65,7 +65,7 @@ def ablate(
         jobs=jobs,
         device=device,
         dry_run=dry_run,
-        say=print_note,
+        on_message=print_note,
     )
     if dry_run:
         _print_plan(study)

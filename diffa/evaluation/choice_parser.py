@@ -73,9 +73,11 @@ def _letter_after_cue(words: str, options: Mapping[str, str]) -> str | None:
 def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:
     """Return the only option whose text occurs; of nested options, the longest."""
     answer = f" {fold_words(words)} "
-    found = [letter for letter, option in folded.items() if option and f" {option} " in answer]
+    mentioned = [letter for letter, option in folded.items() if option and f" {option} " in answer]
     outer = [
-        a for a in found if not any(a != b and f" {folded[a]} " in f" {folded[b]} " for b in found)
+        a
+        for a in mentioned
+        if not any(a != b and f" {folded[a]} " in f" {folded[b]} " for b in mentioned)
     ]
     return outer[0] if len(outer) == 1 else None
 

@@ -58,14 +58,14 @@ class ItemScore(NamedTuple):
         answer: The answer that the parser finds; None if it finds none.
         numerator: 1 for a right answer, the errors of a transcript, or a judge's points.
         denominator: 1, the words of a reference, or 0 if the official script excludes the item.
-        guessed: Whether the answer is a random fallback.
+        is_random: Whether the official script chose the answer at random.
         counts: Further counts that a suite sums, such as kinds of errors.
     """
 
     answer: str | None
     numerator: float
     denominator: float = 1.0
-    guessed: bool = False
+    is_random: bool = False
     counts: tuple[float, ...] = ()
 
 
@@ -107,7 +107,7 @@ class Suite:
         raise NotImplementedError
 
     def score(self, fields: Fields, rng: random.Random) -> ItemScores:
-        """Score the response of an item; ``rng`` feeds the official scripts' random guesses."""
+        """Score the response of an item; ``rng`` feeds the official scripts' random fallbacks."""
         raise NotImplementedError
 
     def score_missing(self, fields: Fields) -> ItemScores:

@@ -36,7 +36,7 @@ class EvalConfig(NamedTuple):
         max_tokens: Answer length. Default: the papers' length for the benchmark.
         block_length: Block length. Default: the papers' length for the benchmark.
         num_samples: Draws per choice of several tokens, for likelihoods.
-        seed: Random seed of official guesses, likelihood draws and the bootstrap.
+        seed: Random seed of random fallbacks, likelihood draws and the bootstrap.
         limit: Ask only the first rows. Default: all.
         rank, world_size: This process answers every ``world_size``-th batch from ``rank`` on.
     """

@@ -29,7 +29,7 @@ def score_file(
         file: Predictions in its official format; for voicebench also a folder of such files.
         subset: Subset of voicebench. Default: the one that the file's name contains.
         reference: For asr with ``id text`` lines: the lines of the reference transcripts.
-        seed: Random seed of the official scripts' guesses and of the intervals.
+        seed: Random seed of the official scripts' fallbacks and of the intervals.
 
     Raises:
         EvaluationError: The file cannot be read or holds no prediction.

@@ -62,7 +62,7 @@ def _parse_items(
     suite: Suite, items: Sequence[Item], seed: int
 ) -> tuple[list[ItemScores], list[tuple[int, str]]]:
     """Score every item in order; also return number and reason of invalid items."""
-    # Official scripts guess from one global generator in the order of the file.
+    # Official scripts draw fallbacks from one global generator in the order of the file.
     rng = random.Random(seed)
     scores, invalid = [], []
     for item in items:
@@ -85,7 +85,7 @@ def _metric_report(
         _SUMS.get(suite.metric, "sum"): _integer(sum(numerators)),
         "total": _integer(sum(denominators)),
         "excluded": sum(score.denominator == 0 for score in scores),
-        "guessed": sum(score.guessed for score in scores),
+        "random_answers": sum(score.is_random for score in scores),
         "unparsed": sum(score.answer is None for score in scores),
     }
     if suite.metric == "accuracy":  # excluded items count as wrong here

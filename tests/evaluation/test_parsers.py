@@ -209,7 +209,7 @@ class TestVoiceBench:
         expected = sum(draw.choice(["A", "B", "C", "D"]) == row["reference"] for row in given)
         report, _ = score_items(load_suite("voicebench", "openbookqa"), rows(*given), seed=5)
         assert report["official"]["correct"] == expected
-        assert report["official"]["fail"] == 1.0 and report["official"]["guessed"] == 40
+        assert report["official"]["fail"] == 1.0 and report["official"]["random_answers"] == 40
         assert report["fixed"]["correct"] == 0 and report["fixed"]["unparsed"] == 40
 
     @pytest.mark.parametrize(

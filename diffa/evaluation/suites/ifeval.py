@@ -84,8 +84,8 @@ def follows_instruction(response: str, name: str, kwargs: Arguments) -> bool | N
 
 
 def _compare(count: int, kwargs: Arguments, number: str, relation: str = "relation") -> bool:
-    wanted = int(kwargs[number])
-    return count < wanted if kwargs.get(relation) == "less than" else count >= wanted
+    limit = int(kwargs[number])
+    return count < limit if kwargs.get(relation) == "less than" else count >= limit
 
 
 def _keywords(text: str, kwargs: Arguments) -> bool:
@@ -93,8 +93,8 @@ def _keywords(text: str, kwargs: Arguments) -> bool:
 
 
 def _keyword_frequency(text: str, kwargs: Arguments) -> bool:
-    found = re.findall(kwargs["keyword"].strip(), text, re.IGNORECASE)
-    return _compare(len(found), kwargs, "frequency")
+    matches = re.findall(kwargs["keyword"].strip(), text, re.IGNORECASE)
+    return _compare(len(matches), kwargs, "frequency")
 
 
 def _forbidden(text: str, kwargs: Arguments) -> bool:
@@ -114,8 +114,8 @@ def _language(text: str, kwargs: Arguments) -> bool | None:
 def _sentences(text: str, kwargs: Arguments) -> bool:
     nltk = _nltk()
     ends = r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])"
-    found = nltk.sent_tokenize(text) if nltk else re.split(ends, text.strip())
-    return _compare(len(found), kwargs, "num_sentences")
+    matches = nltk.sent_tokenize(text) if nltk else re.split(ends, text.strip())
+    return _compare(len(matches), kwargs, "num_sentences")
 
 
 def _paragraphs(text: str, kwargs: Arguments) -> bool:
@@ -161,8 +161,8 @@ def _constrained(text: str, kwargs: Arguments) -> bool:
 
 
 def _highlights(text: str, kwargs: Arguments) -> bool:
-    single = [found.strip("*") for found in re.findall(r"\*[^\n\*]*\*", text)]
-    double = [found[2:-2] for found in re.findall(r"\*\*[^\n\*]*\*\*", text)]
+    single = [match.strip("*") for match in re.findall(r"\*[^\n\*]*\*", text)]
+    double = [match[2:-2] for match in re.findall(r"\*\*[^\n\*]*\*\*", text)]
     return sum(bool(t.strip()) for t in single + double) >= int(kwargs["num_highlights"])
 
 
@@ -191,8 +191,8 @@ def _two_responses(text: str, kwargs: Arguments) -> bool:
     parts = text.split("******")
     if any(not part.strip() for part in parts[1:-1]):
         return False
-    kept = [part.strip() for part in parts if part.strip()]
-    return len(kept) == 2 and kept[0] != kept[1]
+    responses = [part.strip() for part in parts if part.strip()]
+    return len(responses) == 2 and responses[0] != responses[1]
 
 
 def _repeats(text: str, kwargs: Arguments) -> bool:

@@ -87,12 +87,12 @@ def match_words(answer: str, response: str, choices: Sequence[str]) -> bool:
 
     A bare letter fails, and so does ``B. a dog`` if another choice has the word "b" or "a".
     """
-    said, wanted = _words(response), _words(answer)
-    if not said:
+    words, answer_words = _words(response), _words(answer)
+    if not words:
         return False
     others = [_words(choice) for choice in choices]
-    wrong = set().union(*(words - wanted for words in others if words != wanted))
-    return wanted <= said and not said & wrong
+    wrong = set().union(*(other - answer_words for other in others if other != answer_words))
+    return answer_words <= words and not words & wrong
 
 
 def _words(text: str) -> set[str]:

@@ -67,12 +67,12 @@ def bbh_phrases(name: str) -> tuple[Phrase, ...]:
 def score_mcq(
     response: str, truth: str, rng: random.Random, options: Mapping[str, str]
 ) -> ItemScores:
-    """Score multiple choice. Official: guess if no template matches. Fixed: no match is wrong."""
+    """Score multiple choice. Official: a random letter if no template matches. Fixed: no match is wrong."""
     letter = parse_mcq_letter(response)
     official = rng.choice(["A", "B", "C", "D"]) if letter is None else letter
     choice = parse_choice(response, options)
     return {
-        "official": ItemScore(official, float(official == truth), guessed=letter is None),
+        "official": ItemScore(official, float(official == truth), is_random=letter is None),
         "fixed": ItemScore(choice, float(choice == truth)),
     }
 
@@ -91,13 +91,13 @@ def parse_mcq_letter(response: str) -> str | None:
 
 
 def score_bbh(response: str, name: str, reference: str, rng: random.Random) -> ItemScores:
-    """Score BBH. Official: phrases, else a guess. Fixed: a letter, or the only yes or no."""
+    """Score BBH. Official: phrases, else a random value. Fixed: a letter, or the only yes or no."""
     task, truth = str(bbh_task(name)), BBH_ANSWERS[reference.lower()]
     value = parse_bbh(response, task)
     official = rng.choice([0, 1]) if value is None else value
     fixed = _parse_bbh_fixed(response, task)
     return {
-        "official": ItemScore(str(official), float(official == truth), guessed=value is None),
+        "official": ItemScore(str(official), float(official == truth), is_random=value is None),
         "fixed": ItemScore(None if fixed is None else str(fixed), float(fixed == truth)),
     }
 
@@ -108,7 +108,7 @@ def bbh_task(name: str) -> str | None:
 
 
 def parse_bbh(response: str, task: str) -> int | None:
-    """Return the official script's reading, 0 or 1; None if the script would guess.
+    """Return the official script's reading, 0 or 1; None if it would choose at random.
 
     A bare ``b`` in hyperbaton reads as (a), a mistake of the official script.
     """

@@ -137,7 +137,7 @@ class VoiceBench(Suite):
             case "ifeval":
                 return ifeval.ifeval_metrics(scores)
             case "mcq":
-                return {"fail": round(sum(s.guessed for s in scores) / len(scores), 6)}
+                return {"fail": round(sum(s.is_random for s in scores) / len(scores), 6)}
             case "qa":
                 return {"qa_metrics": _qa_metrics_version()}
         return {}
