@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from reports import write_report
 
-from diffa.data.synthesis.attributes import word
-from diffa.data.synthesis.measures import RATE, measure
+from diffa.data.synthesis.attributes import band_word
+from diffa.data.synthesis.measures import RATE, measure_speech
 from diffa.nano.corpus.utterances import Utterances
 
 VOLUME = (-33.0, -21.0)  # the bands of diffa data manifest
@@ -44,11 +44,11 @@ def utterances(count: int, seed: int) -> dict[str, object]:
         if not labels.digits or labels.sound:
             continue
         begin = time.perf_counter()
-        measures = measure(wave)
+        measures = measure_speech(wave)
         spent += time.perf_counter() - begin
         seconds += measures.duration
-        words = {"loudness": word(measures.level, VOLUME, WORDS["loudness"]),
-                "speed": word(measures.rate, SPEED, WORDS["speed"])}  # fmt: skip
+        words = {"loudness": band_word(measures.level, VOLUME, WORDS["loudness"]),
+                "speed": band_word(measures.rate, SPEED, WORDS["speed"])}  # fmt: skip
         for name in WORDS:
             right = getattr(labels, name)
             if right and counts[name] < count:
@@ -68,7 +68,7 @@ def pitches(count: int, seed: int) -> dict[str, float]:
     errors = []
     for _ in range(count):
         hertz = float(np.exp(draw.uniform(np.log(70), np.log(400))))
-        pitch = measure(buzz(hertz, 0.5, 0.02, draw)).pitch
+        pitch = measure_speech(buzz(hertz, 0.5, 0.02, draw)).pitch
         errors.append(abs(pitch / hertz - 1) if pitch else 1.0)
     return {"median_error": round(float(np.median(errors)), 5),
             "beyond_3_percent": round(float(np.mean(np.array(errors) > 0.03)), 4)}  # fmt: skip

@@ -33,7 +33,7 @@ import diffa
 from diffa.canvas.batch import unpad_embeds
 from diffa.canvas.canvas import insert_audio
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.data.cache import FeatureCache, identity, layers_read
+from diffa.data.cache import FeatureCache, encoder_fingerprint, layers_used_by
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import TrainingRow
 from diffa.spec.spec import Spec
@@ -141,8 +141,8 @@ class Step:
             groups = [ordered[i : i + micro] for i in range(0, len(ordered), micro)]
             features = FeatureCache(
                 cache,
-                identity("benchmark", model.encoder),
-                layers_read(model.adapters.values(), model.encoder.out),
+                encoder_fingerprint("benchmark", model.encoder),
+                layers_used_by(model.adapters.values(), model.encoder.out),
                 model.encoder.out.layers + 1,
                 dtype="float32",
             )

@@ -25,7 +25,7 @@ import diffa
 from diffa.data.collate import Batch, Collate
 from diffa.data.manifest import Manifest
 from diffa.data.rows import AnswerTransform, AudioTransform, PreferenceTransform
-from diffa.data.samples import seed_of
+from diffa.data.samples import derive_seed
 from diffa.nano.preferences import write_preferences
 from diffa.spec.spec import Spec
 from diffa.trainers import train
@@ -75,7 +75,7 @@ def pair_batch(model: Any, data: Manifest, row: int, draw: int) -> Batch:
     make = PreferenceTransform(
         AnswerTransform(model.chat_format, model.backbone.vocab, hearing), hearing
     )
-    return Collate(model.backbone.vocab, learn_padding=False)([make(data[row], seed_of(row, draw))])
+    return Collate(model.backbone.vocab, learn_padding=False)([make(data[row], derive_seed(row, draw))])
 
 
 def variance(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

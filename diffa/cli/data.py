@@ -127,14 +127,14 @@ def write_manifest(
     """Write a manifest of a published corpus with measured and labelled attributes."""
     from diffa.data.corpora.readers import read_corpus
     from diffa.data.formats import write_rows
-    from diffa.data.synthesis.rows import read_instructions, rows_of, spread
+    from diffa.data.synthesis.rows import clip_rows, read_instructions, sample_clips
 
     bands = synthesis.parse_bands(band)
     texts = read_instructions(instructions) if instructions else ()
     source = read_corpus(corpus, folder, split)
-    clips = source.clips if count is None else spread(source.clips, count, seed)
+    clips = source.clips if count is None else sample_clips(source.clips, count, seed)
     faults: list[str] = []
-    rows = rows_of(
+    rows = clip_rows(
         clips, faults, measured=measured, workers=workers, bands=bands, instructions=texts
     )
     print(write_rows(out, with_progress(rows, len(clips))))
@@ -150,13 +150,13 @@ def measure_attributes(
 ) -> None:
     """Measure pitch, volume and speaking rate of recordings."""
     from diffa.audio import prepare
-    from diffa.data.synthesis.attributes import describe
-    from diffa.data.synthesis.measures import RATE, measure
+    from diffa.data.synthesis.attributes import describe_attributes
+    from diffa.data.synthesis.measures import RATE, measure_speech
 
     bands, rows = synthesis.parse_bands(band), []
     for path in audio:
-        measures = measure(prepare(path, RATE).numpy())
-        words = describe({}, measures, "", bands)
+        measures = measure_speech(prepare(path, RATE).numpy())
+        words = describe_attributes({}, measures, "", bands)
         numbers = {k: None if v is None else round(v, 2) for k, v in measures._asdict().items()}
         rows.append({"audio": str(path), **numbers, "attributes": words})
     if as_json:
@@ -174,9 +174,9 @@ def check_manifests(
 
     Parquet files and conversations are checked in the form that `diffa data convert` writes.
     """
-    from diffa.data.validation import validate
+    from diffa.data.validation import validate_manifest
 
-    reports = {str(path): validate(path, listen=audio) for path in manifests}
+    reports = {str(path): validate_manifest(path, listen=audio) for path in manifests}
     if as_json:
         print_json(
             {
@@ -201,15 +201,15 @@ def check_manifests(
 @app.command("stats")
 def count_samples(manifests: ManifestsArgument, as_json: JsonOption = False) -> None:
     """Count samples and hours per dataset, and the values of each attribute."""
-    from diffa.data.statistics import table, values
+    from diffa.data.statistics import attribute_counts, corpus_statistics
 
     rows = read_manifests(manifests)
-    lines = table(rows)
+    lines = corpus_statistics(rows)
     if as_json:
-        print_json({"table": [line._asdict() for line in lines], "values": values(rows)})
+        print_json({"table": [line._asdict() for line in lines], "values": attribute_counts(rows)})
         return
     print_table(list(lines[0]._fields), [[cell(value) for value in line] for line in lines])
-    for name, counts in values(rows).items():
+    for name, counts in attribute_counts(rows).items():
         print(f"{name}: {', '.join(f'{value} {count}' for value, count in counts.items())}")
 
 
@@ -242,13 +242,13 @@ def find_leaks(
 
     Kinds: id, audio (the same samples), sound (with --near), speaker, text, question.
     """
-    from diffa.data.leakage import duplicates, leaks
+    from diffa.data.leakage import compare_splits, find_duplicates
 
     rows = read_manifests([train])
     if test is None:
-        report = duplicates(rows, listen=audio)
+        report = find_duplicates(rows, listen=audio)
     else:
-        report = leaks(rows, read_manifests([test]), listen=audio, near=near)
+        report = compare_splits(rows, read_manifests([test]), listen=audio, near=near)
     shared = [one for one in report.shared if one.kind not in (ignored or ())]
     if as_json:
         print_json({"shared": [one._asdict() for one in shared], "notes": report.notes})
@@ -274,11 +274,11 @@ def convert_manifest(
 ) -> None:
     """Convert a manifest between JSON, JSONL and Parquet, and to or from chat messages."""
     from diffa.data.formats import read_rows, write_rows
-    from diffa.data.samples import DataError, listed
+    from diffa.data.samples import DataError, format_faults
 
     rows, faults = read_rows(source)
     if not rows:
-        raise DataError(f"{source} holds no usable row\n{listed(faults, 3)}".rstrip())
+        raise DataError(f"{source} holds no usable row\n{format_faults(faults, 3)}".rstrip())
     print(write_rows(out, rows, messages=messages))
     print_notes([str(fault) for fault in faults], "rows left out")
     print_note(f"{len(rows)} rows")

@@ -198,9 +198,9 @@ def judge_answers(
     """
     from diffa.evaluation.judge import Judge
     from diffa.evaluation.judge_file import judge_file
-    from diffa.llm.client import Endpoint
+    from diffa.llm.client import ChatClient
 
-    endpoint = Endpoint(url, model, per_minute=per_minute)
+    endpoint = ChatClient(url, model, per_minute=per_minute)
     rater = Judge(endpoint, cache or file.with_name("judgements"))
     result, failed = judge_file(file, rater, subset=subset, workers=workers)
     print(result)

@@ -99,14 +99,14 @@ def captions(
     device: WriterDeviceOption = "cpu",
 ) -> None:
     """Let a language model answer questions about recordings from their labels."""
-    from diffa.data.synthesis.captions import caption
+    from diffa.data.synthesis.captions import caption_rows
     from diffa.data.synthesis.rows import DESCRIBE
 
     writer = _writer(
         endpoint, model, local, spec, sampling, max_tokens, workers, per_minute, device
     )
     questions = question or [DESCRIBE]
-    _write(manifest, out, writer, cache, lambda rows, w, f: caption(rows, w, questions, f))
+    _write(manifest, out, writer, cache, lambda rows, w, f: caption_rows(rows, w, questions, f))
 
 
 def rewrite(
@@ -124,7 +124,7 @@ def rewrite(
     device: WriterDeviceOption = "cpu",
 ) -> None:
     """Let the diffusion model rewrite the answers in its own words (self-distillation)."""
-    from diffa.data.synthesis.captions import rewrite as rewrite_rows
+    from diffa.data.synthesis.captions import rewrite_rows
 
     writer = _writer(
         endpoint, model, local, spec, sampling, max_tokens, workers, per_minute, device
@@ -177,15 +177,15 @@ def preferences(
             raise SpecError("a language model writes about the rows of a MANIFEST: name one")
         _write_nano_preferences(out, split, seed, count, fsdd)
         return
-    from diffa.data.synthesis.preferences import from_labels, from_writer
+    from diffa.data.synthesis.preferences import pairs_from_labels, pairs_from_writer
 
     if not endpoint and not local:
-        _write(manifest, out, None, None, lambda rows, w, f: from_labels(rows, f, seed))
+        _write(manifest, out, None, None, lambda rows, w, f: pairs_from_labels(rows, f, seed))
         return
     writer = _writer(endpoint, model, local, "", sampling, max_tokens, workers, per_minute, device)
     _write(
         manifest, out, writer, cache,
-        lambda rows, w, f: from_writer(rows, w, f, seed=seed, judged=judge),
+        lambda rows, w, f: pairs_from_writer(rows, w, f, seed=seed, judged=judge),
     )  # fmt: skip
 
 
@@ -214,22 +214,24 @@ def _writer(
             "name one language model: --endpoint URL --model NAME, --local CHECKPOINT or --spec"
         )
     if endpoint:
-        from diffa.data.synthesis.remote import Remote
-        from diffa.llm.client import Endpoint
+        from diffa.data.synthesis.remote import EndpointWriter
+        from diffa.llm.client import ChatClient
 
         if not model:
             raise SpecError("--endpoint needs --model: the name of one of its models")
         parameters = dict(parse_override(text, "--sampling") for text in sampling or ())
-        return Remote(
-            Endpoint(endpoint, model, per_minute=per_minute),
+        return EndpointWriter(
+            ChatClient(endpoint, model, per_minute=per_minute),
             sampling={"max_tokens": max_tokens} | parameters,
             workers=workers,
         )
-    from diffa.data.synthesis.models import Backbone, Local
+    from diffa.data.synthesis.models import DiffusionWriter, TransformersWriter
 
     if local:
-        return Local(local, max_tokens=max_tokens, batch=workers, device=device)
-    return Backbone(load_model(spec, None, "", device)[0], max_tokens=max_tokens, batch=workers)
+        return TransformersWriter(local, max_tokens=max_tokens, batch=workers, device=device)
+    return DiffusionWriter(
+        load_model(spec, None, "", device)[0], max_tokens=max_tokens, batch=workers
+    )
 
 
 def _write(
@@ -241,16 +243,18 @@ def _write(
 ) -> None:
     """Read a manifest, transform its rows, write them, and list the rows that failed."""
     from diffa.data.formats import write_rows
-    from diffa.data.samples import DataError, listed
-    from diffa.data.synthesis.writers import Kept
+    from diffa.data.samples import DataError, format_faults
+    from diffa.data.synthesis.writers import CachedWriter
 
     source = read_manifests([manifest])
-    cached = Kept(writer, cache or out.with_name(f"{out.name}.replies")) if writer else None
+    cached = CachedWriter(writer, cache or out.with_name(f"{out.name}.replies")) if writer else None
     faults: list[Fault] = []
     rows = transform(source, cached, faults)
     print_notes([str(fault) for fault in faults], "rows left out")
     if not rows:
-        raise DataError(f"nothing to write: no row of {manifest} is left\n{listed(faults, 3)}")
+        raise DataError(
+            f"nothing to write: no row of {manifest} is left\n{format_faults(faults, 3)}"
+        )
     print(write_rows(out, rows))
     replies = f", {cached.found} replies from {cached.folder}" if cached else ""
     print_note(f"{len(rows)} rows{replies}")

@@ -50,32 +50,32 @@ class Augment:
 
     def __call__(self, waveform: Tensor, seed: int) -> Tensor:
         """Return a waveform (S',) altered as the seed says."""
-        draw = torch.Generator().manual_seed(seed)
-        if float(torch.rand((), generator=draw)) >= self.share:
+        rng = torch.Generator().manual_seed(seed)
+        if float(torch.rand((), generator=rng)) >= self.share:
             return waveform
         if self.speed:
-            factor = self.speed[int(torch.randint(len(self.speed), (), generator=draw))]
-            waveform = faster(waveform, self.rate, factor)
+            factor = self.speed[int(torch.randint(len(self.speed), (), generator=rng))]
+            waveform = change_speed(waveform, self.rate, factor)
         if self.gain:
-            decibels = self.gain * (2 * float(torch.rand((), generator=draw)) - 1)
+            decibels = self.gain * (2 * float(torch.rand((), generator=rng)) - 1)
             waveform = waveform * 10 ** (decibels / 20)
         if self.noise:
-            waveform = self._noisy(waveform, draw)
+            waveform = self._noisy(waveform, rng)
         if self.bands or self.gaps:
-            waveform = self._masked(waveform, draw)
+            waveform = self._masked(waveform, rng)
         return waveform
 
-    def _noisy(self, waveform: Tensor, draw: torch.Generator) -> Tensor:
+    def _noisy(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
         from torchaudio.functional import add_noise
 
         low, high = self.noise
-        ratio = low + (high - low) * torch.rand(1, generator=draw)
-        noise = torch.randn(waveform.shape, generator=draw)
+        ratio = low + (high - low) * torch.rand(1, generator=rng)
+        noise = torch.randn(waveform.shape, generator=rng)
         if not bool(waveform.any()):
             return waveform  # against silence no ratio is defined
         return torch.as_tensor(add_noise(waveform[None], noise[None], ratio))[0]
 
-    def _masked(self, waveform: Tensor, draw: torch.Generator) -> Tensor:
+    def _masked(self, waveform: Tensor, rng: torch.Generator) -> Tensor:
         """Mask bands and stretches of the spectrogram (SpecAugment, 1904.08779) and go back."""
         if len(waveform) <= _FFT:
             return waveform
@@ -83,15 +83,15 @@ class Augment:
         spectrum = torch.stft(waveform, _FFT, _HOP, window=window, return_complex=True)
         bins, frames = spectrum.shape
         for _ in range(self.bands):
-            first, last = _span(bins, int(self.band * bins), draw)
+            first, last = _span(bins, int(self.band * bins), rng)
             spectrum[first:last] = 0
         for _ in range(self.gaps):
-            first, last = _span(frames, int(self.gap * self.rate / _HOP), draw)
+            first, last = _span(frames, int(self.gap * self.rate / _HOP), rng)
             spectrum[:, first:last] = 0
         return torch.istft(spectrum, _FFT, _HOP, window=window, length=len(waveform))
 
 
-def faster(waveform: Tensor, rate: int, factor: float) -> Tensor:
+def change_speed(waveform: Tensor, rate: int, factor: float) -> Tensor:
     """Play a waveform (S,) at ``factor`` times its speed; the pitch moves with it."""
     if factor == 1.0:
         return waveform
@@ -100,8 +100,8 @@ def faster(waveform: Tensor, rate: int, factor: float) -> Tensor:
     return torch.as_tensor(speed(waveform, rate, factor)[0])
 
 
-def _span(size: int, widest: int, draw: torch.Generator) -> tuple[int, int]:
+def _span(size: int, widest: int, rng: torch.Generator) -> tuple[int, int]:
     """Draw a stretch of up to ``widest`` somewhere in ``size``."""
-    width = int(torch.randint(min(widest, size) + 1, (), generator=draw))
-    first = int(torch.randint(size - width + 1, (), generator=draw))
+    width = int(torch.randint(min(widest, size) + 1, (), generator=rng))
+    first = int(torch.randint(size - width + 1, (), generator=rng))
     return first, first + width

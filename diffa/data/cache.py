@@ -49,8 +49,8 @@ class FeatureCache:
         self.dtype, self.limit = _KINDS[dtype], int(gigabytes * 2**30)
         self.prefix = f"{encoder}/{dtype}/{','.join(map(str, self.layers))}"
         self.hits = self.misses = self.refused = 0
-        self._held = self._size()
-        self._fresh = 0
+        self._bytes = self._size()
+        self._num_written = 0
 
     def key(self, wave: Tensor) -> str:
         """Name a recording (S,) under this encoder."""
@@ -67,19 +67,19 @@ class FeatureCache:
         """Return features of audio (B, S): kept ones, and the encoder's for the rest."""
         waves = [row[:n] for row, n in zip(audio, lengths.tolist(), strict=True)]
         keys = [self.key(wave) for wave in waves]
-        found = [self.read(key) for key in keys]
-        missing = [i for i, kept in enumerate(found) if kept is None]
-        self.hits += len(found) - len(missing)
+        entries = [self.read(key) for key in keys]
+        missing = [i for i, entry in enumerate(entries) if entry is None]
+        self.hits += len(entries) - len(missing)
         self.misses += len(missing)
         if missing:
-            chosen = torch.tensor(missing, device=audio.device)
-            most = int(lengths[chosen].max())
-            made = encoder(audio[chosen, :most], lengths[chosen])
-            for i, one in zip(missing, _split(made, self.layers), strict=True):
-                self.write(keys[i], one)
-                # rounded the same whether computed now or read back
-                found[i] = {k: v.to(self.dtype) if k != "counts" else v for k, v in one.items()}
-        rows = [one for one in found if one is not None]
+            index = torch.tensor(missing, device=audio.device)
+            longest = int(lengths[index].max())
+            features = encoder(audio[index, :longest], lengths[index])
+            for i, entry in zip(missing, _split(features, self.layers), strict=True):
+                self.write(keys[i], entry)
+                # Round now as a read from disk would: results must not depend on the cache.
+                entries[i] = {k: v.to(self.dtype) if k != "counts" else v for k, v in entry.items()}
+        rows = [entry for entry in entries if entry is not None]
         return _joined(rows, self.layers, self.total, audio.device)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
@@ -96,18 +96,24 @@ class FeatureCache:
         """Keep one recording's states unless the bound is reached or the disk refuses."""
         from safetensors.torch import save
 
-        kept = {
+        entry = {
             name: value.to(self.dtype if name != "counts" else value.dtype).cpu().contiguous()
             for name, value in states.items()
         }
-        data = save(kept)
-        if self._fresh >= _RECOUNT:
-            self._held, self._fresh = self._size(), 0
-        if self._held + len(data) > self.limit or not _place(self._path(key), data):
+        data = save(entry)
+        if self._num_written >= _RECOUNT:
+            self._bytes, self._num_written = self._size(), 0
+        if self._bytes + len(data) > self.limit:
             self.refused += 1
             return
-        self._held += len(data)
-        self._fresh += 1
+        try:
+            with atomic_write(self._path(key), sync=False) as draft:
+                draft.write_bytes(data)
+        except OSError:  # a full disk: training goes on without the cache
+            self.refused += 1
+            return
+        self._bytes += len(data)
+        self._num_written += 1
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -116,7 +122,7 @@ class FeatureCache:
         return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
 
 
-def identity(name: str, encoder: nn.Module) -> str:
+def encoder_fingerprint(name: str, encoder: nn.Module) -> str:
     """Fingerprint an encoder: what it is called in the spec, and every weight's bytes."""
     digest = hashlib.blake2b(name.encode(), digest_size=16)
     for key, value in sorted(encoder.state_dict().items()):
@@ -126,7 +132,7 @@ def identity(name: str, encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def layers_read(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, ...]:
+def layers_used_by(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, ...]:
     """Find which states adapters look at by watching them read a second of zeros."""
     watched = _Watched(source.layers + 1)
     frames = max(8, int(source.rate))
@@ -184,13 +190,3 @@ def _joined(
         padded = [F.pad(row[str(i)].float(), (0, 0, 0, most - len(row[str(i)]))) for row in rows]
         states[i] = torch.stack(padded).to(device)
     return Features(tuple(states), counts[:, 0], counts[:, 1])
-
-
-def _place(path: Path, data: bytes) -> bool:
-    """Write a file so that it appears whole or not at all; False where the disk refuses."""
-    try:
-        with atomic_write(path, sync=False) as draft:
-            draft.write_bytes(data)
-    except OSError:
-        return False
-    return True

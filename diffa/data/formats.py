@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffa.data.messages import from_messages, is_messages, to_messages
-from diffa.data.samples import DataError, Fault
+from diffa.data.samples import DataError, Fault, ManifestRow
 from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, import_pyarrow, iter_rows
 from diffa.runtime.files import atomic_write
 
@@ -31,10 +31,8 @@ PREFERENCE_FIELDS = ("chosen", "rejected", "dpo_explanation", "dpo_source")
 EXTRA_FIELDS = ("speaker", "split", "attributes", "measures")
 """What this library keeps besides, in JSONL and Parquet: checks between splits need it."""
 
-Row = dict[str, Any]
 
-
-def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Fault]]:
+def read_rows(path: str | os.PathLike[str]) -> tuple[list[ManifestRow], list[Fault]]:
     """Read rows from .json (a list), .jsonl or .parquet, in either form; returns faults by row.
 
     Relative audio paths are made to start from the file's folder. Rows of the ``messages`` form
@@ -45,7 +43,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Fault]]:
     return rows, [row for _, row in found if isinstance(row, Fault)]
 
 
-def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row | Fault]]:
+def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, ManifestRow | Fault]]:
     """Yield every row with its number, counted from 1; see ``read_rows``."""
     path = Path(path).expanduser()
     for number, row in enumerate(iter_rows(path), start=1):
@@ -63,7 +61,7 @@ def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row | Fau
                 yield number, _placed(flat, path.parent)
 
 
-def _placed(row: Row, folder: Path) -> Row:
+def _placed(row: ManifestRow, folder: Path) -> ManifestRow:
     """Make the audio's path independent of where the manifest lies."""
     name = row.get("audio_filepath")
     if not isinstance(name, str) or not name:
@@ -72,7 +70,7 @@ def _placed(row: Row, folder: Path) -> Row:
 
 
 def write_rows(
-    path: str | os.PathLike[str], rows: Sequence[Row], *, messages: bool = False
+    path: str | os.PathLike[str], rows: Sequence[ManifestRow], *, messages: bool = False
 ) -> Path:
     """Write rows whole or not at all, in the form that the file's name ends in.
 
@@ -88,46 +86,44 @@ def write_rows(
     path = Path(path).expanduser()
     if path.suffix not in TABLE_SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(TABLE_SUFFIXES)}")
-    kept = [_relative(_kept(row, path.suffix), path.parent) for row in rows]
-    shaped = [to_messages(row) for row in kept] if messages else kept
-    _whole(path, {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix], shaped)
+    entries = [_relative(_select(row, path.suffix), path.parent) for row in rows]
+    if messages:
+        entries = [to_messages(row) for row in entries]
+    writers = {".json": _write_json, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+    try:
+        with atomic_write(path) as draft:
+            writers[path.suffix](draft, entries)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}") from error
     return path
 
 
-def _kept(row: Row, suffix: str) -> Row:
-    empty: Row = dict.fromkeys(MANIFEST_FIELDS, "") | {"duration": 0.0}
+def _select(row: ManifestRow, suffix: str) -> ManifestRow:
+    empty: ManifestRow = dict.fromkeys(MANIFEST_FIELDS, "") | {"duration": 0.0}
     ours = [*PREFERENCE_FIELDS, *(EXTRA_FIELDS if suffix != ".json" else ())]
     return {k: row.get(k, empty[k]) for k in MANIFEST_FIELDS} | {
         k: row[k] for k in ours if k in row
     }
 
 
-def _relative(row: Row, folder: Path) -> Row:
+def _relative(row: ManifestRow, folder: Path) -> ManifestRow:
     name = Path(row["audio_filepath"])
     home = folder.absolute()
     below = row["audio_filepath"] and name.is_absolute() and name.is_relative_to(home)
     return {**row, "audio_filepath": name.relative_to(home).as_posix()} if below else row
 
 
-def _whole(path: Path, write: Callable[[Path, Sequence[Row]], None], rows: Sequence[Row]) -> None:
-    """Write beside the file and rename: a full disk leaves what was there before."""
-    try:
-        with atomic_write(path) as draft:
-            write(draft, rows)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error}") from error
+def _write_json(path: Path, rows: Sequence[ManifestRow]) -> None:
+    text = json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
-def _json(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _jsonl(path: Path, rows: Sequence[Row]) -> None:
+def _write_jsonl(path: Path, rows: Sequence[ManifestRow]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _parquet(path: Path, rows: Sequence[Row]) -> None:
+def _write_parquet(path: Path, rows: Sequence[ManifestRow]) -> None:
     pyarrow, parquet = import_pyarrow()
     # mappings with keys of their own per row become lists of pairs: every row has the same type
     paired = [

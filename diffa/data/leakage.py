@@ -8,20 +8,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffa.data.samples import ManifestRow
 from diffa.errors import AudioError
 
-Row = dict[str, Any]
 SAME_SOUND = 0.99
 """Cosine of two fingerprints from which recordings count as copies of each other. On FSDD copies at
 another level, rate or coding reach 0.995 or more, different recordings 0.98 or less."""
 
 
-class Shared(NamedTuple):
+class SharedItem(NamedTuple):
     """Something that occurs in both of two splits, or twice in one.
 
     Attributes:
@@ -37,16 +37,20 @@ class Shared(NamedTuple):
     right: tuple[int, ...]
 
 
-class Leaks(NamedTuple):
+class LeakReport(NamedTuple):
     """What was found, and what could not be looked for."""
 
-    shared: list[Shared]
+    shared: list[SharedItem]
     notes: list[str]
 
 
-def leaks(
-    left: Sequence[Row], right: Sequence[Row], *, listen: bool = True, near: bool = False
-) -> Leaks:
+def compare_splits(
+    left: Sequence[ManifestRow],
+    right: Sequence[ManifestRow],
+    *,
+    listen: bool = True,
+    near: bool = False,
+) -> LeakReport:
     """Find what two splits share.
 
     Args:
@@ -54,23 +58,23 @@ def leaks(
         near: also compare how recordings sound, which finds re-coded and louder copies.
     """
     notes: list[str] = []
-    shared: list[Shared] = []
+    shared: list[SharedItem] = []
     for kind, key in KEYS.items():
         if kind == "speaker" and not all(any(map(key, rows)) for rows in (left, right)):
             notes.append("speakers were not compared: a split names none (published JSON does not)")
-        shared += _meet(kind, _group(left, key), _group(right, key))
+        shared += _intersect(kind, _group(left, key), _group(right, key))
     if listen:
         both = [_grouped_audio(rows, notes) for rows in (left, right)]
-        shared += _meet("audio", *both)
+        shared += _intersect("audio", *both)
     if near:
         shared += _similar(left, right, notes)
-    return Leaks(shared, notes)
+    return LeakReport(shared, notes)
 
 
-def duplicates(rows: Sequence[Row], *, listen: bool = True) -> Leaks:
+def find_duplicates(rows: Sequence[ManifestRow], *, listen: bool = True) -> LeakReport:
     """Find what one split holds twice: ids, whole questions, and the samples of two files."""
     notes: list[str] = []
-    groups = [("id", _group(rows, _identity)), ("question", _group(rows, _whole))]
+    groups = [("id", _group(rows, _row_key)), ("question", _group(rows, _question_row_key))]
     if listen:
         heard = _grouped_audio(rows, notes)
         files = {
@@ -78,51 +82,51 @@ def duplicates(rows: Sequence[Row], *, listen: bool = True) -> Leaks:
         }
         groups.append(("audio", {key: heard[key] for key in heard if len(set(files[key])) > 1}))
     shared = [
-        Shared(kind, what, tuple(found[:1]), tuple(found[1:6]))
+        SharedItem(kind, what, tuple(found[:1]), tuple(found[1:6]))
         for kind, group in groups
         for what, found in group.items()
         if len(found) > 1
     ]
-    return Leaks(shared, notes)
+    return LeakReport(shared, notes)
 
 
-def _identity(row: Row) -> str:
+def _row_key(row: ManifestRow) -> str:
     """Name a row: one recording may be asked about several times under one id."""
     return f"{row['audio_id']} {row.get('input', '')}".strip() if row.get("audio_id") else ""
 
 
-def _named(row: Row) -> str:
+def _id_key(row: ManifestRow) -> str:
     return f"{row.get('dataset', '')}/{row['audio_id']}" if row.get("audio_id") else ""
 
 
-def _speaker(row: Row) -> str:
+def _speaker_key(row: ManifestRow) -> str:
     return f"{row.get('dataset', '')}/{row['speaker']}" if row.get("speaker") else ""
 
 
-def _text(row: Row) -> str:
+def _text_key(row: ManifestRow) -> str:
     """A transcript without case and punctuation; up to three words are no coincidence."""
     words = re.findall(r"\w+", str(row.get("transcription") or "").lower())
     return " ".join(words) if len(words) > 3 else ""
 
 
-def _whole(row: Row) -> str:
+def _question_row_key(row: ManifestRow) -> str:
     return "\n".join(str(row.get(name) or "") for name in ("audio_filepath", "input", "target"))
 
 
-def _asked(row: Row) -> str:
-    said = _text(row)
+def _question_key(row: ManifestRow) -> str:
+    said = _text_key(row)
     return f"{said} | {row.get('input', '')}" if said else ""
 
 
-KEYS: dict[str, Callable[[Row], str]] = {
-    "id": _named,
-    "speaker": _speaker,
-    "text": _text,
-    "question": _asked,
+KEYS: dict[str, Callable[[ManifestRow], str]] = {
+    "id": _id_key,
+    "speaker": _speaker_key,
+    "text": _text_key,
+    "question": _question_key,
 }
 
 
-def _group(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[int]]:
+def _group(rows: Sequence[ManifestRow], key: Callable[[ManifestRow], str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows, start=1):
         name = key(row)
@@ -131,17 +135,19 @@ def _group(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[int
     return found
 
 
-def _meet(kind: str, left: dict[str, list[int]], right: dict[str, list[int]]) -> list[Shared]:
+def _intersect(
+    kind: str, left: dict[str, list[int]], right: dict[str, list[int]]
+) -> list[SharedItem]:
     both = sorted(left.keys() & right.keys())
-    return [Shared(kind, name, tuple(left[name][:5]), tuple(right[name][:5])) for name in both]
+    return [SharedItem(kind, name, tuple(left[name][:5]), tuple(right[name][:5])) for name in both]
 
 
-def _files(rows: Iterable[Row]) -> list[str]:
+def _files(rows: Iterable[ManifestRow]) -> list[str]:
     return list(dict.fromkeys(row["audio_filepath"] for row in rows if row.get("audio_filepath")))
 
 
-def _grouped_audio(rows: Sequence[Row], notes: list[str]) -> dict[str, list[int]]:
-    """Row numbers by a digest of the decoded samples."""
+def _grouped_audio(rows: Sequence[ManifestRow], notes: list[str]) -> dict[str, list[int]]:
+    """ManifestRow numbers by a digest of the decoded samples."""
     from diffa.audio import read
 
     digests: dict[str, str] = {}
@@ -180,9 +186,11 @@ def fingerprint(path: str | Path) -> NDArray[np.float32]:
     return np.asarray((fixed / (np.linalg.norm(fixed) + 1e-12)).ravel(), dtype=np.float32)
 
 
-def _similar(left: Sequence[Row], right: Sequence[Row], notes: list[str]) -> list[Shared]:
+def _similar(
+    left: Sequence[ManifestRow], right: Sequence[ManifestRow], notes: list[str]
+) -> list[SharedItem]:
     """Pairs of files whose fingerprints nearly agree, a block of rows at a time."""
-    sides = [_prints(rows, notes) for rows in (left, right)]
+    sides = [_fingerprints(rows, notes) for rows in (left, right)]
     if not all(names for names, _ in sides):
         return []
     (names, prints), (others, against) = sides
@@ -193,11 +201,13 @@ def _similar(left: Sequence[Row], right: Sequence[Row], notes: list[str]) -> lis
         for i, j in close.tolist():
             pair = (names[first + i], others[j])
             numbers = [tuple(rows[side][pair[side]][:5]) for side in (0, 1)]
-            found.append(Shared("sound", " ~ ".join(pair), numbers[0], numbers[1]))
+            found.append(SharedItem("sound", " ~ ".join(pair), numbers[0], numbers[1]))
     return found
 
 
-def _prints(rows: Sequence[Row], notes: list[str]) -> tuple[list[str], NDArray[np.float32]]:
+def _fingerprints(
+    rows: Sequence[ManifestRow], notes: list[str]
+) -> tuple[list[str], NDArray[np.float32]]:
     names, found = [], []
     for name in _files(rows):
         try:

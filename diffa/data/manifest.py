@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.data.formats import MANIFEST_FIELDS
-from diffa.data.samples import DataError, Fault, OnError, Sample, listed, seed_of
+from diffa.data.samples import DataError, Fault, OnError, Sample, derive_seed, format_faults
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
 from diffa.errors import suggest
 
@@ -49,7 +49,7 @@ class Manifest:
         questions: Sequence[str] = (),
     ) -> None:
         self.path = Path(path).expanduser()
-        check_form(self.path)
+        check_manifest_suffix(self.path)
         if target not in MANIFEST_FIELDS:
             raise DataError(
                 f"{self.path}: rows have no field {target!r}{suggest(target, MANIFEST_FIELDS)}"
@@ -61,9 +61,9 @@ class Manifest:
         self._rows, self._numbers, self._seconds = RowIndex(self.path), array("q"), array("d")
         self._scan()
         if self.faults and on_error == "stop":
-            raise DataError(f"{self._count()}:\n{listed(self.faults)}")
+            raise DataError(f"{self._count()}:\n{format_faults(self.faults)}")
         if not len(self):
-            raise DataError(f"{self.path} has no usable row\n{listed(self.faults)}".rstrip())
+            raise DataError(f"{self.path} has no usable row\n{format_faults(self.faults)}".rstrip())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,7 +76,7 @@ class Manifest:
         row = self._rows[index]
         question = self.question or row.get("input") or ""
         if self.questions:
-            question = self.questions[seed_of(index, str(progress)) % len(self.questions)]
+            question = self.questions[derive_seed(index, str(progress)) % len(self.questions)]
         return Sample(
             target=row[self.target].strip(),
             question=question,
@@ -93,7 +93,7 @@ class Manifest:
     def summary(self) -> str:
         """Say how many rows are used and how many are not, and why."""
         text = f"{self.path}: {len(self)} rows"
-        return f"{text}; {self._count()}:\n{listed(self.faults)}" if self.faults else text
+        return f"{text}; {self._count()}:\n{format_faults(self.faults)}" if self.faults else text
 
     def _count(self) -> str:
         return (
@@ -131,10 +131,10 @@ class Manifest:
         if self.pairs and (reason := _unpaired(row.get("rejected"), answer)):
             return reason, 0.0
         if given is not None:
-            identity = json.dumps(given if self.unique else [given, row.get("input"), answer])
-            if identity in seen:
-                return f"repeats audio_id {given!r} of row {seen[identity]}", 0.0
-            seen[identity] = number
+            key = json.dumps(given if self.unique else [given, row.get("input"), answer])
+            if key in seen:
+                return f"repeats audio_id {given!r} of row {seen[key]}", 0.0
+            seen[key] = number
         return self._check_audio(self._audio(row), row.get("duration"))
 
     def _check_audio(self, path: Path, duration: Any) -> tuple[str, float]:
@@ -143,7 +143,7 @@ class Manifest:
             return f"audio file {path} is missing", seconds
         if not self.probe:
             return "", seconds
-        reason, found = probe(path)
+        reason, found = probe_audio(path)
         return reason, seconds or found
 
 
@@ -155,7 +155,7 @@ def _unpaired(rejected: Any, chosen: str) -> str:
     return "rejects the answer that it prefers" if same else ""
 
 
-def probe(path: Path) -> tuple[str, float]:
+def probe_audio(path: Path) -> tuple[str, float]:
     """Return what is wrong with an audio file's header (nothing: ``""``) and its seconds."""
     import soundfile
 
@@ -172,28 +172,7 @@ def probe(path: Path) -> tuple[str, float]:
     return "", found.frames / found.samplerate
 
 
-def check_form(path: Path) -> None:
+def check_manifest_suffix(path: Path) -> None:
     """Raise DataError for a manifest that is not ``.json`` or ``.jsonl``."""
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path} is no .json or .jsonl manifest: `diffa data convert` makes one")
-
-
-Broken = BrokenRow  # this and what follows: for evaluation/files.py until it reads tables
-
-
-def lines(file: Any) -> Any:
-    """Yield start, end and value of every line."""
-    from diffa.data.tables import RowSpan, _parse_line
-
-    start = 0
-    for line in file:
-        if line.strip():
-            yield RowSpan(start, start + len(line), _parse_line(line))
-        start += len(line)
-
-
-def list_items(data: bytes, name: str) -> Any:
-    """Yield start, end and value of every item."""
-    from diffa.data.tables import _list_items
-
-    yield from _list_items(data, name)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from diffa.chat import AUDIO_MARK
-from diffa.data.samples import DataError
+from diffa.data.samples import DataError, ManifestRow
 
-Row = dict[str, Any]
 _SAID = ("input", "target", "audio_filepath", "chosen", "rejected")  # stand elsewhere in messages
 
 
-def is_messages(row: Row) -> bool:
+def is_messages(row: ManifestRow) -> bool:
     """Whether a row is of this form."""
     return "messages" in row
 
 
-def to_messages(row: Row, *, system: str = "") -> Row:
+def to_messages(row: ManifestRow, *, system: str = "") -> ManifestRow:
     """Return a row as a conversation: ``<audio>`` before the question, one path in ``audios``.
 
     A preference row gets ``rejected_response`` (ms-swift's name). Every other field is kept under
@@ -28,13 +27,13 @@ def to_messages(row: Row, *, system: str = "") -> Row:
         {"role": "user", "content": AUDIO_MARK * len(heard) + row.get("input", "")},
         {"role": "assistant", "content": row.get("target", "")},
     ]
-    made: Row = {"messages": turns, "audios": heard}
+    made: ManifestRow = {"messages": turns, "audios": heard}
     if "rejected" in row:
         made["rejected_response"] = row["rejected"]
     return made | {name: value for name, value in row.items() if name not in _SAID}
 
 
-def from_messages(row: Row) -> Row:
+def from_messages(row: ManifestRow) -> ManifestRow:
     """Return a conversation of one question and one answer as a row of the published form.
 
     Raises:
@@ -53,7 +52,7 @@ def from_messages(row: Row) -> Row:
         raise DataError(
             f"has {len(audios)} recordings but {question.count(AUDIO_MARK)} {AUDIO_MARK} marks"
         )
-    made: Row = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
+    made: ManifestRow = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
     if audios:
         made["audio_filepath"] = _path(audios[0])
     if "rejected_response" in row:

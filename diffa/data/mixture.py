@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffa.data.samples import DataError, Source, TimedSource, seed_of
+from diffa.data.samples import DataError, Source, TimedSource, derive_seed
 
 _POOL = 64  # batches that are sorted by length together
 
@@ -70,7 +70,7 @@ class Mixture:
         source, row = self._order(epoch)[at]
         # consecutive over all ranks, as objectives that spread their levels over a step want it;
         # the first one is even, so that pairs stand in one batch
-        first = seed_of(self.seed, epoch) >> 1 << 1
+        first = derive_seed(self.seed, epoch) >> 1 << 1
         return DrawnRow(source, row, epoch, (first + at) % (1 << 63))
 
     def _draw_epoch(self, epoch: int) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ class Mixture:
         rows: list[tuple[int, int]] = []
         for source, share in enumerate(self.shares):
             rows += [(source, self._row(source, epoch * share + i)) for i in range(share)]
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, "order"))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "order"))
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
         return self._group(rows, generator) if self.grouped else rows
 
@@ -88,7 +88,7 @@ class Mixture:
         return int(self._permutation(source, cycle)[index])
 
     def _shuffle(self, source: int, cycle: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, source, cycle, "rows"))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, source, cycle, "rows"))
         return torch.randperm(len(self.sources[source]), generator=generator)
 
     def _group(

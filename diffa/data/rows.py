@@ -14,7 +14,7 @@ from diffa.audio import prepare, resample
 from diffa.chat import Chat
 from diffa.data.augment import Augment
 from diffa.data.mixture import Mixture
-from diffa.data.samples import CurriculumSource, DataError, OnError, Sample, Source, seed_of
+from diffa.data.samples import CurriculumSource, DataError, OnError, Sample, Source, derive_seed
 from diffa.errors import DiffaError
 from diffa.types import Vocab
 
@@ -143,7 +143,7 @@ class AnswerTransform:
         tokens, answer, at = self.chat.encode_example(question, target, audio=has_audio)
         # tokens: [prompt | assistant header | answer]; answer marks the last two, as DIFFA does.
         answer_start = len(self.chat.encode(question, audio=has_audio).tokens)
-        rng = torch.Generator().manual_seed(seed_of(seed, "row"))
+        rng = torch.Generator().manual_seed(derive_seed(seed, "row"))
         tokens, answer = self._pad_answer(tokens, answer, answer_start, name, rng)
         if float(torch.rand((), generator=rng)) >= self.header_share:
             answer = answer & (torch.arange(len(answer)) >= answer_start)
@@ -212,7 +212,9 @@ class PreferenceTransform:
         sample = sample._replace(audio=self.audio(sample, seed), rate=None)
         chosen = self.answer(sample, seed)
         rejected = self.answer(sample._replace(target=str(sample.rejected)), seed)
-        rejected = rejected._replace(seed=seed_of(seed, "rejected"), audio=None, ctc_targets=None)
+        rejected = rejected._replace(
+            seed=derive_seed(seed, "rejected"), audio=None, ctc_targets=None
+        )
         return chosen._replace(extra_rows=(rejected,))
 
 

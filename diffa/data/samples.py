@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 OnError = Literal["skip", "stop"]
 
+ManifestRow = dict[str, Any]
+"""A row of a manifest: the fields of ``diffa.data.formats``."""
+
 
 class DataError(DiffaError):
     """Training data is missing, malformed or unreadable; says which rows and why."""
@@ -104,7 +107,7 @@ class Fault(NamedTuple):
         return f"row {self.row}: {self.reason}"
 
 
-def listed(faults: list[Fault], shown: int = 20) -> str:
+def format_faults(faults: list[Fault], shown: int = 20) -> str:
     """Return faults one per line, the first ``shown`` of them."""
     lines = [f"  {fault}" for fault in faults[:shown]]
     if len(faults) > shown:
@@ -112,7 +115,7 @@ def listed(faults: list[Fault], shown: int = 20) -> str:
     return "\n".join(lines)
 
 
-def seed_of(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that depends on every part and on nothing else."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Row = dict[str, Any]
+from diffa.data.samples import ManifestRow
+
 TOTAL = "total"
 
 
-class Line(NamedTuple):
+class DatasetStatistics(NamedTuple):
     """One dataset's line of the table.
 
     Attributes:
@@ -34,22 +35,24 @@ class Line(NamedTuple):
     attributes: tuple[str, ...]
 
 
-def table(rows: Sequence[Row]) -> list[Line]:
+def corpus_statistics(rows: Sequence[ManifestRow]) -> list[DatasetStatistics]:
     """Count rows by dataset, in order of appearance, and all together."""
     names = dict.fromkeys(str(row.get("dataset") or "unnamed") for row in rows)
     groups = {
         name: [row for row in rows if str(row.get("dataset") or "unnamed") == name]
         for name in names
     }
-    return [_line(name, group) for name, group in groups.items()] + [_line(TOTAL, rows)]
+    return [_count_dataset(name, group) for name, group in groups.items()] + [
+        _count_dataset(TOTAL, rows)
+    ]
 
 
-def _line(name: str, rows: Sequence[Row]) -> Line:
+def _count_dataset(name: str, rows: Sequence[ManifestRow]) -> DatasetStatistics:
     seconds = sum(_seconds(row) for row in rows)
     speakers = {(row.get("dataset"), row["speaker"]) for row in rows if row.get("speaker")}
     known = Counter(key for row in rows for key in row.get("attributes") or ())
     words = sum(len(str(row.get("target") or "").split()) for row in rows)
-    return Line(
+    return DatasetStatistics(
         name,
         len(rows),
         len({row.get("audio_filepath") for row in rows}),
@@ -61,12 +64,12 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
     )
 
 
-def _seconds(row: Row) -> float:
+def _seconds(row: ManifestRow) -> float:
     said = row.get("duration")
     return float(said) if isinstance(said, int | float) else 0.0
 
 
-def values(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+def attribute_counts(rows: Sequence[ManifestRow]) -> dict[str, dict[str, int]]:
     """Count the values of every attribute that has few of them, most frequent first."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:

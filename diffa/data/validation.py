@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.data.formats import MANIFEST_FIELDS, numbered_rows
-from diffa.data.manifest import probe
+from diffa.data.manifest import probe_audio
 from diffa.data.samples import DataError, Fault
-from diffa.data.synthesis.captions import unfit
+from diffa.data.synthesis.captions import answer_fault
 
-LONGEST = 30.0
+ENCODER_SECONDS = 30.0
 """Seconds that DIFFA's encoder hears; the rest of a longer recording is cut."""
 
 _TOLERANCE = 0.1  # seconds between what a row says and what its file holds
 
 
-class Report(NamedTuple):
+class ManifestReport(NamedTuple):
     """What was found.
 
     Attributes:
@@ -31,7 +31,7 @@ class Report(NamedTuple):
     warnings: list[Fault]
 
 
-def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
+def validate_manifest(path: str | os.PathLike[str], *, listen: bool = True) -> ManifestReport:
     """Check every row of a manifest (.json, .jsonl, .parquet; published or ``messages`` form).
 
     Args:
@@ -48,11 +48,11 @@ def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
         if isinstance(row, Fault):
             faults.append(row)
             continue
-        wrong, odd = _judge(row)
+        wrong, odd = _check_fields(row)
         seconds = 0.0
         if not wrong:
-            wrong, seconds = _recording(Path(row["audio_filepath"]), listen)
-            odd += _durations(row, seconds)
+            wrong, seconds = _check_recording(Path(row["audio_filepath"]), listen)
+            odd += _check_duration(row, seconds)
         identity = tuple(str(row.get(k)) for k in ("audio_id", "audio_filepath", "input", "target"))
         if not wrong and identity in seen:
             wrong = f"repeats row {seen[identity]}"
@@ -66,10 +66,10 @@ def validate(path: str | os.PathLike[str], *, listen: bool = True) -> Report:
         warnings += [Fault(number, reason) for reason in odd] if not wrong else []
     if not count:
         raise DataError(f"{path} holds no row")
-    return Report(count, faults, warnings)
+    return ManifestReport(count, faults, warnings)
 
 
-def _judge(row: dict[str, Any]) -> tuple[str, list[str]]:
+def _check_fields(row: dict[str, Any]) -> tuple[str, list[str]]:
     """Return why a row's fields cannot be used, and what is odd about them."""
     for name in ("audio_filepath", "input", "target"):
         if not isinstance(row.get(name, ""), str):
@@ -79,19 +79,19 @@ def _judge(row: dict[str, Any]) -> tuple[str, list[str]]:
     if not row.get("target", "").strip():
         return "has no answer (target)", []
     if "rejected" in row:
-        reason = _preference(row)
+        reason = _check_preference(row)
         if reason:
             return reason, []
     absent = [name for name in MANIFEST_FIELDS if name not in row]
     odd = [f"has no {', '.join(absent)}"] if absent else []
     if not row.get("input", "").strip():
         odd.append("has no question (input)")
-    if reason := unfit(row["target"]):
+    if reason := answer_fault(row["target"]):
         odd.append(f"has an answer that {reason}")
     return "", odd
 
 
-def _preference(row: dict[str, Any]) -> str:
+def _check_preference(row: dict[str, Any]) -> str:
     rejected, chosen = row["rejected"], row.get("chosen", row["target"])
     if not isinstance(rejected, str) or not rejected.strip():
         return "has no rejected answer"
@@ -101,13 +101,13 @@ def _preference(row: dict[str, Any]) -> str:
     return "has a chosen answer that is not its target" if chosen != row["target"] else ""
 
 
-def _recording(path: Path, listen: bool) -> tuple[str, float]:
+def _check_recording(path: Path, listen: bool) -> tuple[str, float]:
     if not path.is_file():
         return f"audio file {path} is missing", 0.0
-    return probe(path) if listen else ("", 0.0)
+    return probe_audio(path) if listen else ("", 0.0)
 
 
-def _durations(row: dict[str, Any], seconds: float) -> list[str]:
+def _check_duration(row: dict[str, Any], seconds: float) -> list[str]:
     odd: list[str] = []
     said = row.get("duration")
     if "duration" in row and not (isinstance(said, int | float) and said > 0):
@@ -115,8 +115,8 @@ def _durations(row: dict[str, Any], seconds: float) -> list[str]:
     elif seconds and said is not None and abs(seconds - float(said)) > _TOLERANCE:
         odd.append(f"says {float(said):.2f} s, but its file holds {seconds:.2f} s")
     longest = max(seconds, float(said) if isinstance(said, int | float) else 0.0)
-    if longest > LONGEST:
+    if longest > ENCODER_SECONDS:
         odd.append(
-            f"is {longest:.1f} s long; Whisper-based encoders of one window hear {LONGEST:g}"
+            f"is {longest:.1f} s long; encoders of one Whisper window hear {ENCODER_SECONDS:g}"
         )
     return odd

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from diffa.evaluation.items import EvaluationError, Fields, Item, as_text
-from diffa.llm.cache import Replies
-from diffa.llm.client import Endpoint, NoReply
+from diffa.llm.cache import ReplyCache
+from diffa.llm.client import ChatClient, ChatError
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "max_tokens": 1024}
 NUM_SAMPLES = 3
@@ -56,8 +56,8 @@ class Judge:
         cache: Folder of replies. Only what is not in it is requested.
     """
 
-    def __init__(self, endpoint: Endpoint, cache: str | os.PathLike[str]) -> None:
-        self.endpoint, self._cache = endpoint, Replies(cache)
+    def __init__(self, endpoint: ChatClient, cache: str | os.PathLike[str]) -> None:
+        self.endpoint, self._cache = endpoint, ReplyCache(cache)
 
     def judge(
         self, messages: Sequence[Mapping[str, str]], num_samples: int = NUM_SAMPLES
@@ -65,12 +65,12 @@ class Judge:
         """Return ``num_samples`` replies; raises EvaluationError if the service gives none."""
         turns = [dict(turn) for turn in messages]
         key = [self.endpoint.url, self.endpoint.model, SAMPLING, turns, num_samples]
-        replies: list[str] = (self._cache.find(key) or {}).get("replies", [])
+        replies: list[str] = (self._cache.get(key) or {}).get("replies", [])
         if len(replies) < num_samples:
             replies = self._request(turns, num_samples)
             entry = {"model": self.endpoint.model, "messages": turns, "replies": replies}
             try:
-                self._cache.keep(key, entry)
+                self._cache.put(key, entry)
             except OSError as error:
                 raise EvaluationError(
                     f"a judgement cannot be written to {self._cache.folder}: {error}"
@@ -83,8 +83,8 @@ class Judge:
             # Services that ignore n give one reply at a time.
             while len(replies) < num_samples:
                 options = {**SAMPLING, "n": num_samples - len(replies)}
-                replies += [choice.text for choice in self.endpoint.ask(messages, options)]
-        except NoReply as error:
+                replies += [choice.text for choice in self.endpoint.complete(messages, options)]
+        except ChatError as error:
             raise EvaluationError(f"the judge does not answer: {error}") from error
         return replies[:num_samples]
 

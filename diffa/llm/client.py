@@ -22,11 +22,11 @@ _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FOR_ALL = (401, 403, 404, 405)  # no other request would fare better
 
 
-class NoReply(DiffaError):
+class ChatError(DiffaError):
     """An endpoint gives no reply: which one, what it said last, and what to look at."""
 
 
-class Refused(NoReply):
+class RequestRefused(ChatError):
     """An endpoint does not take a request, and would not if it were repeated.
 
     Attributes:
@@ -34,19 +34,19 @@ class Refused(NoReply):
         everything: whether it would refuse any other request, too.
     """
 
-    def __init__(self, message: str, told: str, everything: bool) -> None:
+    def __init__(self, message: str, reason: str, fatal: bool) -> None:
         super().__init__(message)
-        self.told, self.everything = told, everything
+        self.reason, self.fatal = reason, fatal
 
 
-class Choice(NamedTuple):
+class ChatReply(NamedTuple):
     """One reply: its text, stripped and perhaps empty, and why it ends (``stop``, ``length``)."""
 
     text: str
     reason: str | None
 
 
-class Endpoint:
+class ChatClient:
     """A model that answers at ``URL/chat/completions``; any number of threads may ask it.
 
     Args:
@@ -87,12 +87,12 @@ class Endpoint:
         self._gap = 60 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
-    def ask(
+    def complete(
         self,
         messages: Sequence[Mapping[str, str]],
         settings: Mapping[str, Any] | None = None,
-        over: threading.Event | None = None,
-    ) -> list[Choice]:
+        cancel: threading.Event | None = None,
+    ) -> list[ChatReply]:
         """Return the model's replies to one conversation; there is at least one.
 
         Args:
@@ -104,14 +104,14 @@ class Endpoint:
             Refused: the endpoint does not take this request.
             NoReply: it gives no answer in all attempts.
         """
-        over = threading.Event() if over is None else over
+        cancel = threading.Event() if cancel is None else cancel
         body = {"model": self.model, "messages": [dict(turn) for turn in messages]}
         fault, pause = "", 0.0
         for attempt in range(self.attempts):
             if attempt:
-                over.wait(min(max(pause, self.wait * 2 ** (attempt - 1)), _LONGEST_WAIT))
-            self._take_turn(over)
-            if over.is_set():
+                cancel.wait(min(max(pause, self.wait * 2 ** (attempt - 1)), _LONGEST_WAIT))
+            self._take_turn(cancel)
+            if cancel.is_set():
                 return []
             try:
                 return _choices(self._post({**body, **(settings or {})}))
@@ -122,7 +122,7 @@ class Endpoint:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", None) or error
                 fault, pause = f"{type(error).__name__}: {reason}", 0.0
-        raise NoReply(
+        raise ChatError(
             f"{self.url} gave no answer in {self.attempts} attempts, the last time: {fault}. "
             "Is it running, and is the address right?"
         )
@@ -136,7 +136,7 @@ class Endpoint:
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             return json.loads(answer.read())
 
-    def _take_turn(self, over: threading.Event) -> None:
+    def _take_turn(self, cancel: threading.Event) -> None:
         """Wait until the rate allows another request."""
         if not self._gap:
             return
@@ -144,20 +144,20 @@ class Endpoint:
             now = time.monotonic()
             start = max(now, self._next)
             self._next = start + self._gap
-        over.wait(start - now)
+        cancel.wait(start - now)
 
-    def _refusal(self, status: int, told: str) -> Refused:
-        everything = status in _FOR_ALL
+    def _refusal(self, status: int, reason: str) -> RequestRefused:
+        fatal = status in _FOR_ALL
         advice = f". Look at the key ({KEY}), the model's name and the address"
-        message = f"{self.url} refuses model {self.model!r}: {told}"
-        return Refused(message + (advice if everything else ""), told, everything)
+        message = f"{self.url} refuses model {self.model!r}: {reason}"
+        return RequestRefused(message + (advice if fatal else ""), reason, fatal)
 
 
-def _choices(answer: Any) -> list[Choice]:
+def _choices(answer: Any) -> list[ChatReply]:
     """Read a chat completion; raises ValueError where it is none."""
     try:
         choices = [
-            Choice((one["message"]["content"] or "").strip(), one.get("finish_reason"))
+            ChatReply((one["message"]["content"] or "").strip(), one.get("finish_reason"))
             for one in answer["choices"]
         ]
     except (KeyError, TypeError, AttributeError) as error:

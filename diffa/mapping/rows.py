@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.data.manifest import check_form
+from diffa.data.manifest import check_manifest_suffix
 from diffa.data.samples import DataError
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
 
@@ -52,7 +52,7 @@ class QuestionManifest:
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path).expanduser()
-        check_form(self.path)
+        check_manifest_suffix(self.path)
         self.question = question
         self.folder = Path(folder).expanduser() if folder else self.path.parent
         self._rows = RowIndex(self.path)

@@ -27,7 +27,7 @@ REFERENCE = {
 }  # DIFFA's loop: one token per forward
 
 
-class Ask(NamedTuple):
+class DemoQuestion(NamedTuple):
     """A question about a recording, and how long its answer may be."""
 
     recording: str
@@ -35,13 +35,13 @@ class Ask(NamedTuple):
     tokens: int
 
 
-ASKED = (
-    Ask("digits.flac", "Please transcribe the audio to text.", 16),
-    Ask("digits.flac", "What can you hear from the audio?", 24),
-    Ask("digits.flac", "How many digits are spoken?", 8),
-    Ask("two_speakers.flac", "Please transcribe the audio to text.", 16),
-    Ask("two_speakers.flac", "What can you hear from the audio?", 24),
-    Ask("melody.flac", "What can you hear from the audio?", 24),
+QUESTIONS = (
+    DemoQuestion("digits.flac", "Please transcribe the audio to text.", 16),
+    DemoQuestion("digits.flac", "What can you hear from the audio?", 24),
+    DemoQuestion("digits.flac", "How many digits are spoken?", 8),
+    DemoQuestion("two_speakers.flac", "Please transcribe the audio to text.", 16),
+    DemoQuestion("two_speakers.flac", "What can you hear from the audio?", 24),
+    DemoQuestion("melody.flac", "What can you hear from the audio?", 24),
 )
 
 
@@ -60,24 +60,24 @@ def run(console: Console | None = None) -> None:
     begin = time.perf_counter()
     model = diffa.build(NANO if trained else UNTRAINED)
     seconds = time.perf_counter() - begin
-    console.print(f"diffa {diffa.__version__}: {describe(model)}, built in {seconds:.1f} s")
+    console.print(f"diffa {diffa.__version__}: {describe_model(model)}, built in {seconds:.1f} s")
     if not trained:
         console.print(
             "[yellow]These weights are random: the wiring is real, the words are noise. Trained "
             "ones: diffa ask FILE QUESTION --spec diffa-1 (needs the published weights)[/]"
         )
-    for recording in sorted({ask.recording for ask in ASKED}):
-        console.print(hear(model, recording))
+    for recording in sorted({ask.recording for ask in QUESTIONS}):
+        console.print(describe_audio(model, recording))
     table = Table(
         "recording", "question", "answer", "forward passes", "s", "reference: forwards", "s"
     )
-    for ask in ASKED if trained else ASKED[2:3]:
+    for ask in QUESTIONS if trained else QUESTIONS[2:3]:
         table.add_row(*answer(model, ask, console))
     console.print(table)
     console.print("Ask about a file of your own:\n  diffa ask FILE 'What can you hear?' --watch")
 
 
-def describe(model: Model) -> str:
+def describe_model(model: Model) -> str:
     """Parts and sizes in one line."""
     sizes = {
         "encoder": model.encoder,
@@ -88,7 +88,7 @@ def describe(model: Model) -> str:
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counted.items())
 
 
-def hear(model: Model, recording: str) -> str:
+def describe_audio(model: Model, recording: str) -> str:
     """What a recording becomes on its way to the backbone, in one line."""
     from diffa.audio import prepare
 
@@ -102,7 +102,7 @@ def hear(model: Model, recording: str) -> str:
     )
 
 
-def answer(model: Model, ask: Ask, console: Console) -> list[str]:
+def answer(model: Model, ask: DemoQuestion, console: Console) -> list[str]:
     """Answer one question fast while it is watched, then by the reference loop; a table's row."""
     import diffa
 
@@ -125,7 +125,7 @@ def answer(model: Model, ask: Ask, console: Console) -> list[str]:
     ]
 
 
-def watch(model: Model, audio: Path, ask: Ask, console: Console) -> tuple[str, int, float]:
+def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tuple[str, int, float]:
     """Show the canvas after every forward; return the text, forwards and seconds."""
     tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
     with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:

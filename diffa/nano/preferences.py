@@ -11,7 +11,7 @@ import numpy as np
 
 from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
 from diffa.data.formats import write_rows
-from diffa.data.synthesis.preferences import Corruption, pair_of
+from diffa.data.synthesis.preferences import Corruption, preference_row
 from diffa.nano.corpus.examples import Example, Examples, example_row
 from diffa.nano.corpus.questions import CHOICES, number_to_words, write_caption
 from diffa.nano.corpus.recordings import Split
@@ -32,13 +32,13 @@ class Pair(NamedTuple):
     corruption: Corruption
 
 
-def other(value: str, values: tuple[str, ...], rng: Rng) -> str:
+def draw_other(value: str, values: tuple[str, ...], rng: Rng) -> str:
     """Draw one of the other values."""
     left = [v for v in values if v != value]
     return left[int(rng.integers(len(left)))]
 
 
-def corrupt(example: Example, seed: int = 0) -> Corruption | None:
+def corrupt_example(example: Example, seed: int = 0) -> Corruption | None:
     """Get one audible attribute of an example's answer wrong; None where there is none to.
 
     A choice's letter is exchanged together with its text. The draw follows from the seed, the id
@@ -52,10 +52,10 @@ def corrupt(example: Example, seed: int = 0) -> Corruption | None:
         return _caption(example.labels, rng)
     letter, dot, text = example.answer.partition(". ")
     if not dot:
-        wrong = other(example.answer, _values(example), rng)
+        wrong = draw_other(example.answer, _values(example), rng)
         return Corruption(wrong, example.task, _reason(example.task, wrong, example.answer))
     choices = _choices(example.question)
-    wrong = other(letter, tuple(choices), rng)
+    wrong = draw_other(letter, tuple(choices), rng)
     told = _reason(example.task, choices[wrong], text)
     return Corruption(f"{wrong}. {choices[wrong]}", example.task, told)
 
@@ -96,20 +96,20 @@ def _digit(labels: Labels, rng: Rng) -> Corruption | None:
         return None
     words = [DIGIT_WORDS[digit] for digit in labels.digits]
     place = int(rng.integers(len(words)))
-    right, words[place] = words[place], other(words[place], DIGIT_WORDS, rng)
+    right, words[place] = words[place], draw_other(words[place], DIGIT_WORDS, rng)
     return Corruption(" ".join(words), "text", _reason("text", words[place], right))
 
 
 def _caption(labels: Labels, rng: Rng) -> Corruption | None:
     """Change one label and write the caption anew: fluent, and wrong in one thing."""
-    ways = _ways(labels, rng)
-    name, right, values, change = ways[int(rng.integers(len(ways)))]
-    wrong = other(right, values, rng)
+    changes = _caption_changes(labels, rng)
+    name, right, values, change = changes[int(rng.integers(len(changes)))]
+    wrong = draw_other(right, values, rng)
     text = write_caption(labels._replace(**change(wrong)))
     return None if text is None else Corruption(text, name, _reason(name, wrong, right))
 
 
-class Way(NamedTuple):
+class CaptionChange(NamedTuple):
     """An attribute that a caption names, its value, all its values, and the labels of another."""
 
     name: str
@@ -118,34 +118,41 @@ class Way(NamedTuple):
     change: Callable[[str], dict[str, Any]]
 
 
-def _ways(labels: Labels, rng: Rng) -> list[Way]:
+def _caption_changes(labels: Labels, rng: Rng) -> list[CaptionChange]:
     if labels.melody:
         old, notes = labels.melody, tuple(DIGIT_WORDS[n] for n in NOTES)
         return [
-            Way("melody", old.direction, DIRECTIONS,
+            CaptionChange("melody", old.direction, DIRECTIONS,
                 lambda new: {"melody": old._replace(direction=cast(Direction, new))}),
-            Way("notes", DIGIT_WORDS[old.notes], notes,
+            CaptionChange("notes", DIGIT_WORDS[old.notes], notes,
                 lambda new: {"melody": old._replace(notes=DIGIT_WORDS.index(new))}),
         ]  # fmt: skip
     if not labels.digits:
-        return [Way("sound", str(labels.sound), tuple(SOUNDS), lambda new: {"sound": new})]
+        return [
+            CaptionChange("sound", str(labels.sound), tuple(SOUNDS), lambda new: {"sound": new})
+        ]
     digits, place = labels.digits, int(rng.integers(len(labels.digits)))
-    ways = [
-        Way("text", DIGIT_WORDS[digits[place]], DIGIT_WORDS,
+    changes = [
+        CaptionChange("text", DIGIT_WORDS[digits[place]], DIGIT_WORDS,
             lambda new: {
                 "digits": (*digits[:place], DIGIT_WORDS.index(new), *digits[place + 1 :])
             }),
-        Way("accent", str(labels.accents[0]), ACCENT_NAMES,
+        CaptionChange("accent", str(labels.accents[0]), ACCENT_NAMES,
             lambda new: {"accents": _of_first(labels, labels.accents, new)}),
-        Way("gender", labels.genders[0], ("man", "woman"),
+        CaptionChange("gender", labels.genders[0], ("man", "woman"),
             lambda new: {"genders": _of_first(labels, labels.genders, new)}),
-        Way("loudness", str(labels.loudness), tuple(LEVELS), lambda new: {"loudness": new}),
+        CaptionChange("loudness", str(labels.loudness), tuple(LEVELS),
+            lambda new: {"loudness": new}),
     ]  # fmt: skip
     if labels.speed:
-        ways.append(Way("speed", labels.speed, tuple(SPEEDS), lambda new: {"speed": new}))
+        changes.append(
+            CaptionChange("speed", labels.speed, tuple(SPEEDS), lambda new: {"speed": new})
+        )
     if labels.sound:
-        ways.append(Way("sound", labels.sound, BACKGROUNDS, lambda new: {"sound": new}))
-    return ways
+        changes.append(
+            CaptionChange("sound", labels.sound, BACKGROUNDS, lambda new: {"sound": new})
+        )
+    return changes
 
 
 def _of_first(labels: Labels, values: Sequence[str | None], new: str) -> tuple[str | None, ...]:
@@ -158,7 +165,7 @@ def pairs(examples: Examples, seed: int = 0) -> Iterator[Pair]:
     """Yield the examples that have something to get wrong, each with its corruption."""
     for index in range(len(examples)):
         example = examples[index]
-        made = corrupt(example, seed)
+        made = corrupt_example(example, seed)
         if made is not None:
             yield Pair(example, made)
 
@@ -191,5 +198,5 @@ def write_preferences(
         soundfile.write(path, pair.example.audio, RATE, subtype="FLOAT")
         row = example_row(pair.example, path.absolute()) | {"split": split}
         row["audio_id"] = f"{pair.example.audio_id}-p{number}"
-        rows.append(pair_of(row, pair.corruption, SOURCE))
+        rows.append(preference_row(row, pair.corruption, SOURCE))
     return write_rows(folder / f"{split}-preferences.{form}", rows)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from diffa.data.augment import Augment
-from diffa.data.cache import FeatureCache, identity, layers_read
+from diffa.data.cache import FeatureCache, encoder_fingerprint, layers_used_by
 from diffa.data.collate import Collate
 from diffa.data.mixture import Mixture
 from diffa.data.rows import (
@@ -180,8 +180,8 @@ def feature_cache(model: Model, stage: Stage, setting: Setting) -> FeatureCache 
     source = model.encoder.out
     return FeatureCache(
         setting.out / chosen.folder,
-        identity(str(model.spec.parts()["encoder"].options), model.encoder),
-        layers_read(model.adapters.values(), source),
+        encoder_fingerprint(str(model.spec.parts()["encoder"].options), model.encoder),
+        layers_used_by(model.adapters.values(), source),
         source.layers + 1,
         dtype=chosen.dtype,
         gigabytes=chosen.gigabytes,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from diffa.errors import DiffaError, SpecError
-from diffa.nano.demo import describe, recordings
+from diffa.nano.demo import describe_model, recordings
 from diffa.runtime.threads import ComputeThread
 from diffa.ui import html as drawing
 from diffa.ui import sampler_options
@@ -67,7 +67,7 @@ def page(model: Model, name: str) -> gr.Blocks:
     spec, decoding = model.spec, model.backbone.decoding
     known = list(sampler_options.named(spec))
     with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
-        gr.Markdown(f"# diffa\nAsk about a recording. Model **{name}**: {describe(model)}.")
+        gr.Markdown(f"# diffa\nAsk about a recording. Model **{name}**: {describe_model(model)}.")
         status = gr.HTML(elem_id="status")
         with gr.Row():
             with gr.Column():

@@ -5,7 +5,7 @@ import torch
 
 from diffa.adapters.conv import Conv
 from diffa.adapters.linear import Linear
-from diffa.data.cache import layers_read
+from diffa.data.cache import layers_used_by
 from diffa.errors import SpecError
 from diffa.testing import AdapterSuite
 from diffa.types import Features, FeatureSpec
@@ -44,8 +44,8 @@ def test_all_weight_on_the_last_state_is_reading_the_last_state(part):
 
 @pytest.mark.parametrize("part", [Conv, Linear])
 def test_a_feature_cache_keeps_every_layer_that_is_mixed(part):
-    assert layers_read([part(SOURCE, 8)], SOURCE) == (3,)
-    assert layers_read([part(SOURCE, 8, mix_layers=True)], SOURCE) == (0, 1, 2, 3)
+    assert layers_used_by([part(SOURCE, 8)], SOURCE) == (3,)
+    assert layers_used_by([part(SOURCE, 8, mix_layers=True)], SOURCE) == (0, 1, 2, 3)
 
 
 def test_published_weights_have_no_mixture():

@@ -18,8 +18,8 @@ from torch import nn
 from diffa.adapters.conv import Conv
 from diffa.adapters.qformer import QFormer
 from diffa.chat import Chat
-from diffa.data.augment import Augment, faster
-from diffa.data.cache import FeatureCache, identity, layers_read
+from diffa.data.augment import Augment, change_speed
+from diffa.data.cache import FeatureCache, encoder_fingerprint, layers_used_by
 from diffa.data.collate import Collate
 from diffa.data.manifest import Manifest
 from diffa.data.mixture import Mixture
@@ -30,7 +30,7 @@ from diffa.data.rows import (
     TrainingDataset,
     TrainingRow,
 )
-from diffa.data.samples import DataError, Sample, seed_of
+from diffa.data.samples import DataError, Sample, derive_seed
 from diffa.encoders.tiny import Tiny
 from diffa.errors import SpecError
 from diffa.types import Features, FeatureSpec, Vocab
@@ -417,7 +417,7 @@ def test_curricula_see_the_progress_of_the_stage(chat: Chat) -> None:
 
 
 def test_seeds_depend_on_every_part() -> None:
-    seeds = {seed_of(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
+    seeds = {derive_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
     assert len(seeds) == 125
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -459,7 +459,7 @@ def test_augmentation_leaves_the_global_generator_alone() -> None:
 
 
 def test_speed_changes_length_and_pitch() -> None:
-    quick = faster(wave(0.5), 16000, 1.25)
+    quick = change_speed(wave(0.5), 16000, 1.25)
     assert len(quick) == pytest.approx(0.4 * 16000, abs=2)
     spectrum = torch.fft.rfft(quick).abs()
     assert spectrum.argmax() * 16000 / len(quick) == pytest.approx(550, abs=5)
@@ -515,7 +515,7 @@ def padded(*seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cache(folder: Path, spy: Spy, **options: Any) -> FeatureCache:
-    return FeatureCache(folder, identity("tiny", spy.encoder), [1, 2], 3, **options)
+    return FeatureCache(folder, encoder_fingerprint("tiny", spy.encoder), [1, 2], 3, **options)
 
 
 def test_a_recording_meets_the_encoder_once(tmp_path: Path) -> None:
@@ -553,7 +553,7 @@ def test_other_weights_or_other_layers_never_find_old_features(tmp_path: Path) -
     spy = Spy()
     audio, _ = padded(0.3)
     keys = {cache(tmp_path, spy).key(audio[0])}
-    keys.add(FeatureCache(tmp_path, identity("tiny", spy.encoder), [2], 3).key(audio[0]))
+    keys.add(FeatureCache(tmp_path, encoder_fingerprint("tiny", spy.encoder), [2], 3).key(audio[0]))
     keys.add(cache(tmp_path, spy, dtype="float32").key(audio[0]))
     with torch.no_grad():
         next(spy.encoder.parameters()).add_(1e-3)
@@ -592,8 +592,8 @@ def test_an_unwritable_cache_is_no_error(tmp_path: Path) -> None:
 def test_layers_that_adapters_read_are_found() -> None:
     source = FeatureSpec(width=16, layers=4, rate=50.0, heads=2)
     conv, qformer = Conv(source, 8), QFormer(source, 8, num_queries=4, encoder_layers=[1, 3])
-    assert layers_read([conv], source) == (4,)
-    assert layers_read([conv, qformer], source) == (1, 3, 4)
+    assert layers_used_by([conv], source) == (4,)
+    assert layers_used_by([conv, qformer], source) == (1, 3, 4)
 
 
 def test_recordings_of_a_manifest_can_be_any_format(tmp_path: Path) -> None:

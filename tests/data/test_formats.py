@@ -20,8 +20,8 @@ from diffa.data.formats import (
 from diffa.data.manifest import Manifest
 from diffa.data.messages import from_messages, to_messages
 from diffa.data.samples import DataError
-from diffa.data.statistics import table, values
-from diffa.data.validation import validate
+from diffa.data.statistics import attribute_counts, corpus_statistics
+from diffa.data.validation import validate_manifest
 from diffa.runtime.files import temporary_path
 
 
@@ -75,7 +75,7 @@ def test_audio_below_the_manifest_moves_with_it(tmp_path: Path) -> None:
         == "audio/0.wav"
     )
     assert len(Manifest(tmp_path / "there" / "a.json")) == 1  # what training reads
-    assert validate(tmp_path / "there" / "a.json").faults == []
+    assert validate_manifest(tmp_path / "there" / "a.json").faults == []
 
 
 def test_messages_are_what_other_trainers_read(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_manifest_is_judged_row_by_row(tmp_path: Path) -> None:
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    report = validate(path)
+    report = validate_manifest(path)
     assert report.rows == 9
     assert {fault.row: fault.reason.partition(" ")[0] for fault in report.faults} == {
         2: "has", 3: "audio", 4: "repeats", 7: "has", 9: "has",
@@ -181,30 +181,30 @@ def test_a_shared_id_is_warned_of_and_an_empty_file_refused(tmp_path: Path) -> N
     path = tmp_path / "a.jsonl"
     rows = [a_row(tmp_path, 0), a_row(tmp_path, 0, input="What else?")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    report = validate(path)
+    report = validate_manifest(path)
     assert report.faults == []
     (warning,) = report.warnings
     assert warning.row == 2 and "audio_id of row 1" in warning.reason
     path.write_text("\n")
     with pytest.raises(DataError, match=r"a.jsonl holds no row"):
-        validate(path)
+        validate_manifest(path)
 
 
 def test_long_recordings_are_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     soundfile.write(path, np.zeros(8000 * 31, dtype=np.float32), 8000)
     write_rows(tmp_path / "a.json", [a_row(tmp_path, audio_filepath=str(path), duration=31.0)])
-    (warning,) = validate(tmp_path / "a.json").warnings
+    (warning,) = validate_manifest(tmp_path / "a.json").warnings
     assert "31.0 s long" in warning.reason
 
 
 def test_the_table_counts_rows_clips_and_hours(tmp_path: Path) -> None:
     rows = [a_row(tmp_path, n, duration=1800.0, dataset=("a", "b")[n == 2]) for n in (0, 0, 1, 2)]
-    first, second, total = table(rows)
+    first, second, total = corpus_statistics(rows)
     assert (first.dataset, first.rows, first.clips, first.hours) == ("a", 3, 2, 1.5)
     assert (second.dataset, second.rows, total.rows, total.hours) == ("b", 1, 4, 2.0)
     assert first.attributes == ("gender", "text")
-    assert values(rows) == {"gender": {"male": 4}}
+    assert attribute_counts(rows) == {"gender": {"male": 4}}
 
 
 def test_extra_fields_are_the_only_ones_besides_the_published(tmp_path: Path) -> None:

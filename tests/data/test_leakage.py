@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from diffa.data.leakage import Leaks, duplicates, fingerprint, leaks
+from diffa.data.leakage import LeakReport, compare_splits, find_duplicates, fingerprint
 
 RATE = 16_000
 
@@ -37,13 +37,13 @@ def clips(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def kinds(found: Leaks) -> list[str]:
+def kinds(found: LeakReport) -> list[str]:
     return sorted(one.kind for one in found.shared)
 
 
 def test_splits_that_share_nothing_are_clean(clips: list[Path]) -> None:
     left, right = [row(clips[0], "a")], [row(clips[1], "b")]
-    assert leaks(left, right, near=True).shared == []
+    assert compare_splits(left, right, near=True).shared == []
 
 
 def test_the_same_samples_are_found_under_another_name_and_format(
@@ -51,7 +51,9 @@ def test_the_same_samples_are_found_under_another_name_and_format(
 ) -> None:
     wave, _ = soundfile.read(clips[0], dtype="int16")
     soundfile.write(tmp_path / "copy.flac", wave, RATE)
-    found = leaks([row(clips[1], "a"), row(clips[0], "b")], [row(tmp_path / "copy.flac", "c")])
+    found = compare_splits(
+        [row(clips[1], "a"), row(clips[0], "b")], [row(tmp_path / "copy.flac", "c")]
+    )
     assert kinds(found) == ["audio"]
     assert (found.shared[0].left, found.shared[0].right) == ((2,), (1,))
 
@@ -71,8 +73,8 @@ def test_a_copy_at_another_level_rate_or_coding_sounds_the_same(
     else:
         soundfile.write(path, wave * (0.3 if change == "level" else 1), RATE)
     left, right = [row(clips[0], "a")], [row(path, "b")]
-    assert kinds(leaks(left, right)) == []
-    assert kinds(leaks(left, right, near=True)) == ["sound"]
+    assert kinds(compare_splits(left, right)) == []
+    assert kinds(compare_splits(left, right, near=True)) == ["sound"]
 
 
 def test_fingerprints_tell_recordings_apart(clips: list[Path]) -> None:
@@ -85,23 +87,23 @@ def test_speakers_and_texts_are_compared(clips: list[Path]) -> None:
     said = "Please call Stella, now."
     left = [row(clips[0], "a", speaker="anna", dataset="x", transcription=said)]
     right = [row(clips[1], "b", speaker="anna", dataset="x", transcription=said.upper()[:-1])]
-    assert kinds(leaks(left, right)) == ["question", "speaker", "text"]
-    assert kinds(leaks(left, [right[0] | {"dataset": "y", "input": "who?"}])) == ["text"]
+    assert kinds(compare_splits(left, right)) == ["question", "speaker", "text"]
+    assert kinds(compare_splits(left, [right[0] | {"dataset": "y", "input": "who?"}])) == ["text"]
 
 
 def test_an_id_belongs_to_its_dataset(clips: list[Path]) -> None:
     left = row(clips[0], "1_theo_0", dataset="FSDD")
-    assert kinds(leaks([left], [row(clips[1], "1_theo_0", dataset="FSDD")])) == ["id"]
-    assert kinds(leaks([left], [row(clips[1], "1_theo_0", dataset="other")])) == []
+    assert kinds(compare_splits([left], [row(clips[1], "1_theo_0", dataset="FSDD")])) == ["id"]
+    assert kinds(compare_splits([left], [row(clips[1], "1_theo_0", dataset="other")])) == []
 
 
 def test_a_few_words_are_no_shared_text(clips: list[Path]) -> None:
     left, right = (row(clips[n], str(n), transcription="yes") for n in (0, 1))
-    assert leaks([left], [right]).shared == []
+    assert compare_splits([left], [right]).shared == []
 
 
 def test_what_cannot_be_compared_is_said(clips: list[Path], tmp_path: Path) -> None:
-    found = leaks([row(clips[0], "a")], [row(tmp_path / "gone.wav", "b")])
+    found = compare_splits([row(clips[0], "a")], [row(tmp_path / "gone.wav", "b")])
     assert any("speakers were not compared" in note for note in found.notes)
     assert any("gone.wav" in note for note in found.notes)
 
@@ -117,5 +119,5 @@ def test_one_split_is_searched_for_what_it_holds_twice(clips: list[Path], tmp_pa
         row(clips[2], "a"),
         row(clips[0], "d"),
     ]
-    found = {one.kind: (one.left, one.right) for one in duplicates(rows).shared}
+    found = {one.kind: (one.left, one.right) for one in find_duplicates(rows).shared}
     assert found == {"id": ((1,), (5,)), "question": ((1,), (6,)), "audio": ((1,), (4, 6))}

@@ -14,7 +14,7 @@ from diffa.errors import SpecError
 from diffa.evaluation.items import EvaluationError
 from diffa.evaluation.judge import OPEN, REFERENCED, Judge, judge_messages
 from diffa.evaluation.judge_file import judge_file
-from diffa.llm.client import Endpoint
+from diffa.llm.client import ChatClient
 
 INSTRUCTION = "punctuation:no_comma"
 
@@ -37,7 +37,7 @@ def answers(tmp_path: Path) -> Path:
 
 
 def judge(server: ChatServer, folder: Path, **options: Any) -> Judge:
-    return Judge(Endpoint(server.url, "judge", wait=0.01, **options), folder / "kept")
+    return Judge(ChatClient(server.url, "judge", wait=0.01, **options), folder / "kept")
 
 
 def test_three_samples_are_asked_for_as_officially(server, answers, tmp_path):

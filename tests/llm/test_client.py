@@ -15,14 +15,14 @@ import pytest
 from helpers.chat_server import ChatServer, completion
 
 from diffa.errors import SpecError
-from diffa.llm.cache import Replies
-from diffa.llm.client import Choice, Endpoint, NoReply, Refused
+from diffa.llm.cache import ReplyCache
+from diffa.llm.client import ChatClient, ChatError, ChatReply, RequestRefused
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
 
 
-def endpoint(server: ChatServer, **options: Any) -> Endpoint:
-    return Endpoint(server.url, "qwen", **{"wait": 0.01, "key": ""} | options)
+def endpoint(server: ChatServer, **options: Any) -> ChatClient:
+    return ChatClient(server.url, "qwen", **{"wait": 0.01, "key": ""} | options)
 
 
 def failing(times: int, status: int, **headers: str) -> Any:
@@ -38,8 +38,8 @@ def failing(times: int, status: int, **headers: str) -> Any:
 
 def test_the_request_carries_model_messages_settings_and_key() -> None:
     with ChatServer(lambda body: " yes\n") as server:
-        asked = endpoint(server, key="secret\n").ask(QUESTION, {"temperature": 0.3, "n": 2})
-    assert asked == [Choice("yes", "stop")] * 2
+        asked = endpoint(server, key="secret\n").complete(QUESTION, {"temperature": 0.3, "n": 2})
+    assert asked == [ChatReply("yes", "stop")] * 2
     assert server.asked == [{"model": "qwen", "messages": QUESTION, "temperature": 0.3, "n": 2}]
     assert server.keys == ["Bearer secret"]
 
@@ -48,47 +48,49 @@ def test_the_key_is_the_environments_unless_one_is_given(monkeypatch: pytest.Mon
     monkeypatch.setenv("OPENAI_API_KEY", "mine")
     with ChatServer(lambda body: "yes") as server:
         for options in ({"key": None}, {"key": "other"}, {"key": ""}):
-            endpoint(server, **options).ask(QUESTION)
+            endpoint(server, **options).complete(QUESTION)
     assert server.keys == ["Bearer mine", "Bearer other", None]
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
 def test_what_passes_is_tried_again(status: int) -> None:
     with ChatServer(failing(2, status)) as server:
-        assert endpoint(server).ask(QUESTION) == [Choice("at last", "stop")]
+        assert endpoint(server).complete(QUESTION) == [ChatReply("at last", "stop")]
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize(("status", "everything"), [(400, False), (422, False), (401, True),
+@pytest.mark.parametrize(("status", "fatal"), [(400, False), (422, False), (401, True),
                                                     (403, True), (404, True),
                                                     (405, True)])  # fmt: skip
-def test_what_is_refused_is_not_tried_again(status: int, everything: bool) -> None:
+def test_what_is_refused_is_not_tried_again(status: int, fatal: bool) -> None:
     refusal = (status, {}, json.dumps({"error": {"message": "not\nlike this"}}))
     with (
         ChatServer(lambda body: refusal) as server,
-        pytest.raises(Refused, match=r"http.*refuses model 'qwen': 4.*: not like this") as refused,
+        pytest.raises(
+            RequestRefused, match=r"http.*refuses model 'qwen': 4.*: not like this"
+        ) as refused,
     ):
-        endpoint(server).ask(QUESTION)
+        endpoint(server).complete(QUESTION)
     assert len(server.asked) == 1
-    assert refused.value.everything == everything == ("OPENAI_API_KEY" in str(refused.value))
+    assert refused.value.fatal == fatal == ("OPENAI_API_KEY" in str(refused.value))
 
 
-@pytest.mark.parametrize("told", ["nonsense", "{}", '{"choices": []}', '"text"', "[1]"])
-def test_what_is_no_completion_is_tried_again_and_then_told(told: str) -> None:
+@pytest.mark.parametrize("reason", ["nonsense", "{}", '{"choices": []}', '"text"', "[1]"])
+def test_what_is_no_completion_is_tried_again_and_then_told(reason: str) -> None:
     with (
-        ChatServer(lambda body: (200, {}, told)) as server,
-        pytest.raises(NoReply, match="no answer in 3 attempts"),
+        ChatServer(lambda body: (200, {}, reason)) as server,
+        pytest.raises(ChatError, match="no answer in 3 attempts"),
     ):
-        endpoint(server, attempts=3).ask(QUESTION)
+        endpoint(server, attempts=3).complete(QUESTION)
     assert len(server.asked) == 3
 
 
 def test_nobody_there_is_said_with_what_to_do() -> None:
     with ChatServer(lambda body: "") as server:
         pass
-    with pytest.raises(NoReply, match="Is it running") as told:
-        endpoint(server, attempts=2).ask(QUESTION)
-    assert server.url in str(told.value)
+    with pytest.raises(ChatError, match="Is it running") as reason:
+        endpoint(server, attempts=2).complete(QUESTION)
+    assert server.url in str(reason.value)
 
 
 def test_an_answer_that_breaks_off_or_does_not_come_is_no_reply() -> None:
@@ -96,20 +98,20 @@ def test_an_answer_that_breaks_off_or_does_not_come_is_no_reply() -> None:
     broken = (200, {"Transfer-Encoding": "chunked"}, "no chunk")
     with (
         ChatServer(lambda body: broken) as server,
-        pytest.raises(NoReply, match=r"in 2 attempts.*IncompleteRead"),
+        pytest.raises(ChatError, match=r"in 2 attempts.*IncompleteRead"),
     ):
-        endpoint(server, attempts=2).ask(QUESTION)
+        endpoint(server, attempts=2).complete(QUESTION)
     with (
         ChatServer(lambda body: str(done.wait(2))) as server,
-        pytest.raises(NoReply, match="timed out"),
+        pytest.raises(ChatError, match="timed out"),
     ):
-        endpoint(server, attempts=1, timeout=0.05).ask(QUESTION)
+        endpoint(server, attempts=1, timeout=0.05).complete(QUESTION)
     done.set()
 
 
 def test_silence_is_a_reply() -> None:
     with ChatServer(lambda body: (200, {}, completion(None, reason="length"))) as server:
-        assert endpoint(server).ask(QUESTION) == [Choice("", "length")]
+        assert endpoint(server).complete(QUESTION) == [ChatReply("", "length")]
 
 
 class Waits(threading.Event):
@@ -128,7 +130,7 @@ def waited(answer: Any) -> list[float]:
     """Seconds before each further attempt, of an endpoint that begins with one second."""
     waits = Waits()
     with ChatServer(answer) as server:
-        endpoint(server, wait=1.0).ask(QUESTION, over=waits)
+        endpoint(server, wait=1.0).complete(QUESTION, cancel=waits)
     return waits.seconds
 
 
@@ -137,16 +139,16 @@ def test_each_wait_is_twice_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("reason", "seconds"),
     [("7", 7), ("0.5", 1), ("9999", 60), ("soon", 1), ("nan", 1), ("inf", 1), ("-3", 1)],
 )
-def test_a_server_says_how_long_to_wait(told: str, seconds: float) -> None:
-    assert waited(failing(1, 429, **{"Retry-After": told})) == [seconds]
+def test_a_server_says_how_long_to_wait(reason: str, seconds: float) -> None:
+    assert waited(failing(1, 429, **{"Retry-After": reason})) == [seconds]
 
 
 def test_only_the_last_fault_says_how_long_to_wait() -> None:
-    told = iter([(429, {"Retry-After": "7"}, ""), (200, {}, "nonsense"), "at last"])
-    assert waited(lambda body: next(told)) == [7, 2]
+    reason = iter([(429, {"Retry-After": "7"}, ""), (200, {}, "nonsense"), "at last"])
+    assert waited(lambda body: next(reason)) == [7, 2]
 
 
 def test_a_server_says_until_when_to_wait() -> None:
@@ -164,28 +166,28 @@ def test_requests_of_all_threads_keep_to_a_rate() -> None:
 
     with ChatServer(answer) as server, ThreadPoolExecutor(4) as pool:
         asked = endpoint(server, per_minute=1200)
-        list(pool.map(lambda _: asked.ask(QUESTION), range(5)))
+        list(pool.map(lambda _: asked.complete(QUESTION), range(5)))
     assert begun[-1] - begun[0] >= 3.5 * 0.05  # 4 gaps, less the server's own delay
 
 
 def test_once_it_is_over_nothing_waits_or_is_sent() -> None:
-    over = threading.Event()
+    cancel = threading.Event()
 
     def answer(body: dict[str, Any]) -> Any:
-        over.set()
+        cancel.set()
         return 503, {"Retry-After": "50"}, ""
 
     with ChatServer(answer) as server:
         begin, asked = time.monotonic(), endpoint(server, per_minute=1)
-        assert asked.ask(QUESTION, over=over) == []
-        assert asked.ask(QUESTION, over=over) == []
+        assert asked.complete(QUESTION, cancel=cancel) == []
+        assert asked.complete(QUESTION, cancel=cancel) == []
     assert len(server.asked) == 1 and time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("given", ["v1", "v1/", "v1/chat/completions"])
 def test_addresses_may_end_in_several_ways(given: str) -> None:
     with ChatServer(lambda body: "yes") as server:
-        Endpoint(f"{server.url.removesuffix('v1')}{given}", "m", key="").ask(QUESTION)
+        ChatClient(f"{server.url.removesuffix('v1')}{given}", "m", key="").complete(QUESTION)
     assert len(server.asked) == 1
 
 
@@ -199,61 +201,61 @@ def test_addresses_may_end_in_several_ways(given: str) -> None:
 )
 def test_wrong_options_are_refused(url: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        Endpoint(url, "m", **options)
+        ChatClient(url, "m", **options)
 
 
 def test_a_key_that_no_header_may_have_is_refused_and_not_shown() -> None:
     for key in ("secret\nkey", "sécret"):
         with pytest.raises(SpecError, match="has a character that no header may have") as refused:
-            Endpoint("http://localhost", "m", key=key)
+            ChatClient("http://localhost", "m", key=key)
         assert "cret" not in str(refused.value)
 
 
 def test_a_fault_whose_text_never_comes_is_told_without_it() -> None:
-    over = threading.Event()
+    cancel = threading.Event()
 
     def serve(held: socket.socket) -> None:
         connection, _ = held.accept()
         with connection:
             connection.recv(65536)
             connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\n")
-            over.wait(60)
+            cancel.wait(60)
 
     with socket.create_server(("127.0.0.1", 0)) as held:
         threading.Thread(target=serve, args=(held,)).start()
         url = f"http://127.0.0.1:{held.getsockname()[1]}/v1"
-        with pytest.raises(Refused, match="400 Bad Request"):
-            Endpoint(url, "m", key="", timeout=0.5).ask(QUESTION)
-        over.set()
+        with pytest.raises(RequestRefused, match="400 Bad Request"):
+            ChatClient(url, "m", key="", timeout=0.5).complete(QUESTION)
+        cancel.set()
 
 
 def test_a_reply_is_found_by_all_that_decided_it(tmp_path: Path) -> None:
-    kept = Replies(tmp_path / "kept")
-    assert kept.find(["m", QUESTION]) is None
-    kept.keep(["m", QUESTION], {"text": "größer"})
-    assert Replies(tmp_path / "kept").find(["m", QUESTION]) == {"text": "größer"}
-    assert kept.find(["n", QUESTION]) is None
-    kept.keep({"model": "m", "n": 2}, {"text": "in any order"})
-    assert kept.find({"n": 2, "model": "m"}) == {"text": "in any order"}
+    kept = ReplyCache(tmp_path / "kept")
+    assert kept.get(["m", QUESTION]) is None
+    kept.put(["m", QUESTION], {"text": "größer"})
+    assert ReplyCache(tmp_path / "kept").get(["m", QUESTION]) == {"text": "größer"}
+    assert kept.get(["n", QUESTION]) is None
+    kept.put({"model": "m", "n": 2}, {"text": "in any order"})
+    assert kept.get({"n": 2, "model": "m"}) == {"text": "in any order"}
 
 
 def test_a_reply_that_is_not_whole_is_none(tmp_path: Path) -> None:
-    kept = Replies(tmp_path)
-    kept.keep("question", {"text": "answer"})
+    kept = ReplyCache(tmp_path)
+    kept.put("question", {"text": "answer"})
     (file,) = tmp_path.rglob("*.json")
     file.write_text('{"text": "ans')
-    assert kept.find("question") is None
+    assert kept.get("question") is None
 
 
 def test_threads_that_keep_the_same_reply_do_not_meet(tmp_path: Path) -> None:
-    kept = Replies(tmp_path)
+    kept = ReplyCache(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: kept.keep("question", {"text": "answer"}), range(200)))
-    assert kept.find("question") == {"text": "answer"}
+        list(pool.map(lambda _: kept.put("question", {"text": "answer"}), range(200)))
+    assert kept.get("question") == {"text": "answer"}
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
 def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "kept.jsonl").touch()
     with pytest.raises(SpecError, match=r"kept\.jsonl is a file"):
-        Replies(tmp_path / "kept.jsonl")
+        ReplyCache(tmp_path / "kept.jsonl")

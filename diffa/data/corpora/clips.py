@@ -46,11 +46,11 @@ class Clip(NamedTuple):
     labels: Mapping[str, str] = {}
 
 
-Reader = Callable[[Path, list[str]], Iterator[Clip]]
+ClipReader = Callable[[Path, list[str]], Iterator[Clip]]
 """Yields the clips below a folder and appends what is wrong with it to the list."""
 
 
-def known(labels: Mapping[str, str]) -> dict[str, str]:
+def clean_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """Leave out labels that say nothing; genders are written alike everywhere."""
     kept = {name: value.strip() for name, value in labels.items() if value and value.strip()}
     if "gender" in kept:
@@ -63,13 +63,13 @@ def subfolder(root: Path, name: str) -> Path:
     return root / name if (root / name).is_dir() else root
 
 
-def beside(root: Path, name: str) -> Path | None:
+def find_file(root: Path, name: str) -> Path | None:
     """Find a file that a corpus keeps at its top: in ``root``, one below it, or one above it."""
     below = sorted(root.glob(f"*/{name}"))
     return next((p for p in (root / name, *below, root.parent / name) if p.is_file()), None)
 
 
-def text_of(path: Path) -> str:
+def read_table(path: Path) -> str:
     """Return the text of a transcript or table; bytes that are not UTF-8 are read as Latin-1."""
     data = path.read_bytes()
     try:

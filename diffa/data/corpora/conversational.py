@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffa.data.corpora.clips import Clip, beside, known, subfolder, text_of
+from diffa.data.corpora.clips import Clip, clean_labels, find_file, read_table, subfolder
 
 EMOTIONS = {
     "neu": "neutral",
@@ -48,7 +48,7 @@ def iemocap(root: Path, problems: list[str]) -> Iterator[Clip]:
 def _iemocap_clip(path: Path, session: str, said: str, emotion: str) -> Clip:
     """Ses01F_impro01_M003: session 1, whose speaker of this turn is its man."""
     gender = path.stem.rpartition("_")[2][:1]
-    labels = known({"gender": gender, "emotion": EMOTIONS.get(emotion, "")})
+    labels = clean_labels({"gender": gender, "emotion": EMOTIONS.get(emotion, "")})
     return Clip(path, path.stem, "IEMOCAP", said, f"{path.stem[:5]}{gender}", session, labels)
 
 
@@ -56,7 +56,7 @@ def _iemocap_said(table: Path, problems: list[str]) -> dict[str, str]:
     if not table.is_file():
         problems.append(f"{table} is missing")
         return {}
-    found = (_SAID.match(line) for line in text_of(table).splitlines())
+    found = (_SAID.match(line) for line in read_table(table).splitlines())
     return {match[1]: match[2].strip() for match in found if match}
 
 
@@ -64,23 +64,25 @@ def _iemocap_felt(table: Path, problems: list[str]) -> dict[str, str]:
     if not table.is_file():
         problems.append(f"{table} is missing")
         return {}
-    return dict(_RATED.findall(text_of(table)))
+    return dict(_RATED.findall(read_table(table)))
 
 
 def dailytalk(root: Path, problems: list[str]) -> Iterator[Clip]:
     """``data/DIALOG/TURN_SPEAKER_dDIALOG.wav`` beside ``.txt``, and metadata.json."""
     dialogs = _dailytalk_table(root, problems)
-    folder = subfolder(next((p.parent for p in [beside(root, "metadata.json")] if p), root), "data")
+    folder = subfolder(
+        next((p.parent for p in [find_file(root, "metadata.json")] if p), root), "data"
+    )
     for path in sorted(folder.glob("*/*_d*.wav")):
         turn, speaker, dialog = path.stem.split("_")[:3]
         about = dialogs.get(dialog.removeprefix("d"), {}).get(turn, {})
         beside_it = path.with_suffix(".txt")
-        said = text_of(beside_it).strip() if beside_it.is_file() else str(about.get("text", ""))
+        said = read_table(beside_it).strip() if beside_it.is_file() else str(about.get("text", ""))
         if not said:
             problems.append(f"{path} has no transcript")
             continue
         emotion = str(about.get("emotion", ""))
-        labels = known(
+        labels = clean_labels(
             {
                 "emotion": "neutral" if emotion == "no emotion" else emotion,
                 "intent": str(about.get("act", "")),
@@ -90,12 +92,12 @@ def dailytalk(root: Path, problems: list[str]) -> Iterator[Clip]:
 
 
 def _dailytalk_table(root: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
-    table = beside(root, "metadata.json")
+    table = find_file(root, "metadata.json")
     if table is None:
         problems.append(f"{root} has no metadata.json: emotions and intents are unknown")
         return {}
     try:
-        found = json.loads(text_of(table))
+        found = json.loads(read_table(table))
     except json.JSONDecodeError as error:
         problems.append(f"{table} is broken JSON ({error}): emotions and intents are unknown")
         return {}
@@ -104,7 +106,7 @@ def _dailytalk_table(root: Path, problems: list[str]) -> dict[str, dict[str, Any
 
 def voxceleb1(root: Path, problems: list[str]) -> Iterator[Clip]:
     """``[vox1_dev_wav/]wav/id10001/VIDEO/00001.wav`` and vox1_meta.csv; no transcripts."""
-    table = beside(root, "vox1_meta.csv")
+    table = find_file(root, "vox1_meta.csv")
     if table is None:
         problems.append(f"{root} has no vox1_meta.csv: genders, nationalities and parts unknown")
     people = _voxceleb_people(table) if table else {}
@@ -112,12 +114,14 @@ def voxceleb1(root: Path, problems: list[str]) -> Iterator[Clip]:
         speaker, video = path.parents[1].name, path.parent.name
         about = people.get(speaker, {})
         # a nationality is the nearest thing to an accent that the corpus has
-        labels = known({"gender": about.get("Gender", ""), "accent": about.get("Nationality", "")})
+        labels = clean_labels(
+            {"gender": about.get("Gender", ""), "accent": about.get("Nationality", "")}
+        )
         name, part = f"{speaker}-{video}-{path.stem}", about.get("Set", "")
         yield Clip(path, name, "VoxCeleb1", "", speaker, part, labels)
 
 
 def _voxceleb_people(table: Path) -> dict[str, dict[str, str]]:
-    rows = csv.DictReader(text_of(table).splitlines(), delimiter="\t")
+    rows = csv.DictReader(read_table(table).splitlines(), delimiter="\t")
     clean = ({k.strip(): (v or "").strip() for k, v in row.items() if k} for row in rows)
     return {row.get("VoxCeleb1 ID", ""): row for row in clean}

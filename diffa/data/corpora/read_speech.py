@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffa.data.corpora.clips import Clip, beside, known, subfolder, text_of
+from diffa.data.corpora.clips import Clip, clean_labels, find_file, read_table, subfolder
 from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS, TEST_INDICES
 
 
@@ -14,21 +14,21 @@ def librispeech(root: Path, problems: list[str]) -> Iterator[Clip]:
     """``SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac`` beside ``*.trans.txt`` (SLR12)."""
     speakers = _librispeech_speakers(root)
     for table in sorted(root.rglob("*-*.trans.txt")):
-        lines = [line.partition(" ") for line in text_of(table).splitlines() if line.strip()]
+        lines = [line.partition(" ") for line in read_table(table).splitlines() if line.strip()]
         said = {name: text.strip() for name, _, text in lines}
         found = {path.stem: path for path in sorted(table.parent.glob("*.flac"))}
         problems += [f"{table}: there is no recording {name}" for name in said if name not in found]
         problems += [f"{found[name]} has no transcript" for name in found if name not in said]
         speaker, subset = table.parent.parent.name, table.parents[2].name
         for name in sorted(found.keys() & said.keys()):
-            labels = known({"gender": speakers.get(speaker, "")})
+            labels = clean_labels({"gender": speakers.get(speaker, "")})
             yield Clip(found[name], name, "LibriSpeech", said[name], speaker, subset, labels)
 
 
 def _librispeech_speakers(root: Path) -> dict[str, str]:
     """Read SPEAKERS.TXT (``ID | SEX | SUBSET | MINUTES | NAME``): gender by speaker."""
-    table = beside(root, "SPEAKERS.TXT")
-    rows = text_of(table).splitlines() if table else []
+    table = find_file(root, "SPEAKERS.TXT")
+    rows = read_table(table).splitlines() if table else []
     cells = [[cell.strip() for cell in row.split("|")] for row in rows if not row.startswith(";")]
     return {row[0]: row[1] for row in cells if len(row) > 1}
 
@@ -50,7 +50,7 @@ def vctk(root: Path, problems: list[str]) -> Iterator[Clip]:
         if not transcript.is_file():  # p315's are lost
             problems.append(f"{path} has no transcript {transcript.name}")
             continue
-        said, labels = text_of(transcript).strip(), people.get(speaker, {})
+        said, labels = read_table(transcript).strip(), people.get(speaker, {})
         yield Clip(path, name, "VCTK", said, speaker, "", labels)
 
 
@@ -62,14 +62,14 @@ def _named(root: Path, pattern: str) -> list[Path]:
 def _vctk_speakers(table: Path) -> dict[str, dict[str, str]]:
     """Read speaker-info.txt (``ID AGE GENDER ACCENTS REGION``); 0.80 writes IDs without the p."""
     people: dict[str, dict[str, str]] = {}
-    for row in text_of(table).splitlines()[1:] if table.is_file() else ():
+    for row in read_table(table).splitlines()[1:] if table.is_file() else ():
         cells = row.split()
         if len(cells) < 4:
             continue
         name = f"p{cells[0]}" if cells[0].isdigit() else cells[0]
         age = cells[1] if cells[1].isdigit() else ""
         accent = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cells[3])  # NorthernIrish
-        people[name] = known({"age": age, "gender": cells[2], "accent": accent})
+        people[name] = clean_labels({"age": age, "gender": cells[2], "accent": accent})
     return people
 
 
@@ -78,7 +78,7 @@ def accentdb(root: Path, problems: list[str]) -> Iterator[Clip]:
     top = next((path for path in _named(root, "data")), root)
     for path in sorted(top.glob("*/speaker_*/*.wav")):
         accent, speaker = path.parents[1].name, path.parent.name.removeprefix("speaker_")
-        labels = known({"accent": accent.capitalize()})
+        labels = clean_labels({"accent": accent.capitalize()})
         yield Clip(path, path.stem, "AccentDB", "", f"{accent}-{speaker}", "", labels)
 
 
@@ -90,5 +90,5 @@ def fsdd(root: Path, problems: list[str]) -> Iterator[Clip]:
             problems.append(f"{path} is not named DIGIT_SPEAKER_INDEX.wav")
             continue
         split = "test" if int(index) in TEST_INDICES else "train"
-        labels = known({"gender": "male", "accent": ACCENTS.get(speaker, "").capitalize()})
+        labels = clean_labels({"gender": "male", "accent": ACCENTS.get(speaker, "").capitalize()})
         yield Clip(path, path.stem, "FSDD", DIGIT_WORDS[int(digit)], speaker, split, labels)

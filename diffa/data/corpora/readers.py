@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from diffa.data.corpora.clips import Clip, Reader
+from diffa.data.corpora.clips import Clip, ClipReader
 from diffa.data.corpora.conversational import dailytalk, iemocap, voxceleb1
 from diffa.data.corpora.read_speech import accentdb, fsdd, librispeech, vctk
 from diffa.data.samples import DataError
@@ -18,10 +18,10 @@ class Corpus(NamedTuple):
     title: str
     labels: tuple[str, ...]
     layout: str
-    read: Reader
+    read: ClipReader
 
 
-class Found(NamedTuple):
+class CorpusClips(NamedTuple):
     """Clips of a corpus, sorted by their files' names, and what is wrong with the folder."""
 
     clips: list[Clip]
@@ -60,7 +60,7 @@ CORPORA: dict[str, Corpus] = {
 }  # fmt: skip
 
 
-def read_corpus(name: str, root: str | Path, split: str = "") -> Found:
+def read_corpus(name: str, root: str | Path, split: str = "") -> CorpusClips:
     """Read a corpus from the folder it was published as.
 
     Args:
@@ -85,9 +85,9 @@ def read_corpus(name: str, root: str | Path, split: str = "") -> Found:
             f"{CORPORA[name].layout}{reasons}"
         )
     if not split:
-        return Found(clips, problems)
+        return CorpusClips(clips, problems)
     kept = [clip for clip in clips if clip.split == split or clip.split.startswith(f"{split}-")]
     if not kept:
         parts = sorted({clip.split for clip in clips} - {""})
         raise DataError(f"{folder} has no part {split!r}{suggest(split, parts)}")
-    return Found(kept, problems)
+    return CorpusClips(kept, problems)

@@ -40,14 +40,14 @@ class Bands(NamedTuple):
     speed: tuple[float, float] = (2.8, 4.4)
 
 
-def word(value: float | None, band: tuple[float, float], words: tuple[str, str, str]) -> str:
+def band_word(value: float | None, band: tuple[float, float], words: tuple[str, str, str]) -> str:
     """Name the band that a value lies in; nothing for None."""
     if value is None:
         return ""
     return words[0] if value < band[0] else words[2] if value > band[1] else words[1]
 
 
-def describe(
+def describe_attributes(
     labels: Mapping[str, str], measures: Measures | None, text: str, bands: Bands | None = None
 ) -> dict[str, str]:
     """Put labels and measures together: attributes by name, in the order of ``ATTRIBUTES``.
@@ -58,16 +58,16 @@ def describe(
     if measures is not None:
         pitch = {"male": bands.man, "female": bands.woman}.get(labels.get("gender", ""))
         measured = {
-            "pitch": word(measures.pitch, pitch or bands.anyone, ("low", "medium", "high")),
-            "volume": word(measures.level, bands.volume, ("quiet", "normal", "loud")),
-            "speed": word(measures.rate, bands.speed, ("slow", "normal", "fast")),
+            "pitch": band_word(measures.pitch, pitch or bands.anyone, ("low", "medium", "high")),
+            "volume": band_word(measures.level, bands.volume, ("quiet", "normal", "loud")),
+            "speed": band_word(measures.rate, bands.speed, ("slow", "normal", "fast")),
             "duration": f"{measures.duration:.1f} seconds",
         }
         given = {**measured, **{name: value for name, value in given.items() if value}}
     return {name: given[name] for name in ATTRIBUTES if given.get(name)}
 
 
-def seed_line(attributes: Mapping[str, str], seconds: float) -> str:
+def seed_transcript(attributes: Mapping[str, str], seconds: float) -> str:
     """Write ``[00:00-00:03] words (Gender: female, ...)``: what answers are written from.
 
     The form of the published ``seed_transcript``; the end is rounded up to a whole second.

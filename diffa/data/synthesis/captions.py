@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from diffa.data.samples import Fault
+from diffa.data.samples import Fault, ManifestRow
 from diffa.data.synthesis.writers import Conversation, Writer, conversation, write_all
 
-Row = dict[str, Any]
-
-LISTENER = (
+CAPTION_PROMPT = (
     "You answer questions about short recordings. Instead of the sound you are given notes on it: "
     "the time, what is said, and in brackets how it sounds. Answer as somebody who has listened "
     "to the recording, in fluent sentences. Say what the notes support and nothing beyond them. "
     "Never mention the notes, time stamps or brackets."
 )
-EDITOR = (
+REWRITE_PROMPT = (
     "You rewrite answers in your own words. Keep every fact, add none, and keep about the length. "
     "Reply with the new answer alone."
 )
 
-_BEHIND_THE_CURTAIN = (
+_FORBIDDEN = (
     (re.compile(r"\[\d\d:\d\d"), "repeats a time stamp"),
     (re.compile(r"\b(?:the|these|your|provided|given) (?:notes|description|metadata)\b", re.I),
      "speaks of its notes"),
@@ -34,35 +31,35 @@ _BEHIND_THE_CURTAIN = (
 )  # fmt: skip
 
 
-def caption_turns(row: Row, question: str) -> Conversation:
+def caption_turns(row: ManifestRow, question: str) -> Conversation:
     """Ask a language model what a recording sounds like, given its bracketed line."""
-    return conversation(f"Notes: {row['seed_transcript']}\n\nQuestion: {question}", LISTENER)
+    return conversation(f"Notes: {row['seed_transcript']}\n\nQuestion: {question}", CAPTION_PROMPT)
 
 
-def rewrite_turns(row: Row) -> Conversation:
+def rewrite_turns(row: ManifestRow) -> Conversation:
     """Ask a language model for a row's answer in its own words."""
-    return conversation(f"Question: {row['input']}\nAnswer: {row['target']}", EDITOR)
+    return conversation(f"Question: {row['input']}\nAnswer: {row['target']}", REWRITE_PROMPT)
 
 
-def tidy(text: str) -> str:
+def strip_thinking(text: str) -> str:
     """Cut off what reasoning models think before they answer."""
     return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
 
 
-def unfit(text: str) -> str:
+def answer_fault(text: str) -> str:
     """Return why an answer cannot be one of somebody who listened; nothing where it can."""
     if not text.strip():
         return "is empty"
-    return next((reason for pattern, reason in _BEHIND_THE_CURTAIN if pattern.search(text)), "")
+    return next((reason for pattern, reason in _FORBIDDEN if pattern.search(text)), "")
 
 
 def answer_rows(
-    rows: Sequence[Row],
+    rows: Sequence[ManifestRow],
     writer: Writer,
-    turns: Callable[[Row], Conversation],
+    turns: Callable[[ManifestRow], Conversation],
     faults: list[Fault],
     needs: Sequence[str] = (),
-) -> list[Row]:
+) -> list[ManifestRow]:
     """Return rows with the writer's answers; rows without a usable one are listed in ``faults``.
 
     Args:
@@ -71,8 +68,8 @@ def answer_rows(
     Raises:
         DataError: the writer as a whole fails.
     """
-    made: list[Row] = []
-    asked: list[tuple[int, Row]] = []
+    made: list[ManifestRow] = []
+    asked: list[tuple[int, ManifestRow]] = []
     for number, row in enumerate(rows, start=1):
         absent = [name for name in needs if not str(row.get(name) or "").strip()]
         if absent:
@@ -81,8 +78,8 @@ def answer_rows(
             asked.append((number, row))
     replies = write_all(writer, [turns(row) for _, row in asked])
     for (number, row), reply in zip(asked, replies, strict=True):
-        text = tidy(reply.text)
-        reason = reply.fault or unfit(text)
+        text = strip_thinking(reply.text)
+        reason = reply.fault or answer_fault(text)
         if reason:
             faults.append(Fault(number, f"the answer of {writer.name} {reason}: {text[:80]!r}"))
         else:
@@ -90,9 +87,9 @@ def answer_rows(
     return made
 
 
-def caption(
-    rows: Sequence[Row], writer: Writer, questions: Sequence[str], faults: list[Fault]
-) -> list[Row]:
+def caption_rows(
+    rows: Sequence[ManifestRow], writer: Writer, questions: Sequence[str], faults: list[Fault]
+) -> list[ManifestRow]:
     """Let a writer answer every question about every row's recording (DIFFA's stage 2).
 
     Rows are numbered in ``faults`` as they would be written: row by row, question by question.
@@ -106,6 +103,8 @@ def caption(
     return answer_rows(asked, writer, lambda row: caption_turns(row, row["input"]), faults, needs)
 
 
-def rewrite(rows: Sequence[Row], writer: Writer, faults: list[Fault]) -> list[Row]:
+def rewrite_rows(
+    rows: Sequence[ManifestRow], writer: Writer, faults: list[Fault]
+) -> list[ManifestRow]:
     """Let a writer put every answer in its own words (self-distillation by the backbone)."""
     return answer_rows(rows, writer, rewrite_turns, faults, ("input", "target"))

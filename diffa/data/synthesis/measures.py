@@ -37,7 +37,7 @@ class Measures(NamedTuple):
     rate: float | None
 
 
-def measure(wave: NDArray[np.floating], rate: int = RATE) -> Measures:
+def measure_speech(wave: NDArray[np.floating], rate: int = RATE) -> Measures:
     """Measure a waveform (S,) of floats at 16 kHz; raises AudioError for another rate or shape."""
     if rate != RATE or wave.ndim != 1 or not len(wave):
         raise AudioError(

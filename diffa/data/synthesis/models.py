@@ -10,7 +10,7 @@ from diffa.data.synthesis.writers import Conversation, Reply
 from diffa.errors import SpecError
 
 
-class Local:
+class TransformersWriter:
     """A causal language model of transformers with a chat template, from a folder or the Hub.
 
     Args:
@@ -80,7 +80,7 @@ class Local:
         return [Reply(text) if (text := one.strip()) else _nothing() for one in said]
 
 
-class Backbone:
+class DiffusionWriter:
     """The language model of a spec, asked in text alone: its own words train its adapters.
 
     DIFFA's self-distillation: answers that the frozen backbone has rewritten are answers it

@@ -6,18 +6,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from diffa.data.samples import Fault, seed_of
-from diffa.data.synthesis.captions import tidy, unfit
+from diffa.data.samples import Fault, ManifestRow, derive_seed
+from diffa.data.synthesis.captions import answer_fault, strip_thinking
 from diffa.data.synthesis.writers import Conversation, Writer, conversation, write_all
 
-Row = dict[str, Any]
-Draw = np.random.Generator
+Rng = np.random.Generator
 
-SWAPPED = {
+GENDER_WORDS = {
     "male": "female",
     "man": "woman",
     "men": "women",
@@ -29,20 +28,20 @@ SWAPPED = {
 }
 """Words of the two genders; an answer must change all of them or it contradicts itself."""
 
-USUAL = {
+COMMON_VALUES = {
     "pitch": ("low", "medium", "high"),
     "volume": ("quiet", "normal", "loud"),
     "speed": ("slow", "normal", "fast"),
     "gender": ("male", "female"),
 }
 
-FORGER = (
+CORRUPTION_PROMPT = (
     "You make training data for a system that listens to audio. You get notes on a recording, a "
     "question and a right answer. Write a wrong answer that is as fluent, as long and in the same "
     "style, but gets exactly one thing wrong: {attribute}. Everything else stays as it is. Reply "
     'with JSON alone: {{"rejected": "the wrong answer", "explanation": "what is wrong with it"}}'
 )
-JUDGE = (
+JUDGE_PROMPT = (
     "You get notes on a recording, a question and two answers. Which of them agrees with the "
     "notes? Reply with one letter: A, B, or C for both or neither."
 )
@@ -56,7 +55,7 @@ class Corruption(NamedTuple):
     explanation: str
 
 
-def pair_of(row: Row, made: Corruption, source: str) -> Row:
+def preference_row(row: ManifestRow, made: Corruption, source: str) -> ManifestRow:
     """Add the published preference keys to a row; ``chosen`` is its ``target``."""
     return {
         **row,
@@ -67,11 +66,11 @@ def pair_of(row: Row, made: Corruption, source: str) -> Row:
     }
 
 
-class Pools:
+class AttributeValues:
     """Every attribute's values in a corpus, from which wrong ones are drawn."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        counts: dict[str, Counter[str]] = {name: Counter(v) for name, v in USUAL.items()}
+    def __init__(self, rows: Sequence[ManifestRow]) -> None:
+        counts: dict[str, Counter[str]] = {name: Counter(v) for name, v in COMMON_VALUES.items()}
         self.words: list[str] = []
         for row in rows:
             self.words += re.findall(r"[\w']+", str(row.get("transcription") or "").lower())
@@ -82,28 +81,30 @@ class Pools:
         self.words = sorted(set(self.words))
 
 
-def corrupt(row: Row, pools: Pools, seed: int = 0) -> Corruption | None:
+def corrupt_row(row: ManifestRow, values: AttributeValues, seed: int = 0) -> Corruption | None:
     """Get one attribute wrong in a row's answer; None where the answer names none of them.
 
     Which attribute and which value follow from ``seed`` and the row's id alone.
     """
-    draw = np.random.default_rng((seed, seed_of(str(row.get("audio_id")), row.get("input") or "")))
+    rng = np.random.default_rng(
+        (seed, derive_seed(str(row.get("audio_id")), row.get("input") or ""))
+    )
     known: Mapping[str, str] = row.get("attributes") or {}
     found = []
     for name, value in known.items():
         if name == "gender":
             made = _other_gender(row["target"])
         elif name == "text":
-            made = _other_word(row["target"], str(row.get("transcription") or ""), pools, draw)
+            made = _other_word(row["target"], str(row.get("transcription") or ""), values, rng)
         else:
-            made = _other_value(row["target"], name, value, pools, draw)
+            made = _other_value(row["target"], name, value, values, rng)
         if made:
             found.append(made)
-    return found[int(draw.integers(len(found)))] if found else None
+    return found[int(rng.integers(len(found)))] if found else None
 
 
 def _other_gender(text: str) -> Corruption | None:
-    swap = SWAPPED | {new: old for old, new in SWAPPED.items()}
+    swap = GENDER_WORDS | {new: old for old, new in GENDER_WORDS.items()}
     pattern = re.compile(rf"\b({'|'.join(swap)})\b", re.IGNORECASE)
     if not (first := pattern.search(text)):
         return None
@@ -111,25 +112,27 @@ def _other_gender(text: str) -> Corruption | None:
     return Corruption(changed, "gender", f"gender: {swap[first[0].lower()]}, not {first[0]}")
 
 
-def _other_value(text: str, name: str, value: str, pools: Pools, draw: Draw) -> Corruption | None:
+def _other_value(
+    text: str, name: str, value: str, values: AttributeValues, rng: Rng
+) -> Corruption | None:
     pattern = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE)
-    others = [other for other in pools.values.get(name, ()) if other.lower() != value.lower()]
+    others = [other for other in values.values.get(name, ()) if other.lower() != value.lower()]
     if not others or len(pattern.findall(text)) != 1:  # twice: it may stand for something else
         return None
-    other = others[int(draw.integers(len(others)))]
+    other = others[int(rng.integers(len(others)))]
     changed = pattern.sub(lambda found: _cased(other, found[0]), text)
     return Corruption(changed, name, f"{name}: {other}, not {value}")
 
 
-def _other_word(text: str, said: str, pools: Pools, draw: Draw) -> Corruption | None:
+def _other_word(text: str, said: str, values: AttributeValues, rng: Rng) -> Corruption | None:
     """Change one word of the transcript where the answer repeats it whole."""
     at = text.lower().find(said.lower()) if said else -1
     words = list(re.finditer(r"[\w']+", said))
-    others = [word for word in pools.words if word not in said.lower().split()]
+    others = [word for word in values.words if word not in said.lower().split()]
     if at < 0 or not words or not others:
         return None
-    word = words[int(draw.integers(len(words)))]
-    other = _cased(others[int(draw.integers(len(others)))], word[0])
+    word = words[int(rng.integers(len(words)))]
+    other = _cased(others[int(rng.integers(len(others)))], word[0])
     changed = text[: at + word.start()] + other + text[at + word.end() :]
     return Corruption(changed, "text", f"text: {other!r}, not {word[0]!r}")
 
@@ -140,21 +143,28 @@ def _cased(word: str, like: str) -> str:
     return word[:1].upper() + word[1:] if like[:1].isupper() else word
 
 
-def from_labels(rows: Sequence[Row], faults: list[Fault], seed: int = 0) -> list[Row]:
+def pairs_from_labels(
+    rows: Sequence[ManifestRow], faults: list[Fault], seed: int = 0
+) -> list[ManifestRow]:
     """Pair every row's answer with a corrupted one, by its attributes alone, without a model."""
-    pools, made = Pools(rows), []
+    values, made = AttributeValues(rows), []
     for number, row in enumerate(rows, start=1):
-        found = corrupt(row, pools, seed)
+        found = corrupt_row(row, values, seed)
         if found is None:
             faults.append(Fault(number, "has an answer that names none of its attributes"))
         else:
-            made.append(pair_of(row, found, f"labels_{found.attribute}_v1"))
+            made.append(preference_row(row, found, f"labels_{found.attribute}_v1"))
     return made
 
 
-def from_writer(
-    rows: Sequence[Row], writer: Writer, faults: list[Fault], *, seed: int = 0, judged: bool = True
-) -> list[Row]:
+def pairs_from_writer(
+    rows: Sequence[ManifestRow],
+    writer: Writer,
+    faults: list[Fault],
+    *,
+    seed: int = 0,
+    judged: bool = True,
+) -> list[ManifestRow]:
     """Pair every row's answer with a wrong one that a language model writes.
 
     Args:
@@ -169,36 +179,36 @@ def from_writer(
         if not name:
             faults.append(Fault(number, "knows no attribute to get wrong"))
     kept = {n: (row, name) for n, (row, name) in named.items() if name}
-    replies = write_all(writer, [_forge(row, name) for row, name in kept.values()])
-    pairs: dict[int, Row] = {}
+    replies = write_all(writer, [_corruption_turns(row, name) for row, name in kept.values()])
+    pairs: dict[int, ManifestRow] = {}
     for (number, (row, name)), reply in zip(kept.items(), replies, strict=True):
-        made = reply.fault or _parsed(tidy(reply.text), row["target"], name)
+        made = reply.fault or _parsed(strip_thinking(reply.text), row["target"], name)
         if isinstance(made, str):
             faults.append(Fault(number, made))
         else:
-            pairs[number] = pair_of(row, made, f"openqa_{writer.name}_v1")
+            pairs[number] = preference_row(row, made, f"openqa_{writer.name}_v1")
     if judged:
-        pairs = _judged(pairs, writer, faults, seed)
+        pairs = _keep_clear_pairs(pairs, writer, faults, seed)
     faults.sort()
     return list(pairs.values())
 
 
-def _attribute(row: Row, seed: int) -> str:
+def _attribute(row: ManifestRow, seed: int) -> str:
     """Choose what to get wrong: of what the row knows, as often the one as the other."""
     known = [str(name) for name in row.get("attributes") or () if name != "duration"]
     if not known:
         return ""
-    return known[seed_of(seed, str(row.get("audio_id")), row.get("input") or "") % len(known)]
+    return known[derive_seed(seed, str(row.get("audio_id")), row.get("input") or "") % len(known)]
 
 
-def _notes(row: Row) -> str:
+def _row_notes(row: ManifestRow) -> str:
     return f"Notes: {row.get('seed_transcript', '')}\nQuestion: {row.get('input', '')}\n"
 
 
-def _forge(row: Row, attribute: str) -> Conversation:
+def _corruption_turns(row: ManifestRow, attribute: str) -> Conversation:
     what = "one word of what is said" if attribute == "text" else f"the {attribute}"
-    asked = f"{_notes(row)}Right answer: {row['target']}"
-    return conversation(asked, FORGER.format(attribute=what))
+    asked = f"{_row_notes(row)}Right answer: {row['target']}"
+    return conversation(asked, CORRUPTION_PROMPT.format(attribute=what))
 
 
 def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
@@ -211,7 +221,7 @@ def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
     rejected = found.get("rejected")  # what is between braces is a mapping
     if not isinstance(rejected, str):
         return f"the reply is not the JSON asked for: {text[:80]!r}"
-    if reason := unfit(rejected):
+    if reason := answer_fault(rejected):
         return f"the rejected answer {reason}"
     if " ".join(rejected.lower().split()) == " ".join(target.lower().split()):
         return "the rejected answer is the chosen one"
@@ -221,20 +231,20 @@ def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
     return Corruption(rejected.strip(), attribute, str(found.get("explanation") or attribute))
 
 
-def _judged(
-    pairs: dict[int, Row], writer: Writer, faults: list[Fault], seed: int
-) -> dict[int, Row]:
+def _keep_clear_pairs(
+    pairs: dict[int, ManifestRow], writer: Writer, faults: list[Fault], seed: int
+) -> dict[int, ManifestRow]:
     turns, right = [], []
     for row in pairs.values():
-        first = seed_of(seed, "order", str(row.get("audio_id"))) % 2  # no side is always right
+        first = derive_seed(seed, "order", str(row.get("audio_id"))) % 2  # no side is always right
         answers = (row["chosen"], row["rejected"])[:: -1 if first else 1]
-        asked = f"{_notes(row)}A: {answers[0]}\nB: {answers[1]}"
-        turns.append(conversation(asked, JUDGE))
+        asked = f"{_row_notes(row)}A: {answers[0]}\nB: {answers[1]}"
+        turns.append(conversation(asked, JUDGE_PROMPT))
         right.append("B" if first else "A")
-    kept: dict[int, Row] = {}
+    kept: dict[int, ManifestRow] = {}
     replies = write_all(writer, turns)
     for (number, row), reply, letter in zip(pairs.items(), replies, right, strict=True):
-        said = re.match(r"\W*([ABC])\b", tidy(reply.text))
+        said = re.match(r"\W*([ABC])\b", strip_thinking(reply.text))
         if said and said[1] == letter:
             kept[number] = row
         else:

@@ -10,10 +10,10 @@ from typing import Any
 from diffa.data.samples import DataError
 from diffa.data.synthesis.writers import Conversation, Reply
 from diffa.errors import SpecError
-from diffa.llm.client import Endpoint, NoReply, Refused
+from diffa.llm.client import ChatClient, ChatError, RequestRefused
 
 
-class Remote:
+class EndpointWriter:
     """A writer that asks an endpoint.
 
     Args:
@@ -26,7 +26,7 @@ class Remote:
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, sampling: Mapping[str, Any] | None = None, workers: int = 8
+        self, endpoint: ChatClient, *, sampling: Mapping[str, Any] | None = None, workers: int = 8
     ) -> None:
         if workers < 1:
             raise SpecError(f"workers must be at least 1, got {workers}")
@@ -40,34 +40,34 @@ class Remote:
         """
         if not conversations:
             return
-        over = threading.Event()
+        cancel = threading.Event()
         failure: DataError | None = None
         with ThreadPoolExecutor(self.workers) as pool:
-            asked = {pool.submit(self._ask, one, over): i for i, one in enumerate(conversations)}
+            asked = {pool.submit(self._ask, one, cancel): i for i, one in enumerate(conversations)}
             try:
                 for future in as_completed(asked):
                     try:
                         reply = future.result()
                     except DataError as error:
                         failure = failure or error
-                        over.set()
+                        cancel.set()
                     else:
                         if reply is not None:
                             yield asked[future], reply
             finally:  # the caller may leave early: what has not begun need not
-                over.set()
+                cancel.set()
         if failure:
             raise failure
 
-    def _ask(self, turns: Conversation, over: threading.Event) -> Reply | None:
+    def _ask(self, turns: Conversation, cancel: threading.Event) -> Reply | None:
         """Return one conversation's reply; None once the endpoint has been given up."""
         try:
-            choices = self.endpoint.ask(turns, self.settings, over)
-        except Refused as error:
-            if error.everything:
+            choices = self.endpoint.complete(turns, self.settings, cancel)
+        except RequestRefused as error:
+            if error.fatal:
                 raise DataError(str(error)) from error
-            return Reply(fault=error.told)
-        except NoReply as error:
+            return Reply(fault=error.reason)
+        except ChatError as error:
             raise DataError(
                 f"{error} Replies so far are kept where a cache was given: run the same again to "
                 "go on"

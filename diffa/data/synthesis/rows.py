@@ -6,22 +6,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from diffa.data.corpora.clips import Clip
-from diffa.data.manifest import probe
-from diffa.data.samples import DataError, seed_of
-from diffa.data.synthesis.attributes import Bands, describe, seed_line
-from diffa.data.synthesis.measures import RATE, Measures, measure
+from diffa.data.manifest import probe_audio
+from diffa.data.samples import DataError, ManifestRow, derive_seed
+from diffa.data.synthesis.attributes import Bands, describe_attributes, seed_transcript
+from diffa.data.synthesis.measures import RATE, Measures, measure_speech
 from diffa.errors import AudioError
 
-Row = dict[str, Any]
 TRANSCRIBE = "Please transcribe the audio to text."
 DESCRIBE = "What can you hear from the audio?"
 """The question of DIFFA's synthetic data."""
 
 
-class Heard(NamedTuple):
+class Measurement(NamedTuple):
     """A file's seconds and measures, or what is wrong with it."""
 
     seconds: float
@@ -29,69 +28,73 @@ class Heard(NamedTuple):
     fault: str = ""
 
 
-def hear(path: Path, measured: bool = True) -> Heard:
+def measure_clip(path: Path, measured: bool = True) -> Measurement:
     """Measure a recording, or read its duration alone; a file that cannot be read says why."""
     if not measured:
-        fault, seconds = probe(path) if path.is_file() else (f"there is no file {path}", 0.0)
-        return Heard(seconds, None, fault)
+        fault, seconds = probe_audio(path) if path.is_file() else (f"there is no file {path}", 0.0)
+        return Measurement(seconds, None, fault)
     from diffa.audio import prepare
 
     try:
-        found = measure(prepare(path, RATE).numpy())
+        found = measure_speech(prepare(path, RATE).numpy())
     except AudioError as error:
-        return Heard(0.0, None, str(error))
-    return Heard(found.duration, found)
+        return Measurement(0.0, None, str(error))
+    return Measurement(found.duration, found)
 
 
-def hear_all(clips: Sequence[Clip], *, measured: bool, workers: int) -> Iterator[Heard]:
+def measure_clips(clips: Sequence[Clip], *, measured: bool, workers: int) -> Iterator[Measurement]:
     """Hear every clip, in order, in ``workers`` processes (none for 1)."""
     paths = [clip.path for clip in clips]
     if workers == 1:
-        yield from (hear(path, measured) for path in paths)
+        yield from (measure_clip(path, measured) for path in paths)
         return
     # spawned: a fork of a process whose torch has begun threads can hang
-    with ProcessPoolExecutor(workers, get_context("spawn"), _alone) as pool:
-        yield from pool.map(hear, paths, [measured] * len(paths), chunksize=16)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _use_one_thread) as pool:
+        yield from pool.map(measure_clip, paths, [measured] * len(paths), chunksize=16)
 
 
-def _alone() -> None:
+def _use_one_thread() -> None:
     """Keep a worker to its own core."""
     import torch
 
     torch.set_num_threads(1)
 
 
-def row_of(
-    clip: Clip, heard: Heard, *, bands: Bands | None = None, instructions: Sequence[str] = ()
-) -> Row:
+def clip_row(
+    clip: Clip,
+    measurement: Measurement,
+    *,
+    bands: Bands | None = None,
+    instructions: Sequence[str] = (),
+) -> ManifestRow:
     """Write a clip as a row that asks for its transcript (DIFFA's stage 1).
 
     A clip without a transcript has an empty answer, which captions fill in. One of several
     ``instructions`` is drawn by the clip's id, whatever else is in the corpus.
     """
-    attributes = describe(clip.labels, heard.measures, clip.transcription, bands)
+    attributes = describe_attributes(clip.labels, measurement.measures, clip.transcription, bands)
     asked = instructions or (TRANSCRIBE,)
-    question = asked[seed_of(clip.audio_id) % len(asked)] if clip.transcription else DESCRIBE
-    row: Row = {
+    question = asked[derive_seed(clip.audio_id) % len(asked)] if clip.transcription else DESCRIBE
+    row: ManifestRow = {
         "audio_id": clip.audio_id,
         "audio_filepath": str(clip.path.absolute()),
         "transcription": clip.transcription,
         "input": question,
         "target": clip.transcription,
         "dataset": clip.dataset,
-        "duration": round(heard.seconds, 3),
-        "seed_transcript": seed_line(attributes, heard.seconds),
+        "duration": round(measurement.seconds, 3),
+        "seed_transcript": seed_transcript(attributes, measurement.seconds),
         "speaker": clip.speaker,
         "split": clip.split,
         "attributes": attributes,
     }
-    if heard.measures is not None:
-        named = heard.measures._asdict().items()
+    if measurement.measures is not None:
+        named = measurement.measures._asdict().items()
         row["measures"] = {name: round(value, 3) for name, value in named if value is not None}
     return row
 
 
-def rows_of(
+def clip_rows(
     clips: Sequence[Clip],
     faults: list[str],
     *,
@@ -99,19 +102,19 @@ def rows_of(
     workers: int = 1,
     bands: Bands | None = None,
     instructions: Sequence[str] = (),
-) -> Iterator[Row]:
+) -> Iterator[ManifestRow]:
     """Write clips as rows; those that cannot be read are left out and listed in ``faults``."""
-    heard = hear_all(clips, measured=measured, workers=workers)
-    for clip, found in zip(clips, heard, strict=True):
+    measurement = measure_clips(clips, measured=measured, workers=workers)
+    for clip, found in zip(clips, measurement, strict=True):
         if found.fault:
             faults.append(found.fault)
         else:
-            yield row_of(clip, found, bands=bands, instructions=instructions)
+            yield clip_row(clip, found, bands=bands, instructions=instructions)
 
 
-def spread(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:
+def sample_clips(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:
     """Choose ``count`` clips at random, the same whatever order they come in; in file order."""
-    chosen = sorted(clips, key=lambda clip: seed_of(seed, clip.audio_id))[:count]
+    chosen = sorted(clips, key=lambda clip: derive_seed(seed, clip.audio_id))[:count]
     return sorted(chosen, key=lambda clip: str(clip.path))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from diffa.data.samples import DataError
-from diffa.llm.cache import Replies
+from diffa.llm.cache import ReplyCache
 
 Conversation = Sequence[Mapping[str, str]]
 """Turns with ``role`` and ``content``, the last of them the user's."""
@@ -45,7 +45,7 @@ def conversation(question: str, system: str = "") -> list[dict[str, str]]:
     return [*turns, {"role": "user", "content": question}]
 
 
-class Kept:
+class CachedWriter:
     """A writer whose replies are kept in a folder: a run that was stopped pays for nothing twice.
 
     A reply is found again by the model's name, its settings and the whole conversation. Faults
@@ -53,7 +53,7 @@ class Kept:
     """
 
     def __init__(self, writer: Writer, folder: str | os.PathLike[str]) -> None:
-        self.writer, self._replies = writer, Replies(folder)
+        self.writer, self._replies = writer, ReplyCache(folder)
         self.name, self.settings, self.folder = writer.name, writer.settings, self._replies.folder
         self.found = 0
 
@@ -61,7 +61,7 @@ class Kept:
         """Yield the replies that are kept, then those of the model, which are kept at once."""
         missing: list[int] = []
         for index, turns in enumerate(conversations):
-            text = (self._replies.find(self._asked(turns)) or {}).get("text")
+            text = (self._replies.get(self._asked(turns)) or {}).get("text")
             if text is None:
                 missing.append(index)
             else:
@@ -78,7 +78,7 @@ class Kept:
     def _keep(self, turns: Conversation, text: str) -> None:
         whole = {"model": self.name, "messages": [dict(turn) for turn in turns], "text": text}
         try:
-            self._replies.keep(self._asked(turns), whole)
+            self._replies.put(self._asked(turns), whole)
         except OSError as error:
             raise DataError(f"a reply cannot be kept in {self.folder}: {error}") from error
 

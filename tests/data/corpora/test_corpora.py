@@ -11,7 +11,7 @@ import soundfile
 
 from diffa.data.corpora.readers import CORPORA, read_corpus
 from diffa.data.samples import DataError
-from diffa.data.synthesis.rows import rows_of, spread
+from diffa.data.synthesis.rows import clip_rows, sample_clips
 
 RATE = 16_000
 
@@ -198,7 +198,7 @@ def test_a_broken_recording_is_left_out_and_told(librispeech: Path) -> None:
     broken = next(librispeech.rglob("*0001.flac"))
     broken.write_bytes(b"not audio at all")
     faults: list[str] = []
-    rows = list(rows_of(read_corpus("librispeech", librispeech).clips, faults))
+    rows = list(clip_rows(read_corpus("librispeech", librispeech).clips, faults))
     assert [row["audio_id"] for row in rows] == ["84-121123-0000"]
     assert len(faults) == 1 and broken.name in faults[0]
 
@@ -206,11 +206,11 @@ def test_a_broken_recording_is_left_out_and_told(librispeech: Path) -> None:
 @pytest.mark.slow
 def test_several_processes_give_the_rows_of_one(vctk: Path) -> None:
     clips = read_corpus("vctk", vctk).clips
-    assert list(rows_of(clips, [], workers=2)) == list(rows_of(clips, []))
+    assert list(clip_rows(clips, [], workers=2)) == list(clip_rows(clips, []))
 
 
 def test_a_row_asks_for_a_transcript_and_carries_the_bracketed_line(vctk: Path) -> None:
-    (row, _) = rows_of(read_corpus("vctk", vctk).clips, [])
+    (row, _) = clip_rows(read_corpus("vctk", vctk).clips, [])
     assert (row["input"], row["target"]) == (
         "Please transcribe the audio to text.",
         "Please call Stella.",
@@ -225,15 +225,15 @@ def test_instructions_follow_from_the_clip_alone(vctk: Path) -> None:
     clips = read_corpus("vctk", vctk).clips
     several = [f"Write it down, way {number}." for number in range(25)]
     again = [clip._replace(labels={}) for clip in read_corpus("vctk", vctk).clips[1:]]
-    both = [row["input"] for row in rows_of(clips, [], instructions=several)]
-    alone = [row["input"] for row in rows_of(again, [], instructions=several)]
+    both = [row["input"] for row in clip_rows(clips, [], instructions=several)]
+    alone = [row["input"] for row in clip_rows(again, [], instructions=several)]
     assert both[1:] == alone and set(both) <= set(several)
     many = [clip._replace(audio_id=str(n)) for n in range(60) for clip in clips[:1]]
-    asked = {row["input"] for row in rows_of(many, [], instructions=several, measured=False)}
+    asked = {row["input"] for row in clip_rows(many, [], instructions=several, measured=False)}
     assert len(asked) > 15
 
 
 def test_a_draw_of_clips_does_not_depend_on_their_order(vctk: Path) -> None:
     clips = read_corpus("vctk", vctk).clips
-    assert spread(clips, 1, seed=3) == spread(clips[::-1], 1, seed=3)
-    assert len(spread(clips, 5)) == 2
+    assert sample_clips(clips, 1, seed=3) == sample_clips(clips[::-1], 1, seed=3)
+    assert len(sample_clips(clips, 5)) == 2

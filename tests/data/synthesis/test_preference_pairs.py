@@ -12,15 +12,19 @@ import pytest
 from helpers.chat_server import ChatServer, last
 
 from diffa.data.samples import Fault
-from diffa.data.synthesis.preferences import Pools, from_labels, from_writer
-from diffa.data.synthesis.preferences import corrupt as corrupt_row
-from diffa.data.synthesis.remote import Remote
-from diffa.llm.client import Endpoint
+from diffa.data.synthesis.preferences import (
+    AttributeValues,
+    corrupt_row,
+    pairs_from_labels,
+    pairs_from_writer,
+)
+from diffa.data.synthesis.remote import EndpointWriter
+from diffa.llm.client import ChatClient
 from diffa.nano.corpus.examples import Example
 from diffa.nano.corpus.questions import TASK_WEIGHTS, true_answer, write_caption
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.sounds import Melody
-from diffa.nano.preferences import SOURCE, corrupt, pairs
+from diffa.nano.preferences import SOURCE, corrupt_example, pairs
 
 SPOKEN = Labels(
     (3, 7, 7), ((0.1, 0.4), (0.5, 0.8), (0.9, 1.2)), ("a", "a", "b"), ("man", "man", "woman"),
@@ -50,7 +54,7 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize(("task", "labels"), OPEN)
 def test_every_open_answer_can_be_got_wrong(task: str, labels: Labels) -> None:
     for seed in range(20):
-        made = corrupt(example(labels, task), seed)
+        made = corrupt_example(example(labels, task), seed)
         assert made is not None and made.rejected != true_answer(task, labels)
         assert made.explanation.startswith(f"{made.attribute}: ")
 
@@ -59,7 +63,7 @@ def test_every_open_answer_can_be_got_wrong(task: str, labels: Labels) -> None:
 def test_a_caption_is_wrong_in_one_thing_and_in_every_thing_in_turn(labels: Labels) -> None:
     right, seen = write_caption(labels), set()
     for seed in range(60):
-        made = corrupt(example(labels, "caption"), seed)
+        made = corrupt_example(example(labels, "caption"), seed)
         assert made is not None
         seen.add(made.attribute)
         compared = SequenceMatcher(None, words(made.rejected), words(str(right)), autojunk=False)
@@ -74,7 +78,7 @@ def test_a_caption_is_wrong_in_one_thing_and_in_every_thing_in_turn(labels: Labe
 
 
 def test_a_transcript_loses_one_word() -> None:
-    made = corrupt(example(SPOKEN, "transcribe"))
+    made = corrupt_example(example(SPOKEN, "transcribe"))
     assert made is not None and made.attribute == "text"
     assert (
         sum(a != b for a, b in zip(made.rejected.split(), ["three", "seven", "seven"], strict=True))
@@ -85,7 +89,7 @@ def test_a_transcript_loses_one_word() -> None:
 def test_a_choice_is_rejected_with_its_own_letter() -> None:
     question = "How many? Options: A. two B. three C. twenty one D. nine"
     for seed in range(10):
-        made = corrupt(example(SPOKEN, "count", question, "B. three"), seed)
+        made = corrupt_example(example(SPOKEN, "count", question, "B. three"), seed)
         assert made is not None
         assert made.rejected in ("A. two", "C. twenty one", "D. nine")
 
@@ -93,21 +97,21 @@ def test_a_choice_is_rejected_with_its_own_letter() -> None:
 def test_wrong_voices_are_voices() -> None:
     for seed in range(10):
         labels = SPOKEN._replace(genders=("man",) * 3)
-        made = corrupt(example(labels, "gender"), seed)
+        made = corrupt_example(example(labels, "gender"), seed)
         assert made is not None and made.rejected == "woman"
 
 
 def test_the_same_seed_gives_the_same_pair() -> None:
-    one, two = (corrupt(example(SPOKEN, "caption"), 5) for _ in range(2))
+    one, two = (corrupt_example(example(SPOKEN, "caption"), 5) for _ in range(2))
     assert one == two
-    assert len({corrupt(example(SPOKEN, "caption"), seed) for seed in range(20)}) > 5
+    assert len({corrupt_example(example(SPOKEN, "caption"), seed) for seed in range(20)}) > 5
 
 
 @pytest.mark.fsdd
 def test_nano_pairs_are_written_with_the_published_keys(tmp_path: Path) -> None:
     from diffa.data.formats import MANIFEST_FIELDS, PREFERENCE_FIELDS
     from diffa.data.manifest import Manifest
-    from diffa.data.validation import validate
+    from diffa.data.validation import validate_manifest
     from diffa.nano.preferences import write_preferences
 
     path = write_preferences(tmp_path, "test", 3, 12)
@@ -117,7 +121,7 @@ def test_nano_pairs_are_written_with_the_published_keys(tmp_path: Path) -> None:
         assert tuple(row) == (*MANIFEST_FIELDS, *PREFERENCE_FIELDS)
         assert row["chosen"] == row["target"] != row["rejected"]
         assert row["dpo_source"] == SOURCE and row["dpo_explanation"]
-    assert validate(path).faults == []
+    assert validate_manifest(path).faults == []
     assert len(Manifest(path, pairs=True)) == 12  # what a preference stage reads
 
 
@@ -157,7 +161,7 @@ CORPUS = [
 
 def test_labels_alone_make_pairs_that_differ_in_one_attribute() -> None:
     faults: list[Fault] = []
-    made = from_labels(CORPUS, faults)
+    made = pairs_from_labels(CORPUS, faults)
     assert [row["audio_id"] for row in made] == [f"clip-{n}" for n in range(4)]
     assert [fault.row for fault in faults] == [5]
     assert made[3]["rejected"] == "Somebody is happy."
@@ -167,13 +171,13 @@ def test_labels_alone_make_pairs_that_differ_in_one_attribute() -> None:
 
 def test_a_gender_changes_in_all_its_words() -> None:
     row = a_row(0, "A man speaks; his voice is low. He sounds calm.", gender="male")
-    made = corrupt_row(row, Pools([row]))
+    made = corrupt_row(row, AttributeValues([row]))
     assert made is not None
     assert made.rejected == "A woman speaks; her voice is low. She sounds calm."
 
 
 def test_one_word_of_what_is_said_changes() -> None:
-    made = corrupt_row(CORPUS[2], Pools([*CORPUS, a_row(9, "", text="other words")]))
+    made = corrupt_row(CORPUS[2], AttributeValues([*CORPUS, a_row(9, "", text="other words")]))
     assert made is not None and made.attribute == "text"
     pairs = zip(words(made.rejected), words(CORPUS[2]["target"]), strict=True)
     assert sum(a != b for a, b in pairs) == 1
@@ -181,7 +185,7 @@ def test_one_word_of_what_is_said_changes() -> None:
 
 def test_a_value_that_stands_twice_is_left_alone() -> None:
     row = a_row(0, "A happy man sings a happy song.", emotion="happy")
-    assert corrupt_row(row, Pools([row, CORPUS[3]])) is None
+    assert corrupt_row(row, AttributeValues([row, CORPUS[3]])) is None
 
 
 def forger(body: dict[str, Any]) -> str:
@@ -195,8 +199,8 @@ def forger(body: dict[str, Any]) -> str:
 def by_endpoint(answer: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
     faults: list[Fault] = []
     with ChatServer(answer) as server:
-        writer = Remote(Endpoint(server.url, "qwen3_32b", wait=0.01, attempts=2, key=""))
-        made = from_writer(rows, writer, faults, **options)
+        writer = EndpointWriter(ChatClient(server.url, "qwen3_32b", wait=0.01, attempts=2, key=""))
+        made = pairs_from_writer(rows, writer, faults, **options)
     return made, faults, server.asked
 
 

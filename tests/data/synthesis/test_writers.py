@@ -13,18 +13,24 @@ from helpers.toy import spec, write_tokenizer
 
 import diffa
 from diffa.data.samples import DataError, Fault
-from diffa.data.synthesis.captions import answer_rows, caption, rewrite, tidy, unfit
-from diffa.data.synthesis.models import Backbone, Local
-from diffa.data.synthesis.remote import Remote
-from diffa.data.synthesis.writers import Kept, Reply, conversation, write_all
+from diffa.data.synthesis.captions import (
+    answer_fault,
+    answer_rows,
+    caption_rows,
+    rewrite_rows,
+    strip_thinking,
+)
+from diffa.data.synthesis.models import DiffusionWriter, TransformersWriter
+from diffa.data.synthesis.remote import EndpointWriter
+from diffa.data.synthesis.writers import CachedWriter, Reply, conversation, write_all
 from diffa.errors import SpecError
-from diffa.llm.client import Endpoint
+from diffa.llm.client import ChatClient
 
 QUESTION = "What can you hear from the audio?"
 
 
-def remote(server: ChatServer, attempts: int = 6, **options: Any) -> Remote:
-    return Remote(Endpoint(server.url, "qwen", wait=0.01, attempts=attempts), **options)
+def remote(server: ChatServer, attempts: int = 6, **options: Any) -> EndpointWriter:
+    return EndpointWriter(ChatClient(server.url, "qwen", wait=0.01, attempts=attempts), **options)
 
 
 def a_row(number: int) -> dict[str, Any]:
@@ -88,14 +94,14 @@ def test_silence_and_cut_replies_are_faults() -> None:
 
 def test_nobody_to_ask_with_is_refused() -> None:
     with pytest.raises(SpecError, match="at least 1"):
-        Remote(Endpoint("http://localhost:8000", "m"), workers=0)
+        EndpointWriter(ChatClient("http://localhost:8000", "m"), workers=0)
 
 
 def test_kept_replies_are_not_asked_for_again(tmp_path: Path) -> None:
     with ChatServer(lambda body: f"<{last(body)}>") as server:
-        first = Kept(remote(server), tmp_path)
+        first = CachedWriter(remote(server), tmp_path)
         write_all(first, [conversation("a"), conversation("b")])
-        second = Kept(remote(server), tmp_path)
+        second = CachedWriter(remote(server), tmp_path)
         replies = write_all(second, [conversation("b"), conversation("c"), conversation("a")])
     assert [reply.text for reply in replies] == ["<b>", "<c>", "<a>"]
     assert len(server.asked) == 3 and second.found == 2
@@ -104,7 +110,7 @@ def test_kept_replies_are_not_asked_for_again(tmp_path: Path) -> None:
 def test_other_sampling_is_another_reply(tmp_path: Path) -> None:
     with ChatServer(lambda body: str(body.get("temperature"))) as server:
         for heat in (0.1, 0.9, 0.1):
-            writer = Kept(remote(server, sampling={"temperature": heat}), tmp_path)
+            writer = CachedWriter(remote(server, sampling={"temperature": heat}), tmp_path)
             assert write_all(writer, [conversation("a")]) == [Reply(str(heat))]
     assert len(server.asked) == 2
 
@@ -114,12 +120,12 @@ def test_a_stopped_run_keeps_what_was_answered(tmp_path: Path) -> None:
         return (401, {}, "{}") if last(body) == "3" else "fine"
 
     with ChatServer(answer) as server:
-        writer = Kept(remote(server, workers=1), tmp_path)
+        writer = CachedWriter(remote(server, workers=1), tmp_path)
         with pytest.raises(DataError):
             write_all(writer, [conversation(str(n)) for n in range(6)])
         server.answer = lambda body: "later"
         replies = write_all(
-            Kept(remote(server), tmp_path), [conversation(str(n)) for n in range(6)]
+            CachedWriter(remote(server), tmp_path), [conversation(str(n)) for n in range(6)]
         )
     assert [reply.text for reply in replies][:3] == ["fine"] * 3
     assert "Bearer" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
@@ -128,7 +134,7 @@ def test_a_stopped_run_keeps_what_was_answered(tmp_path: Path) -> None:
 def test_captions_are_written_from_the_bracketed_line() -> None:
     faults: list[Fault] = []
     with ChatServer(lambda body: f"A woman: {last(body).split()[3]}.") as server:
-        rows = caption([a_row(0), a_row(1)], remote(server), [QUESTION], faults)
+        rows = caption_rows([a_row(0), a_row(1)], remote(server), [QUESTION], faults)
     assert [row["target"] for row in rows] == ["A woman: 0.", "A woman: 1."]
     assert {row["input"] for row in rows} == {QUESTION} and not faults
     assert "[00:00-00:01] hello 0 (Gender: female)" in last(
@@ -138,7 +144,7 @@ def test_captions_are_written_from_the_bracketed_line() -> None:
 
 def test_several_questions_make_several_rows_with_ids_of_their_own() -> None:
     with ChatServer(lambda body: "Rain.") as server:
-        rows = caption([a_row(0), a_row(1)], remote(server), ["What?", "Who?"], [])
+        rows = caption_rows([a_row(0), a_row(1)], remote(server), ["What?", "Who?"], [])
     assert [row["audio_id"] for row in rows] == ["clip-0-0", "clip-0-1", "clip-1-0", "clip-1-1"]
 
 
@@ -154,7 +160,7 @@ def test_several_questions_make_several_rows_with_ids_of_their_own() -> None:
     ],
 )
 def test_answers_of_one_who_has_not_listened_are_left_out(text: str, reason: str) -> None:
-    assert reason in unfit(text)
+    assert reason in answer_fault(text)
 
     class Says:
         name, settings = "says", {}
@@ -171,7 +177,7 @@ def test_rows_that_give_nothing_to_write_from_are_not_asked_about() -> None:
     bare = {key: value for key, value in a_row(1).items() if key != "seed_transcript"}
     faults: list[Fault] = []
     with ChatServer(lambda body: "A man speaks.") as server:
-        made = caption([bare, a_row(0)], remote(server), ["What?"], faults)
+        made = caption_rows([bare, a_row(0)], remote(server), ["What?"], faults)
     assert len(made) == len(server.asked) == 1
     assert [(fault.row, fault.reason) for fault in faults] == [
         (1, "has no seed_transcript to write from")
@@ -182,16 +188,18 @@ def test_rows_that_give_nothing_to_write_from_are_not_asked_about() -> None:
     "text", ["She notes that it rains.", "The description is his.", "I hear rain."]
 )
 def test_plain_answers_are_fit(text: str) -> None:
-    assert unfit(text) == "" or "description" in text
+    assert answer_fault(text) == "" or "description" in text
 
 
 def test_what_a_reasoner_thinks_is_cut_off() -> None:
-    assert tidy("<think>\nhm, the notes say\n</think>\n\nA man speaks.") == "A man speaks."
+    assert (
+        strip_thinking("<think>\nhm, the notes say\n</think>\n\nA man speaks.") == "A man speaks."
+    )
 
 
 def test_rewriting_sends_question_and_answer_and_keeps_the_question() -> None:
     with ChatServer(lambda body: last(body).partition("Answer: ")[2].upper()) as server:
-        (row,) = rewrite([a_row(0)], remote(server), [])
+        (row,) = rewrite_rows([a_row(0)], remote(server), [])
     assert (row["input"], row["target"]) == (a_row(0)["input"], "HELLO")
 
 
@@ -213,14 +221,14 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_local_model_answers_alike_alone_and_in_a_batch(local: Path) -> None:
     asked = [conversation(q) for q in ("What do you hear ?", "How many ?", "high low zero one two")]
-    together = write_all(Local(str(local), max_tokens=6, batch=3), asked)
-    alone = write_all(Local(str(local), max_tokens=6, batch=1), asked)
+    together = write_all(TransformersWriter(str(local), max_tokens=6, batch=3), asked)
+    alone = write_all(TransformersWriter(str(local), max_tokens=6, batch=1), asked)
     assert together == alone and any(reply.text for reply in together)
 
 
 def test_what_is_no_local_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no language model that loads"):
-        Local(str(tmp_path))
+        TransformersWriter(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +241,9 @@ def model(local: Path) -> Any:
 
 def test_the_backbone_is_asked_in_text_alone(model: Any) -> None:
     asked = [conversation("How many ?"), conversation("What ?", "You are a"), conversation("high")]
-    writer = Backbone(model, max_tokens=4, batch=2)
+    writer = DiffusionWriter(model, max_tokens=4, batch=2)
     together = write_all(writer, asked)
-    alone = write_all(Backbone(model, max_tokens=4, batch=1), asked)
+    alone = write_all(DiffusionWriter(model, max_tokens=4, batch=1), asked)
     assert together == alone and len(together) == 3
     assert writer.name.startswith(f"spec:{model.spec.digest()}-")
     shown = writer.chat.tokenizer.decode(writer._prompt(asked[1]))
@@ -247,15 +255,19 @@ def test_other_weights_are_another_writer(model: Any) -> None:
 
     moved = copy.deepcopy(model)
     next(moved.backbone.parameters()).data += 1e-3
-    assert Backbone(moved).name != Backbone(model).name == Backbone(copy.deepcopy(model)).name
+    assert (
+        DiffusionWriter(moved).name
+        != DiffusionWriter(model).name
+        == DiffusionWriter(copy.deepcopy(model)).name
+    )
 
 
 def test_a_backbone_takes_one_question_only(model: Any) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(DataError, match="one question"):
-        write_all(Backbone(model), [turns])
+        write_all(DiffusionWriter(model), [turns])
 
 
 def test_a_backbone_without_tokenizer_is_refused(golden1: Any) -> None:
     with pytest.raises(SpecError, match="no tokenizer"):
-        Backbone(golden1[0])
+        DiffusionWriter(golden1[0])
