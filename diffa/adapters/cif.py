@@ -1,11 +1,11 @@
-"""Continuous integrate-and-fire: frames are summed until they weigh one embedding."""
+"""Continuous integrate-and-fire: sum frames until their weights add up to one embedding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import Reading, inside_of
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
@@ -13,10 +13,13 @@ from diffa.types import Embeds, Features, FeatureSpec
 class CIF(nn.Module):
     """Continuous integrate-and-fire (Dong and Xu 2020, sec. 3.1, with the scaling of sec. 3.2).
 
-    Every frame gets a weight between 0 and 1 from a convolution over its neighbours; whenever
-    the weights add up to one, the weighted sum of the frames since is fired. Weights are scaled
-    so that a row fires one embedding per ``stride`` frames: the content decides where the
-    borders lie, the length alone how many there are.
+    A convolution gives every frame a weight between 0 and 1. Whenever the weights add up to one,
+    the weighted sum of the frames since the last embedding becomes the next one. The weights are
+    scaled so that the length alone sets the number of embeddings, the content their borders.
+
+    Args:
+        stride: Frames per embedding, on average.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one.
     """
 
     def __init__(
@@ -26,39 +29,42 @@ class CIF(nn.Module):
         if stride < 1:
             raise SpecError(f"stride must be at least 1, got {stride}")
         self.stride = stride
-        self.reading = Reading(source, mix_layers=mix_layers)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.conv = nn.Conv1d(source.width, source.width, 3, padding=1)
         self.weight = nn.Linear(source.width, 1)
         self.proj = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width))
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return how many embeddings ``lengths`` (B,) frames fire: strides, begun or whole."""
+        """Return how many embeddings come from ``lengths`` (B,) frames, rounded up."""
         return -(-lengths // self.stride)
 
     def forward(self, features: Features) -> Embeds:
-        """Fire the embeddings of true frames."""
+        """Embed the true frames."""
         lengths = self.out_lengths(features.lengths)
-        frames = self.reading(features, self.conv.weight.dtype)
-        inside = inside_of(features.lengths, frames.shape[1])
+        frames = self.mixer(features, self.conv.weight.dtype)
+        inside = frame_mask(features.lengths, frames.shape[1])
         if frames.shape[1] == 0:
             return Embeds(self.proj(frames), lengths)
-        heard = self.conv(frames.transpose(1, 2)).relu().transpose(1, 2)
-        weights = self.weight(heard)[..., 0].float().sigmoid()
-        # the floor keeps silence from being all of nothing when every weight vanishes
+        hidden = self.conv(frames.transpose(1, 2)).relu().transpose(1, 2)
+        weights = self.weight(hidden)[..., 0].float().sigmoid()
+        # The floor prevents a division of zero by zero where every weight vanishes.
         weights = torch.where(inside, weights + 1e-4, 0)
         total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        shares = fire(weights * lengths[:, None] / total, int(lengths.max()))
+        shares = integrate_and_fire(weights * lengths[:, None] / total, int(lengths.max()))
         values = self.proj((shares @ frames.float()).to(frames.dtype))
-        there = inside_of(lengths, values.shape[1])[..., None]
-        return Embeds(torch.where(there, values, 0), lengths)
+        inside = frame_mask(lengths, values.shape[1])[..., None]
+        return Embeds(torch.where(inside, values, 0), lengths)
 
 
-def fire(weights: Tensor, count: int) -> Tensor:
+def integrate_and_fire(weights: Tensor, count: int) -> Tensor:
     """Return how much of each frame's weight (B, T) goes to each embedding, (B, count, T).
 
-    Frame t spans the stretch from the sum of weights before it to the sum with it; embedding n
-    takes the part between n and n + 1. No loop over frames: the recursion of the paper's eq. 1-4
-    in closed form.
+    Frame t covers the interval from the sum of the weights before it to the sum with it, and
+    embedding n the interval from n to n + 1; the result is their overlap. This is the recursion of
+    the paper's eq. 1-4 in closed form.
+
+        weights     |  .4  |  .4  |   .7     |  .5   |
+        embeddings  |      0        |      1         |
     """
     end = weights.double().cumsum(dim=1)[:, None]
     begin = end - weights.double()[:, None]

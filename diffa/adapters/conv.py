@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import Reading
+from diffa.adapters.layer_mixing import LayerMixer
 from diffa.adapters.numbering import Numbering
 from diffa.checkpoints import read as ckpt
 from diffa.errors import SpecError
@@ -46,7 +46,7 @@ class Conv(nn.Module):
         if numbered < 0:
             raise SpecError(f"numbered must be 0 or more, got {numbered}")
         self.stride, self.final_relu = stride, final_relu
-        self.reading = Reading(source, mix_layers=mix_layers)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
         inner = source.width
         self.conv = nn.Sequential(
             nn.Conv1d(inner, inner, 3, padding=1),
@@ -67,10 +67,10 @@ class Conv(nn.Module):
         return lengths // self.stride
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the state that is read; no frame at or past a row's length has a say."""
+        """Embed the true frames; frames past a row's length have no effect."""
         lengths = self.out_lengths(features.lengths)
         most = int(lengths.max())
-        frames = self.reading(features, self.layernorm.weight.dtype)[:, : most * self.stride]
+        frames = self.mixer(features, self.layernorm.weight.dtype)[:, : most * self.stride]
         if most == 0:  # less than one stride of audio in every row
             return Embeds(frames.new_zeros(len(frames), 0, self.layernorm.weight.numel()), lengths)
         inside = torch.arange(frames.shape[1], device=frames.device) < (

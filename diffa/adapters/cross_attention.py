@@ -1,4 +1,4 @@
-"""Layers of queries that read frames, shared by the adapters built of them."""
+"""Attention layers that the adapters with learned queries share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from diffa.errors import SpecError
 
 
-class Attention(nn.Module):
-    """Multi-head attention of queries (M, Q, width) to other states (M, T, width)."""
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention of queries (M, Q, width) over states (M, T, width)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def forward(self, queries: Tensor, states: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """Attend where ``sees`` (M, T) allows; every row must see something."""
+        """Attend where ``attn_mask`` (M, T) is True; every row needs one such place."""
         split = "m t (h d) -> m h t d"
         mixed = F.scaled_dot_product_attention(
             rearrange(self.query(queries), split, h=self.heads),
@@ -34,15 +34,18 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear maps with a GELU between, behind a norm."""
+    """A norm, then two linear layers with a GELU between them."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, intermediate_size: int) -> None:
         super().__init__(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+            nn.LayerNorm(width),
+            nn.Linear(width, intermediate_size),
+            nn.GELU(),
+            nn.Linear(intermediate_size, width),
         )
 
 
-def check(width: int, heads: int, dropout: float, **counts: int) -> None:
+def check_sizes(width: int, heads: int, dropout: float, **counts: int) -> None:
     """Raise SpecError for a count below one, a dropout out of range or heads that do not fit."""
     for name, value in counts.items():
         if value < 1:
@@ -56,6 +59,6 @@ def check(width: int, heads: int, dropout: float, **counts: int) -> None:
         )
 
 
-def bank(count: int, width: int) -> nn.Parameter:
-    """Return learned queries (count, width), drawn with the deviation .02 of BERT's embeddings."""
+def learned_queries(count: int, width: int) -> nn.Parameter:
+    """Return queries (count, width) drawn from N(0, 0.02), as BERT's embeddings are."""
     return nn.Parameter(torch.randn(count, width) * 0.02)

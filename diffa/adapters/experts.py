@@ -1,4 +1,4 @@
-"""A mixture of experts as the projector: each embedding is made by the few that suit it."""
+"""A mixture of experts as the projector."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import Reading, inside_of
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Experts(nn.Module):
-    """``num_experts_per_tok`` of ``num_experts`` two-layer maps of ``stride`` stacked frames, weighted by a softmax over
-    those chosen (Shazeer et al. 2017, eq. 1-5, without noise).
+    """A mixture of two-layer networks over stacked frames (Shazeer et al. 2017, eq. 1-5, no noise).
 
-    No expert has a capacity, so no row is dropped for another's sake. ``mix_layers`` reads a learned
-    mixture of all the encoder's states.
+    The experts with the largest router logits map each stack; a softmax over them weights the
+    results. No expert has a capacity, so a row does not depend on its batch.
+
+    Args:
+        num_experts: Experts.
+        num_experts_per_tok: Experts that map each embedding.
+        stride: Frames stacked into one embedding.
+        intermediate_size: Width of an expert's hidden layer.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class Experts(nn.Module):
                 f"got {num_experts_per_tok}"
             )
         self.stride, self.num_experts_per_tok, self.width = stride, num_experts_per_tok, width
-        self.reading = Reading(source, mix_layers=mix_layers)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
         inner = stride * source.width
         self.router = nn.Linear(inner, num_experts, bias=False)
         self.experts = nn.ModuleList(
@@ -57,27 +63,27 @@ class Experts(nn.Module):
         )
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return how many embeddings come from ``lengths`` (B,) frames: stacks, begun or whole."""
+        """Return how many embeddings come from ``lengths`` (B,) frames, rounded up."""
         return -(-lengths // self.stride)
 
     def forward(self, features: Features) -> Embeds:
         """Embed stacks of true frames, the last one filled with zeros."""
         lengths = self.out_lengths(features.lengths)
-        frames = self.reading(features, self.router.weight.dtype)
-        most = int(lengths.max())
-        frames = F.pad(frames, (0, 0, 0, most * self.stride - frames.shape[1]))
+        frames = self.mixer(features, self.router.weight.dtype)
+        longest = int(lengths.max())
+        frames = F.pad(frames, (0, 0, 0, longest * self.stride - frames.shape[1]))
         stacked = rearrange(frames, "b (n s) d -> b n (s d)", s=self.stride)
-        there = inside_of(lengths, most)
-        values = frames.new_zeros(*there.shape, self.width)
-        values[there] = self._mixed(stacked[there])
+        inside = frame_mask(lengths, longest)
+        values = frames.new_zeros(*inside.shape, self.width)
+        values[inside] = self._route(stacked[inside])
         return Embeds(values, lengths)
 
-    def _mixed(self, rows: Tensor) -> Tensor:
-        """Map rows (M, inner), each by its experts alone."""
-        best, chosen = self.router(rows).float().topk(self.num_experts_per_tok, dim=-1)
-        shares = best.softmax(dim=-1).to(rows.dtype)
-        out = rows.new_zeros(len(rows), self.width)
+    def _route(self, stacks: Tensor) -> Tensor:
+        """Map stacks of frames (M, stride * width), each by its own experts."""
+        top_logits, top_experts = self.router(stacks).float().topk(self.num_experts_per_tok, dim=-1)
+        shares = top_logits.softmax(dim=-1).to(stacks.dtype)
+        out = stacks.new_zeros(len(stacks), self.width)
         for number, expert in enumerate(self.experts):
-            row, place = (chosen == number).nonzero(as_tuple=True)
-            out = out.index_add(0, row, expert(rows[row]) * shares[row, place, None])
+            row, rank = (top_experts == number).nonzero(as_tuple=True)
+            out = out.index_add(0, row, expert(stacks[row]) * shares[row, rank, None])
         return out

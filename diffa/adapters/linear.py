@@ -6,15 +6,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import Reading
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Linear(nn.Module):
-    """Stacks ``stride`` frames of the last state and maps them through ``intermediate_size`` units with a
-    ReLU (Ma et al. 2024, SLAM-LLM). ``mix_layers`` reads a learned mixture of all the encoder's states
-    instead of the last one."""
+    """Stack frames and map them with two linear layers and a ReLU (SLAM-LLM, Ma et al. 2024).
+
+    Args:
+        stride: Frames stacked into one embedding.
+        intermediate_size: Width of the hidden layer.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,7 @@ class Linear(nn.Module):
             if value < 1:
                 raise SpecError(f"{name} must be at least 1, got {value}")
         self.stride = stride
-        self.reading = Reading(source, mix_layers=mix_layers)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.layers = nn.Sequential(
             nn.Linear(stride * source.width, intermediate_size),
             nn.ReLU(),
@@ -38,15 +42,15 @@ class Linear(nn.Module):
         )
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return how many embeddings come from ``lengths`` (B,) frames: whole stacks."""
+        """Return how many embeddings come from ``lengths`` (B,) frames, rounded down."""
         return lengths // self.stride
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the state that is read; frames that fill no whole stack are left out."""
+        """Embed whole stacks of true frames."""
         lengths = self.out_lengths(features.lengths)
-        most = int(lengths.max())
+        longest = int(lengths.max())
         dtype = self.layers[0].weight.dtype
-        frames = self.reading(features, dtype)[:, : most * self.stride]
+        frames = self.mixer(features, dtype)[:, : longest * self.stride]
         values = self.layers(rearrange(frames, "b (n s) d -> b n (s d)", s=self.stride))
-        inside = torch.arange(most, device=values.device) < lengths[:, None]
-        return Embeds(torch.where(inside[..., None], values, 0), lengths)
+        inside = frame_mask(lengths, longest)[..., None]
+        return Embeds(torch.where(inside, values, 0), lengths)

@@ -1,22 +1,33 @@
-"""Flamingo's perceiver resampler: any number of frames into a fixed number of latents."""
+"""Flamingo's perceiver resampler: a fixed number of latents for any number of frames."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from diffa.adapters.cross_attention import Attention, FeedForward, bank, check
-from diffa.adapters.layer_mixing import Reading, inside_of
+from diffa.adapters.cross_attention import (
+    FeedForward,
+    MultiHeadAttention,
+    check_sizes,
+    learned_queries,
+)
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask
 from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Perceiver(nn.Module):
-    """``num_queries`` latents that read the true frames and themselves at once (Alayrac et al. 2022,
-    Flamingo, sec. 3.1 and fig. 5).
+    """Latents that attend to frames and latents at once (Flamingo, Alayrac et al. 2022, sec. 3.1).
 
-    Frames get sinusoidal positions before the first layer, as time would else be lost. ``mix_layers``
-    reads a learned mixture of all the encoder's states.
+    Frames get sinusoidal positions before the first layer; attention alone ignores their order.
+
+    Args:
+        num_queries: Latents, the number of embeddings of every recording.
+        num_layers: Layers of the adapter.
+        intermediate_size: Width of the feed-forward network.
+        dropout: Dropout probability of the attention weights.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one.
     """
 
     def __init__(
@@ -31,7 +42,7 @@ class Perceiver(nn.Module):
         mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        check(
+        check_sizes(
             source.width,
             source.heads,
             dropout,
@@ -39,8 +50,8 @@ class Perceiver(nn.Module):
             num_layers=num_layers,
             intermediate_size=intermediate_size,
         )
-        self.reading = Reading(source, mix_layers=mix_layers)
-        self.queries = bank(num_queries, source.width)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
+        self.queries = learned_queries(num_queries, source.width)
         self.layers = nn.ModuleList(
             _Layer(source, intermediate_size, dropout) for _ in range(num_layers)
         )
@@ -51,12 +62,12 @@ class Perceiver(nn.Module):
         return torch.full_like(lengths, len(self.queries))
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the last state; nothing past a row's length is read."""
-        frames = self.reading(features, self.queries.dtype)
-        frames = frames + positions(frames)
-        attn_mask = inside_of(features.lengths, frames.shape[1] + len(self.queries))
-        attn_mask[:, frames.shape[1] :] = True  # the latents, which every row has
-        attn_mask[:, : frames.shape[1]] = inside_of(features.lengths, frames.shape[1])
+        """Embed the true frames."""
+        frames = self.mixer(features, self.queries.dtype)
+        frames = frames + sinusoidal_positions(frames)
+        # frames, then the latents, which every row has: (B, T + Q)
+        attn_mask = frame_mask(features.lengths, frames.shape[1])
+        attn_mask = F.pad(attn_mask, (0, len(self.queries)), value=True)
         hidden = repeat(self.queries, "q d -> b q d", b=len(frames))
         for layer in self.layers:
             hidden = layer(hidden, frames, attn_mask)
@@ -64,23 +75,23 @@ class Perceiver(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Latents read frames and latents together, then think (Flamingo, fig. 5)."""
+    """Cross-attention to frames and latents together, then a feed-forward (Flamingo, fig. 5)."""
 
     def __init__(self, source: FeatureSpec, intermediate_size: int, dropout: float) -> None:
         super().__init__()
         self.frame_norm, self.norm = nn.LayerNorm(source.width), nn.LayerNorm(source.width)
-        self.read = Attention(source.width, source.heads, dropout)
-        self.think = FeedForward(source.width, intermediate_size)
+        self.cross_attention = MultiHeadAttention(source.width, source.heads, dropout)
+        self.feed_forward = FeedForward(source.width, intermediate_size)
 
     def forward(self, hidden: Tensor, frames: Tensor, attn_mask: Tensor) -> Tensor:
         latents = self.norm(hidden)
         both = torch.cat([self.frame_norm(frames), latents], dim=1)
-        hidden = hidden + self.read(latents, both, attn_mask)
-        out: Tensor = hidden + self.think(hidden)
+        hidden = hidden + self.cross_attention(latents, both, attn_mask)
+        out: Tensor = hidden + self.feed_forward(hidden)
         return out
 
 
-def positions(frames: Tensor) -> Tensor:
+def sinusoidal_positions(frames: Tensor) -> Tensor:
     """Return sinusoids (T, width) for frames (B, T, width) (Vaswani et al. 2017, sec. 3.5)."""
     count, width = frames.shape[1:]
     steps = torch.arange(count, device=frames.device)[:, None]

@@ -7,16 +7,19 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import Reading, inside_of
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
 
 class Pool(nn.Module):
-    """The mean of every ``stride`` frames, mapped linearly (Chu et al. 2024, Qwen2-Audio: two).
+    """Average every ``stride`` frames and map the mean linearly (Qwen2-Audio, Chu et al. 2024).
 
-    A last stride that is not whole is the mean of the frames it has. ``mix_layers`` reads a learned
-    mixture of all the encoder's states instead of the last one.
+    An incomplete last stride is the mean of the frames it has.
+
+    Args:
+        stride: Frames averaged into one embedding.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one.
     """
 
     def __init__(
@@ -26,21 +29,21 @@ class Pool(nn.Module):
         if stride < 1:
             raise SpecError(f"stride must be at least 1, got {stride}")
         self.stride = stride
-        self.reading = Reading(source, mix_layers=mix_layers)
+        self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.proj = nn.Linear(source.width, width)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return how many embeddings come from ``lengths`` (B,) frames: strides, begun or whole."""
+        """Return how many embeddings come from ``lengths`` (B,) frames, rounded up."""
         return -(-lengths // self.stride)
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the means of true frames."""
+        """Embed the means of the true frames."""
         lengths = self.out_lengths(features.lengths)
-        frames = self.reading(features, self.proj.weight.dtype)
-        most, step = int(lengths.max()), self.stride
-        frames = F.pad(frames, (0, 0, 0, most * step - frames.shape[1]))
+        frames = self.mixer(features, self.proj.weight.dtype)
+        longest, step = int(lengths.max()), self.stride
+        frames = F.pad(frames, (0, 0, 0, longest * step - frames.shape[1]))
         sums = reduce(frames, "b (n s) d -> b n d", "sum", s=step)
-        places = torch.arange(most, device=lengths.device) * step
-        count = (features.lengths[:, None] - places).clamp(1, step)
+        starts = torch.arange(longest, device=lengths.device) * step
+        count = (features.lengths[:, None] - starts).clamp(1, step)
         values = self.proj(sums / count[..., None].to(sums.dtype))
-        return Embeds(torch.where(inside_of(lengths, most)[..., None], values, 0), lengths)
+        return Embeds(torch.where(frame_mask(lengths, longest)[..., None], values, 0), lengths)

@@ -12,9 +12,12 @@ from diffa.types import Embeds, Features
 
 
 class Prompt(nn.Module):
-    """``num_embeddings`` learned embeddings, the same for every recording (DIFFA).
+    """Learned embeddings, the same for every recording (DIFFA's soft prompt).
 
-    ``checkpoint`` is a DIFFA folder or Hub id (key ``trainable_prompts.weight``).
+    Args:
+        num_embeddings: Embeddings of the prompt.
+        checkpoint: Folder or Hub id of a DIFFA model (key ``trainable_prompts.weight``).
+        revision: Revision of the Hub repository. Default: the newest.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Prompt(nn.Module):
         return torch.full_like(lengths, self.prompts.num_embeddings)
 
     def forward(self, features: Features) -> Embeds:
-        """Return the prefix once for every row; of the features only their number is read."""
+        """Return the prompt once for every row; the features are not read."""
         rows = len(features.lengths)
         values = repeat(self.prompts.weight, "n w -> b n w", b=rows)
         return Embeds(values, self.out_lengths(features.lengths))

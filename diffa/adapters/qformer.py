@@ -1,4 +1,4 @@
-"""DIFFA's acoustic adapter: queries that read several layers of the encoder."""
+"""DIFFA's acoustic adapter: a Q-Former over several layers of the encoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
+from diffa.adapters.cross_attention import check_sizes
+from diffa.adapters.layer_mixing import frame_mask
 from diffa.checkpoints import read as ckpt
 from diffa.errors import CheckpointError, SpecError
 from diffa.types import Embeds, Features, FeatureSpec
@@ -15,9 +17,17 @@ from diffa.types import Embeds, Features, FeatureSpec
 class QFormer(nn.Module):
     """A Q-Former over several encoder layers, mixed by a softmax for every query (DIFFA, DeSTA2).
 
-    Each tapped layer has queries of its own and all share one transformer. ``encoder_layers`` lists
-    entries of the encoder's states, or counts layers evenly spread; None means 8 of 32 layers
-    or more, else 4. ``checkpoint`` is a DIFFA folder or Hub id (``acoustic_connector.*``).
+    Each of the encoder layers that are read has queries of its own; all share one transformer.
+
+    Args:
+        num_queries: Queries, the number of embeddings of every recording.
+        num_layers: Layers of the adapter.
+        encoder_layers: Encoder states to read, as indices, or how many evenly spaced layers.
+            Default: 8 of an encoder with 32 layers or more, else 4.
+        intermediate_size: Width of the feed-forward network.
+        dropout: Dropout probability.
+        checkpoint: Folder or Hub id of a DIFFA model (keys ``acoustic_connector.*``).
+        revision: Revision of the Hub repository. Default: the newest.
     """
 
     def __init__(
@@ -34,17 +44,20 @@ class QFormer(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        _check(
-            source,
+        check_sizes(
+            source.width,
+            source.heads,
+            dropout,
             num_queries=num_queries,
             num_layers=num_layers,
             intermediate_size=intermediate_size,
-            dropout=dropout,
         )
-        self.taps = tapped(source.layers, encoder_layers)
+        self.encoder_layers = select_encoder_layers(source.layers, encoder_layers)
         inner = source.width
-        self.layer_prompts = nn.ParameterList(torch.randn(1, num_queries, inner) for _ in self.taps)
-        self.layer_weights = nn.Parameter(torch.zeros(num_queries, len(self.taps)))
+        self.layer_prompts = nn.ParameterList(
+            torch.randn(1, num_queries, inner) for _ in self.encoder_layers
+        )
+        self.layer_weights = nn.Parameter(torch.zeros(num_queries, len(self.encoder_layers)))
         self.qformer = nn.ModuleDict(
             {
                 "layer": nn.ModuleList(
@@ -56,7 +69,7 @@ class QFormer(nn.Module):
         if checkpoint is not None and not ckpt.is_meta():
             folder = ckpt.find_checkpoint(checkpoint, revision)
             state = ckpt.read_weights(folder, "acoustic_connector.")
-            _check_taps(state, len(self.taps), source=str(folder))
+            _check_num_layers(state, len(self.encoder_layers), source=str(folder))
             ckpt.load_state(self, state, source=folder)
 
     def out_lengths(self, lengths: Tensor) -> Tensor:
@@ -64,29 +77,31 @@ class QFormer(nn.Module):
         return torch.full_like(lengths, self.layer_weights.shape[0])
 
     def forward(self, features: Features) -> Embeds:
-        """Embed the tapped states; a row's whole window is read, as the published weights expect
-        (its padding included), and nothing past it."""
-        rows, most = len(features.lengths), int(features.extents.max())
-        tapped = [features.states[tap][:, :most] for tap in self.taps]
-        frames = torch.cat(tapped).to(self.layer_weights.dtype)  # (taps * B, T, D), one pass
+        """Embed the selected states.
+
+        A row's whole window is read, its padding included, as the published weights expect.
+        """
+        rows, longest = len(features.lengths), int(features.extents.max())
+        states = [features.states[layer][:, :longest] for layer in self.encoder_layers]
+        frames = torch.cat(states).to(self.layer_weights.dtype)  # (layers * B, T, D), one pass
         hidden = repeat(torch.cat(list(self.layer_prompts)), "n q d -> (n b) q d", b=rows)
-        attn_mask = self._attn_mask(features.extents, most)
+        attn_mask = self._attn_mask(features.extents, longest)
         for layer in self.qformer["layer"].children():
             hidden = layer(hidden, frames, attn_mask)
         mixture = self.layer_weights.softmax(dim=-1)
-        by_tap = rearrange(hidden, "(n b) q d -> n b q d", b=rows)
-        values = self.proj(einsum(by_tap, mixture, "n b q d, q n -> b q d"))
+        by_layer = rearrange(hidden, "(n b) q d -> n b q d", b=rows)
+        values = self.proj(einsum(by_layer, mixture, "n b q d, q n -> b q d"))
         return Embeds(values, self.out_lengths(features.lengths))
 
-    def _attn_mask(self, extents: Tensor, most: int) -> Tensor | None:
-        """Return which frames (taps * B, 1, 1, T) each row may read; None where all may be."""
-        if int(extents.min()) == most:
+    def _attn_mask(self, extents: Tensor, longest: int) -> Tensor | None:
+        """Return which frames (layers * B, 1, 1, T) each row may read; None: all."""
+        if int(extents.min()) == longest:
             return None
-        inside = torch.arange(most, device=extents.device) < extents[:, None]
-        return repeat(inside, "b t -> (n b) 1 1 t", n=len(self.taps))
+        inside = frame_mask(extents, longest)
+        return repeat(inside, "b t -> (n b) 1 1 t", n=len(self.encoder_layers))
 
 
-def tapped(layers: int, encoder_layers: list[int] | int | None) -> list[int]:
+def select_encoder_layers(layers: int, encoder_layers: list[int] | int | None) -> list[int]:
     """Return the entries of the tuple of states to read; raises SpecError out of range.
 
     A count n gives (i + 1) * layers // n - 1, which is DIFFA's table for every Whisper size.
@@ -96,12 +111,14 @@ def tapped(layers: int, encoder_layers: list[int] | int | None) -> list[int]:
     if isinstance(encoder_layers, int):
         if not 1 <= encoder_layers <= layers:
             raise SpecError(
-                f"encoder_layers must lie between 1 and the encoder's {layers} layers, got {encoder_layers}"
+                f"encoder_layers must lie between 1 and the encoder's {layers} layers, "
+                f"got {encoder_layers}"
             )
         return [(i + 1) * layers // encoder_layers - 1 for i in range(encoder_layers)]
-    if not encoder_layers or any(not 0 <= tap <= layers for tap in encoder_layers):
+    if not encoder_layers or any(not 0 <= layer <= layers for layer in encoder_layers):
         raise SpecError(
-            f"encoder_layers must list entries of the encoder's states, 0 to {layers}, got {encoder_layers}"
+            f"encoder_layers must list entries of the encoder's states, 0 to {layers}, "
+            f"got {encoder_layers}"
         )
     return list(encoder_layers)
 
@@ -159,34 +176,10 @@ class _Output(nn.Module):
         return out
 
 
-def _check(
-    source: FeatureSpec,
-    *,
-    num_queries: int,
-    num_layers: int,
-    intermediate_size: int,
-    dropout: float,
-) -> None:
-    for name, value in (
-        ("num_queries", num_queries),
-        ("num_layers", num_layers),
-        ("intermediate_size", intermediate_size),
-    ):
-        if value < 1:
-            raise SpecError(f"{name} must be at least 1, got {value}")
-    if not 0 <= dropout < 1:
-        raise SpecError(f"dropout must lie between 0 and 1 (1 excluded), got {dropout}")
-    if source.width % source.heads:
-        raise SpecError(
-            f"qformer needs an encoder whose width is a multiple of its heads, "
-            f"got {source.width} and {source.heads}"
-        )
-
-
-def _check_taps(state: dict[str, Tensor], taps: int, *, source: str) -> None:
+def _check_num_layers(state: dict[str, Tensor], num_layers: int, *, source: str) -> None:
     found = sum(key.startswith("layer_prompts.") for key in state)
-    if found and found != taps:
+    if found and found != num_layers:
         raise CheckpointError(
-            f"{source} was trained on {found} tapped layers, but this qformer reads {taps}: "
+            f"{source} was trained on {found} encoder layers, but this qformer reads {num_layers}: "
             f"set encoder_layers to {found} and use the encoder it was trained with"
         )

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from diffa.adapters.conv import Conv
 from diffa.adapters.linear import Linear
 from diffa.adapters.prompt import Prompt
-from diffa.adapters.qformer import QFormer, tapped
+from diffa.adapters.qformer import QFormer, select_encoder_layers
 from diffa.errors import CheckpointError, SpecError
 from diffa.types import Adapter, Features, FeatureSpec
 
@@ -203,12 +203,12 @@ def test_the_last_relu_can_be_left_out():
     ],
 )
 def test_taps_follow_the_published_table(layers, expected):
-    assert tapped(layers, None) == expected
+    assert select_encoder_layers(layers, None) == expected
 
 
 def test_taps_can_be_counted_or_listed():
-    assert tapped(12, 3) == [3, 7, 11]
-    assert tapped(12, [0, 12]) == [0, 12]
+    assert select_encoder_layers(12, 3) == [3, 7, 11]
+    assert select_encoder_layers(12, [0, 12]) == [0, 12]
 
 
 def test_the_qformer_reads_its_taps_and_nothing_else():
@@ -294,7 +294,7 @@ def test_published_weights_of_another_width_are_refused():
 
 def test_published_weights_of_another_number_of_taps_are_refused():
     with pytest.raises(
-        CheckpointError, match="trained on 4 tapped layers, but this qformer reads 6"
+        CheckpointError, match="trained on 4 encoder layers, but this qformer reads 6"
     ):
         QFormer(GOLDEN_SOURCE, 48, encoder_layers=6, checkpoint=str(GOLDEN))
 

@@ -36,9 +36,9 @@ def test_all_weight_on_the_last_state_is_reading_the_last_state(part):
     mixed = part(SOURCE, 8, mix_layers=True)
     mixed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        mixed.reading.weights[-1] = 60.0
+        mixed.mixer.weights[-1] = 60.0
         assert torch.allclose(plain(features()).values, mixed(features()).values, atol=1e-5)
-        mixed.reading.weights[0] = 60.0
+        mixed.mixer.weights[0] = 60.0
         assert not torch.allclose(plain(features()).values, mixed(features()).values, atol=1e-2)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffa.adapters.cif import CIF, fire
-from diffa.adapters.ctc import CTC, runs
+from diffa.adapters.cif import CIF, integrate_and_fire
+from diffa.adapters.ctc import CTC, label_runs
 from diffa.adapters.experts import Experts
 from diffa.adapters.perceiver import Perceiver
 from diffa.adapters.pool import Pool
@@ -36,7 +36,7 @@ class TestWindowOverAllLayers(AdapterSuite):
     name = "window"
     options = {"window_seconds": 0.1, "mix_layers": True, **SMALL}
     # one query alone attends to itself with weight one, whatever it asks
-    idle = ("layers.*.own.query.*", "layers.*.own.key.*")
+    idle = ("layers.*.self_attention.query.*", "layers.*.self_attention.key.*")
 
 
 class TestPerceiver(AdapterSuite):
@@ -109,7 +109,7 @@ def test_a_mixture_begins_as_the_mean_of_all_states():
 def test_a_mixture_that_chooses_the_last_state_is_no_mixture():
     pool, heard = Pool(SOURCE, 7, mix_layers=True), features([6])
     with torch.no_grad():
-        pool.reading.weights[-1] = 100.0
+        pool.mixer.weights[-1] = 100.0
     plain = Pool(SOURCE, 7)
     plain.proj = pool.proj
     assert torch.allclose(pool(heard).values, plain(heard).values, atol=1e-5)
@@ -151,17 +151,17 @@ def test_latents_tell_the_order_of_frames():
 def test_runs_of_equal_labels_are_one():
     labels = torch.tensor([[1, 1, 0, 0, 2, 2, 2, 9], [0, 0, 3, 3, 0, 3, 9, 9]])
     inside = torch.arange(8) < torch.tensor([[7], [6]])
-    run, count = runs(labels, inside, keep_blanks=True)
+    run, count = label_runs(labels, inside, keep_blanks=True)
     assert run.tolist() == [[0, 0, 1, 1, 2, 2, 2, -1], [0, 0, 1, 1, 2, 3, -1, -1]]
     assert count.tolist() == [3, 4]
-    run, count = runs(labels, inside, keep_blanks=False)
+    run, count = label_runs(labels, inside, keep_blanks=False)
     assert run.tolist() == [[0, 0, -1, -1, 1, 1, 1, -1], [-1, -1, 0, 0, -1, 1, -1, -1]]
     assert count.tolist() == [2, 2]
 
 
 def test_a_row_of_blanks_keeps_one():
     labels, inside = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool)
-    assert runs(labels, inside, keep_blanks=False)[1].tolist() == [1]
+    assert label_runs(labels, inside, keep_blanks=False)[1].tolist() == [1]
 
 
 @torch.no_grad()
@@ -190,13 +190,13 @@ def test_firing_equals_the_recursion():
             weight, room = weight - part, room - part
             if room < 1e-7:
                 room, at = 1.0, at + 1
-    assert torch.allclose(fire(weights[None], 7)[0], shares, atol=1e-5)
+    assert torch.allclose(integrate_and_fire(weights[None], 7)[0], shares, atol=1e-5)
 
 
 def test_every_embedding_weighs_one():
     weights = torch.rand(2, 13)
     weights = weights * 4 / weights.sum(dim=1, keepdim=True)
-    assert torch.allclose(fire(weights, 4).sum(dim=2), torch.ones(2, 4), atol=1e-5)
+    assert torch.allclose(integrate_and_fire(weights, 4).sum(dim=2), torch.ones(2, 4), atol=1e-5)
 
 
 def test_content_moves_cifs_borders():

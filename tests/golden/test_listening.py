@@ -75,10 +75,10 @@ def test_encoder_states_are_the_references(reference, clip):
     close(last[:, ::25], reference.expected[f"{clip}.encoder.last.every25"], 1e-3)
     start, end = f"{clip}.encoder.hidden", ".every100"
     entries = [key for key in reference.expected if key.startswith(start)]
-    assert len(entries) == len(reference.acoustic.taps)
+    assert len(entries) == len(reference.acoustic.encoder_layers)
     for key in entries:
         entry = int(key.removeprefix(start).removesuffix(end))
-        assert entry in reference.acoustic.taps
+        assert entry in reference.acoustic.encoder_layers
         close(features.states[entry][:, ::100], reference.expected[key], 1e-3)
 
 
