@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Libraries are compiled once, not in every process that imports them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv demo test test-slow lint bench docs clean
+.PHONY: venv demo test test-slow lint bench docs package clean
 
 venv: $(READY)
 
@@ -32,12 +32,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 bench: $(READY)
 	$(BIN)/python benchmarks/decode.py
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

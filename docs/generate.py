@@ -40,7 +40,12 @@ def on_config(config: Any) -> Any:
     listed = {page for _, page in PAGES}
     others = [path.name for path in sorted(folder.glob("*.md")) if path.name not in listed]
     parts = [{title: f"parts/{kind}s.md"} for kind, title in TITLES.items()]
-    config["nav"] = [*known[:3], {"Parts": parts}, *known[3:], *others, {"Commands": "commands.md"}]
+    reference = [f"reference/{path.name}" for path in sorted((folder / "reference").glob("*.md"))]
+    notebook = {"Quick start (notebook)": "notebooks/quickstart.md"}
+    config["nav"] = [
+        known[0], notebook, *known[1:3], {"Parts": parts}, *known[3:], *others,
+        {"Commands": "commands.md"}, {"Python API": reference},
+    ]  # fmt: skip
     return config
 
 
@@ -64,6 +69,21 @@ def generated() -> Iterator[tuple[str, str]]:
     for kind in TITLES:
         yield f"parts/{kind}s.md", "\n".join(kind_page(kind)) + "\n"
     yield "commands.md", "\n".join(commands_page()) + "\n"
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        yield f"notebooks/{path.stem}.md", notebook_page(path)
+
+
+def notebook_page(path: Path) -> str:
+    """Run a notebook and return it as Markdown; an error in a cell stops the build."""
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    notebook = nbformat.read(path, as_version=4)
+    run = ExecutePreprocessor(timeout=120, kernel_name="python3")
+    run.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
+    return str(text)
 
 
 def kind_page(kind: str) -> Iterator[str]:
