@@ -7,7 +7,7 @@
         options = {"stride": 4}
 
 ``name`` is the part's entry point, or ``part`` its class; ``options`` are what a spec would set.
-What a part rightly does otherwise is said by a flag, which turns the check around, never off.
+A flag declares where a part differs on purpose. It inverts the check and never skips it.
 """
 
 from diffa.testing.adapters import AdapterSuite

@@ -1,4 +1,4 @@
-"""Conformance of objectives: what is corrupted, what is measured, and that it is the bound."""
+"""Conformance of objectives: the corruption, the loss, and its expectation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ObjectiveSuite(PartSuite):
     """Checks of an objective.
 
     Attributes:
-        plain: whether its loss is the plain cross-entropy where the whole answer is hidden.
-        unbiased: whether its expectation is the bound of LLaDA (arXiv 2502.09992, eq. 3): the
-            sum over l of the mean loss of all sets of l hidden tokens, over l.
-        random: whether different seeds corrupt differently.
+        plain: Whether its loss is the cross-entropy when the whole answer is masked.
+        unbiased: Whether its expectation is LLaDA's bound (arXiv 2502.09992, eq. 3): the sum over
+            l of the mean loss of all sets of l masked tokens, divided by l.
+        random: Whether different seeds corrupt differently.
     """
 
     kind: ClassVar[str] = "objective"
@@ -33,52 +33,54 @@ class ObjectiveSuite(PartSuite):
 
     @property
     def vocab(self) -> Vocab:
-        """The toy vocabulary for the objective's decoding."""
+        """Return the toy vocabulary for the objective's decoding."""
         return CAUSAL if self.cls.decoding == "causal" else MASKED
 
     @property
-    def ahead(self) -> int:
-        """How many columns before a token stands the hidden state that predicts it."""
+    def offset(self) -> int:
+        """Return how many columns before a token its predicting hidden state stands."""
         return int(self.cls.decoding == "causal")
 
     def new(self) -> Any:
-        """The objective for the toy vocabulary."""
+        """Build the objective for the toy vocabulary."""
         return self.make(vocab=self.vocab)
 
     def test_it_declares_a_decoding(self) -> None:
-        """``decoding`` says which backbones it is for."""
+        """``decoding`` is ``masked`` or ``causal``."""
         ensure(self.cls.decoding in ("masked", "causal"), f"decoding is {self.cls.decoding!r}")
 
     def test_only_answer_tokens_are_corrupted(self) -> None:
-        """What is no answer stays; what is hidden is a mask; weights stand there alone."""
+        """Only answer tokens become masks, and only they have a weight."""
         tokens, answer, seeds = _batch()
         before = tokens.clone()
         noised = self.new().corrupt(tokens, answer, seeds)
-        ensure(torch.equal(tokens, before), "corrupt writes into the tokens it was given")
+        ensure(torch.equal(tokens, before), "corrupt changes its argument `tokens` in place")
         ensure(torch.equal(noised.answer, answer), "noised.answer is not the answer")
         ensure(not (noised.masked & ~answer).any(), "tokens outside of the answer are predicted")
         changed = noised.tokens != tokens
         ensure(not (changed & ~answer).any(), "tokens outside of the answer are changed")
         if self.vocab.mask is not None:
-            hidden = noised.tokens[noised.masked] == self.vocab.mask
-            ensure(hidden.all(), "a token that is to be predicted can be seen")
-        ensure(not noised.weights[~noised.masked].any(), "tokens not predicted have a weight")
+            is_mask = noised.tokens[noised.masked] == self.vocab.mask
+            ensure(is_mask.all(), "a predicted token is not masked")
+        ensure(
+            not noised.weights[~noised.masked].any(), "tokens that are not predicted have a weight"
+        )
         ensure((noised.weights >= 0).all(), "a weight is negative")
 
     def test_seeds_reproduce(self) -> None:
-        """The same seeds corrupt alike, and other ones otherwise; no global generator is used."""
+        """Equal seeds corrupt equally, other seeds differently; no global generator is used."""
         tokens, answer, seeds = _batch()
         with seeded(1):
             state = torch.get_rng_state()
             first = self.new().corrupt(tokens, answer, seeds)
-            ensure(torch.equal(state, torch.get_rng_state()), "torch's generator was used")
+            ensure(torch.equal(state, torch.get_rng_state()), "torch's global generator was used")
         ensure(_same(first, self.new().corrupt(tokens, answer, seeds)), "the same seeds differ")
         others = [self.new().corrupt(tokens, answer, seeds + 7 * n) for n in range(1, 4)]
         differs = not all(torch.equal(first.masked, other.masked) for other in others)
-        ensure(differs == self.random, f"random is {self.random}, but seeds' say is {differs}")
+        ensure(differs == self.random, f"random is {self.random}, but seeds matter: {differs}")
 
     def test_a_row_is_corrupted_alike_in_any_batch(self) -> None:
-        """Neighbours and padding have no say in what is hidden."""
+        """Other rows and padding do not change what is masked."""
         tokens, answer, seeds = _batch()
         together = self.new().corrupt(tokens, answer, seeds)
         for row in range(ROWS):
@@ -86,18 +88,18 @@ class ObjectiveSuite(PartSuite):
             wide, area = F.pad(tokens[one], (0, 4)), F.pad(answer[one], (0, 4))
             alone = self.new().corrupt(wide, area, seeds[one])
             ensure(torch.equal(alone.masked[0, :LENGTH], together.masked[row]),
-                   f"row {row} is corrupted otherwise when it is alone")  # fmt: skip
+                   f"row {row} is corrupted differently when it is alone")  # fmt: skip
             ensure(torch.equal(alone.weights[0, :LENGTH], together.weights[row]),
-                   f"row {row} is weighed otherwise when it is alone")  # fmt: skip
+                   f"row {row} is weighted differently when it is alone")  # fmt: skip
 
-    def test_the_loss_is_cross_entropy_where_all_is_hidden(self) -> None:
-        """With every answer token hidden at weight 1, loss over weight is their mean."""
+    def test_the_loss_of_a_fully_masked_answer_is_cross_entropy(self) -> None:
+        """With every answer token masked at weight 1, the loss is the mean cross-entropy."""
         tokens, answer, _ = _batch()
         tokens, answer = tokens[:1], answer[:1]
         hidden = noise(1, LENGTH, self.vocab.size, seed=2)
         total, weight = self.new().loss(hidden, _Head(), tokens, self._everything(tokens, answer))
         index = answer[0].nonzero()[:, 0]
-        expected = F.cross_entropy(hidden[0, index - self.ahead], tokens[0, index])
+        expected = F.cross_entropy(hidden[0, index - self.offset], tokens[0, index])
         same = close(total / weight, expected)
         ensure(same == self.plain, f"the loss is {float(total / weight)}, cross-entropy is "
                f"{float(expected)}, and plain is {self.plain}")  # fmt: skip
@@ -106,50 +108,56 @@ class ObjectiveSuite(PartSuite):
         noisy = tokens if self.vocab.mask is None else tokens.masked_fill(answer, self.vocab.mask)
         return Noised(noisy, answer, answer.float(), answer)
 
-    def test_gradient_stands_at_predicted_tokens_only(self) -> None:
-        """Hidden states have a gradient exactly where a token of some weight is predicted."""
+    def test_only_predicted_tokens_have_a_gradient(self) -> None:
+        """Hidden states have a gradient exactly where they predict a token with a weight."""
         tokens, answer, seeds = _batch()
         objective = self.new()
         noised = objective.corrupt(tokens, answer, seeds)
         hidden = noise(ROWS, LENGTH, self.vocab.size, seed=2).requires_grad_()
         total, weight = objective.loss(hidden, _Head(), tokens, noised)
-        ensure(total.dim() == 0 and bool(total.isfinite()), "the loss is no finite number")
-        ensure(weight.numel() == 1 and not weight.requires_grad, "the weight is no plain number")
+        ensure(total.dim() == 0 and bool(total.isfinite()), "the loss is not a finite scalar")
+        ensure(
+            weight.numel() == 1 and not weight.requires_grad,
+            "the weight is not a scalar without gradient",
+        )
         (gradient,) = torch.autograd.grad(total, hidden)
-        due = (noised.masked & (noised.weights > 0)).roll(-self.ahead, dims=1)
-        found = gradient.abs().sum(dim=-1) > 0
-        ensure(not (found & ~due).any(), "states that predict nothing have a gradient")
-        ensure(not (due & ~found).any(), "states that predict have no gradient")
+        predicting = (noised.masked & (noised.weights > 0)).roll(-self.offset, dims=1)
+        nonzero = gradient.abs().sum(dim=-1) > 0
+        ensure(not (nonzero & ~predicting).any(), "states that predict nothing have a gradient")
+        ensure(not (predicting & ~nonzero).any(), "states that predict have no gradient")
 
-    def test_padding_and_hidden_neighbours_do_not_leak(self) -> None:
-        """What stands in states and tokens that predict nothing changes no loss."""
+    def test_other_states_and_tokens_do_not_change_the_loss(self) -> None:
+        """States and tokens that predict nothing do not change the loss."""
         tokens, answer, seeds = _batch()
         objective = self.new()
         noised = objective.corrupt(tokens, answer, seeds)
         hidden = noise(ROWS, LENGTH, self.vocab.size, seed=2)
-        due = noised.masked.roll(-self.ahead, dims=1)
-        other = torch.where(due[..., None], hidden, 40 * noise(*hidden.shape, seed=3))
+        predicting = noised.masked.roll(-self.offset, dims=1)
+        other = torch.where(predicting[..., None], hidden, 40 * noise(*hidden.shape, seed=3))
         shuffled = torch.where(answer, tokens, (tokens + 1) % WORDS)
         first = objective.loss(hidden, _Head(), tokens, noised)
         again = objective.loss(other, _Head(), shuffled, noised)
-        ensure(all(map(close, first, again)), "padding or the prompt has a say in the loss")
+        ensure(all(map(close, first, again)), "padding or the prompt changes the loss")
 
-    def test_half_precision_states_are_welcome(self) -> None:
-        """States in bfloat16 give nearly the loss of float32, not a sum in half precision."""
+    def test_half_precision_states_are_accepted(self) -> None:
+        """bfloat16 states give nearly the float32 loss: sums run in float32."""
         tokens, answer, seeds = _batch()
         noised = self.new().corrupt(tokens, answer, seeds)
         hidden = noise(ROWS, LENGTH, self.vocab.size, seed=2)
         exact = self.new().loss(hidden, _Head(), tokens, noised)[0]
         rounded = self.new().loss(hidden.to(torch.bfloat16), _Head(), tokens, noised)[0]
-        ensure(bool((exact - rounded).abs() <= 0.02 * exact.abs() + 1e-3), "bfloat16 is far off")
+        ensure(
+            bool((exact - rounded).abs() <= 0.02 * exact.abs() + 1e-3),
+            "the loss of bfloat16 states differs by more than rounding",
+        )
 
     def test_the_expectation_is_the_bound(self) -> None:
-        """Over many seeds the loss is what enumerating all hidden sets gives, if ``unbiased``."""
+        """The mean loss over many seeds equals enumeration of all masked sets, if ``unbiased``."""
         if self.vocab.mask is None:
             ensure(not self.unbiased, "a causal objective has nothing to enumerate")
             return
         groups, rows = 60, 500
-        table = 2 * noise(8, 3, self.vocab.size, seed=6)  # by hidden set: logits of three tokens
+        table = 2 * noise(8, 3, self.vocab.size, seed=6)  # logits of three tokens, by masked set
         tokens = torch.tensor([[0, 1, 2]]).expand(rows, -1)
         answer, objective, means = torch.ones_like(tokens).bool(), self.new(), []
         for group in range(groups):
@@ -157,16 +165,16 @@ class ObjectiveSuite(PartSuite):
             sets = (noised.masked.long() * torch.tensor([4, 2, 1])).sum(dim=1)
             total, weight = objective.loss(table[sets], _Head(), tokens, noised)
             means.append(float(total / weight))
-        found = torch.tensor(means, dtype=torch.float64)
-        due = _bound(table) / 3
-        off = abs(float(found.mean()) - due)
-        allowed = 4 * float(found.std()) / groups**0.5 + 0.01 * due
-        ensure((off <= allowed) == self.unbiased, f"the mean is {float(found.mean()):.4f}, the "
-               f"bound {due:.4f}, and unbiased is {self.unbiased}")  # fmt: skip
+        losses = torch.tensor(means, dtype=torch.float64)
+        bound = _bound(table) / 3
+        off = abs(float(losses.mean()) - bound)
+        allowed = 4 * float(losses.std()) / groups**0.5 + 0.01 * bound
+        ensure((off <= allowed) == self.unbiased, f"the mean is {float(losses.mean()):.4f}, the "
+               f"bound {bound:.4f}, and unbiased is {self.unbiased}")  # fmt: skip
 
 
 class _Head(torch.nn.Module):
-    """Reads hidden states as logits."""
+    """Return hidden states as logits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return hidden states (..., V) as they are."""
@@ -174,7 +182,7 @@ class _Head(torch.nn.Module):
 
 
 def _bound(table: Tensor) -> float:
-    """Sum over sizes l of the mean summed loss of all sets of l hidden tokens, over l."""
+    """Return the sum over l of the mean summed loss of all sets of l masked tokens, over l."""
     nll, total = -table.double().log_softmax(dim=-1), 0.0
     for size in (1, 2, 3):
         sums = []
@@ -186,7 +194,7 @@ def _bound(table: Tensor) -> float:
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, answers that begin and end at different places, and seeds."""
+    """Return tokens, answers that start and end at different places, and seeds."""
     tokens = torch.randint(0, WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     column = torch.arange(LENGTH)
     first, last = torch.tensor([2, 1, 3, 5, 2, 4]), torch.tensor([11, 9, 8, 10, 7, 11])

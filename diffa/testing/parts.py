@@ -1,4 +1,4 @@
-"""What every kind of part must keep to: its schema, its weights, its determinism."""
+"""Checks for every kind of part: schema, weights, determinism."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from diffa.spec import registry
 from diffa.spec.schema import coerce, read_schema
 
 HEAVY = ("transformers", "torchaudio", "timm", "xformers", "peft", "accelerate", "datasets")
-"""Packages that are slow or fragile to import: a part imports them inside its constructor."""
+"""Packages that are slow or fragile to import: import them inside the constructor."""
 
 
 class PartSuite:
     """Checks of any kind of part.
 
     Attributes:
-        name: the part's entry point; or
+        name: The part's entry point, or
         part: its class.
-        options: what a spec would set.
+        options: Options that a spec would set.
     """
 
     kind: ClassVar[str]
@@ -39,7 +39,7 @@ class PartSuite:
 
     @property
     def cls(self) -> type[Any]:
-        """The part's class."""
+        """Return the part's class."""
         if self.part is not None:
             return self.part
         if self.name is None:
@@ -47,20 +47,20 @@ class PartSuite:
         return registry.load_part(self.kind, self.name)
 
     def make(self, options: Mapping[str, Any] | None = None, **wires: Any) -> Any:
-        """Construct the part with the suite's options, ``options`` on top, and its wires."""
+        """Build the part from the suite's options, overridden by ``options``, and its wires."""
         cls = self.cls
         wanted = {wire: wires[wire] for wire in read_schema(cls).wires}
         with seeded(0):
             return cls(**wanted, **{**self.options, **(options or {})})
 
     def test_the_constructor_is_a_schema(self) -> None:
-        """Wires by position, options by keyword with types and JSON defaults, every member."""
+        """Wires are positional, options are typed keywords with JSON defaults, members exist."""
         registry.validate_part(self.kind, self.cls)
         defaults = {name: option.default for name, option in read_schema(self.cls).options.items()}
         json.dumps(defaults, allow_nan=False)
 
     def test_the_given_options_are_declared(self) -> None:
-        """Nothing is set that the constructor does not declare, and every value has its type."""
+        """The constructor declares every option that the suite sets, with its type."""
         known, faults = read_schema(self.cls).options, []
         for name, value in self.options.items():
             if name not in known:
@@ -70,19 +70,22 @@ class PartSuite:
         ensure(not faults, "; ".join(faults))
 
     def test_importing_it_is_light(self) -> None:
-        """Its module imports no heavy package at the top."""
+        """The part's module imports no heavy package at its top level."""
         heavy = sorted(set(_imported(self.cls.__module__)) & set(HEAVY))
-        ensure(not heavy, f"{self.cls.__module__} imports {heavy} at the top: import it inside")
+        ensure(
+            not heavy,
+            f"{self.cls.__module__} imports {heavy} at its top level: import it in the constructor",
+        )
 
 
 class ModuleSuite(PartSuite):
-    """Checks of a part that is an ``nn.Module``; a kind says how to build and how to run one.
+    """Checks of a part that is an ``nn.Module``; subclasses define ``new`` and ``run``.
 
     Attributes:
-        idle: patterns of weights that rightly get no gradient, such as ``*.key.bias`` under a
+        idle: Patterns of weights that get no gradient by design, such as ``*.key.bias`` under a
             softmax.
-        rounding: largest relative error of bfloat16 against float32; infinite where rounding may
-            change a choice, so that the numbers cannot be compared.
+        rounding: Largest relative error of bfloat16 against float32. Infinite where rounding may
+            change a discrete choice.
     """
 
     idle: ClassVar[Sequence[str]] = ()
@@ -93,48 +96,50 @@ class ModuleSuite(PartSuite):
         raise NotImplementedError
 
     def run(self, part: Any) -> Tensor:
-        """Everything the part says about a fixed input, as one flat tensor."""
+        """Return all outputs for a fixed input as one flat tensor."""
         raise NotImplementedError
 
     def test_weights_survive_saving(self) -> None:
-        """Another copy that loads the saved weights says exactly the same."""
-        first = stirred(self.new()).eval()
+        """A copy that loads the saved weights has exactly the same output."""
+        first = perturbed(self.new()).eval()
         state = {key: value.detach().clone() for key, value in first.state_dict().items()}
         second = self.new()
         second.load_state_dict(safetensors.torch.load(safetensors.torch.save(state)))
         with torch.no_grad():
             same = torch.equal(self.run(first), self.run(second.eval()))
-        ensure(same, "a copy with the same saved weights says something else: is anything random "
-               "or learned kept outside of the parameters and buffers?")  # fmt: skip
+        ensure(same, "a copy with the same saved weights has another output: is anything random "
+               "or learned kept outside the parameters and buffers?")  # fmt: skip
 
     def test_eval_is_deterministic(self) -> None:
-        """In ``eval`` nothing is drawn: not from torch's global generator, not anywhere else."""
+        """In eval mode the output is the same every time and uses no random numbers."""
         part = self.new().eval()
         with torch.no_grad(), seeded(1):
             first = self.run(part)
             state = torch.get_rng_state()
             again = self.run(part)
-            ensure(torch.equal(state, torch.get_rng_state()), "eval draws random numbers")
-        ensure(torch.equal(first, again), "two passes in eval differ")
+            ensure(
+                torch.equal(state, torch.get_rng_state()), "eval mode uses torch's global generator"
+            )
+        ensure(torch.equal(first, again), "two passes in eval mode differ")
 
     def test_bfloat16_agrees_with_float32(self) -> None:
-        """A copy in bfloat16 runs and differs by its rounding only."""
+        """A bfloat16 copy runs and differs by rounding only."""
         exact, rounded = self.new().eval(), self.new().eval().to(torch.bfloat16)
         with torch.no_grad():
-            expected, found = self.run(exact).float(), self.run(rounded).float()
-        ensure(found.isfinite().all(), "bfloat16 gives numbers that are not finite")
+            expected, values = self.run(exact).float(), self.run(rounded).float()
+        ensure(values.isfinite().all(), "bfloat16 gives values that are not finite")
         if self.rounding == float("inf"):
             return
-        ensure(found.shape == expected.shape, "bfloat16 gives another number of values")
-        error = float((found - expected).norm() / expected.norm().clamp(min=1e-9))
-        ensure(error < self.rounding, f"bfloat16 is {error:.2g} of the norm off")
+        ensure(values.shape == expected.shape, "bfloat16 gives another number of values")
+        error = float((values - expected).norm() / expected.norm().clamp(min=1e-9))
+        ensure(error < self.rounding, f"bfloat16 differs by {error:.2g} of the norm")
 
     def test_gradient_reaches_every_trainable_weight(self) -> None:
-        """Every weight that asks for a gradient gets one that is finite and not all zero."""
-        part = stirred(self.new()).train()
-        said = self.run(part)
-        mix = torch.randn(said.shape, generator=torch.Generator().manual_seed(3))
-        torch.autograd.backward((said.float() * mix).sum())
+        """Every trainable weight gets a finite gradient that is not all zero."""
+        part = perturbed(self.new()).train()
+        output = self.run(part)
+        mix = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        torch.autograd.backward((output.float() * mix).sum())
         dead = []
         for name, weight in part.named_parameters():
             if not weight.requires_grad or any(fnmatch.fnmatch(name, p) for p in self.idle):
@@ -144,43 +149,43 @@ class ModuleSuite(PartSuite):
         ensure(not dead, f"no usable gradient reaches {', '.join(dead)}")
 
     def test_a_dry_run_takes_no_memory(self) -> None:
-        """Under ``torch.device("meta")`` every weight stays on meta, and none is missing."""
+        """Under ``torch.device("meta")`` all weights exist and stay on meta."""
         with torch.device("meta"):
             part = self.new()
         real = [name for name, value in part.state_dict().items() if not value.is_meta]
         ensure(not real, f"a dry run allocates {', '.join(real)}")
         shapes = {name: tuple(value.shape) for name, value in self.new().state_dict().items()}
         dry = {name: tuple(value.shape) for name, value in part.state_dict().items()}
-        ensure(shapes == dry, "a dry run has other weights than a real one")
+        ensure(shapes == dry, "weights on the meta device differ from real ones")
 
 
 def failures(suite: type[PartSuite]) -> dict[str, str]:
-    """Run a suite without pytest; return which checks failed and why."""
-    found = {}
+    """Run a suite without pytest; return the failed checks and their errors."""
+    errors = {}
     for name in [name for name in dir(suite) if name.startswith("test_")]:
         try:
             getattr(suite(), name)()
-        except Exception as error:  # a fault of any kind is what is looked for
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+        except Exception as error:  # any exception is a failed check
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors
 
 
 def ensure(condition: bool | Tensor, message: str) -> None:
-    """Raise AssertionError with a message unless the condition holds, also under ``python -O``."""
+    """Raise AssertionError unless the condition holds, also under ``python -O``."""
     if not bool(condition):
         raise AssertionError(message)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two tensors agree to a share of the larger one's size."""
-    if found.shape != expected.shape:
+def close(values: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
+    """Return whether two tensors agree to a tolerance relative to the largest expected value."""
+    if values.shape != expected.shape:
         return False
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    return torch.allclose(found.float(), expected.float(), rtol=0, atol=tolerance * scale)
+    return torch.allclose(values.float(), expected.float(), rtol=0, atol=tolerance * scale)
 
 
 class seeded:
-    """A block in which torch's global generator starts from ``seed``; it is put back after."""
+    """Context manager: seed torch's global generator, and restore it afterwards."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -194,22 +199,22 @@ class seeded:
 
 
 def noise(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers that depend on shape and seed alone."""
+    """Return standard normal numbers that depend on shape and seed only."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
-def stirred(part: nn.Module) -> nn.Module:
-    """Move every weight a little, so that what begins at zero or one hides nothing."""
+def perturbed(part: nn.Module) -> nn.Module:
+    """Change every weight a little: weights initialised to 0 or 1 would hide faults."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for value in part.state_dict().values():
-            if value.is_floating_point():  # upwards alone: a variance has to stay positive
+            if value.is_floating_point():  # only upwards: variances stay positive
                 value += 0.02 * torch.rand(value.shape, generator=generator)
     return part
 
 
 def _imported(module: str) -> Iterator[str]:
-    """Names of the packages that a module imports at its top."""
+    """Yield the packages that a module imports at its top level."""
     spec = importlib.util.find_spec(module) if module not in sys.modules else None
     path = spec.origin if spec else getattr(sys.modules.get(module), "__file__", None)
     if path is None:

@@ -1,4 +1,4 @@
-"""Conformance of samplers: over a toy denoiser, whose exact answer is known by enumeration."""
+"""Conformance of samplers, over a toy denoiser whose joint distribution is known exactly."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class SamplerSuite(PartSuite):
     """Checks of a sampler.
 
     Attributes:
-        exact: options, temperature included, under which the sampler draws from the model's own
-            joint distribution; required of a sampler that has a temperature.
-        edits: whether tokens once final, or given in a draft, may be written again.
+        exact: Options, with a temperature, under which the sampler draws from the model's joint
+            distribution. Required if the sampler has a temperature.
+        edits: Whether the sampler may change tokens of a draft.
     """
 
     kind: ClassVar[str] = "sampler"
@@ -34,11 +34,11 @@ class SamplerSuite(PartSuite):
 
     @property
     def vocab(self) -> Vocab:
-        """The toy vocabulary for the sampler's decoding."""
+        """Return the toy vocabulary for the sampler's decoding."""
         return CAUSAL if self.cls.decoding == "causal" else MASKED
 
     def new(self, options: Mapping[str, Any] | None = None) -> Any:
-        """The sampler for the toy vocabulary, with ``options`` on top of the suite's."""
+        """Build the sampler for the toy vocabulary, with ``options`` over the suite's."""
         return self.make(options, vocab=self.vocab)
 
     def decode(
@@ -57,41 +57,45 @@ class SamplerSuite(PartSuite):
         steps = []
         for step in self.new(options)(canvas, denoise):
             steps.append(step)
-            ensure(denoise.num_forwards == len(steps), "it does not yield after every forward")
+            ensure(
+                denoise.num_forwards == len(steps), "it must yield once after every forward pass"
+            )
         return canvas, steps, denoise
 
     def test_it_declares_a_decoding(self) -> None:
-        """``decoding`` says which backbones it is for."""
+        """``decoding`` is ``masked`` or ``causal``."""
         ensure(self.cls.decoding in ("masked", "causal"), f"decoding is {self.cls.decoding!r}")
 
     def test_it_ends_with_everything_decided(self) -> None:
-        """No mask is left, whatever the model says, for answers of any length."""
+        """No mask is left, for any predictions and any answer length."""
         for length in LENGTHS:
             canvas, steps, _ = self.decode(Chaos(), length=length)
             answer = canvas.answer
             undecided = self.vocab.pad if self.vocab.mask is None else self.vocab.mask
-            ensure(not (answer == undecided).any(), "a place of the answer is left undecided")
+            ensure(not (answer == undecided).any(), "an answer token is left undecided")
             ensure(torch.equal(steps[-1].tokens, answer), "the last step is not the answer")
-            ensure(steps[-1].final.all(), "the last step calls some tokens not final")
+            ensure(steps[-1].final.all(), "the last step marks some tokens as not final")
 
-    def test_steps_tell_what_is_final(self) -> None:
-        """Steps have the answer's shape, probabilities, and final tokens that do not change."""
+    def test_final_tokens_do_not_change(self) -> None:
+        """Steps have the answer's shape and probabilities, and final tokens stay the same."""
         _, steps, _ = self.decode(Chaos())
         for step in steps:
             shapes = {tuple(value.shape) for value in step}
             ensure(shapes == {(len(PROMPTS), 12)}, f"a step's shapes are {shapes}")
             ensure(step.final.dtype == torch.bool, "final is not bool")
             inside = (step.confidence >= 0) & (step.confidence <= 1 + 1e-6)
-            ensure(inside.all(), "a confidence is no probability")
+            ensure(inside.all(), "a confidence is not a probability")
             masks = step.tokens == self.vocab.mask
-            ensure(not (step.final & masks).any(), "a mask is called final")
+            ensure(not (step.final & masks).any(), "a mask is marked as final")
         for before, after in itertools.pairwise(steps):
-            ensure((after.final | ~before.final).all(), "a final token is taken back")
-            kept = torch.where(before.final, after.tokens == before.tokens, True)
-            ensure(kept.all(), "a token changes after it was called final")
+            ensure(
+                (after.final | ~before.final).all(), "a final token is not final in the next step"
+            )
+            same = torch.where(before.final, after.tokens == before.tokens, True)
+            ensure(same.all(), "a final token changes")
 
     def test_the_prompt_is_never_touched(self) -> None:
-        """Tokens, content, positions and validity of the prompt stay as they were."""
+        """Tokens, content, positions and validity of the prompt do not change."""
         fresh = toy_canvas(PROMPTS, 12, vocab=self.vocab)
         canvas, _, _ = self.decode(Chaos())
         for name in ("tokens", "content", "positions", "valid"):
@@ -101,75 +105,77 @@ class SamplerSuite(PartSuite):
         same = torch.equal(fresh.positions, canvas.positions[: fresh.count, : fresh.size])
         ensure(same, "the answer's positions changed")
 
-    def test_given_answer_tokens_are_never_touched(self) -> None:
-        """A draft's tokens stay, unless ``edits`` is set; a causal sampler writes them all."""
+    def test_draft_tokens_do_not_change(self) -> None:
+        """Tokens of a draft do not change, unless ``edits`` is set or the sampler is causal."""
         if self.vocab.mask is None:
             return
         draft = torch.full((3, 12), MASKED.mask or 0)
-        # the last row is done long before the others, and must be left alone from then on
+        # The last row is done long before the others and must not change after that.
         draft[0, 4:7], draft[1, 0], draft[2, 2:] = torch.tensor([1, 2, 3]), 4, 0
-        given = draft != MASKED.mask
+        is_draft = draft != MASKED.mask
         canvas, steps, _ = self.decode(Chaos(), draft=draft)
         ensure(not canvas.undecided().any(), "a mask is left beside a draft")
         if not self.edits:
             for tokens in (*(step.tokens for step in steps), canvas.answer):
-                ensure(torch.equal(tokens[given], draft[given]), "a given token changed")
+                ensure(torch.equal(tokens[is_draft], draft[is_draft]), "a draft's token changed")
 
-    def test_a_denoiser_that_knows_the_answer_is_believed(self) -> None:
-        """Where the model has no doubt, its tokens are the answer, each in its place and row."""
+    def test_certain_predictions_are_the_answer(self) -> None:
+        """If all predictions are certain, they are the answer, each in its place and row."""
         answer = self.decode(Sure())[0].answer
         for row, prompt in enumerate(PROMPTS):
-            law = _Told()
+            law = _Recorder()
             self.decode(law, [prompt])
-            expected = torch.tensor([law.told[place] for place in range(12)])
-            ensure(torch.equal(answer[row], expected), f"row {row} is not what was told")
+            expected = torch.tensor([law.predictions[place] for place in range(12)])
+            ensure(torch.equal(answer[row], expected), f"row {row} is not what was predicted")
 
     def test_the_same_seeds_give_the_same_answer(self) -> None:
-        """Chance comes from the rows' seeds alone, not from any global generator."""
+        """Random numbers depend on the rows' seeds only, not on a global generator."""
         for options in ({}, self.exact or {}):
             with seeded(1):
                 state = torch.get_rng_state()
                 first = self.decode(Chaos(), seeds=[3, 4, 5], options=options)[0].answer
-                ensure(torch.equal(state, torch.get_rng_state()), "torch's generator was used")
+                ensure(
+                    torch.equal(state, torch.get_rng_state()), "torch's global generator was used"
+                )
             for _ in range(3):
                 again = self.decode(Chaos(), seeds=[3, 4, 5], options=options)[0].answer
                 ensure(torch.equal(first, again), "the same seeds give another answer")
 
     def test_a_row_alone_is_the_row_in_a_batch(self) -> None:
-        """Neighbours with longer prompts, or that end sooner, change nothing."""
+        """Other rows with longer prompts or shorter answers change nothing."""
         for options in ({}, self.exact or {}):
             seeds = [11, 12, 13]
             batch = self.decode(Chaos(), seeds=seeds, options=options)[0].answer
             for row, prompt in enumerate(PROMPTS):
-                found = self.decode(Chaos(), [prompt], seeds=seeds[row : row + 1], options=options)
-                same = torch.equal(found[0].answer[0], batch[row])
-                ensure(same, f"row {row} answers otherwise when it is alone")
+                alone = self.decode(Chaos(), [prompt], seeds=seeds[row : row + 1], options=options)
+                same = torch.equal(alone[0].answer[0], batch[row])
+                ensure(same, f"row {row} has another answer when it is alone")
 
     def test_samples_follow_the_model_exactly(self) -> None:
-        """Under ``exact`` every answer of three tokens comes as often as enumeration says."""
+        """Under ``exact``, answers of three tokens follow the joint distribution."""
         if self.exact is None:
             options = read_schema(self.cls).options
-            ensure("temperature" not in options, "it has a temperature: set `exact`")
+            ensure("temperature" not in options, "the sampler has a temperature: set `exact`")
             return
         law, rows = Joint(), 4000
         canvas = self.decode(law, [[1]] * rows, 3, options=self.exact)[0]
         places = (canvas.answer * torch.tensor([9, 3, 1])).sum(dim=1)
-        found = torch.bincount(places, minlength=27)
-        ensure(len(found) == 27, "a token came that has no probability")
-        due = law.table.flatten()
-        allowed = 5 * (due * (1 - due) / rows).sqrt() + 1 / rows
-        off = (found / rows - due).abs() > allowed
-        ensure(not off.any(), f"{int(off.sum())} of 27 answers come too often or too seldom")
+        counts = torch.bincount(places, minlength=27)
+        ensure(len(counts) == 27, "a token of probability 0 was drawn")
+        expected = law.table.flatten()
+        allowed = 5 * (expected * (1 - expected) / rows).sqrt() + 1 / rows
+        off = (counts / rows - expected).abs() > allowed
+        ensure(not off.any(), f"{int(off.sum())} of 27 answers have a wrong frequency")
 
 
-class _Told(Sure):
-    """A sure law that writes down what it told of each place."""
+class _Recorder(Sure):
+    """Certain predictions that are recorded by place."""
 
     def __init__(self) -> None:
-        self.told: dict[int, int] = {}
+        self.predictions: dict[int, int] = {}
 
     def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
         tokens = self.answer(place, prompt)
         for at, token in zip(place.tolist(), tokens.tolist(), strict=True):
-            self.told.setdefault(at, token)  # guidance asks again, without the condition
+            self.predictions.setdefault(at, token)  # guidance asks a second time, unconditionally
         return super().__call__(known, place, prompt)

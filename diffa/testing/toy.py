@@ -1,8 +1,8 @@
-"""A toy denoiser: a backbone's place in decoding, with a distribution that is known exactly.
+"""A toy denoiser: takes the backbone's place in decoding, with an exactly known distribution.
 
-A sampler never sees a model, so this is all it needs to be tested. The toy reads what a backbone
-reads (content, positions, validity, branches), remembers what a memory remembers (a slot it was
-never told to recompute is an error), and answers by a law.
+Samplers only call ``denoise``, so this is enough to test them. The toy reads what a backbone reads
+(content, positions, validity, branches), keeps what a KV cache keeps (attending to a slot that was
+never computed is an error), and gets its logits from a law.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CAUSAL = Vocab(size=8, eos=5, pad=6, mask=None)
 WORDS = 5  # tokens 0 to 4 are words
 
 Law = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(known (N, A): tokens of the answer or -1, place (N,), prompt (N,): a number that stands for
-all of the prompt) -> logits (N, V) of the token at that place."""
+"""Maps known answer tokens (N, A; -1: unknown), place (N,) and a hash of the prompt (N,) to the
+logits (N, V) of the token at that place."""
 
-_UNSEEN = -2  # a slot that was never computed
+_NOT_COMPUTED = -2
 
 
 def toy_canvas(
@@ -35,7 +35,7 @@ def toy_canvas(
     draft: Tensor | None = None,
     vocab: Vocab = MASKED,
 ) -> Canvas:
-    """A canvas whose embeddings are one-hot tokens; ``NO_TOKEN`` in a prompt is an audio slot.
+    """Return a canvas with one-hot embeddings; ``NO_TOKEN`` in a prompt is an audio slot.
 
     ``draft`` (B, length) is what the answers begin with instead of masks.
     """
@@ -56,12 +56,12 @@ def toy_canvas(
 
 
 class ToyDenoise:
-    """The ``denoise`` call over a toy canvas; counts ``forwards`` and checks how it is called."""
+    """``denoise`` over a toy canvas; counts forward passes and checks its arguments."""
 
     def __init__(self, canvas: Canvas, law: Law, *, most: int = 10_000) -> None:
         self.canvas, self.law, self.most = canvas, law, most
         self.num_forwards = 0
-        self._seen = torch.full((0, 0), _UNSEEN)
+        self._cached = torch.full((0, 0), _NOT_COMPUTED)
 
     def __call__(
         self,
@@ -71,17 +71,17 @@ class ToyDenoise:
         attn_mask: Tensor | None = None,
         write: bool = True,
     ) -> Tensor:
-        """Remember ``recompute`` (B, K; None: all) and return logits (B, R, V) of ``output_slots``."""
+        """Compute slots (B, K; None: all); return the logits (B, R, V) of ``output_slots``."""
         self.num_forwards += 1
         if self.num_forwards > self.most:
-            raise AssertionError(f"the sampler has not ended after {self.most} forwards")
+            raise AssertionError(f"the sampler has not ended after {self.most} forward passes")
         if self.canvas.twins:
             output_slots = output_slots.repeat(2, 1)
             recompute = None if recompute is None else recompute.repeat(2, 1)
             attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
         slots = self._slots(recompute, output_slots)
         self._check(slots, output_slots)
-        now = self._remembered(slots, write=write)
+        now = self._cache(slots, write=write)
         logits = torch.zeros(*output_slots.shape, self.canvas.vocab.size)
         row, column = (output_slots >= 0).nonzero(as_tuple=True)
         slot = output_slots[row, column]
@@ -89,21 +89,19 @@ class ToyDenoise:
         if attn_mask is not None:
             order = slot if recompute is None else _first(recompute[row] == slot[:, None])
             visible = visible & attn_mask[row, order]
-        if bool((visible & (now[row] == _UNSEEN)).any()):
-            raise AssertionError("a slot is attended to that was never recomputed")
+        if bool((visible & (now[row] == _NOT_COMPUTED)).any()):
+            raise AssertionError("a slot that was never computed is attended to")
         known, prompt = self._known(row, now[row], visible)
-        ahead = int(self.canvas.vocab.mask is None)  # a causal row tells the next token
+        ahead = int(self.canvas.vocab.mask is None)  # a causal slot predicts the next token
         place = self._places()[row, slot] + ahead
         if bool(((place < 0) | (place >= self.canvas.length + ahead)).any()):
-            raise AssertionError("logits were asked for that predict no answer token")
+            raise AssertionError("output_slots has a slot that predicts no answer token")
         logits[row, column] = self.law(known, place.clamp(max=self.canvas.length - 1), prompt)
-        logits[output_slots < 0, 0] = (
-            50.0  # padding promises nothing; who reads it shall be found out
-        )
+        logits[output_slots < 0, 0] = 50.0  # a conspicuous value: padding must not be read
         return logits
 
     def _slots(self, recompute: Tensor | None, output_slots: Tensor) -> Tensor:
-        """Which slots (B, S) are recomputed."""
+        """Return which slots (B, S) are recomputed."""
         shape = (len(output_slots), self.canvas.size)
         if recompute is None:
             return (output_slots >= 0).any(dim=1, keepdim=True).expand(shape)
@@ -117,21 +115,21 @@ class ToyDenoise:
                 f"{len(output_slots)} rows of a canvas of {len(self.canvas.tokens)}"
             )
         if int(output_slots.max()) >= self.canvas.size:
-            raise AssertionError("logits were asked for outside of the canvas")
+            raise AssertionError("output_slots has a slot outside the canvas")
         if not bool((slots.gather(1, output_slots.clamp(min=0)) | (output_slots < 0)).all()):
-            raise AssertionError("logits were asked for of a slot that is not recomputed")
+            raise AssertionError("output_slots has a slot that is not recomputed")
 
-    def _remembered(self, slots: Tensor, *, write: bool) -> Tensor:
-        """What the memory holds now (B, S), ``_UNSEEN`` where nothing was ever computed."""
-        grown = torch.full(slots.shape, _UNSEEN)
-        grown[: self._seen.shape[0], : self._seen.shape[1]] = self._seen
+    def _cache(self, slots: Tensor, *, write: bool) -> Tensor:
+        """Return the tokens (B, S) that the toy's cache holds, ``_NOT_COMPUTED`` elsewhere."""
+        grown = torch.full(slots.shape, _NOT_COMPUTED)
+        grown[: self._cached.shape[0], : self._cached.shape[1]] = self._cached
         sure, token = self.canvas.content.max(dim=-1)
         now = torch.where(slots, torch.where(sure > 0.9, token, NO_TOKEN), grown)
-        self._seen = now if write else grown
+        self._cached = now if write else grown
         return now
 
     def _visible(self, row: Tensor, slot: Tensor) -> Tensor:
-        """Which slots (N, S) each asked slot may attend to."""
+        """Return which slots (N, S) each output slot may attend to."""
         canvas = self.canvas
         visible = canvas.valid[row]
         if canvas.branches is not None:
@@ -142,50 +140,49 @@ class ToyDenoise:
         return visible
 
     def _places(self) -> Tensor:
-        """The place in the answer of every slot, (B, S); -1 in the prompt, whose last slot tells a
-        causal answer's first token."""
+        """Return the place in the answer of every slot, (B, S); -1 in the prompt."""
         canvas = self.canvas
         places = canvas.positions - canvas.positions[:, canvas.start : canvas.start + 1]
         prompt = torch.arange(canvas.size) < canvas.start
         return torch.where(prompt, -1, places)
 
     def _known(self, row: Tensor, now: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """The decided tokens (N, A) that can be seen, -1 elsewhere, and the prompt's number."""
+        """Return the visible answer tokens (N, A), -1 elsewhere, and a hash of the prompt (N,)."""
         canvas = self.canvas
         places = self._places()[row]
         counts = visible & (places >= 0) & (now >= 0) & (now != canvas.vocab.mask)
         known = torch.full((len(row), canvas.length), -1)
         tokens, at = torch.where(counts, now, -1), places.clamp(0, canvas.length - 1)
         known = known.scatter_reduce(1, at, tokens, "amax")
-        heard = _hash(now * 1009 + canvas.positions[row] + 17)
-        return known, torch.where(visible & (places < 0), heard, 0).sum(dim=1)
+        hashes = _hash(now * 1009 + canvas.positions[row] + 17)
+        return known, torch.where(visible & (places < 0), hashes, 0).sum(dim=1)
 
 
 class Sure:
-    """Knows every token: ``answer`` says which; it depends on the prompt and the place."""
+    """Certain predictions: ``answer`` gives the token, which depends on prompt and place."""
 
     def answer(self, place: Tensor, prompt: Tensor) -> Tensor:
         """Return the token (N,) at ``place`` after a prompt."""
         return _hash(prompt + _hash(place + 5)) % WORDS
 
     def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
-        """Logits that leave no doubt."""
+        """Return logits of a certain prediction."""
         return 30.0 * F.one_hot(self.answer(place, prompt), MASKED.size).float()
 
 
 class Chaos:
-    """Arbitrary logits between 0 and ``scale`` from all that is visible: nothing can be mixed up
-    unnoticed. It likes the mask and the end as much as any word."""
+    """Arbitrary logits between 0 and ``scale``, hashed from everything visible, so that any mix-up
+    changes them. The mask and EOS are as likely as any word."""
 
     def __init__(self, scale: float = 6.0, end: bool = True) -> None:
         self.scale, self.end = scale, end
 
     def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
-        """Logits by hashing."""
-        told = _hash(prompt + _hash(place))
+        """Return hashed logits."""
+        key = _hash(prompt + _hash(place))
         for column in range(known.shape[1]):
-            told = _hash(told + known[:, column] * 31 + column)
-        bits = _hash(told[:, None] + torch.arange(MASKED.size)) % 4096
+            key = _hash(key + known[:, column] * 31 + column)
+        bits = _hash(key[:, None] + torch.arange(MASKED.size)) % 4096
         logits = bits / 4096 * self.scale
         logits[:, MASKED.pad] = -30.0
         if not self.end:
@@ -194,8 +191,8 @@ class Chaos:
 
 
 class Joint:
-    """A joint distribution (3, 3, 3) over the words 0, 1 and 2 at three places, in logits of the
-    exact conditional of a place given what is decided."""
+    """A joint distribution (3, 3, 3) of the words 0, 1 and 2 at three places. Logits are the exact
+    conditionals of a place given the decided tokens."""
 
     def __init__(self, table: Tensor | None = None) -> None:
         if table is None:
@@ -203,7 +200,7 @@ class Joint:
         self.table = (table / table.sum()).double()
 
     def __call__(self, known: Tensor, place: Tensor, prompt: Tensor) -> Tensor:
-        """Log-probabilities of the three words; nothing else is possible."""
+        """Return log-probabilities of the three words; all other tokens have none."""
         mass = self.table.expand(len(known), 3, 3, 3)
         for column in range(3):
             decided = known[:, column]
@@ -212,24 +209,24 @@ class Joint:
             shape = [len(known), 1, 1, 1]
             shape[column + 1] = 3
             mass = mass * only.view(shape)
-        over = torch.stack([mass.sum((2, 3)), mass.sum((1, 3)), mass.sum((1, 2))], dim=1)
-        asked = over[torch.arange(len(known)), place].clamp(min=1e-30).log()
-        return F.pad(asked.float(), (0, MASKED.size - 3), value=-200.0)
+        marginals = torch.stack([mass.sum((2, 3)), mass.sum((1, 3)), mass.sum((1, 2))], dim=1)
+        conditional = marginals[torch.arange(len(known)), place].clamp(min=1e-30).log()
+        return F.pad(conditional.float(), (0, MASKED.size - 3), value=-200.0)
 
 
 def _one_hot(tokens: Tensor) -> Tensor:
-    """One-hot embeddings (..., V); an audio slot is spread evenly over all tokens."""
+    """Return one-hot embeddings (..., V); an audio slot is uniform over all tokens."""
     content = F.one_hot(tokens.clamp(min=0), MASKED.size).float()
     return torch.where((tokens < 0)[..., None], 1 / MASKED.size, content)
 
 
 def _first(where: Tensor) -> Tensor:
-    """The index (N,) of each row's first true value."""
+    """Return the index (N,) of each row's first true value."""
     return where.int().argmax(dim=1)
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Scramble integers below 2**31 or so into 0 .. 2**31 - 1, the same on every machine."""
+    """Hash integers below about 2**31 to 0 .. 2**31 - 1, equal on every machine."""
     x = x * 6364136223846793005 + 1442695040888963407
     x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * 2862933555777941757
     return (x >> 33) & 0x7FFFFFFF

@@ -230,9 +230,17 @@ class SeesBranches(LLaDA):
         return super().forward(embeds, positions, context._replace(branch=None, attn_mask=None))
 
 
-class SeesTheFuture(LLaDA):
-    decoding = "causal"
+class SeesTheFuture(Llama):
+    """A causal backbone that attends to later tokens."""
+
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        self.transformer.causal = False
+        return super().forward(embeds, positions, context)
 
 
-class SeesNoFuture(Llama):
-    decoding = "masked"
+class SeesNoFuture(LLaDA):
+    """A masked backbone that attends to earlier tokens only."""
+
+    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        self.transformer.causal = True
+        return super().forward(embeds, positions, context)

@@ -450,7 +450,7 @@ class Held(Blockwise):
     """Waits before its third forward until it may go on."""
 
     def __init__(self, vocab):
-        super().__init__(vocab, block=4)
+        super().__init__(vocab, block_length=4)
         self.gate = threading.Event()
 
     def __call__(self, canvas, denoise):
@@ -567,7 +567,7 @@ def logged(caplog, text):
 
 def test_a_fault_of_one_request_is_not_the_others_(model, caplog):
     rng = random.Random(5)
-    faulty, good = Faulty(model.backbone.vocab, block=4), made(model, "plain")
+    faulty, good = Faulty(model.backbone.vocab, block_length=4), made(model, "plain")
     jobs = [job(good, "plain", seed, rng) for seed in range(4)]
     engine = Engine(model, rows=8)
     try:

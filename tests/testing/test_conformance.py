@@ -62,7 +62,7 @@ class TestConv(AdapterSuite):
 
 class TestConvOfAnotherStride(AdapterSuite):
     name = "conv"
-    options = {"stride": 3, "relu": False}
+    options = {"stride": 3, "final_relu": False}
 
 
 class TestNumberedConv(AdapterSuite):
@@ -79,13 +79,13 @@ class TestQFormer(AdapterSuite):
 
 class TestPrompt(AdapterSuite):
     name = "prompt"
-    options = {"count": 3}
+    options = {"num_embeddings": 3}
     hears = False
 
 
 class TestLinear(AdapterSuite):
     name = "linear"
-    options = {"stack": 3, "hidden": 16}
+    options = {"stride": 3, "intermediate_size": 16}
 
 
 class TestLLaDA(BackboneSuite):

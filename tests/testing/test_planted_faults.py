@@ -59,15 +59,15 @@ CHECKS = [
     (TestFrames, parts.Levelled, "silence_and_a_single_sample_give_finite_states"),
     (TestSteady, rules.LeavesAMask, "it_ends_with_everything_decided"),
     (TestSteady, rules.TouchesThePrompt, "the_prompt_is_never_touched"),
-    (TestSteady, rules.TouchesTheDraft, "given_answer_tokens_are_never_touched"),
+    (TestSteady, rules.TouchesTheDraft, "draft_tokens_do_not_change"),
     (TestSteady, rules.GlobalChance, "the_same_seeds_give_the_same_answer"),
     (TestSteady, rules.OneSeedForAll, "a_row_alone_is_the_row_in_a_batch"),
     (TestSteady, rules.Cold, "samples_follow_the_model_exactly"),
     (TestSteady, rules.SaysTheMask, "it_ends_with_everything_decided"),
     (TestSteady, rules.Stale, "it_ends_with_everything_decided"),
-    (TestSteady, rules.Silent, "steps_tell_what_is_final"),
-    (TestSteady, rules.Shifted, "a_denoiser_that_knows_the_answer_is_believed"),
-    (TestSteady, rules.Wavering, "steps_tell_what_is_final"),
+    (TestSteady, rules.Silent, "final_tokens_do_not_change"),
+    (TestSteady, rules.Shifted, "certain_predictions_are_the_answer"),
+    (TestSteady, rules.Wavering, "final_tokens_do_not_change"),
     (TestSteady, rules.Undeclared, "the_constructor_is_a_schema"),
 ]
 MASKED = type("MaskedSuite", (ObjectiveSuite,), {"part": rules.Masked, "unbiased": True})
@@ -76,20 +76,20 @@ CHECKS += [
     (MASKED, rules.GlobalNoise, "seeds_reproduce"),
     (MASKED, rules.BatchNoise, "a_row_is_corrupted_alike_in_any_batch"),
     (MASKED, rules.Unweighted, "the_expectation_is_the_bound"),
-    (MASKED, rules.Doubled, "the_loss_is_cross_entropy_where_all_is_hidden"),
-    (MASKED, rules.Everywhere, "gradient_stands_at_predicted_tokens_only"),
-    (MASKED, rules.Everywhere, "padding_and_hidden_neighbours_do_not_leak"),
+    (MASKED, rules.Doubled, "the_loss_of_a_fully_masked_answer_is_cross_entropy"),
+    (MASKED, rules.Everywhere, "only_predicted_tokens_have_a_gradient"),
+    (MASKED, rules.Everywhere, "other_states_and_tokens_do_not_change_the_loss"),
 ]
 LLADA = type("LLaDASuite", (BackboneSuite,), {"options": {"config": SMALL}})
 LLAMAS = type("LlamaSuite", (BackboneSuite,), {"options": {"config": LLAMA}})
 CHECKS += [
     (LLADA, parts.SeesPadding, "padding_and_neighbours_do_not_leak"),
     (LLADA, parts.CountsColumns, "positions_count_and_columns_do_not"),
-    (LLADA, parts.NoMemory, "remembering_everything_equals_a_plain_pass"),
-    (LLADA, parts.KeepsEverything, "the_memory_keeps_what_it_is_told_to"),
-    (LLADA, parts.SeesBranches, "branches_and_views_are_kept_apart"),
-    (LLADA, parts.SeesTheFuture, "decoding_is_true_to_its_word"),
-    (LLAMAS, parts.SeesNoFuture, "decoding_is_true_to_its_word"),
+    (LLADA, parts.NoMemory, "a_full_kv_cache_equals_a_plain_pass"),
+    (LLADA, parts.KeepsEverything, "the_kv_cache_keeps_slots_only_with_write"),
+    (LLADA, parts.SeesBranches, "branches_and_attention_masks_are_respected"),
+    (LLAMAS, parts.SeesTheFuture, "attention_has_the_declared_direction"),
+    (LLADA, parts.SeesNoFuture, "attention_has_the_declared_direction"),
 ]
 
 
