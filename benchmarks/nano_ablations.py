@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="tell what there is, train nothing")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
-    changes = [f"stages.{i}.steps={args.steps}" for i in range(3)]
+    changes = [f"stages.{i}.max_steps={args.steps}" for i in range(3)]
     features = (args.features or args.out / "features").resolve()
     changes += [f"stages.{i}.cache.folder={features}" for i in range(3)]
     script = Path(__file__).with_name("nano.py").resolve()

@@ -34,7 +34,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
         "listen": args.listen,
         **dict.fromkeys(("transcribe", "align", "instruct"), args.adapt),
     }
-    stages = [stage | {"steps": steps[stage["name"]]} for stage in whole["stages"]
+    stages = [stage | {"max_steps": steps[stage["name"]]} for stage in whole["stages"]
               if stage["name"] in steps]  # fmt: skip
     for stage in stages:
         for source in stage["data"]:

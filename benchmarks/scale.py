@@ -20,7 +20,7 @@ from rich.console import Console
 
 import diffa
 from diffa.trainers import Recipe, train
-from diffa.trainers.config_sections import Stage
+from diffa.trainers.config_sections import StageConfig
 
 GPUS = (1, 8, 64)
 GIB = 2**30
@@ -61,41 +61,46 @@ def estimates(name: str, rate: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda one: order.index(one["stage"]))
 
 
-def operations(model: Any, recipe: Recipe, stage: Stage, plan: Any) -> float:
+def operations(model: Any, recipe: Recipe, stage: StageConfig, plan: Any) -> float:
     """Floating-point operations of one epoch: 2 per weight and slot forward, 2 for what flows
     back through frozen weights, 2 more where they learn, 2 for computing activations again."""
     shape = model.backbone
     tables = 2 * shape.vocab.size * shape.width  # embedding and head: few rows meet them
     read_by_all = sum(p.numel() for p in shape.parameters()) - tables
-    passes = 4 + 2 * ("backbone" in stage.train) + 2 * recipe.head.checkpointing
-    if stage.kind == "preferences":
+    passes = 4 + 2 * ("backbone" in stage.train) + 2 * recipe.config.gradient_checkpointing
+    if stage.learner.name == "preferences":
         passes = (passes + 2) * samples(stage)  # and the reference reads too
     estimate = plan.estimate
     windows = max(1, math.ceil(3600 * estimate.hours / plan.rows / WINDOW)) * plan.rows
     frames = windows * WINDOW * model.encoder.out.rate
     encoder_work = 2.0 * sum(p.numel() for p in model.encoder.parameters()) * frames
-    return encoder_work + float(passes) * read_by_all * (estimate.tokens + estimate.sounds)
+    return encoder_work + float(passes) * read_by_all * (
+        estimate.tokens + estimate.audio_embeddings
+    )
 
 
-def samples(stage: Stage) -> int:
+def samples(stage: StageConfig) -> int:
     """Draws of the likelihood per answer, of a preference stage."""
     objective = stage.objective
     return int(objective.get("samples", 1)) if isinstance(objective, dict) else 1
 
 
-def row(name: str, stage: Stage, plan: Any, gpus: int, seconds: float) -> dict[str, Any]:
+def row(name: str, stage: StageConfig, plan: Any, gpus: int, seconds: float) -> dict[str, Any]:
     """One line of the table; ``seconds`` are those of an epoch."""
     estimate = plan.estimate
     memory = estimate.memory
     split = (memory.weights + memory.gradients + memory.optimizer) / gpus + memory.activations
-    epochs = stage.epochs or plan.steps * stage.batch * stage.accumulate * gpus / plan.rows
+    epochs = (
+        stage.epochs
+        or plan.steps * stage.batch_size * stage.gradient_accumulation_steps * gpus / plan.rows
+    )
     return {
         "stage": f"{name}: {plan.name}",
-        "learns": f"{plan.learning / 1e6:.0f} M",
+        "learns": f"{plan.trained / 1e6:.0f} M",
         "GPUs": gpus,
         "GiB each, DDP": f"{memory.total / GIB:.0f}",
         "GiB each, FSDP2": f"{split / GIB:.0f}",
-        "tokens/s": f"{(estimate.tokens + estimate.sounds) / seconds:,.0f}",
+        "tokens/s": f"{(estimate.tokens + estimate.audio_embeddings) / seconds:,.0f}",
         "audio hours/s": f"{estimate.hours / seconds:.3f}",
         "epochs": f"{epochs:g}",
         "days": f"{epochs * seconds / 86400:.2g}",

@@ -37,7 +37,8 @@ from diffa.data.cache import FeatureCache, encoder_fingerprint, layers_used_by
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import TrainingRow
 from diffa.spec.spec import Spec
-from diffa.trainers.learners.answers import Answers
+from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.learners import AnswerLearner
 
 VOCABULARY, PROMPT, AT = 126464, 64, 16
 SIZES = {
@@ -146,7 +147,7 @@ class Step:
                 model.encoder.out.layers + 1,
                 dtype="float32",
             )
-            self.run = Answers(model, features).train()
+            self.run = AnswerLearner(model, StageConfig(), features).train()
         self.batches = [collate(group).to(device) for group in groups]
         self.times: list[float] = []
         self.work: list[float] = []

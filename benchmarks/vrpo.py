@@ -30,8 +30,9 @@ from diffa.nano.preferences import write_preferences
 from diffa.spec.spec import Spec
 from diffa.trainers import train
 from diffa.trainers.evaluate import compare
-from diffa.trainers.learners.preferences import Prefers
-from diffa.trainers.trainable import release
+from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.learners import PreferenceLearner
+from diffa.trainers.trainable import set_trainable
 
 LOGGED = ("loss", "accuracy", "margin", "chosen", "rejected")
 
@@ -75,7 +76,9 @@ def pair_batch(model: Any, data: Manifest, row: int, draw: int) -> Batch:
     make = PreferenceTransform(
         AnswerTransform(model.chat_format, model.backbone.vocab, hearing), hearing
     )
-    return Collate(model.backbone.vocab, learn_padding=False)([make(data[row], derive_seed(row, draw))])
+    return Collate(model.backbone.vocab, learn_padding=False)(
+        [make(data[row], derive_seed(row, draw))]
+    )
 
 
 def variance(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -83,8 +86,8 @@ def variance(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     data = manifest(args, folder, "train", args.pairs)
     torch.manual_seed(0)
     model = diffa.build(spec_of(args))
-    release(model, args.parts)
-    learner = Prefers(model).train()
+    set_trainable(model, args.parts)
+    learner = PreferenceLearner(model, StageConfig()).train()
     learning = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.lr)
     results, done = [], 0
@@ -109,7 +112,7 @@ def variance(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def spread(
-    learner: Prefers, data: Manifest, args: argparse.Namespace, shared: bool
+    learner: PreferenceLearner, data: Manifest, args: argparse.Namespace, shared: bool
 ) -> list[dict[str, float]]:
     """Variance over draws of masks of one pair's margin, loss and gradient; mean over pairs.
 
@@ -169,15 +172,15 @@ def train_preferences(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     manifest(args, folder, "train", args.count)
     stage = {
         "name": "prefer",
-        "kind": "preferences",
-        "data": [{"path": str(folder / "train-preferences.jsonl"), "unique": False}],
+        "learner": "preferences",
+        "data": [{"path": str(folder / "train-preferences.jsonl"), "unique_ids": False}],
         "train": args.parts,
-        "steps": args.steps,
-        "batch": args.batch,
-        "grouped": False,
-        "save": max(args.steps, 1),
+        "max_steps": args.steps,
+        "batch_size": args.batch,
+        "group_by_length": False,
+        "save_steps": max(args.steps, 1),
         "optimizer": {"lr": args.lr, "weight_decay": 0.01},
-        "schedule": {"name": "cosine", "warmup": 0.05},
+        "schedule": {"name": "cosine", "warmup_steps": 0.05},
     }
     recipe = {"spec": spec_of(args, sft_weight=args.sft).data, "stages": [stage]}
     utterances = test_utterances(args)
@@ -222,7 +225,10 @@ def score(
     for row in range(len(test_pairs)):
         batch = pair_batch(last, test_pairs, row, 0)
         noised = rule.draws(batch.tokens, batch.answer, batch.seeds)
-        bounds = [Prefers(model)._bounds(batch, noised) for model in (last, first)]
+        bounds = [
+            PreferenceLearner(model, StageConfig())._bounds(batch, noised)
+            for model in (last, first)
+        ]
         row_margin = float(rule.compare(*bounds).margin)
         right += (row_margin > 0) + 0.5 * (row_margin == 0)
         margin += row_margin

@@ -283,7 +283,7 @@ class Model(nn.Module):
         lengths: Tensor,
         audio_at: Tensor | None = None,
         audio: tuple[Tensor, Tensor] | None = None,
-        features: Features | None = None,
+        embeds: Embeds | None = None,
         owner: Tensor | None = None,
         forward: Callable[..., Tensor] = forward_rows,
     ) -> Loss:
@@ -296,13 +296,13 @@ class Model(nn.Module):
             lengths: True tokens per row, (B,).
             audio_at: Index before which each row's audio goes, (B,). Default: 0.
             audio: Waveforms (B, S) with lengths (B,) in samples.
-            features: The encoder's features, instead of ``audio``. Neither: text alone.
+            embeds: The adapters' embeddings, instead of ``audio``. Neither: text alone.
             owner: Which recording each row is about, (B,), where several rows share one.
             forward: Runs the backbone over the rows, with the arguments of ``forward_rows``.
         """
-        if features is None and audio is not None:
-            features = self.encoder(*audio)
-        clips = None if features is None else unpad_embeds(self.adapt(features))
+        if embeds is None and audio is not None:
+            embeds = self.adapt(self.encoder(*audio))
+        clips = None if embeds is None else unpad_embeds(embeds)
         if clips is not None and owner is not None:
             clips = [clips[i] for i in owner.tolist()]
         return compute_loss(

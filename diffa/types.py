@@ -61,10 +61,13 @@ class Embeds(NamedTuple):
     Attributes:
         values: (B, N, W), zero past ``lengths``.
         lengths: embeddings of each row, (B,).
+        content: (B, N, W) ``values`` before the adapter added embeddings of word numbers, for
+            auxiliary losses. None: the adapter adds none.
     """
 
     values: Tensor
     lengths: Tensor
+    content: Tensor | None = None
 
 
 class Vocab(NamedTuple):
@@ -147,12 +150,29 @@ class Loss(NamedTuple):
         weight: the mean is ``sum / weight``.
         hidden: hidden states that the loss was computed from, (B, L, W).
         noised: the corrupted rows.
+        num_correct: number of restored tokens. None: the objective is no ``CountingObjective``.
+        num_tokens: number of masked tokens. None: as for ``num_correct``.
     """
 
     sum: Tensor
     weight: Tensor
     hidden: Tensor
     noised: Noised
+    num_correct: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+
+class Preference(NamedTuple):
+    """The preference loss of P pairs.
+
+    Attributes:
+        loss: (P,) -log sigmoid(margin).
+        margin: (P,) beta times the policy's gain on the chosen answer over its gain on the
+            rejected one, both against the reference.
+    """
+
+    loss: Tensor
+    margin: Tensor
 
 
 class Denoise(Protocol):
@@ -297,9 +317,31 @@ class CountingObjective(Protocol):
 
 @runtime_checkable
 class PairedObjective(Protocol):
-    """Optional: an objective with ``paired = True`` compares a preferred and a rejected answer."""
+    """Optional: an objective with ``paired = True`` compares a chosen and a rejected answer.
+
+    Rows come in pairs: chosen, rejected, chosen, rejected ... The learner ``preferences`` calls
+    these members.
+    """
 
     paired: bool
+    shared_masks: bool
+    sft_weight: float
+
+    def draws(
+        self, tokens: Tensor, answer: Tensor, seeds: Tensor, *, apart: bool = False
+    ) -> Noised:
+        """Return several corruptions of rows (B, L), (draws * B, L), one draw after another."""
+        ...
+
+    def bounds(
+        self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
+    ) -> Tensor:
+        """Return bounds (B,) on the log-likelihood of answers from states (draws * B, L, W)."""
+        ...
+
+    def compare(self, policy: Tensor, reference: Tensor) -> Preference:
+        """Compare the bounds (2 P,) of P pairs under policy and reference."""
+        ...
 
 
 def max_length(backbone: Backbone) -> int | None:

@@ -153,9 +153,9 @@ def sections() -> Iterator[str]:
     from diffa.trainers import config_sections as held
 
     titles = {
-        "Head": "The recipe", "Stage": "A stage", "Data": "Data of a stage",
-        "Optimizer": "Optimiser", "Schedule": "Schedule", "Evaluation": "Evaluation",
-        "Cache": "Cache of features", "Aids": "Aids",
+        "RecipeConfig": "Recipe", "StageConfig": "Stage", "DataConfig": "Data",
+        "OptimizerConfig": "Optimizer", "ScheduleConfig": "Schedule",
+        "EvaluationConfig": "Evaluation", "CacheConfig": "Feature cache",
     }  # fmt: skip
     for name, title in titles.items():
         cls = getattr(held, name)

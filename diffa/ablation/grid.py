@@ -66,7 +66,7 @@ def make_grid(recipe: Recipe, axes: Sequence[GridAxis], seeds: int) -> list[Grid
                 changed = override(changed, axis.path, value.value)
             except DiffaError as error:
                 raise SpecError(f"--vary {axis.path}, at {describe(labels)}: {error}") from error
-        runs += [_grid_run(changed, labels, recipe.head.seed + i) for i in range(seeds)]
+        runs += [_grid_run(changed, labels, recipe.config.seed + i) for i in range(seeds)]
     return runs
 
 
@@ -74,7 +74,6 @@ def _grid_run(recipe: Recipe, labels: dict[str, str], seed: int) -> GridRun:
     data = copy.deepcopy(recipe.data)
     data["seed"] = seed
     recipe = Recipe(data, recipe.folder)
-    assert recipe.spec is not None  # the recipe was checked
     spec = recipe.spec.resolve()
     training = _hash([training_recipe(recipe).data, str(recipe.folder)])
     name = f"{spec.digest()}-{_hash([{**data, 'spec': spec.data}, training])[:8]}"
@@ -88,15 +87,14 @@ def training_recipe(recipe: Recipe) -> Recipe:
     select them.
     """
     data = copy.deepcopy(recipe.data)
-    assert recipe.spec is not None  # the recipe was checked
     spec = recipe.spec.resolve().data
     del spec["sampler_presets"]
     needs_sampler = False
     for raw, stage in zip(data["stages"], recipe.stages, strict=True):
-        if stage.take != "best":
+        if not stage.load_best_model_at_end:
             raw.pop("evaluate", None)
-        else:
-            needs_sampler |= (stage.evaluate or {}).get("best") in _GENERATED
+        elif stage.evaluate is not None:
+            needs_sampler |= stage.evaluate.best_metric in _GENERATED
     if not needs_sampler:
         del spec["sampler"]
         del spec["prompt"]["max_tokens"]

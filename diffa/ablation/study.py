@@ -74,7 +74,7 @@ def ablate(
         vary: Axes such as ``backbone=llada,llama`` (see ``diffa.ablation.overrides``).
         out: Folder of the study; an interrupted training continues at its last checkpoint.
         seeds: Number of seeds: the recipe's and the next ones.
-        overrides: Changes to the recipe for all runs, such as ``stages.0.steps=100``.
+        overrides: Changes to the recipe for all runs, such as ``stages.0.max_steps=100``.
         score: A command with ``{model}`` and ``{json}``, run on each run's saved model. The
             numbers in its JSON join the metrics of the last stage's ``evaluate``.
         jobs: Processes at once; 0: one training after the other in this process.
@@ -109,7 +109,7 @@ def _check_builds(runs: Sequence[GridRun]) -> None:
 
     for run in {run.spec_digest: run for run in runs}.values():
         try:
-            build(run.recipe.spec, device="meta")  # type: ignore[arg-type]
+            build(run.recipe.spec, device="meta")
         except DiffaError as error:
             raise SpecError(f"{run.description} cannot be built: {error}") from error
 

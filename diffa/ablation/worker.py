@@ -66,7 +66,7 @@ def run_job(job: TrainingJob) -> None:
         assert recipe.spec is not None  # the recipe was checked
         result = {
             "spec_digest": recipe.spec.digest(),
-            "seed": recipe.head.seed,
+            "seed": recipe.config.seed,
             "score": job.score,
             "stages": [stage.name for stage in recipe.stages],
             "parameters": count_parameters(model),
@@ -150,19 +150,20 @@ def _evaluate_last_stage(model: Model, recipe: Recipe, out: Path) -> dict[str, f
     import torch
     from rich.console import Console
 
-    from diffa.trainers.session import Setting, mixture
-    from diffa.trainers.stage import held_out, learner
+    from diffa.trainers.run_context import RunContext, stage_mixture
+    from diffa.trainers.stage import build_evaluator, build_learner
 
     stage, number = recipe.stages[-1], len(recipe.stages) - 1
     if stage.evaluate is None:
         return {}
     console = Console(stderr=True, quiet=True)
-    setting = Setting(recipe=recipe, out=out, device=model.device, console=console)
-    trained = learner(model, stage, mixture(stage, setting, number), setting).to(model.device)
-    evaluator = held_out(model, trained.eval(), stage, setting)
+    context = RunContext(recipe=recipe, out=out, device=model.device, console=console)
+    sources = stage_mixture(stage, context, number).sources
+    learner = build_learner(model, stage, sources, context).to(model.device).eval()
+    evaluator = build_evaluator(model, learner, stage, context)
     assert evaluator is not None  # the stage evaluates
     with torch.no_grad():
-        return evaluator[0](0)
+        return evaluator()
 
 
 if __name__ == "__main__":

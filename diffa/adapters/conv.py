@@ -20,7 +20,7 @@ class Conv(nn.Module):
     50 frames per second become 12.5 embeddings at the default stride. ``checkpoint`` is a DIFFA
     folder or Hub id (keys ``semantic_connector.*``); ``final_relu`` is the one before the last norm.
     ``mix_layers`` reads a learned mixture of all the encoder's states instead of the last one, and
-    ``numbered`` tells that many words by their number (``adapters.numbering``); no weights are
+    ``word_numbers`` adds embeddings of word numbers, up to that many (``Numbering``); no weights are
     published for either.
     """
 
@@ -32,7 +32,7 @@ class Conv(nn.Module):
         stride: int = 4,
         final_relu: bool = True,
         mix_layers: bool = False,
-        numbered: int = 0,
+        word_numbers: int = 0,
         checkpoint: str | None = None,
         revision: str | None = None,
     ) -> None:
@@ -43,8 +43,8 @@ class Conv(nn.Module):
             raise SpecError(
                 "mix_layers has no published weights: leave checkpoint or mix_layers out"
             )
-        if numbered < 0:
-            raise SpecError(f"numbered must be 0 or more, got {numbered}")
+        if word_numbers < 0:
+            raise SpecError(f"word_numbers must be at least 0, got {word_numbers}")
         self.stride, self.final_relu = stride, final_relu
         self.mixer = LayerMixer(source, mix_layers=mix_layers)
         inner = source.width
@@ -56,7 +56,7 @@ class Conv(nn.Module):
         self.linear_connector = nn.Sequential(
             nn.Linear(stride * inner, inner), nn.ReLU(), nn.Linear(inner, width)
         )
-        self.numbering = Numbering(width, numbered) if numbered else None
+        self.numbering = Numbering(width, word_numbers) if word_numbers else None
         self.layernorm = nn.LayerNorm(width)
         if checkpoint is not None and not ckpt.is_meta():
             folder = ckpt.find_checkpoint(checkpoint, revision)
@@ -81,6 +81,8 @@ class Conv(nn.Module):
         hidden = torch.where(inside[:, None], activation(first(hidden)), 0)
         values = self.linear_connector(rearrange(second(hidden), "b d n -> b n d"))
         values = self.layernorm(F.relu(values) if self.final_relu else values)
+        content, inside = None, inside[:, :: self.stride]
         if self.numbering is not None:
-            values = self.numbering(values, inside[:, :: self.stride])
-        return Embeds(torch.where(inside[:, :: self.stride, None], values, 0), lengths)
+            content = values
+            values = self.numbering(values, inside)
+        return Embeds(torch.where(inside[..., None], values, 0), lengths, content)

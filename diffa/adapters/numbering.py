@@ -1,4 +1,4 @@
-"""Numbers for what an adapter says: the first word, the second, and so on."""
+"""Embeddings of word numbers that an adapter adds to its output: first word, second word, ..."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from torch import Tensor, nn
 
 
 class Numbering(nn.Module):
-    """Adds to every embedding that says something a learned one for how many did so before.
+    """Add a learned embedding of its number to every embedding that is part of a word.
 
     A large language model counts the words in a row of embeddings by itself. One of a million
-    parameters does not, with a dozen empty embeddings between two words, and then copies eight
-    digits at a third wrong. This is no part of DIFFA.
+    parameters does not when a dozen empty embeddings lie between two words: it copies eight
+    digits with a third of them wrong. DIFFA has no such part.
 
     Args:
-        width: of the embeddings.
-        most: numbers that are told apart; what comes after has the last one.
+        width: Width of the embeddings.
+        max_words: Numbers that are told apart; later words have the last one.
     """
 
-    def __init__(self, width: int, most: int) -> None:
+    def __init__(self, width: int, max_words: int) -> None:
         super().__init__()
         self.gate = nn.Linear(width, 1)
-        self.table = nn.Parameter(0.02 * torch.randn(most, width))
+        self.table = nn.Parameter(0.02 * torch.randn(max_words, width))
 
     def forward(self, values: Tensor, inside: Tensor) -> Tensor:
-        """Number embeddings (B, N, W); those not ``inside`` (B, N) say nothing.
+        """Number embeddings (B, N, W); those not ``inside`` (B, N) belong to no word.
 
-        Neighbours that both say something say one thing, as in CTC, and share its number.
+        Adjacent embeddings whose gates are open are one word, as in CTC, and share its number.
         """
-        share = self.gate(values)[..., 0].sigmoid() * inside
-        says = share.detach() > 0.5
-        begins = says.clone()
-        begins[:, 1:] &= ~says[:, :-1]
-        before = begins.cumsum(1) - says.long()
-        numbers = self.table[before.clamp(0, len(self.table) - 1)]
-        numbered: Tensor = values + share[..., None] * numbers
+        opening = self.gate(values)[..., 0].sigmoid() * inside
+        is_word = opening.detach() > 0.5
+        begins = is_word.clone()
+        begins[:, 1:] &= ~is_word[:, :-1]
+        index = begins.cumsum(1) - is_word.long()
+        numbers = self.table[index.clamp(0, len(self.table) - 1)]
+        numbered: Tensor = values + opening[..., None] * numbers
         return numbered
+
+
+def numbering_of(adapter: nn.Module) -> Numbering | None:
+    """Return an adapter's ``numbering``, if it has one; its ``Embeds`` then have ``content``."""
+    numbering = getattr(adapter, "numbering", None)  # no protocol: torch hides submodules from it
+    return numbering if isinstance(numbering, Numbering) else None

@@ -43,9 +43,15 @@ class Dream(TransformerBackbone):
         """Return the weights in a folder under the names of ``Transformer``."""
         return rename_llama_keys(weights.read_weights(folder))
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        layer_inputs: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W), shifted by one."""
-        hidden: Tensor = self.transformer(embeds, positions, context)
+        hidden: Tensor = self.transformer(embeds, positions, context, layer_inputs)
         # The states are cached as the keys of one more layer, (B, S, 1, W).
         layer = len(self.transformer.blocks)
         states, _ = context.update_cache(layer, hidden[:, :, None], hidden[:, :, None, :1])

@@ -258,10 +258,18 @@ class Transformer(nn.Module):
                 std = residual_std if residual else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        layer_inputs: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Map embeddings (B, K, W) at positions (B, K) to normalised hidden states (B, K, W).
 
         Where the context names ``output_slots``, the other states lack the last layer.
+
+        ``layer_inputs``: for each layer that is a key, the layer's input (B, K, W) is put there.
         """
         rows = None if self.causal else pack_rows(context, embeds)
         if rows is not None:
@@ -280,6 +288,8 @@ class Transformer(nn.Module):
             last_plan = select_queries(plan, index)
         x = embeds
         for layer, block in enumerate(self.blocks):
+            if layer_inputs is not None and layer in layer_inputs:
+                layer_inputs[layer] = x
             if index is not None and last_plan is not None and layer == len(self.blocks) - 1:
                 wide = index[:, :, None].expand(-1, -1, x.shape[2])
                 x = x.scatter(1, wide, block(x, cos_sin, context, layer, last_plan, index))

@@ -118,9 +118,15 @@ class TransformerBackbone(nn.Module):
         embeds: Tensor = self.transformer.wte(tokens)
         return embeds
 
-    def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        layer_inputs: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Embeddings (B, K, W) at positions (B, K) -> hidden states (B, K, W)."""
-        hidden: Tensor = self.transformer(embeds, positions, context)
+        hidden: Tensor = self.transformer(embeds, positions, context, layer_inputs)
         return hidden
 
     def _vocab(self, fields: Mapping[str, Any], size: int, source: str | Path) -> Vocab:

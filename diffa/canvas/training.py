@@ -12,7 +12,15 @@ from diffa.canvas.batch import forward_rows, gather_slots, text_slots
 from diffa.canvas.canvas import insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
-from diffa.types import Backbone, BlockObjective, Loss, Objective, SecondCorruption
+from diffa.types import (
+    Backbone,
+    BlockObjective,
+    CountingObjective,
+    Loss,
+    Noised,
+    Objective,
+    SecondCorruption,
+)
 
 
 def compute_loss(
@@ -45,15 +53,28 @@ def compute_loss(
         forward = partial(forward_blocks, clean=tokens, answer=answer, block_length=block_length)
     first = objective.corrupt(tokens, answer, seeds)
     hidden = forward(backbone, first.tokens, lengths, audio_embeds, audio_at)
-    total, weight = objective.loss(hidden, backbone.head, tokens, first)
+    sums = _loss_sums(objective, hidden, backbone.head, tokens, first)
     second = None
     if isinstance(objective, SecondCorruption):
         second = objective.second(tokens, first, seeds)
     if second is not None:
         other_hidden = forward(backbone, second.tokens, lengths, audio_embeds, audio_at)
-        other_total, other_weight = objective.loss(other_hidden, backbone.head, tokens, second)
-        total, weight = total + other_total, weight + other_weight
-    return Loss(total, weight, hidden, first)
+        other_sums = _loss_sums(objective, other_hidden, backbone.head, tokens, second)
+        sums = tuple(a + b for a, b in zip(sums, other_sums, strict=True))
+    return Loss(sums[0], sums[1], hidden, first, *sums[2:])
+
+
+def _loss_sums(
+    objective: Objective,
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    noised: Noised,
+) -> tuple[Tensor, ...]:
+    """Return the summed loss and its weight, then the token counts of an objective that counts."""
+    if isinstance(objective, CountingObjective):
+        return tuple(objective.measure(hidden, head, tokens, noised))
+    return tuple(objective.loss(hidden, head, tokens, noised))
 
 
 def forward_blocks(

@@ -66,7 +66,7 @@ def _print_report(report: Report, *, dry_run: bool) -> None:
             stage.name,
             f"{stage.steps:,}",
             f"{stage.rows:,}",
-            f"{stage.learning:,}",
+            f"{stage.trained:,}",
             str(stage.skipped),
             result,
         )
@@ -91,10 +91,10 @@ def _print_estimates(report: Report, console: Console) -> None:
             name,
             f"{estimate.hours:,.1f}",
             f"{estimate.tokens:,}",
-            f"{estimate.sounds:,}",
+            f"{estimate.audio_embeddings:,}",
             f"{estimate.memory.total / 2**30:.1f} = {parts}",
         )
     console.print(table)
     console.print("Memory: weights + gradients + optimizer + the longest batch, without sharding.")
-    if any(estimate.guessed for _, estimate in estimates):
+    if any(estimate.approximate for _, estimate in estimates):
         console.print("Token counts are estimated from letters: the tokenizer is not available.")

@@ -1,32 +1,58 @@
-"""Helps for small models, each an option: text in the place of audio, CTC, numbers, a match."""
+"""Auxiliary losses and inputs for small models: text in place of audio, CTC, matched scales."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffa.adapters.numbering import numbering_of
 from diffa.objectives.ctc import head_ctc_loss
 from diffa.trainers.checkpoints import TrainingError
 from diffa.types import Embeds, Features
 
-_OPEN = 10.0  # a gate's score where nothing of the blank embedding is left
+_GATE_LOGIT = 10.0  # of an initial gate for an embedding orthogonal to the blank one
 
 
-class Script(nn.Module):
-    """Reads text where audio would stand, blurred as an adapter's output is blurred.
+def token_ids(words: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return the token of each word as a transcript has it.
+
+    Raises:
+        TrainingError: A word is not exactly one token.
+    """
+    if not words:
+        return []
+    special = tokenizer.get_added_vocab()
+    ids = [
+        [special[word]]
+        if word in special
+        else tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        for word in words
+    ]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    wrong = [
+        word
+        for word, tokens in zip(words, ids, strict=True)
+        if len(tokens) != 1 or tokens[0] == unknown
+    ]
+    if wrong:
+        raise TrainingError(f"learner: {wrong[0]!r} is not one token of the backbone's tokenizer")
+    return [int(tokens[0]) for tokens in ids]
+
+
+class TranscriptEmbedder(nn.Module):
+    """Embed a transcript that stands in place of audio, disturbed as an adapter's output is.
 
     Args:
-        embed: token ids to embeddings.
-        blank: the token that is mixed in.
-        blur: share of the rows with blank mixed in, up to half of each slot.
-        noise: up to this many times the embeddings' root mean square of noise.
-        numbers: tokens whose embeddings are added to the first spoken word, the second, and so
-            on, as ``adapters.numbering`` does.
+        embed: Token ids to embeddings.
+        blank: Token that is mixed in.
+        text_mixup: Share of the rows that are mixed with the blank, up to half of each slot.
+        text_noise: Largest noise, as a multiple of the embeddings' root mean square.
+        ordinals: Tokens whose embeddings are added to the first spoken word, the second, and so
+            on, as ``diffa.adapters.numbering`` does.
     """
 
     def __init__(
@@ -34,79 +60,82 @@ class Script(nn.Module):
         embed: Callable[[Tensor], Tensor],
         *,
         blank: int | None = None,
-        blur: float = 0.0,
-        noise: float = 0.0,
-        numbers: Sequence[int] = (),
+        text_mixup: float = 0.0,
+        text_noise: float = 0.0,
+        ordinals: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self._embed = (embed,)  # in a tuple: a bound method of the backbone is no part of this
-        self.blank, self.blur, self.noise = blank, blur, noise
-        self.numbers = tuple(numbers)
+        self._embed = (embed,)  # in a tuple: a bound method of the backbone is no submodule
+        self.blank, self.text_mixup, self.text_noise = blank, text_mixup, text_noise
+        self.ordinals = tuple(ordinals)
 
-    def out_lengths(self, lengths: Tensor) -> Tensor:
-        """Return one embedding per token."""
-        return lengths
+    def forward(self, tokens: Tensor, lengths: Tensor, word_index: Tensor) -> Embeds:
+        """Return the embeddings of transcripts.
 
-    def forward(self, features: Features) -> Embeds:
-        """Embed the ids that stand in for states (B, N, 2), each beside its number or 0."""
-        ids, places = features.states[0].unbind(2)
-        values = self._embed[0](ids)
-        if self.numbers:
-            table = self._embed[0](torch.tensor(self.numbers, device=ids.device))
-            number = places.clamp(max=len(self.numbers))
+        Args:
+            tokens: Token ids, (B, N).
+            lengths: Tokens of each row, (B,).
+            word_index: Number of each token's word from 1, 0 for none, (B, N).
+        """
+        values = self._embed[0](tokens)
+        if self.ordinals:
+            table = self._embed[0](torch.tensor(self.ordinals, device=tokens.device))
+            number = word_index.clamp(max=len(self.ordinals))
             values = values + torch.cat([torch.zeros_like(table[:1]), table])[number]
         if self.training:
-            values = self._blurred(values)
-        inside = torch.arange(values.shape[1], device=values.device) < features.lengths[:, None]
-        return Embeds(torch.where(inside[..., None], values, 0), features.lengths)
+            values = self._disturb(values)
+        inside = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+        return Embeds(torch.where(inside[..., None], values, 0), lengths)
 
-    def _blurred(self, values: Tensor) -> Tensor:
+    def _disturb(self, values: Tensor) -> Tensor:
         rows, slots, _ = values.shape
-        size = values.detach().square().mean().sqrt()
-        if self.blur and self.blank is not None:
-            other = self._embed[0](torch.tensor(self.blank, device=values.device))
-            mixed = torch.rand(rows, 1, 1, device=values.device) < self.blur
+        rms = values.detach().square().mean().sqrt()
+        if self.text_mixup and self.blank is not None:
+            blank = self._embed[0](torch.tensor(self.blank, device=values.device))
+            mixed = torch.rand(rows, 1, 1, device=values.device) < self.text_mixup
             share = 0.5 * torch.rand(rows, 1, 1, device=values.device)
             share = share * torch.rand(rows, slots, 1, device=values.device) * mixed
-            values = values * (1 - share) + other * share
-        if self.noise:
-            loud = self.noise * size * torch.rand(rows, 1, 1, device=values.device)
-            values = values + loud * torch.randn_like(values)
+            values = values * (1 - share) + blank * share
+        if self.text_noise:
+            scale = self.text_noise * rms * torch.rand(rows, 1, 1, device=values.device)
+            values = values + scale * torch.randn_like(values)
         return values
 
 
-def numbered(script: Tensor, spoken_from: Tensor, blank: int | None) -> Tensor:
-    """Tell every token of scripts (G, N) which spoken word it belongs to, from 1; else 0.
+def word_numbers(tokens: Tensor, speech_start: Tensor, blank: int | None) -> Tensor:
+    """Return the number of each token's spoken word, (G, N): from 1, or 0 for no word.
 
-    A word may go on over several tokens; ``blank`` and what comes before ``spoken_from`` (G,)
-    has no number.
-    """
-    says = torch.arange(script.shape[1], device=script.device) >= spoken_from[:, None]
-    if blank is not None:
-        says = says & (script != blank)
-    begins = says.clone()
-    begins[:, 1:] &= ~says[:, :-1] | (script[:, 1:] != script[:, :-1])
-    return begins.cumsum(1) * says
-
-
-class Saying:
-    """CTC between what adapters emit and words, read by the backbone's own embeddings.
-
-    diffusion-gemma-asr aligns its projector so before the diffusion loss can; only the batch's
-    words and a blank compete.
+    A word may span several equal tokens.
 
     Args:
-        embed: token ids to embeddings.
-        weights: of each adapter's CTC, by key.
-        blank: id of the token that stands for nothing.
-        sharpness: of the cosine similarities.
-        pull: weight of the squared distance of every slot to the word that it says, in units of
-            the embeddings' mean square; CTC alone is content with a direction.
-        head: reads the embeddings instead, as if they were hidden states (``objectives.ctc``);
-            ``sharpness`` and ``pull`` then count for nothing, and no gate is taught.
+        tokens: Transcripts, (G, N).
+        speech_start: Index of the first spoken token of each, (G,).
+        blank: Token that belongs to no word.
+    """
+    is_word = torch.arange(tokens.shape[1], device=tokens.device) >= speech_start[:, None]
+    if blank is not None:
+        is_word = is_word & (tokens != blank)
+    begins = is_word.clone()
+    begins[:, 1:] &= ~is_word[:, :-1] | (tokens[:, 1:] != tokens[:, :-1])
+    return begins.cumsum(1) * is_word
 
-    Where an adapter numbers its embeddings, what they say is read without the numbers, and where
-    they say anything teaches the numbering's gate.
+
+class CTCLoss:
+    """CTC between adapters' embeddings and words, read by the backbone's own embeddings.
+
+    diffusion-gemma-asr aligns its projector in this way before the diffusion loss can. Only the
+    batch's words and a blank compete. Where an adapter numbers its embeddings, CTC reads them
+    without the numbers, and the slots that are words train the numbering's gate.
+
+    Args:
+        embed: Token ids to embeddings.
+        weights: Weight of each adapter's CTC, by key.
+        blank: Token of CTC's blank.
+        logit_scale: Factor of the cosine similarities.
+        embedding_match: Weight of the squared distance of every slot to the word that it is
+            nearest to, relative to the embeddings' mean square: CTC alone sets only directions.
+        head: Reads the embeddings instead, as if they were hidden states (``objectives.ctc``);
+            then ``logit_scale``, ``embedding_match`` and gates are not used.
     """
 
     def __init__(
@@ -115,59 +144,39 @@ class Saying:
         weights: Mapping[str, float],
         *,
         blank: int,
-        sharpness: float = 10.0,
-        pull: float = 0.0,
+        logit_scale: float = 10.0,
+        embedding_match: float = 0.0,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.embed, self.weights, self.blank = embed, weights, blank
-        self.sharpness, self.pull, self.head = sharpness, pull, head
-        self._gates: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.logit_scale, self.embedding_match, self.head = logit_scale, embedding_match, head
 
-    @contextmanager
-    def listening(self, model: Any) -> Iterator[dict[str, Embeds]]:
-        """Collect what adapters emit while the model runs."""
-        said: dict[str, Embeds] = {}
+    def __call__(
+        self,
+        embeds: Mapping[str, Embeds],
+        words: Sequence[Mapping[str, Tensor]],
+        gates: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Return the weighted CTC per word, summed over adapters.
 
-        bare: dict[str, Tensor] = {}
-
-        def note(key: str) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, out: Embeds) -> None:
-                said[key] = out._replace(values=bare.get(key, out.values))
-
-            return hook
-
-        def undress(key: str) -> Callable[..., None]:
-            def hook(_: nn.Module, given: tuple[Tensor, Tensor]) -> None:
-                bare[key] = given[0]
-
-            return hook
-
-        chosen = [(key, part) for key, part in model.adapters.items() if key in self.weights]
-        handles = [part.register_forward_hook(note(key)) for key, part in chosen]
-        self._gates = {}
-        for key, part in chosen:
-            numbering = getattr(part, "numbering", None)
-            if numbering is not None:
-                self._gates[key] = numbering.gate
-                handles.append(numbering.register_forward_pre_hook(undress(key)))
-        try:
-            yield said
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def loss(self, said: Mapping[str, Embeds], spoken: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Return the weighted CTC per word of every adapter, added up."""
-        parts = []
-        for key, embeds in said.items():
-            words = [row.get(key, row.get("*")) for row in spoken]
-            known = [i for i, row in enumerate(words) if row is not None]
+        Args:
+            embeds: Output of each adapter, by key.
+            words: Tokens of each recording, by adapter key; ``*`` for any other adapter.
+            gates: The numberings' gates, by adapter key.
+        """
+        losses = []
+        for key in (key for key in embeds if key in self.weights):
+            output = embeds[key]
+            values = output.values if output.content is None else output.content
+            targets = [row.get(key, row.get("*")) for row in words]
+            known = [i for i, row in enumerate(targets) if row is not None]
             if known:
-                chosen = Embeds(embeds.values[known], embeds.lengths[known])
-                texts = [row for row in words if row is not None]
-                parts.append(self.weights[key] * self._ctc(chosen, texts, self._gates.get(key)))
-        zero = next(iter(said.values())).values.new_zeros(())
-        return torch.stack(parts).sum() if parts else zero
+                rows = Embeds(values[known], output.lengths[known])
+                tokens = [row for row in targets if row is not None]
+                losses.append(self.weights[key] * self._ctc(rows, tokens, (gates or {}).get(key)))
+        if not losses:
+            return next(iter(embeds.values())).values.new_zeros(())
+        return torch.stack(losses).sum()
 
     def _ctc(
         self, embeds: Embeds, words: Sequence[Tensor], gate: Callable[[Tensor], Tensor] | None
@@ -180,7 +189,7 @@ class Saying:
         classes = torch.cat([torch.tensor([self.blank], device=device), classes])
         table = self.embed(classes).float()
         cosines = F.normalize(embeds.values.float(), dim=2) @ F.normalize(table, dim=1).T
-        logits = self.sharpness * cosines
+        logits = self.logit_scale * cosines
         counts = torch.tensor([len(row) for row in words], device=device)
         total = F.ctc_loss(
             logits.log_softmax(2).transpose(0, 1),
@@ -190,91 +199,104 @@ class Saying:
             reduction="sum",
             zero_infinity=True,
         )
-        aligned = total / counts.sum().clamp(min=1)
-        nearest = _peaks(cosines.detach())
+        loss = total / counts.sum().clamp(min=1)
         inside = torch.arange(embeds.values.shape[1], device=device) < embeds.lengths[:, None]
-        if self.pull:
-            aligned = aligned + self.pull * _distance(embeds.values, table, nearest, inside)
+        nearest = _best_slots(cosines.detach())
+        if self.embedding_match:
+            loss = loss + self.embedding_match * _distance(embeds.values, table, nearest, inside)
         if gate is not None:
-            aligned = aligned + _opened(gate(embeds.values.detach())[..., 0], cosines, inside)
-        return aligned
+            # no gradient to the adapter: the gate follows the words, not the reverse
+            loss = loss + _gate_loss(gate(embeds.values.detach())[..., 0], cosines, inside)
+        return loss
 
 
-def _opened(scores: Tensor, cosines: Tensor, inside: Tensor) -> Tensor:
-    """How wrong a gate's scores (B, N) are about which slots say a word, as a loss.
+def _gate_loss(logits: Tensor, cosines: Tensor, inside: Tensor) -> Tensor:
+    """Cross-entropy of a gate's logits (B, N) with which slots are words.
 
-    Slots that say one weigh as much, taken together, as the many that do not.
+    The few slots that are words have the same total weight as the many that are none.
     """
-    says = cosines.detach().argmax(2) > 0
-    losses = F.binary_cross_entropy_with_logits(scores, says.float(), reduction="none")
-    groups = [losses[inside & says], losses[inside & ~says]]
-    return torch.stack([group.mean() for group in groups if len(group)]).mean()
+    is_word = cosines.detach().argmax(2) > 0
+    losses = F.binary_cross_entropy_with_logits(logits, is_word.float(), reduction="none")
+    return _balanced_mean(losses, is_word, inside)
 
 
 def _distance(values: Tensor, table: Tensor, nearest: Tensor, inside: Tensor) -> Tensor:
-    """How far slots are from the row of ``table`` that they are nearest to.
+    """Mean squared distance of slots to their nearest row of ``table``; row 0 is the blank."""
+    distances = (values.float() - table[nearest]).square().mean(2) / table.square().mean()
+    return _balanced_mean(distances, nearest > 0, inside)
 
-    The table's first row stands for nothing; the slots that say it weigh as much as the others.
-    """
-    far = (values.float() - table[nearest]).square().mean(2) / table.square().mean()
-    groups = [far[inside & (nearest > 0)], far[inside & (nearest == 0)]]
+
+def _balanced_mean(losses: Tensor, is_word: Tensor, inside: Tensor) -> Tensor:
+    """Mean of the mean over words and the mean over blanks; an empty group does not count."""
+    groups = [losses[inside & is_word], losses[inside & ~is_word]]
     return torch.stack([group.mean() for group in groups if len(group)]).mean()
 
 
-def _peaks(cosines: Tensor) -> Tensor:
-    """Which row each slot says, (B, N); a word said in several slots in a row keeps the surest.
+def _best_slots(cosines: Tensor) -> Tensor:
+    """Return the nearest class of each slot, (B, N); of adjacent equal ones only the surest.
 
-    CTC reads it once either way, but a language model would have to.
+    CTC reads a word once however many slots repeat it, but a language model would not.
     """
-    sure, nearest = cosines.max(2)
-    fresh = torch.ones_like(nearest, dtype=torch.bool)
-    fresh[:, 1:] = nearest[:, 1:] != nearest[:, :-1]
-    run = fresh.long().cumsum(1) - 1
-    best = torch.full_like(sure, -2.0).scatter_reduce(1, run, sure, "amax")
-    return torch.where(sure == best.gather(1, run), nearest, 0)
+    best, nearest = cosines.max(2)
+    begins = torch.ones_like(nearest, dtype=torch.bool)
+    begins[:, 1:] = nearest[:, 1:] != nearest[:, :-1]
+    run = begins.long().cumsum(1) - 1
+    peak = torch.full_like(best, -2.0).scatter_reduce(1, run, best, "amax")
+    return torch.where(best == peak.gather(1, run), nearest, 0)
 
 
 @torch.no_grad()
-def match(adapter: nn.Module, features: Features, table: Tensor) -> float:
-    """Scale an adapter's last layer so that its output is as large as the embeddings (V, W).
+def scale_to_embeddings(adapter: nn.Module, features: Features, table: Tensor) -> float:
+    """Scale an adapter's last layer so that its output has the embeddings' root mean square.
 
-    Returns the factor; raises TrainingError where scaling the last layer does not do it.
+    Args:
+        adapter: The adapter.
+        features: Features of some recordings.
+        table: The embeddings, (V, W).
+
+    Returns:
+        The factor.
+
+    Raises:
+        TrainingError: The output's scale does not follow the last layer.
     """
 
-    def size() -> Tensor:
+    def rms() -> Tensor:
         out: Embeds = adapter(features)
         inside = torch.arange(out.values.shape[1], device=out.values.device) < out.lengths[:, None]
         return out.values[inside].float().square().mean().sqrt()
 
     training = adapter.training
     adapter.eval()
-    wanted = table.float().square().mean().sqrt()
-    factor = float(wanted / size().clamp(min=1e-12))
+    target = table.float().square().mean().sqrt()
+    factor = float(target / rms().clamp(min=1e-12))
     last = [m for m in adapter.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     for value in last[-1].parameters(recurse=False) if last else ():
         value.mul_(factor)
-    found = size()
+    ratio = float(rms() / target)
     adapter.train(training)
-    if not 0.9 < float(found / wanted) < 1.1:
-        raise TrainingError(
-            f"match: the size of {type(adapter).__name__} does not follow its last layer"
-        )
+    if not 0.9 < ratio < 1.1:
+        name = type(adapter).__name__
+        raise TrainingError(f"match_scale: the scale of {name} does not follow its last layer")
     return factor
 
 
 @torch.no_grad()
-def number(adapter: nn.Module, table: Tensor, blank: Tensor) -> None:
-    """Let an adapter's numbers begin as the embeddings (K, W) of words such as "first".
+def init_numbering(adapter: nn.Module, table: Tensor, blank: Tensor) -> None:
+    """Initialise an adapter's numbers to the embeddings (K, W) of words such as "first".
 
-    Its gate begins by opening wherever an embedding is not the ``blank`` one (W,).
+    Its gate opens for every embedding that is not the ``blank`` one (W,).
+
+    Raises:
+        TrainingError: The adapter has another number of numbers.
     """
-    numbering = getattr(adapter, "numbering", None)
+    numbering = numbering_of(adapter)
     if numbering is None:
         return
     if len(numbering.table) != len(table):
         raise TrainingError(
-            f"numbers: {len(table)} words for an adapter that counts to {len(numbering.table)}"
+            f"ordinals: {len(table)} words for an adapter with {len(numbering.table)} word_numbers"
         )
     numbering.table.copy_(table)
-    numbering.gate.weight.copy_(-2 * _OPEN * blank / blank.square().sum())
-    numbering.gate.bias.fill_(_OPEN)
+    numbering.gate.weight.copy_(-2 * _GATE_LOGIT * blank / blank.square().sum())
+    numbering.gate.bias.fill_(_GATE_LOGIT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +12,9 @@ from diffa.errors import SpecError
 from diffa.objectives.likelihood import token_nll
 from diffa.objectives.masked import Masked
 from diffa.runtime.rng import GOLDEN_GAMMA, splitmix64
-from diffa.types import Decoding, Noised, Vocab
+from diffa.types import Decoding, Noised, Preference, Vocab
 
 _APART = 1 << 40  # numbers from here on never meet those that start at 0
-
-
-class Preference(NamedTuple):
-    """The preference loss of P pairs.
-
-    Attributes:
-        loss: (P,) -log sigmoid(margin).
-        margin: (P,) beta times the policy's gain on the chosen answer over its gain on the
-            rejected one, both against the reference.
-    """
-
-    loss: Tensor
-    margin: Tensor
 
 
 class VRPO:

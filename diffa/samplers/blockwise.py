@@ -156,7 +156,9 @@ class Blockwise:
             accept: Returns which masked slots (B, R) to accept now.
         """
         if self.cfg_scale:
-            canvas.add_unconditional(self.cfg_drop)  # doubles the rows: conditional, then unconditional
+            canvas.add_unconditional(
+                self.cfg_drop
+            )  # doubles the rows: conditional, then unconditional
         draft = ~canvas.undecided()  # answer tokens that were given
         blocks = BlockTracker(canvas, self.block_length)
         recompute_slots = RecomputeSlots(self._policies(canvas, denoise))

@@ -26,7 +26,7 @@ WIRES: dict[str, tuple[str, ...]] = {
     "sampler": ("vocab",),
     "objective": ("vocab",),
     "source": (),
-    "learner": ("model", "sources", "cache"),
+    "learner": ("model", "stage", "sources", "cache"),
     "suite": ("subset",),
 }
 """What diffa offers each kind; a part asks for the ones it wants, by name."""
@@ -38,7 +38,7 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
     "sampler": ("__call__", "decoding"),
     "objective": ("corrupt", "loss", "decoding"),
     "source": ("__len__", "__getitem__"),
-    "learner": ("__call__",),
+    "learner": ("__call__", "row_transform", "collator"),
     "suite": ("find_fault", "question", "score"),
 }
 

@@ -1,4 +1,4 @@
-"""Training: recipes of stages over one spec, run on transformers' Trainer and accelerate."""
+"""Training: recipes of stages that train one spec, on transformers' Trainer and accelerate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Processes that train together; weights that FSDP2 has split over them, gathered and put back.
+"""Processes that train together; weights that FSDP2 has sharded, gathered and loaded.
 
-``whole``, ``put``, ``moments``, ``load_moments``, ``wait`` and ``agreed`` are called by all
-processes together.
+All processes must call ``full_tensors``, ``load_full_tensors``, ``optimizer_state``,
+``load_optimizer_state``, ``barrier`` and ``broadcast_value`` together.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
-"""Names that transformers' Trainer gives its files."""
+"""File names of transformers' Trainer."""
 
 
-def leads() -> bool:
-    """Whether this process writes for all that train together."""
+def is_main_process() -> bool:
+    """Return whether this process writes files for all processes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def own(device: torch.device) -> torch.device:
-    """Return this process's own GPU where several train together: one each, as torchrun says."""
+def local_device(device: torch.device) -> torch.device:
+    """Return this process's own GPU under torchrun; otherwise the device itself."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 
-def is_split(module: nn.Module) -> bool:
-    """Whether a module's weights are split over processes."""
-    return any(_split(p) for p in module.parameters())
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights are sharded over processes (FSDP2)."""
+    return any(_is_shard(p) for p in module.parameters())
 
 
-def whole(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return tensors as they were before they were split; one at a time, in main memory."""
-    return {k: v.full_tensor().cpu() if _split(v) else v for k, v in state.items()}
+def full_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return gathered tensors; shards are gathered one at a time, to main memory."""
+    return {k: v.full_tensor().cpu() if _is_shard(v) else v for k, v in state.items()}
 
 
-def put(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load whole tensors into a module, split or not; names that it has not are an error."""
-    if not is_split(module):
+def load_full_tensors(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load gathered tensors into a module, sharded or not."""
+    if not is_sharded(module):
         module.load_state_dict(state, strict=False)
         return
     set_model_state_dict(
@@ -55,40 +55,43 @@ def put(module: nn.Module, state: dict[str, Tensor]) -> None:
     )
 
 
-def moments(module: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return an optimiser's whole state by the weights' names; empty but on the first process."""
+def optimizer_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's gathered state by the weights' names; empty on other processes."""
     return get_optimizer_state_dict(
-        module, _bare(optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        module, _unwrap(optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
 
 
-def load_moments(module: nn.Module, optimizer: Any, checkpoint: Path) -> None:
-    """Give an optimiser the state that ``moments`` returned, from a checkpoint's file."""
+def load_optimizer_state(module: nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Load what ``optimizer_state`` returned from a checkpoint's file."""
     state = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
     set_optimizer_state_dict(
-        module, _bare(optimizer), state, options=StateDictOptions(full_state_dict=True)
+        module, _unwrap(optimizer), state, options=StateDictOptions(full_state_dict=True)
     )
 
 
-def wait() -> None:
-    """Wait for all processes, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def barrier() -> None:
+    """Wait for all processes, if there are several."""
+    if _is_distributed():
         torch.distributed.barrier()
 
 
-def agreed(value: float) -> float:
-    """Return the first process's value to all of them; its own where there is one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held, src=0)
-    return held[0]
+def broadcast_value(value: float) -> float:
+    """Return the first process's value on all processes."""
+    values = [value]
+    if _is_distributed():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def _split(tensor: Tensor) -> bool:
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _bare(optimizer: Any) -> Any:
-    """The optimiser inside accelerate's."""
+def _unwrap(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)

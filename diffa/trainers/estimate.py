@@ -1,4 +1,4 @@
-"""What a stage would take: rows, tokens, hours of audio, steps, and memory on each device."""
+"""Estimate what a stage takes: tokens, hours of audio, and memory on each device."""
 
 from __future__ import annotations
 
@@ -14,41 +14,48 @@ from diffa.backbones.tokenizer import load_tokenizer
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.checkpoints.read import find_checkpoint
 from diffa.data.mixture import Mixture
-from diffa.data.samples import Sample, TimedSource
+from diffa.data.samples import Sample, Source, TimedSource
 from diffa.errors import CheckpointError
 from diffa.model import Model
 from diffa.objectives.likelihood import MAX_LOGITS
-from diffa.trainers.config_sections import Stage
+from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.learners.base import StageCost
+from diffa.trainers.trainable import num_trained
 from diffa.types import Features
 
-_ROWS = 64  # of each source that are looked at
-_LETTERS = 4.0  # per token, where no tokenizer is here to ask
-_FRAMES = 32  # of a clip that shows what an adapter keeps
-_SLOTS = 256  # read to see what one costs
-_WINDOW = 30.0  # seconds of the longest row, where a source does not say
+_SAMPLES = 64  # of each source that are measured
+_CHARS_PER_TOKEN = 4.0  # where there is no tokenizer
+_FRAMES = 32  # of the clip that an adapter's activations are measured on
+_SLOTS = 256  # of the sequence that a backbone's activations are measured on
+_LONGEST = 30.0  # seconds of the longest row of an expected manifest
 
 
-class Size(NamedTuple):
-    """What rows of a source are like: seconds of audio and tokens of text, mean and most.
+class RowSize(NamedTuple):
+    """The size of a source's rows; all questions about one recording are one row.
 
-    ``questions`` about one recording, their mean, count as one row.
+    Attributes:
+        seconds: Mean duration of the audio.
+        tokens: Mean number of text tokens.
+        max_seconds: Longest audio.
+        max_tokens: Most text tokens.
+        questions: Mean number of questions about one recording.
     """
 
     seconds: float
     tokens: float
-    longest: float
-    most: float
+    max_seconds: float
+    max_tokens: float
     questions: float = 1.0
 
 
-class Expected:
-    """A manifest that is not here yet, as the recipe describes it.
+class ExpectedManifest:
+    """A manifest that does not exist yet, as the recipe's ``expected_size`` describes it.
 
     Args:
-        name: of the manifest.
-        rows: how many there will be.
-        hours: of audio in all of them.
-        tokens: of text per row, prompt and answer.
+        name: File name of the manifest.
+        rows: Number of rows.
+        hours: Hours of audio in all rows.
+        tokens: Text tokens per row, prompt and answer.
     """
 
     faults = ()
@@ -56,18 +63,18 @@ class Expected:
     def __init__(self, name: str, *, rows: float, hours: float, tokens: float = 128) -> None:
         self.name, self.rows = name, int(rows)
         seconds = 3600 * hours / rows
-        self.size = Size(seconds, tokens, max(_WINDOW, seconds), 2 * tokens)
+        self.size = RowSize(seconds, tokens, max(_LONGEST, seconds), 2 * tokens)
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, index: int) -> Sample:
-        """Refuse: there is nothing to read."""
+        """Raise FileNotFoundError."""
         raise FileNotFoundError(self.name)
 
 
-class Memory(NamedTuple):
-    """Bytes on one device: weights, gradients, the optimiser's state, and what a batch needs."""
+class DeviceMemory(NamedTuple):
+    """Bytes on one device: weights, gradients, optimizer state, and activations of a batch."""
 
     weights: int
     gradients: int
@@ -76,7 +83,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all four."""
         return sum(self)
 
 
@@ -84,53 +91,56 @@ class Estimate(NamedTuple):
     """What one stage takes.
 
     Attributes:
-        tokens: of text per epoch.
-        sounds: audio embeddings per epoch.
-        hours: of audio per epoch.
-        memory: on each device.
-        guessed: whether tokens were counted in letters, for want of a tokenizer.
+        tokens: Text tokens per epoch.
+        audio_embeddings: Audio embeddings per epoch.
+        hours: Hours of audio per epoch.
+        memory: Bytes on each device.
+        approximate: Whether tokens were counted in characters, as there is no tokenizer.
     """
 
     tokens: int
-    sounds: int
+    audio_embeddings: int
     hours: float
-    memory: Memory
-    guessed: bool
+    memory: DeviceMemory
+    approximate: bool
 
 
-def estimate(model: Model, stage: Stage, mixed: Mixture, *, half: bool) -> Estimate:
-    """Estimate what a stage takes; ``model`` is on the meta device, as the stage sees it.
+def estimate(model: Model, stage: StageConfig, mixture: Mixture, *, half: bool) -> Estimate:
+    """Return what a stage takes.
 
     Args:
-        model: the stage's parts; what learns is released.
-        stage: how rows make batches.
-        mixed: the stage's data.
-        half: whether the backbone runs in bfloat16.
+        model: The stage's model, on the meta device; what is trained requires gradients.
+        stage: The stage.
+        mixture: The stage's data.
+        half: Whether the backbone runs in bfloat16.
     """
-    sizes = [measure(source, model) for source in mixed.sources]
-    packed = float(stage.aids.get("packed", 0.0))  # the questions share what is heard
-    if packed == 1:
+    cost: StageCost = stage.learner.load().cost(stage, model)
+    sizes = [measure_rows(source, model) for source in mixture.sources]
+    packing = cost.packing_share
+    if packing == 1:  # the questions always share their recording
         sizes = [size._replace(questions=1.0) for size in sizes]
-    copies = 2 if stage.kind == "preferences" else 1
-    counted = list(zip(mixed.shares, sizes, strict=True))
-    sample_times = [packed + (1 - packed) * size.questions for size in sizes]
-    heard = sum(
-        n * often * embeddings(model, size.seconds)
-        for (n, size), often in zip(counted, sample_times, strict=True)
+    shares = list(zip(mixture.shares, sizes, strict=True))
+    clips_per_row = [packing + (1 - packing) * size.questions for size in sizes]
+    embeddings = sum(
+        rows * clips * audio_embeddings(model, size.seconds)
+        for (rows, size), clips in zip(shares, clips_per_row, strict=True)
     )
-    slots = max(size.questions * embeddings(model, size.longest) + size.most for size in sizes)
-    clip = max(size.longest for size in sizes)
+    slots = max(
+        size.questions * audio_embeddings(model, size.max_seconds) + size.max_tokens
+        for size in sizes
+    )
+    seconds = max(size.max_seconds for size in sizes)
     return Estimate(
-        tokens=round(copies * sum(n * size.tokens for n, size in counted)),
-        sounds=round(copies * heard),
-        hours=sum(n * size.seconds for n, size in counted) / 3600,
-        memory=memory(model, stage, slots=round(slots), seconds=clip, half=half),
-        guessed=model.backbone.tokenizer is None,
+        tokens=round(cost.answers * sum(rows * size.tokens for rows, size in shares)),
+        audio_embeddings=round(cost.answers * embeddings),
+        hours=sum(rows * size.seconds for rows, size in shares) / 3600,
+        memory=device_memory(model, stage, cost, slots=round(slots), seconds=seconds, half=half),
+        approximate=model.backbone.tokenizer is None,
     )
 
 
 def tokenizer_of(model: Model) -> Any:
-    """Return the backbone's tokenizer, which a dry build leaves out, if it is on this machine."""
+    """Return the backbone's tokenizer, which a dry build leaves out, or None if it is not here."""
     options = model.spec.parts()["backbone"].options
     names = [options.get("tokenizer"), options.get("checkpoint")]
     try:
@@ -140,44 +150,45 @@ def tokenizer_of(model: Model) -> Any:
         return None
 
 
-def measure(source: Any, model: Model) -> Size:
-    """Look at rows of a source, evenly spread; raises what reading them raises."""
-    if isinstance(source, Expected):
+def measure_rows(source: Source, model: Model) -> RowSize:
+    """Return the size of a source's rows, measured on evenly spaced samples."""
+    if isinstance(source, ExpectedManifest):
         return source.size
     count = len(source)
-    rows = sorted({i * count // _ROWS for i in range(_ROWS)})
+    rows = sorted({i * count // _SAMPLES for i in range(_SAMPLES)})
     samples = [source[i] for i in rows]
     timed = source if isinstance(source, TimedSource) else None
     seconds = [
         _seconds(s, timed.seconds(i) if timed else 0.0) for s, i in zip(samples, rows, strict=True)
     ]
     tokens = [count_tokens(sample, model) for sample in samples]
-    asked = sum(1 + len(sample.extra_questions) for sample in samples) / len(rows)
-    return Size(sum(seconds) / len(rows), sum(tokens) / len(rows), max(seconds), max(tokens), asked)
+    questions = sum(1 + len(sample.extra_questions) for sample in samples) / len(rows)
+    mean_seconds, mean_tokens = sum(seconds) / len(rows), sum(tokens) / len(rows)
+    return RowSize(mean_seconds, mean_tokens, max(seconds), max(tokens), questions)
 
 
-def _seconds(sample: Sample, told: float) -> float:
+def _seconds(sample: Sample, listed: float) -> float:
     if isinstance(sample.audio, Tensor) and sample.rate:
         return len(sample.audio) / sample.rate
-    return told if sample.audio is not None else 0.0
+    return listed if sample.audio is not None else 0.0
 
 
 def count_tokens(sample: Sample, model: Model) -> float:
-    """Tokens of a row, prompt and answer (the mean of both answers of a pair)."""
+    """Return the tokens of a row, prompt and answer (the mean of both answers of a pair)."""
     answers = [sample.target, *([sample.rejected] if sample.rejected else [])]
-    asked = [(sample.question, answer) for answer in answers]
-    asked += list(sample.extra_questions)
+    pairs = [(sample.question, answer) for answer in answers]
+    pairs += list(sample.extra_questions)
     if model.backbone.tokenizer is not None:
-        rows = [len(model.chat_format.encode_example(q, a).tokens) for q, a in asked]
+        rows = [len(model.chat_format.encode_example(q, a).tokens) for q, a in pairs]
     else:
         turns = model.spec.data["prompt"]
-        header = len(turns["system"]) + len(turns["user"]) + 60  # and the template's marks
-        rows = [round((header + len(q) + len(a)) / _LETTERS) for q, a in asked]
+        header = len(turns["system"]) + len(turns["user"]) + 60  # of the template
+        rows = [round((header + len(q) + len(a)) / _CHARS_PER_TOKEN) for q, a in pairs]
     return sum(rows) / (len(rows) if sample.rejected else 1)
 
 
-def embeddings(model: Model, seconds: float) -> int:
-    """Audio embeddings that the adapters make of a recording."""
+def audio_embeddings(model: Model, seconds: float) -> int:
+    """Return the number of audio embeddings that the adapters make of a recording."""
     if seconds <= 0:
         return 0
     frames = torch.tensor([max(1, round(seconds * model.encoder.out.rate))])
@@ -189,79 +200,82 @@ def _adapters(model: Model) -> list[Any]:
     return list(model.adapters.values())
 
 
-def memory(model: Model, stage: Stage, *, slots: int, seconds: float, half: bool) -> Memory:
-    """Estimate the memory of one device, everything replicated on each (DDP)."""
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def device_memory(
+    model: Model, stage: StageConfig, cost: StageCost, *, slots: int, seconds: float, half: bool
+) -> DeviceMemory:
+    """Return the memory of one device if all weights are replicated on each (DDP)."""
+    trained = num_trained(model)
     halved = {id(p) for p in model.backbone.parameters() if half and not p.requires_grad}
     weights = sum(p.numel() * (2 if id(p) in halved else 4) for p in model.parameters())
-    pairs = stage.kind == "preferences"
-    weights += 4 * learning if pairs else 0  # the reference
-    draws = 2 * getattr(model.objective, "samples", 1) if pairs else 1
-    moments = 1 if stage.optimizer.get("name") == "muon" else 2
-    held = _encoded(model, stage.batch, seconds)
+    weights += 4 * trained if cost.reference else 0
+    moments = 1 if stage.optimizer.name == "muon" else 2
+    activations = _encoder_activations(model, stage.batch_size, seconds)
     if any(p.requires_grad for p in model.adapters.parameters()):
-        held += sum(_adapted(a, model, stage.batch, seconds) for a in _adapters(model))
-    if stage.kind != "listening":
-        held += _read(model, stage.batch * draws, slots, half=half) + 3 * 4 * MAX_LOGITS
-    return Memory(weights, 4 * learning, 4 * moments * learning, held)
+        activations += sum(
+            _adapter_activations(a, model, stage.batch_size, seconds) for a in _adapters(model)
+        )
+    if cost.runs_backbone:
+        rows = stage.batch_size * cost.answers * cost.corruptions
+        activations += _backbone_activations(model, rows, slots, half=half) + 3 * 4 * MAX_LOGITS
+    return DeviceMemory(weights, 4 * trained, 4 * moments * trained, activations)
 
 
-def _encoded(model: Model, clips: int, seconds: float) -> int:
-    """States of every layer in float32, and what one layer needs on the way."""
+def _encoder_activations(model: Model, clips: int, seconds: float) -> int:
+    """Return the bytes of all layers' states in float32, and of one layer's inner values."""
     out = model.encoder.out
     frames = max(1, round(max(seconds, _window(model)) * out.rate))
-    kept = out.layers + 1 + 8
+    values = out.layers + 1 + 8
     if any(p.requires_grad for p in model.encoder.parameters()):
-        kept += 16 * out.layers  # norms, projections, the feed-forward and attention of each layer
-    return int(4 * clips * frames * out.width * kept)
+        values += 16 * out.layers  # norms, projections, feed-forward and attention of each layer
+    return int(4 * clips * frames * out.width * values)
 
 
 def _window(model: Model) -> float:
-    """Seconds that the encoder pads every clip to, if it has a window; 0 otherwise."""
+    """Return the seconds that the encoder pads every clip to; 0 without a window."""
     config = getattr(getattr(model.encoder, "encoder", None), "config", None)
     return float(getattr(config, "max_source_positions", 0)) / float(model.encoder.out.rate)
 
 
-def _adapted(adapter: nn.Module, model: Model, clips: int, seconds: float) -> int:
-    """Activations of an adapter: measured on two short clips, continued in a straight line."""
+def _adapter_activations(adapter: nn.Module, model: Model, clips: int, seconds: float) -> int:
+    """Return the bytes of an adapter's activations, extrapolated from two short clips."""
     real = copy.deepcopy(adapter).to_empty(device="cpu").train()
     for value in [*real.parameters(), *real.buffers()]:
         value.data.zero_()
     out = model.encoder.out
-    found = []
+    sizes = []
     for frames in (_FRAMES, 2 * _FRAMES):
         lengths = torch.tensor([frames])
         states = tuple(torch.zeros(1, frames, out.width) for _ in range(out.layers + 1))
-        found.append(saved(real, partial(real, Features(states, lengths, lengths))))
+        sizes.append(saved_bytes(real, partial(real, Features(states, lengths, lengths))))
     more = max(seconds, _window(model)) * float(out.rate) / _FRAMES - 1
-    return clips * max(0, round(found[0] + (found[1] - found[0]) * more))
+    return clips * max(0, round(sizes[0] + (sizes[1] - sizes[0]) * more))
 
 
-def _read(model: Model, rows: int, slots: int, *, half: bool) -> int:
-    """Activations of the backbone, which grow with the slots that it reads."""
-    learns = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
-    half = half and all(".lora_" in name for name in learns)
-    return round(rows * slots * _per_slot(model.backbone, half, bool(learns)))
+def _backbone_activations(model: Model, rows: int, slots: int, *, half: bool) -> int:
+    """Return the bytes of the backbone's activations."""
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    half = half and all(".lora_" in name for name in trained)
+    return round(rows * slots * _bytes_per_slot(model.backbone, half, bool(trained)))
 
 
 @lru_cache(maxsize=4)
-def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
-    """Bytes that a backbone keeps for each slot, traced on the meta device; ``learns`` is a key."""
+def _bytes_per_slot(backbone: Any, half: bool, trained: bool) -> float:
+    """Return the activation bytes per slot, traced on the meta device; ``trained`` is a cache key."""
     dtype = torch.bfloat16 if half else torch.float32
-    backbone.to(dtype)  # an earlier stage may have left it in the other
+    backbone.to(dtype)  # an earlier stage may have set the other
     embeds = torch.empty(1, _SLOTS, backbone.width, device="meta", dtype=dtype).requires_grad_()
     positions = torch.arange(_SLOTS, device="meta")[None]
     body: Any = getattr(backbone, "transformer", None)
     again = getattr(body, "gradient_checkpointing", False)
     backbone.train()
     try:
-        kept = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
-        if again:  # one layer at a time is computed again
+        kept = saved_bytes(backbone, lambda: backbone(embeds, positions, AttentionContext()))
+        if again:  # activations of one layer at a time are recomputed
             body.gradient_checkpointing = False
-            whole = saved(backbone, lambda: backbone(embeds, positions, AttentionContext()))
-            kept += whole // max(1, len(body.blocks))
-    except (RuntimeError, NotImplementedError):  # it looks at values, and here are none
-        return _by_layers(backbone, dtype.itemsize)
+            full = saved_bytes(backbone, lambda: backbone(embeds, positions, AttentionContext()))
+            kept += full // max(1, len(body.blocks))
+    except (RuntimeError, NotImplementedError):  # it reads values, which meta tensors lack
+        return _linear_bytes_per_slot(backbone, dtype.itemsize)
     finally:
         backbone.eval()
         if again:
@@ -269,15 +283,15 @@ def _per_slot(backbone: Any, half: bool, learns: bool) -> float:
     return kept / _SLOTS
 
 
-def _by_layers(module: nn.Module, size: int) -> float:
-    """Guess the bytes kept for each slot: what every linear layer reads and writes."""
+def _linear_bytes_per_slot(module: nn.Module, size: int) -> float:
+    """Return the bytes per slot of the inputs and outputs of all linear layers."""
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    widest = max((m.out_features for m in linear), default=0)  # the head, which is not kept
+    widest = max((m.out_features for m in linear), default=0)  # the head, which keeps nothing
     return float(size * sum(m.in_features + m.out_features % widest for m in linear))
 
 
-def saved(module: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of ``run``, the weights left out."""
+def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Return the bytes that autograd keeps for the backward pass of ``run``, without weights."""
     own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, tuple[int, Tensor]] = {}
 

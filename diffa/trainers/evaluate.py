@@ -1,17 +1,17 @@
-"""Evaluation during training: held-out loss, and answers written and compared."""
+"""Evaluation during training: held-out loss, and generated answers compared with targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
-from diffa.data.collate import Collate
-from diffa.data.rows import TrainingDataset
+from diffa.data.rows import AudioTransform, TrainingDataset
 from diffa.data.samples import Sample
 from diffa.evaluation.word_errors import count_edits
+from diffa.model import Model
 from diffa.trainers.checkpoints import (
     WEIGHTS,
     TrainingError,
@@ -20,133 +20,158 @@ from diffa.trainers.checkpoints import (
     save_json,
     save_weights,
 )
-from diffa.trainers.config_sections import Evaluation
-from diffa.trainers.distributed import agreed, leads, wait
-from diffa.trainers.trainable import learned
-from diffa.trainers.trainer import Tally
+from diffa.trainers.config_sections import EvaluationConfig
+from diffa.trainers.distributed import barrier, broadcast_value, is_main_process
+from diffa.trainers.learners.base import Learner
+from diffa.trainers.trainable import trained_state
+from diffa.trainers.trainer import LossMeter
 
-Evaluator = Callable[[Any], Mapping[str, float]]
-_FALLING = ("loss", "error")
+EvaluationFunction = Callable[[Model], Mapping[str, float]]
+"""Takes the model and returns metrics by name."""
 
 
-class Held:
-    """Measures a learner on rows it does not learn from.
+class Evaluator:
+    """Measure a learner on held-out rows.
 
     Args:
-        learner: gives losses.
-        model: writes answers.
-        stream: held-out rows in a fixed order, each with a fixed corruption.
-        chosen: how many rows, and what to do with them.
-        evaluators: functions of the model that return more numbers.
+        learner: Measures the loss.
+        model: Generates answers.
+        stream: Held-out rows in a fixed order with fixed corruptions, or None.
+        config: The recipe's ``evaluate``.
+        functions: Functions of the model that return further metrics.
+        device: Device of the batches.
     """
 
     def __init__(
         self,
-        learner: Any,
-        model: Any,
+        learner: Learner,
+        model: Model,
         stream: TrainingDataset | None,
-        collate: Collate,
-        chosen: Evaluation,
-        evaluators: Mapping[str, Evaluator],
+        config: EvaluationConfig,
+        functions: Mapping[str, EvaluationFunction],
         device: torch.device,
     ) -> None:
         self.learner, self.model, self.stream = learner, model, stream
-        self.collate, self.chosen, self.device = collate, chosen, device
-        self.evaluators = {name: evaluators[name] for name in chosen.by}
+        self.config, self.functions, self.device = config, functions, device
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Return every number of this evaluation."""
-        found: dict[str, float] = {}
+    def __call__(self) -> dict[str, float]:
+        """Return all metrics by name."""
+        metrics: dict[str, float] = {}
         if self.stream is not None:
-            found |= self._losses(self.stream)
-            if self.chosen.generate:
-                found |= self._answers(self.stream)
-        for evaluator in self.evaluators.values():
-            found |= {key: float(value) for key, value in evaluator(self.model).items()}
-        return found
+            metrics |= self._losses(self.stream)
+            if self.config.generate and self.learner.generates:
+                metrics |= self._answers(self.stream)
+        for function in self.functions.values():
+            metrics |= {key: float(value) for key, value in function(self.model).items()}
+        return metrics
 
     def _losses(self, stream: TrainingDataset) -> dict[str, float]:
-        tally = Tally()
-        for start in range(0, len(stream), self.chosen.batch):
-            rows = range(start, min(start + self.chosen.batch, len(stream)))
-            tally.add(self.learner(self.collate([stream[i] for i in rows]).to(self.device)))
-        return tally.take()
+        meter, collate = LossMeter(), self.learner.collator()
+        for batch in self._batches(len(stream)):
+            meter.add(self.learner(collate([stream[i] for i in batch]).to(self.device)))
+        return meter.pop()
 
     def _answers(self, stream: TrainingDataset) -> dict[str, float]:
-        written, wanted = [], []
-        for start in range(0, len(stream), self.chosen.batch):
-            rows = range(start, min(start + self.chosen.batch, len(stream)))
-            samples = [self._sample(stream, i) for i in rows]
-            asked = [s for s in samples if s.audio_text is None]
-            if not asked:
+        """Generate answers to the same rows and compare them with the targets."""
+        answers: list[str] = []
+        targets: list[str] = []
+        for batch in self._batches(len(stream)):
+            samples = [self._sample(stream, i) for i in batch]
+            samples = [s for s in samples if s.audio_text is None]
+            if not samples:
                 continue
-            waves = [None if s.audio is None else self._wave(s) for s in asked]
-            questions = [s.question for s in asked]
-            answer = self.model.answer(waves, questions, max_tokens=self.chosen.max_tokens)
-            written += list(answer.text)
-            wanted += [s.target for s in asked]
-        return compare(written, wanted) if wanted else {}
+            audio = [None if s.audio is None else self._audio(s) for s in samples]
+            questions = [s.question for s in samples]
+            answer = self.model.answer(audio, questions, max_tokens=self.config.max_tokens)
+            answers += list(answer.text)
+            targets += [s.target for s in samples]
+        return compare(answers, targets) if targets else {}
+
+    def _batches(self, rows: int) -> list[range]:
+        size = self.config.batch_size
+        return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def _sample(self, stream: TrainingDataset, position: int) -> Sample:
         place = stream.mixture.draw(position)
         sample: Sample = stream.mixture.sources[place.source][place.row]
         return sample
 
-    def _wave(self, sample: Sample) -> torch.Tensor:
-        from diffa.data.rows import AudioTransform
-
+    def _audio(self, sample: Sample) -> torch.Tensor:
         wave = AudioTransform(self.model.encoder.sample_rate)(sample, 0)
-        assert wave is not None
+        assert wave is not None  # the sample has audio
         return wave.to(self.device)
 
 
-class Best:
-    """An evaluation that also keeps the weights of its best moment."""
+class BestWeights:
+    """Evaluate, and keep the weights of the best evaluation so far.
+
+    Args:
+        evaluate: Returns metrics by name.
+        model: The model whose trained weights are kept.
+        folder: The stage's folder; the weights go to its subfolder ``best``.
+        metric: Name of the metric that decides.
+        resume: Whether an earlier run's best value is continued from.
+    """
 
     def __init__(
-        self, held: Any, model: Any, folder: Path, chosen: Evaluation, *, fresh: bool
+        self,
+        evaluate: Callable[[], dict[str, float]],
+        model: nn.Module,
+        folder: Path,
+        metric: str,
+        *,
+        resume: bool,
     ) -> None:
-        self.held, self.model, self.place, self.name = held, model, folder / "best", chosen.best
-        note = None if fresh else load_json(self.place / "metrics.json")
+        self.evaluate, self.model = evaluate, model
+        self.folder, self.metric = folder / "best", metric
+        note = load_json(self.folder / "metrics.json") if resume else None
         self.value: float | None = note["best"] if note else None
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Evaluate; a missing number that was to be the best's measure is an error."""
-        found: dict[str, float] = self.held(step)
-        if self.name not in found:
+        """Evaluate at a step and return the metrics.
+
+        Raises:
+            TrainingError: The metric that decides is not measured.
+        """
+        metrics = self.evaluate()
+        if self.metric not in metrics:
             raise TrainingError(
-                f"evaluate.best is {self.name!r}, but what is measured is {', '.join(found)}"
+                f"evaluate.best_metric is {self.metric!r}, but what is measured is "
+                f"{', '.join(metrics)}"
             )
-        value = agreed(found[self.name])  # what follows, all do together or none
-        if better(self.name, value, self.value):
+        # Gathering weights needs all processes: let the first one's value decide for all.
+        value = broadcast_value(metrics[self.metric])
+        if is_better(self.metric, value, self.value):
             self.value = value
-            state = learned(self.model)
-            if leads():
-                with replacing(self.place) as draft:
+            state = trained_state(self.model)
+            if is_main_process():
+                with replacing(self.folder) as draft:
                     save_weights(state, draft / WEIGHTS)
-                    save_json({"best": value, "step": step, **found}, draft / "metrics.json")
-            wait()  # others may read it next
-        return found
+                    save_json({"best": value, "step": step, **metrics}, draft / "metrics.json")
+            barrier()  # other processes may read it next
+        return metrics
 
 
-def compare(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Return the share of exact answers and word errors per wanted word, case and marks aside."""
-    pairs = [(plain(a), plain(b)) for a, b in zip(written, wanted, strict=True)]
+def compare(answers: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Return the share of exact answers and word errors per target word.
+
+    Case and punctuation do not count.
+    """
+    pairs = [(_words(a), _words(b)) for a, b in zip(answers, targets, strict=True)]
     errors = sum(count_edits(b, a).errors for a, b in pairs)
     words = sum(len(b) for _, b in pairs)
     exact = sum(a == b for a, b in pairs)
     return {"exact": exact / len(pairs), "error": errors / max(words, 1)}
 
 
-def plain(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     """Return a text's words without case and punctuation."""
-    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
-    return kept.split()
+    return "".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split()
 
 
-def better(name: str, new: float, old: float | None) -> bool:
-    """Whether a number has improved: losses and errors fall, everything else rises."""
+def is_better(name: str, new: float, old: float | None) -> bool:
+    """Return whether a metric has improved: losses and errors should fall, all others rise."""
     if old is None:
         return True
-    falls = any(word in name for word in _FALLING)
-    return new < old if falls else new > old
+    lower_is_better = any(word in name for word in ("loss", "error"))
+    return new < old if lower_is_better else new > old

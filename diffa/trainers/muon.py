@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): matrices learn by orthogonalised momentum, the rest by AdamW."""
+"""Muon (Jordan et al. 2024): orthogonalised momentum for matrices, AdamW for all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Return matrices (N, R, C) with all singular values near 1 (Newton-Schulz, float32)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -21,15 +21,21 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
-    turned: Tensor = x.transpose(1, 2) if tall else x
-    return turned
+    result: Tensor = x.transpose(1, 2) if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with ``matrices: True`` take orthogonalised steps; the others AdamW's.
+    """Take orthogonalised steps in groups with ``matrices: True``, AdamW's in all others.
 
-    Matrices of one shape are orthogonalised as one batch in float32: torch.optim.Muon does
+    Matrices of one shape are orthogonalised as one batch in float32: torch.optim.Muon takes
     them one by one in bfloat16, three times slower on a CPU.
+
+    Args:
+        groups: Parameter groups with ``lr``, ``weight_decay`` and ``matrices``.
+        momentum: Momentum of matrices.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's epsilon.
     """
 
     def __init__(
@@ -45,38 +51,38 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; a closure, if any, is called with gradients first."""
+        """Take one step and return the loss of ``closure``, which is called with gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"]) if moved else None
+            params = [p for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"]) if params else None
             if group["matrices"]:
-                self._turn(moved, group)
+                self._step_matrices(params, group)
             else:
-                self._adapt(moved, group)
+                self._step_adamw(params, group)
         return loss
 
-    def _turn(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Nesterov momentum, orthogonalised; wide steps grow with the matrix's aspect."""
+    def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Step along orthogonalised Nesterov momentum, scaled by the matrix's aspect ratio."""
         shapes: dict[torch.Size, list[Tensor]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         for shape, same in shapes.items():
             for p in same:
                 self.state[p].setdefault("momentum", torch.zeros_like(p))
-            kept = [self.state[p]["momentum"] for p in same]
+            momenta = [self.state[p]["momentum"] for p in same]
             grads = [p.grad for p in same if p.grad is not None]
-            torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, kept, group["momentum"])
-            turned = orthogonal(torch.stack(list(ahead)).float())
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+            updates = orthogonalize(torch.stack(list(nesterov)).float())
             scale = -group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_(same, [t.to(p.dtype) for t, p in zip(turned, same)], alpha=scale)  # noqa: B905
+            torch._foreach_add_(same, [u.to(p.dtype) for u, p in zip(updates, same)], alpha=scale)  # noqa: B905
 
-    def _adapt(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Adam's step (Kingma & Ba 2015) for every other parameter; decay is done already."""
+    def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Step as Adam does (Kingma and Ba 2015); weight decay is already applied."""
         first, second = group["betas"]
         for p in params:
             state = self.state[p]

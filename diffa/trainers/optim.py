@@ -1,69 +1,69 @@
-"""Optimisers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffa.trainers.config_sections import Optimizer, Schedule
+from diffa.trainers.config_sections import OptimizerConfig, ScheduleConfig
 from diffa.trainers.muon import Muon
 
 
-def optimizer(learner: nn.Module, chosen: Optimizer) -> torch.optim.Optimizer:
-    """Return the optimiser of everything that learns; norms, biases and vectors do not decay."""
-    named = [(name, p) for name, p in learner.named_parameters() if p.requires_grad]
-    matrices = _matrices(learner) if chosen.name == "muon" else set()
-    turned = [p for _, p in named if id(p) in matrices]
-    rest = [p for _, p in named if id(p) not in matrices]
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a module's trained parameters.
+
+    Norms, biases and other vectors have no weight decay.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    hidden = _hidden_matrices(module) if config.name == "muon" else set()
+    matrices = [p for p in trained if id(p) in hidden]
+    rest = [p for p in trained if id(p) not in hidden]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": chosen.weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group | {"lr": chosen.lr} for group in groups if group["params"]]
-    betas = (chosen.betas[0], chosen.betas[1])
-    if chosen.name == "adamw":
-        return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas, eps=chosen.eps)
-    wide = {
-        "params": turned,
-        "lr": chosen.matrix_lr,
+    groups = [group | {"lr": config.lr} for group in groups if group["params"]]
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+    muon_group = {
+        "params": matrices,
+        "lr": config.matrix_lr,
         "matrices": True,
-        "weight_decay": chosen.weight_decay,
+        "weight_decay": config.weight_decay,
     }
-    groups = [wide, *groups] if turned else groups
-    return Muon(groups, momentum=chosen.momentum, betas=betas, eps=chosen.eps)
+    groups = [muon_group, *groups] if matrices else groups
+    return Muon(groups, momentum=config.momentum, betas=betas, eps=config.eps)
 
 
-def _matrices(learner: nn.Module) -> set[int]:
-    """Find weights that map vectors to vectors; embeddings and the head stay with AdamW."""
-    tables = [m for m in learner.modules() if isinstance(m, nn.Embedding)]
+def _hidden_matrices(module: nn.Module) -> set[int]:
+    """Return the ids of linear weights for Muon; embeddings and the head stay with AdamW."""
+    tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     shared, sizes = {id(m.weight) for m in tables}, {m.num_embeddings for m in tables}
-    linears = [m for m in learner.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     heads = {id(m.weight) for m in linears if m.out_features in sizes}
     return {id(m.weight) for m in linears} - shared - heads
 
 
-def schedule(optimizer: torch.optim.Optimizer, chosen: Schedule, steps: int) -> LambdaLR:
-    """Return the schedule over ``steps``: a linear rise, a plateau, the named way down."""
-    warmup = chosen.warmup * steps if 0 < chosen.warmup < 1 else chosen.warmup
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int
+) -> LambdaLR:
+    """Return the learning-rate schedule of a stage of ``steps`` steps."""
+    warmup = config.warmup_steps * steps if 0 < config.warmup_steps < 1 else config.warmup_steps
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        top = warmup + chosen.hold * (steps - warmup)
-        done = min(1.0, max(0.0, step - top) / max(1.0, steps - top))
+        decay_start = warmup + config.stable_ratio * (steps - warmup)
+        progress = min(1.0, max(0.0, step - decay_start) / max(1.0, steps - decay_start))
         shapes = {
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
             "constant": 1.0,
         }
-        return chosen.floor + (1 - chosen.floor) * shapes[chosen.name]
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * shapes[config.name]
 
     return LambdaLR(optimizer, factor)
-
-
-def learning(module: nn.Module) -> list[Tensor]:
-    """Return the parameters that learn."""
-    return [p for p in module.parameters() if p.requires_grad]

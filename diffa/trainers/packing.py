@@ -1,4 +1,4 @@
-"""Several questions about one recording in one row: they share it, and do not see each other."""
+"""Several questions about one recording in one row: they share it and do not see each other."""
 
 from __future__ import annotations
 
@@ -12,117 +12,141 @@ from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 
 
-class Pack(NamedTuple):
-    """One recording with everything that is asked about it.
+class PackedRow(NamedTuple):
+    """One recording and all questions about it.
 
     Attributes:
-        prefix: embeddings of the prompt up to the audio, and of the audio, (P, W).
-        rows: the rows that ask, by their number in the batch.
-        tails: embeddings of each row from the audio on, (T, W).
-        at: index in the rows before which the audio goes.
+        prefix: Embeddings of the prompt up to the audio, and of the audio, (P, W).
+        rows: Numbers of the questions' rows in the batch.
+        suffixes: Embeddings of each row from the audio on, (T, W).
+        audio_at: Index in the rows before which the audio goes.
     """
 
     prefix: Tensor
     rows: list[int]
-    tails: list[Tensor]
-    at: int
+    suffixes: list[Tensor]
+    audio_at: int
+
+
+class LayerState(NamedTuple):
+    """The input of one layer in one pass of the backbone.
+
+    Attributes:
+        states: (G, S, W).
+        positions: (G, S).
+        context: What the attention respected.
+    """
+
+    states: Tensor
+    positions: Tensor
+    context: AttentionContext
 
 
 class Packing:
-    """Reads rows as ``inputs.read`` does, but those of one recording as one.
+    """Run the backbone as ``diffa.canvas.batch.read`` does, rows of one recording packed in one.
 
-    Every question sees the prompt's beginning, the recording and itself; the recording does not
-    see the questions, which it does in a row of its own. So the hidden states differ from those
-    of ``inputs.read``: a way to train several times faster, not to answer. A model that is to
-    answer has to learn from rows of their own as well.
+        row 1   prompt audio question answer             packed   prompt audio q1 a1 q2 a2
+        row 2   prompt audio question answer             branch   0      0     1  1  2  2
+
+    A question attends to the prompt, the audio and its own branch. The audio does not attend to
+    the questions, which it does in a row of its own, so the hidden states differ from those of
+    ``read``: packing trains several times faster, but a model also needs whole rows to answer.
 
     Args:
-        owner: which recording each row is about, (B,); None reads every row alone, to the states
-            of ``inputs.read``, for the sake of ``places``.
+        owner: Recording of each row, (B,). None: every row alone, with the states of ``read``.
+        layer: Layer whose input is kept in ``layer_state``. None: no layer's.
 
     Attributes:
-        places: where each row's tokens are among all slots of the last reading, (B, L).
+        slots: Slot of each row's tokens among all G * S slots of the last pass, (B, L).
+        layer_state: Input of ``layer`` in the last pass.
     """
 
-    def __init__(self, owner: Tensor | None) -> None:
-        self.owner = owner
-        self.places: Tensor | None = None
+    def __init__(self, owner: Tensor | None, *, layer: int | None = None) -> None:
+        self.owner, self.layer = owner, layer
+        self.slots: Tensor | None = None
+        self.layer_state: LayerState | None = None
 
     def __call__(
         self,
         backbone: Any,
         tokens: Tensor,
         lengths: Tensor,
-        heard: Sequence[Tensor | None] | None = None,
+        audio: Sequence[Tensor | None] | None = None,
         audio_at: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden state of every token of rows (B, L), (B, L, W); see ``inputs.read``.
+        """Return the hidden state of every token of rows (B, L), (B, L, W).
 
         Raises:
-            SpecError: rows of one owner differ before the audio.
+            SpecError: Rows of one recording differ before the audio.
         """
         at = torch.zeros_like(lengths) if audio_at is None else audio_at
         owner = list(range(len(tokens))) if self.owner is None else self.owner.tolist()
-        _check_shared(owner, tokens, at.tolist())
-        words = backbone.embed(tokens)
-        packs = _packs(owner, words, lengths.tolist(), heard, at.tolist())
-        sequences = [torch.cat([pack.prefix, *pack.tails]) for pack in packs]
-        values = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        positions, branch, places = _layout(packs, values, len(tokens), tokens.shape[1])
-        self.places = places
-        apart = None if self.owner is None else branch
-        context = AttentionContext(valid=branch >= 0, branch=apart)
-        hidden: Tensor = backbone(values, positions, context)
-        return hidden.flatten(0, 1)[places]
+        _check_prefixes(owner, tokens, at.tolist())
+        packed = _pack(owner, backbone.embed(tokens), lengths.tolist(), audio, at.tolist())
+        sequences = [torch.cat([row.prefix, *row.suffixes]) for row in packed]
+        embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        positions, branch, self.slots = _layout(packed, embeds, len(tokens), tokens.shape[1])
+        context = AttentionContext(valid=branch >= 0, branch=None if self.owner is None else branch)
+        hidden: Tensor
+        if self.layer is None:
+            hidden = backbone(embeds, positions, context)
+        else:
+            inputs: dict[int, Tensor] = {self.layer: embeds}
+            hidden = backbone(embeds, positions, context, inputs)
+            self.layer_state = LayerState(inputs[self.layer], positions, context)
+        return hidden.flatten(0, 1)[self.slots]
 
 
-def _check_shared(owner: list[int], tokens: Tensor, at: list[int]) -> None:
-    """Refuse rows that would be read with the beginning of another."""
-    first: dict[int, Tensor] = {}
-    for name, row, place in zip(owner, tokens, at, strict=True):
-        if not torch.equal(first.setdefault(name, row[:place]), row[:place]):
+def _check_prefixes(owner: list[int], tokens: Tensor, audio_at: list[int]) -> None:
+    """Refuse rows that would share the beginning of another."""
+    prefixes: dict[int, Tensor] = {}
+    for name, row, at in zip(owner, tokens, audio_at, strict=True):
+        if not torch.equal(prefixes.setdefault(name, row[:at]), row[:at]):
             raise SpecError(
-                "aids.packed: questions about one recording differ before the audio; put <audio> "
-                "before {question} in prompt.user"
+                "question_packing: questions about one recording differ before the audio; put "
+                "<audio> before {question} in prompt.user"
             )
 
 
-def _packs(
+def _pack(
     owner: list[int],
-    words: Tensor,
+    embeds: Tensor,
     lengths: list[int],
-    heard: Sequence[Tensor | None] | None,
-    at: list[int],
-) -> list[Pack]:
-    packs: dict[int, Pack] = {}
+    audio: Sequence[Tensor | None] | None,
+    audio_at: list[int],
+) -> list[PackedRow]:
+    packed: dict[int, PackedRow] = {}
     for row, name in enumerate(owner):
-        if name not in packs:
-            sound = None if heard is None else heard[row]
-            shared = [words[row, : at[row]], *([] if sound is None else [sound.to(words.dtype)])]
-            packs[name] = Pack(torch.cat(shared), [], [], at[row])
-        packs[name].rows.append(row)
-        packs[name].tails.append(words[row, at[row] : lengths[row]])
-    return list(packs.values())
+        at = audio_at[row]
+        if name not in packed:
+            clip = None if audio is None else audio[row]
+            prefix = [embeds[row, :at], *([] if clip is None else [clip.to(embeds.dtype)])]
+            packed[name] = PackedRow(torch.cat(prefix), [], [], at)
+        packed[name].rows.append(row)
+        packed[name].suffixes.append(embeds[row, at : lengths[row]])
+    return list(packed.values())
 
 
 def _layout(
-    packs: list[Pack], values: Tensor, rows: int, length: int
+    packed: list[PackedRow], embeds: Tensor, rows: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return positions and branches (G, S), and where each token of each row is, (B, L)."""
-    count, slots = values.shape[:2]
-    positions = torch.zeros(count, slots, dtype=torch.long)
-    branch = torch.full((count, slots), -1)  # padding: of no branch, and not valid
-    places = torch.zeros(rows, length, dtype=torch.long)
-    for number, pack in enumerate(packs):
-        shared, start = len(pack.prefix), len(pack.prefix)
+    """Return positions and branches (G, S), and the slot of each token of each row, (B, L)."""
+    count, size = embeds.shape[:2]
+    positions = torch.zeros(count, size, dtype=torch.long)
+    branch = torch.full((count, size), -1)  # padding has no branch and is not valid
+    slots = torch.zeros(rows, length, dtype=torch.long)
+    for number, pack in enumerate(packed):
+        shared, start, first = len(pack.prefix), len(pack.prefix), number * size
         positions[number, :shared] = torch.arange(shared)
         branch[number, :shared] = 0
-        for own, (row, tail) in enumerate(zip(pack.rows, pack.tails, strict=True), start=1):
-            end = start + len(tail)
-            positions[number, start:end] = torch.arange(shared, shared + len(tail))
+        for own, (row, suffix) in enumerate(zip(pack.rows, pack.suffixes, strict=True), start=1):
+            end = start + len(suffix)
+            # every question continues at the position after the audio
+            positions[number, start:end] = torch.arange(shared, shared + len(suffix))
             branch[number, start:end] = own
-            first = number * slots
-            places[row, : pack.at] = first + torch.arange(pack.at)
-            places[row, pack.at : pack.at + len(tail)] = first + torch.arange(start, end)
+            slots[row, : pack.audio_at] = first + torch.arange(pack.audio_at)
+            slots[row, pack.audio_at : pack.audio_at + len(suffix)] = first + torch.arange(
+                start, end
+            )
             start = end
-    return positions.to(values.device), branch.to(values.device), places.to(values.device)
+    return positions.to(embeds.device), branch.to(embeds.device), slots.to(embeds.device)

@@ -1,4 +1,4 @@
-"""What a running stage shows and writes down: a progress bar and ``log.jsonl``."""
+"""Progress of a stage: a progress bar and ``log.jsonl``."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from transformers.trainer_callback import TrainerCallback
 
 from diffa.runtime.files import write_text
 
-_PLAIN = 30.0  # seconds between lines where there is no terminal to draw on
+_LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
-class Bar(TrainerCallback):  # type: ignore[misc]
-    """Steps, loss, accuracy on masked tokens and time left; plain lines without a terminal."""
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """Show steps, loss, accuracy on masked tokens and time left; lines without a terminal.
+
+    Args:
+        name: Name of the stage.
+        console: Where to show it.
+    """
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name, console
-        self.drawn: Progress | None = None
+        self.progress: Progress | None = None
         self.task: Any = None
-        self._said = 0.0
+        self._last_line = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw the bar from where the stage begins or goes on."""
-        self.drawn = Progress(
+        """Start the bar at the current step."""
+        self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -36,52 +41,59 @@ class Bar(TrainerCallback):  # type: ignore[misc]
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.drawn.start()
-        done = state.global_step
-        self.task = self.drawn.add_task(
-            self.name, total=state.max_steps, completed=done, numbers=""
+        self.progress.start()
+        self.task = self.progress.add_task(
+            self.name, total=state.max_steps, completed=state.global_step, numbers=""
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
-        if self.drawn is not None:
-            self.drawn.update(self.task, completed=state.global_step)
+        """Advance the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the latest numbers."""
-        if self.drawn is None or not logs:
+        """Show the latest metrics."""
+        if self.progress is None or not logs:
             return
         shown = [f"{k} {v:.3g}" for k, v in logs.items() if k in ("loss", "accuracy")]
-        held = [f"{k.removeprefix('eval_')} {v:.3g}" for k, v in logs.items() if "eval_" in k]
+        evaluated = [f"{k.removeprefix('eval_')} {v:.3g}" for k, v in logs.items() if "eval_" in k]
         if shown:
-            self.drawn.update(self.task, numbers=" ".join(shown))
-        if held:
-            self.drawn.console.print(f"{self.name} {state.global_step}: {' '.join(held)}")
-        elif shown and not self.console.is_terminal and time.monotonic() - self._said > _PLAIN:
-            self._said = time.monotonic()
+            self.progress.update(self.task, numbers=" ".join(shown))
+        if evaluated:
+            self.progress.console.print(f"{self.name} {state.global_step}: {' '.join(evaluated)}")
+        elif (
+            shown
+            and not self.console.is_terminal
+            and time.monotonic() - self._last_line > _LINE_SECONDS
+        ):
+            self._last_line = time.monotonic()
             self.console.print(
                 f"{self.name} {state.global_step}/{state.max_steps}: {' '.join(shown)}"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar."""
         self.close()
 
     def close(self) -> None:
-        """Stop drawing; may be called twice."""
-        if self.drawn is not None:
-            self.drawn.stop()
-            self.drawn = None
+        """Stop the bar; may be called twice."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
 
-class Log(TrainerCallback):  # type: ignore[misc]
-    """Appends every report to ``log.jsonl``; on resume, lines past the checkpoint go first."""
+class JsonlLog(TrainerCallback):  # type: ignore[misc]
+    """Append every report to a file; on resume, remove the lines after the checkpoint.
+
+    Args:
+        path: The file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the lines up to where the stage begins or goes on."""
+        """Keep the lines up to the current step."""
         if not state.is_world_process_zero:
             return
         kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
@@ -98,7 +110,7 @@ class Log(TrainerCallback):  # type: ignore[misc]
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Return the whole lines of a log; one cut short by a crash is left out."""
+    """Return the rows of a log; a line cut short by a crash is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:

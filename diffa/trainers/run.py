@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -28,28 +28,35 @@ from diffa.trainers.checkpoints import (
     save_json,
     step_of,
 )
-from diffa.trainers.config import Recipe, stage_part
-from diffa.trainers.config_sections import Evaluation, Stage
-from diffa.trainers.distributed import is_split, leads, own, wait
+from diffa.trainers.config import Recipe
+from diffa.trainers.distributed import barrier, is_main_process, is_sharded, local_device
 from diffa.trainers.estimate import Estimate, estimate, tokenizer_of
-from diffa.trainers.evaluate import Best, Evaluator
-from diffa.trainers.session import Setting, mixture, open_data, steps_of
-from diffa.trainers.stage import loop
-from diffa.trainers.trainable import count, learned, staged
-from diffa.trainers.trainer import Loop, restore
+from diffa.trainers.evaluate import EvaluationFunction
+from diffa.trainers.run_context import RunContext, num_steps, open_data, stage_mixture
+from diffa.trainers.stage import build_trainer
+from diffa.trainers.trainable import num_trained, stage_model, trained_state
+from diffa.trainers.trainer import StageTrainer, restore
 
 
 class StageReport(NamedTuple):
-    """How a stage went, or would go: steps, rows per epoch, what learns, and its numbers.
+    """How a stage went, or what a dry run expects.
 
-    ``estimate`` is what a dry run foresees.
+    Attributes:
+        name: Name of the stage.
+        folder: Folder of its checkpoints, log and weights.
+        steps: Optimizer steps.
+        rows: Rows per epoch.
+        trained: Number of trained parameters.
+        metrics: Last value of every metric.
+        skipped: Rows that were left out.
+        estimate: What a dry run expects it to take.
     """
 
     name: str
     folder: Path
     steps: int
     rows: int
-    learning: int
+    trained: int
     metrics: dict[str, float]
     skipped: int
     estimate: Estimate | None = None
@@ -64,7 +71,7 @@ class Report(NamedTuple):
 
 
 def train(
-    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    recipe: Recipe | Mapping[str, object] | str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
     resume: bool | str | os.PathLike[str] = False,
@@ -73,229 +80,229 @@ def train(
     on_error: OnError = "stop",
     device: str | torch.device | None = None,
     sources: Mapping[str, SourceFactory] | None = None,
-    evaluators: Mapping[str, Evaluator] | None = None,
+    evaluators: Mapping[str, EvaluationFunction] | None = None,
     console: Console | None = None,
 ) -> Report:
-    """Train what a recipe says and write stages, checkpoints and the model below ``out``.
+    """Run a recipe and write stages, checkpoints and the trained model to ``out``.
 
     Args:
-        recipe: a mapping, a file, or a recipe that diffa ships.
-        out: the run's folder; the trained model is saved as its ``model``.
-        resume: go on where a run in ``out`` stopped, or at the checkpoint that is named.
-        dry_run: check everything and report what would happen; weights are neither loaded nor
-            learned.
-        overrides: changes such as ``stages.0.steps=100``.
-        on_error: leave unusable rows out, counted and listed (``skip``), or ``stop``.
-        device: where to train; a GPU if there is one.
-        sources: generators of samples by name, besides diffa's own.
-        evaluators: functions of the model that recipes may name in ``evaluate.by``.
-        console: where to show progress.
+        recipe: A mapping, a file, or a recipe that diffa ships.
+        out: Folder of the run; the trained model is saved as its ``model``.
+        resume: Continue the run in ``out``, or continue it from the checkpoint at this path.
+        dry_run: Check everything and return estimates, without loading weights or training.
+        overrides: Changes such as ``stages.0.max_steps=100``.
+        on_error: ``skip`` leaves unusable rows out and lists them; ``stop`` raises.
+        device: Device. Default: a GPU if there is one.
+        sources: Factories of sources by name, besides the installed ones.
+        evaluators: Functions of the model that recipes may name in ``evaluate.evaluators``.
+        console: Where to show progress. Default: stderr.
 
     Raises:
-        SpecError: the recipe has faults.
-        DataError: training data is unusable.
-        TrainingError: the run cannot start, go on or be saved.
+        SpecError: The recipe has faults.
+        DataError: Training data is unusable.
+        TrainingError: The run cannot start, continue or be saved.
     """
-    checked = Recipe.read(recipe).change(overrides)
-    place = own(parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    setting = Setting(
-        recipe=checked,
+    context = RunContext(
+        recipe=Recipe.read(recipe).change(overrides),
         out=Path(out).expanduser(),
-        device=place,
-        console=console or Console(stderr=True, quiet=not leads()),
+        device=local_device(
+            parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        ),
+        console=console or Console(stderr=True, quiet=not is_main_process()),
         on_error=on_error,
         sources=sources or {},
         evaluators=evaluators or {},
     )
-    chosen = Path(resume) if isinstance(resume, str | os.PathLike) else None
-    back = None if chosen is None else _stage_of(setting, chosen)
+    checkpoint = None if isinstance(resume, bool) else Path(resume)
+    checkpoint_stage = None if checkpoint is None else _stage_of(context, checkpoint)
     if dry_run:
-        model = prepare(setting, torch.device("meta"))
+        model = build_model(context, torch.device("meta"))
         model.backbone.tokenizer = tokenizer_of(model)
-        return Report(_plan(setting, model), None, setting.out)
-    if leads():
-        _claim(setting, bool(resume))
-    model = prepare(setting, place)
+        return Report(_plan(context, model), None, context.out)
+    if is_main_process():
+        _claim_folder(context, bool(resume))
+    model = build_model(context, context.device)
     reports = []
-    for number in range(len(checked.stages)):
-        again = bool(resume) and (back is None or number < back)
-        start = chosen if number == back else None
-        reports.append(_stage(setting, model, number, again=again, start=start))
-        if is_split(model):
-            model = _renewed(setting, place, number + 1)
-    final = finished(setting, model)
-    if leads():
-        save(final, setting.out / "model")
-    return Report(reports, final, setting.out)
+    for number in range(len(context.recipe.stages)):
+        # a named checkpoint continues its own stage and repeats the later ones
+        again = bool(resume) and (checkpoint_stage is None or number < checkpoint_stage)
+        start = checkpoint if number == checkpoint_stage else None
+        reports.append(_run_stage(context, model, number, again=again, start=start))
+        if is_sharded(model):
+            model = _rebuild(context, number + 1)
+    final = final_model(context, model)
+    if is_main_process():
+        save(final, context.out / "model")
+    return Report(reports, final, context.out)
 
 
-def _stage_of(setting: Setting, checkpoint: Path) -> int:
+def _stage_of(context: RunContext, checkpoint: Path) -> int:
     """Return which stage a checkpoint belongs to; raises TrainingError."""
-    folders = [stage_folder(setting, n).resolve() for n in range(len(setting.recipe.stages))]
-    place = checkpoint.expanduser().resolve()
-    if place.parent not in folders or place not in [p.resolve() for p in checkpoints(place.parent)]:
-        raise TrainingError(f"{checkpoint} is no checkpoint of the run in {setting.out}")
-    return folders.index(place.parent)
+    stages = range(len(context.recipe.stages))
+    folders = [context.stage_folder(number).resolve() for number in stages]
+    path = checkpoint.expanduser().resolve()
+    if path.parent not in folders or path not in [p.resolve() for p in checkpoints(path.parent)]:
+        raise TrainingError(f"{checkpoint} is no checkpoint of the run in {context.out}")
+    return folders.index(path.parent)
 
 
-def prepare(setting: Setting, device: torch.device) -> Model:
-    """Build the recipe's model, its adapters drawn from the recipe's seed."""
-    spec = setting.recipe.spec
-    assert spec is not None  # the recipe was checked
-    if setting.recipe.head.checkpointing:
+def build_model(context: RunContext, device: torch.device) -> Model:
+    """Build the recipe's model; weights without a checkpoint follow from the recipe's seed."""
+    spec = context.recipe.spec
+    if context.recipe.config.gradient_checkpointing:
         spec = spec.set("backbone.gradient_checkpointing", True)
-    trained = {name for stage in setting.recipe.stages for name in stage.train}
-    torch.manual_seed(setting.recipe.head.seed)
-    # what learns needs all the digits that its small steps move
+    trained = {name for stage in context.recipe.stages for name in stage.train}
+    torch.manual_seed(context.recipe.config.seed)
+    # trained weights stay in float32: bfloat16 would round small updates away
     model = build(spec, device=device, dtype=torch.float32 if "backbone" in trained else None)
-    if "backbone.lora" in trained:  # by a stage, if not by the spec
+    if "backbone.lora" in trained:
         model.get_submodule("backbone.lora").float()
     return model
 
 
-def finished(setting: Setting, model: Model) -> Model:
-    """Return the model as the last stage sees it; everything that ever learned will be saved."""
-    stages = setting.recipe.stages
-    seen = staged(model, stages[-1])
-    adapters = set(seen.spec.data["adapters"])
+def final_model(context: RunContext, model: Model) -> Model:
+    """Return the last stage's model; its spec names all trained parts, so they are saved."""
+    stages = context.recipe.stages
+    view = stage_model(model, stages[-1])
+    adapters = set(view.spec.data["adapters"])
     trained = dict.fromkeys(name for stage in stages for name in stage.train)
-    kept = [n for n in trained if n.partition(".")[0] != "adapters" or n == "adapters"]
-    kept += [n for n in trained if n not in kept and n.removeprefix("adapters.") in adapters]
-    seen.spec = Spec.read(seen.spec.data | {"train": kept}).resolve()
-    return seen.eval()
+    names = [n for n in trained if n.partition(".")[0] != "adapters" or n == "adapters"]
+    names += [n for n in trained if n not in names and n.removeprefix("adapters.") in adapters]
+    view.spec = Spec.read(view.spec.data | {"train": names}).resolve()
+    return view.eval()
 
 
-def stage_folder(setting: Setting, number: int) -> Path:
-    """Return where a stage's checkpoints, log and weights are."""
-    return setting.out / f"{number + 1}-{setting.recipe.stages[number].name}"
-
-
-def _plan(setting: Setting, model: Model) -> list[StageReport]:
-    """Say what every stage would do."""
+def _plan(context: RunContext, model: Model) -> list[StageReport]:
+    """Return what every stage would do."""
     reports = []
-    for number, stage in enumerate(setting.recipe.stages):
-        mixed = mixture(stage, setting, number, planning=True)
+    for number, stage in enumerate(context.recipe.stages):
+        mixture = stage_mixture(stage, context, number, planning=True)
         if stage.evaluate is not None:
-            held = stage_part(Evaluation, stage.evaluate)
-            open_data(held.data, setting, pairs=stage.kind == "preferences", planning=True)
-        per_step = stage.batch * stage.accumulate * setting.planned
-        seen = staged(model, stage)
+            paired = stage.learner.load().paired
+            open_data(stage.evaluate.data, context, paired=paired, planning=True)
+        devices = context.planned_devices
+        rows_per_step = stage.batch_size * stage.gradient_accumulation_steps * devices
+        view = stage_model(model, stage)
+        half = context.recipe.config.precision != "float32"
         reports.append(
             StageReport(
                 stage.name,
-                stage_folder(setting, number),
-                steps_of(stage, mixed.size, per_step),
-                mixed.size,
-                count(seen, learning=True),
+                context.stage_folder(number),
+                num_steps(stage, mixture.size, rows_per_step),
+                mixture.size,
+                num_trained(view),
                 {},
-                sum(len(s.faults) for s in mixed.sources if isinstance(s, CheckedSource)),
-                estimate(seen, stage, mixed, half=setting.recipe.head.precision != "float32"),
+                sum(len(s.faults) for s in mixture.sources if isinstance(s, CheckedSource)),
+                estimate(view, stage, mixture, half=half),
             )
         )
     return reports
 
 
-def _claim(setting: Setting, resume: bool) -> None:
-    """Take the folder for this recipe; refuse one that holds another run."""
-    path = setting.out / "recipe.json"
-    held = load_json(path)
-    if not any(place.is_dir() for place in setting.out.glob("*/")):
-        held = None  # a run that failed before its first stage has left nothing to keep
-    if resume and held is None:
-        setting.console.print(f"{setting.out} holds no run to go on with: beginning one")
-    if held is not None and not resume:
+def _claim_folder(context: RunContext, resume: bool) -> None:
+    """Write the recipe to the run's folder; raises TrainingError if another run is there."""
+    path = context.out / "recipe.json"
+    earlier = load_json(path)
+    if not any(folder.is_dir() for folder in context.out.glob("*/")):
+        earlier = None  # a run that failed before its first stage has nothing to continue
+    if resume and earlier is None:
+        context.console.print(f"{context.out} holds no run to go on with: beginning one")
+    if earlier is not None and not resume:
         raise TrainingError(
-            f"{setting.out} holds a run already: go on with --resume, or choose another --out"
+            f"{context.out} holds a run already: go on with --resume, or choose another --out"
         )
-    if held is not None:
-        changed = setting.recipe.same_as(held)
-        if changed:
-            raise TrainingError(
-                f"{setting.out} was begun with another recipe; it differs in {', '.join(changed)}"
-            )
-    save_json(setting.recipe.data, path)
+    differences = [] if earlier is None else context.recipe.differences(earlier)
+    if differences:
+        raise TrainingError(
+            f"{context.out} was begun with another recipe; it differs in {', '.join(differences)}"
+        )
+    save_json(context.recipe.data, path)
 
 
-def _stage(
-    setting: Setting, model: Model, number: int, *, again: bool, start: Path | None
+def _run_stage(
+    context: RunContext, model: Model, number: int, *, again: bool, start: Path | None
 ) -> StageReport:
-    """Run a stage from ``start``, or take over what it left behind if it ran before."""
-    stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
-    seen = staged(model, stage)
-    done = load_json(folder / "stage.json") if again else None
-    if done is not None:
-        restore(seen, load_weights(folder / WEIGHTS), str(folder))
-        setting.console.print(f"{stage.name}: done before, {done['steps']} steps")
-        return StageReport(folder=folder, **done)
-    report = _train(setting, seen, number, latest(folder) if again else start)
-    _keep(seen, report, folder, stage)
+    """Run a stage, or load its weights if ``again`` and it is already complete.
+
+    ``start`` is the checkpoint to continue from; if ``again``, the stage's latest.
+    """
+    stage, folder = context.recipe.stages[number], context.stage_folder(number)
+    view = stage_model(model, stage)
+    note = load_json(folder / "stage.json") if again else None
+    if note is not None:
+        restore(view, load_weights(folder / WEIGHTS), str(folder))
+        context.console.print(f"{stage.name}: done before, {note['steps']} steps")
+        return StageReport(folder=folder, **note)
+    report = _train_stage(context, view, number, latest(folder) if again else start)
+    _save_stage(view, report, best=stage.load_best_model_at_end)
     return report
 
 
-def _train(setting: Setting, seen: Model, number: int, start: Path | None) -> StageReport:
-    stage, folder = setting.recipe.stages[number], stage_folder(setting, number)
-    running, held, evaluation = loop(seen, stage, number, folder, setting)
-    if held is not None and evaluation is not None:
-        running.held = Best(held, seen, folder, evaluation, fresh=start is None)
+def _train_stage(context: RunContext, model: Model, number: int, start: Path | None) -> StageReport:
+    stage, folder = context.recipe.stages[number], context.stage_folder(number)
+    trainer = build_trainer(model, stage, number, context, resume=start is not None)
     if start is not None:
-        setting.console.print(f"{stage.name}: going on from step {step_of(start)}")
+        context.console.print(f"{stage.name}: going on from step {step_of(start)}")
     try:
-        running.train(resume_from_checkpoint=str(start) if start else None)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
     except KeyboardInterrupt:
-        kept = latest(folder)
-        setting.console.print(f"stopped; {kept or 'nothing'} is kept: go on with --resume")
+        checkpoint = latest(folder)
+        context.console.print(f"stopped; {checkpoint or 'nothing'} is kept: go on with --resume")
         raise
     finally:
-        running.bar.close()
-    metrics = {k: v for row in running.state.log_history for k, v in row.items() if _telling(k)}
-    skipped = _report_skipped(running, setting, folder)
-    mixed = running.train_dataset.mixture
-    learning = count(running.model, learning=True)
+        trainer.progress_bar.close()
+    history = trainer.state.log_history
+    metrics = {k: v for row in history for k, v in row.items() if _is_metric(k)}
     return StageReport(
-        stage.name, folder, running.state.max_steps, mixed.size, learning, metrics, skipped
+        stage.name,
+        folder,
+        trainer.state.max_steps,
+        trainer.train_dataset.mixture.size,
+        num_trained(trainer.model),
+        metrics,
+        _report_skipped(trainer, context, folder),
     )
 
 
-def _telling(key: str) -> bool:
+def _is_metric(key: str) -> bool:
     return key in ("loss", "accuracy") or (key.startswith("eval_") and "runtime" not in key)
 
 
-def _report_skipped(running: Loop, setting: Setting, folder: Path) -> int:
-    """Count rows that were left out, and list them in ``skipped.json``."""
-    mixed = running.train_dataset.mixture
-    faulty = [
+def _report_skipped(trainer: StageTrainer, context: RunContext, folder: Path) -> int:
+    """Return the number of rows that were left out, and list them in ``skipped.json``."""
+    faults = [
         f"{source.path}: {fault}"
-        for source in mixed.sources
+        for source in trainer.train_dataset.mixture.sources
         if isinstance(source, CheckedSource)
         for fault in source.faults
     ]
-    reasons = sorted({*running.skipped, *faulty})
+    reasons = sorted({*trainer.skipped, *faults})
     if reasons:
-        save_json(reasons, folder / "skipped.json")
-        setting.console.print(
-            f"{len(reasons)} rows were left out, listed in {folder / 'skipped.json'}"
-        )
+        path = folder / "skipped.json"
+        save_json(reasons, path)
+        context.console.print(f"{len(reasons)} rows were left out, listed in {path}")
     return len(reasons)
 
 
-def _keep(trained: Model, report: StageReport, folder: Path, stage: Stage) -> None:
-    """Write a stage's outcome: its weights, then the note that it is done."""
-    if stage.take == "best":
-        best = folder / "best" / WEIGHTS
-        restore(trained, load_weights(best), str(best))
-    state = learned(trained)
-    if leads():
+def _save_stage(model: Model, report: StageReport, *, best: bool) -> None:
+    """Write a stage's weights, then the note that it is complete."""
+    folder = report.folder
+    if best:
+        path = folder / "best" / WEIGHTS
+        restore(model, load_weights(path), str(path))
+    state = trained_state(model)
+    if is_main_process():
         keep_weights(state, folder / WEIGHTS)
         note = report._asdict()
         del note["folder"], note["estimate"]
         save_json(note, folder / "stage.json")
-    wait()  # other processes read it
+    barrier()  # other processes read them
 
 
-def _renewed(setting: Setting, device: torch.device, done: int) -> Model:
-    """Build the model anew, whole on every process, with what ``done`` stages have learned."""
-    model = prepare(setting, device)
-    for number, stage in enumerate(setting.recipe.stages[:done]):
-        path = stage_folder(setting, number) / WEIGHTS
-        restore(staged(model, stage), load_weights(path), str(path))
+def _rebuild(context: RunContext, stages: int) -> Model:
+    """Build the model again, unsharded, with the weights of the first ``stages`` stages."""
+    model = build_model(context, context.device)
+    for number, stage in enumerate(context.recipe.stages[:stages]):
+        path = context.stage_folder(number) / WEIGHTS
+        restore(stage_model(model, stage), load_weights(path), str(path))
     return model

@@ -1,9 +1,8 @@
-"""Which parts of a model learn in a stage, and how they behave while they do."""
+"""Which parts of a model a stage trains, and which of them are in training mode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,66 +11,75 @@ from diffa.backbones.lora import enable_lora, lora_layers
 from diffa.errors import SpecError
 from diffa.model import Model
 from diffa.spec.spec import Spec
-from diffa.trainers.config_sections import Stage
-from diffa.trainers.distributed import whole
-
-# what says that a module recomputes activations: diffa's Transformer, transformers' layers
-_CHECKPOINTING = ("checkpointing", "gradient_checkpointing")
+from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.distributed import full_tensors
 
 
-def release(model: Any, names: Sequence[str]) -> None:
-    """Let the named parts learn (``adapters``, ``adapters.KEY``, ``backbone``, ``encoder``)."""
+def set_trainable(model: Model, names: Sequence[str]) -> None:
+    """Let only the named parts require gradients.
+
+    Args:
+        model: The model.
+        names: ``encoder``, ``adapters``, ``adapters.KEY``, ``backbone``, ``backbone.lora``.
+
+    Raises:
+        SpecError: A part has no weights.
+    """
     model.requires_grad_(False)
     for name in names:
         part = model.get_submodule(name)
         if not any(True for _ in part.parameters()):
-            raise SpecError(f"train: {name} has no weights that could learn")
+            raise SpecError(f"train: {name} has no weights to train")
         part.requires_grad_(True)
     enable_lora(model.backbone, True if "backbone.lora" in names else None)
 
 
-def quieten(model: Any) -> None:
-    """Put parts that do not learn in evaluation mode: no dropout, no running statistics."""
+def eval_frozen_parts(model: Model) -> None:
+    """Set frozen parts to evaluation mode: no dropout, no running statistics.
+
+    Of a part in which only LoRA is trained, the LoRA dropout alone is active.
+    """
     for part in (model.encoder, model.backbone, *model.adapters.values()):
-        learns = [name for name, p in part.named_parameters() if p.requires_grad]
-        if any(".lora_" not in name for name in learns):
+        trained = [name for name, p in part.named_parameters() if p.requires_grad]
+        if any(".lora_" not in name for name in trained):
             continue
-        still(part)
+        set_eval_mode(part)
         for _, layer in lora_layers(part):
-            layer.lora_dropout.train(bool(learns))
+            layer.lora_dropout.train(bool(trained))
 
 
-def still(part: nn.Module) -> None:
-    """Put a part in evaluation mode, but let it recompute activations in the backward pass."""
+def set_eval_mode(part: nn.Module) -> None:
+    """Set a part to evaluation mode; modules with gradient checkpointing keep it."""
     part.eval()
     for module in part.modules():
-        if any(getattr(module, name, False) for name in _CHECKPOINTING):  # which asks the mode
+        if getattr(module, "gradient_checkpointing", False):  # they check ``training`` for it
             module.training = True
 
 
-def learned(module: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
-    """Return what learns by name, buffers of the same modules included.
+def trained_state(module: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
+    """Return the trained parameters by name, and the buffers of the same modules.
 
-    Weights that are split over processes are gathered, which all of them do together, unless
-    ``gather`` says not to.
+    Args:
+        module: The module.
+        gather: Gather weights that are sharded over processes; all processes must call this.
     """
     state = module.state_dict()
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     owners = {name.rpartition(".")[0] for name in names}
     buffers = {name for name, _ in module.named_buffers() if name.rpartition(".")[0] in owners}
-    kept = {key: value for key, value in state.items() if key in names | buffers}
-    return whole(kept) if gather else kept
+    trained = {key: value for key, value in state.items() if key in names | buffers}
+    return full_tensors(trained) if gather else trained
 
 
-def staged(model: Model, stage: Stage) -> Model:
-    """Return the model as a stage sees it: its adapters, its objective, what learns; all shared."""
+def stage_model(model: Model, stage: StageConfig) -> Model:
+    """Return a model with a stage's adapters and objective, and what it trains; parts are shared."""
     data = model.spec.data
     if stage.adapters is not None:
         data["adapters"] = {key: data["adapters"][key] for key in stage.adapters}
     if stage.objective is not None:
         data["objective"] = stage.objective
     spec = Spec.read(data | {"train": list(stage.train)}).resolve()
-    seen = Model(
+    view = Model(
         encoder=model.encoder,
         adapters={key: model.adapters[key] for key in spec.data["adapters"]},
         backbone=model.backbone,
@@ -79,10 +87,10 @@ def staged(model: Model, stage: Stage) -> Model:
         objective=make_part(spec.parts()["objective"], vocab=model.backbone.vocab),
         spec=spec,
     )
-    release(seen, stage.train)
-    return seen
+    set_trainable(view, stage.train)
+    return view
 
 
-def count(module: nn.Module, *, learning: bool = False) -> int:
-    """Return how many parameters there are, or how many learn."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
+def num_trained(module: nn.Module) -> int:
+    """Return the number of parameters that require gradients."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -41,13 +41,18 @@ def plan(world: Path) -> dict[str, Any]:
     spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     spec["adapters"] = {"acoustic": {"name": "qformer", "num_queries": 4}, **spec["adapters"]}
     spec["sampler_presets"] = {"quick": {"name": "blockwise", "threshold": 0.5}}
-    held = {"data": [{"path": "train.json"}], "rows": 4, "max_tokens": 4}
-    common = {"data": [{"path": "train.json"}], "train": ["adapters"], "batch": 2, "log": 1}
-    align = {**common, "name": "align", "adapters": ["semantic"], "steps": 1}
+    held = {"data": [{"path": "train.json"}], "max_samples": 4, "max_tokens": 4}
+    common = {
+        "data": [{"path": "train.json"}],
+        "train": ["adapters"],
+        "batch_size": 2,
+        "logging_steps": 1,
+    }
+    align = {**common, "name": "align", "adapters": ["semantic"], "max_steps": 1}
     tune = {
         **common,
         "name": "tune",
-        "steps": 2,
+        "max_steps": 2,
         "cache": {},
         "evaluate": held,
         "objective": "masked",
@@ -133,9 +138,9 @@ def test_any_path_of_spec_or_recipe_can_be_varied(world):
     assert (
         override(base, "spec.sampler", "quick").spec.resolve().data["sampler"]["threshold"] == 0.5
     )
-    assert override(base, "stages.tune.steps", 7).stages[1].steps == 7
+    assert override(base, "stages.tune.max_steps", 7).stages[1].max_steps == 7
     rates = override(base, "stages.*.optimizer.lr", 1e-3).stages
-    assert [stage.optimizer["lr"] for stage in rates] == [1e-3, 1e-3]
+    assert [stage.optimizer.lr for stage in rates] == [1e-3, 1e-3]
     assert override(base, "adapters.semantic.stride", 2).spec.data["adapters"]["semantic"]["stride"]
     with pytest.raises(SpecError, match="seeds are not compared"):
         override(base, "seed", 3)
@@ -156,14 +161,14 @@ def test_cells_that_differ_in_decoding_alone_share_a_training(world):
     assert trainings(base, "stages.tune.evaluate.max_tokens=4,8") == 1
     assert trainings(base, "sampler.block_length=4,8", seeds=3) == 3
     assert trainings(base, "adapters=semantic,both") == 2
-    assert trainings(base, "stages.tune.steps=1,2") == 2
+    assert trainings(base, "stages.tune.max_steps=1,2") == 2
 
 
 def test_a_sampler_that_chooses_weights_belongs_to_the_training(world):
     data = plan(world)
-    data["stages"][1] |= {"take": "best"}
+    data["stages"][1] |= {"load_best_model_at_end": True}
     assert trainings(Recipe(data, world), "sampler.block_length=4,8") == 1  # chosen by the loss
-    data["stages"][1]["evaluate"]["best"] = "exact"
+    data["stages"][1]["evaluate"]["best_metric"] = "exact"
     assert trainings(Recipe(data, world), "sampler.block_length=4,8") == 2
 
 
@@ -297,7 +302,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(world, tmp_path, jobs):
     """The second one's data is not there; once in this process, once in two others at a time."""
     study = ablate(
         recipe(world), ["stages.align.data=[{path: gone.json}],[{path: train.json}]"],
-        out=tmp_path / "study", seeds=1, jobs=jobs, overrides=["stages.tune.steps=1"],
+        out=tmp_path / "study", seeds=1, jobs=jobs, overrides=["stages.tune.max_steps=1"],
     )  # fmt: skip
     assert len(study.results) == 1, study.faults
     (fault,) = study.faults.values()

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import diffa
 from diffa.backbones.lora import apply_lora, lora_layers, lora_module, merge_lora_pairs
 from diffa.errors import CheckpointError, SpecError
-from diffa.trainers.trainable import quieten, release
+from diffa.trainers.trainable import eval_frozen_parts, set_trainable
 
 LLADA = {
     "d_model": 32, "n_heads": 2, "n_layers": 2, "mlp_hidden_size": 48, "vocab_size": 50,
@@ -176,12 +176,12 @@ def test_pairs_that_have_learned_count_in_a_stage_where_they_do_not_learn() -> N
     model = diffa.build(spec(rank=4, dropout=0.5))
     stir(model)
     due = said(model)
-    release(model, ["adapters"])
-    quieten(model.train())
+    set_trainable(model, ["adapters"])
+    eval_frozen_parts(model.train())
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert torch.equal(said(model), due)  # neither asleep nor dropped out
-    release(model, ["backbone.lora"])
-    quieten(model.train())
+    set_trainable(model, ["backbone.lora"])
+    eval_frozen_parts(model.train())
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     assert learning and all(".lora_" in name for name in learning)
     assert not torch.allclose(said(model), due, atol=1e-3)

@@ -17,18 +17,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.fsdd]
 PACK = Path(__file__).parents[2] / "benchmarks" / "pack_nano.py"
 SMALL = [
     "spec.encoder.width=96",
-    "stages.0.steps=60",
+    "stages.0.max_steps=60",
     "stages.0.data.0.options.max_digits=2",
     "stages.0.data.0.options.curriculum=[]",
-    "stages.1.steps=90",
+    "stages.1.max_steps=90",
     "stages.1.data.0.options.curriculum=[]",
     "stages.1.data.0.options.max_digits=3",
     "stages.1.data.0.options.tasks=[transcribe]",
-    "stages.2.steps=30",
+    "stages.2.max_steps=30",
     "stages.2.data=[{source: nano-text, options: {seed: 3, max_digits: 3, tasks: [transcribe]}}]",
-    "stages.3.steps=8",
-    "stages.4.steps=4",
-    "stages.5.steps=4",
+    "stages.3.max_steps=8",
+    "stages.4.max_steps=4",
+    "stages.5.max_steps=4",
     "stages.3.data.0.options.cached_utterances=64",
     "stages.3.data.0.options.count=1536",
     "stages.4.data.0.options.cached_utterances=64",
@@ -58,7 +58,7 @@ def test_the_whole_recipe_runs_and_its_stages_learn(
 
     monkeypatch.chdir(tmp_path)  # as the header of nano-captions says
     subprocess.run([sys.executable, str(PACK), "nano/model", "packed"], check=True)
-    train("nano-captions", out="captions", overrides=["stages.0.steps=2"])
+    train("nano-captions", out="captions", overrides=["stages.0.max_steps=2"])
     again = diffa.load("captions/model")
     assert not torch.equal(again.backbone.head.weight, model.backbone.head.weight)
     for ours, theirs in zip(again.adapters.parameters(), model.adapters.parameters(), strict=True):
@@ -67,13 +67,13 @@ def test_the_whole_recipe_runs_and_its_stages_learn(
 
 def test_the_adapters_stages_learn_and_stage_1_beats_shuffled_audio(tmp_path: Path) -> None:
     overrides = [
-        "stages.0.steps=100",
+        "stages.0.max_steps=100",
         "stages.0.data.0.options.count=3072",
         "stages.0.data.0.options.cached_utterances=128",
-        "stages.1.steps=60",
+        "stages.1.max_steps=60",
         "stages.1.data.0.options.count=3072",
         "stages.1.data.0.options.cached_utterances=128",
-        "stages.2.steps=30",
+        "stages.2.max_steps=30",
         "stages.2.data.0.options.count=3072",
         "stages.2.data.0.options.cached_utterances=128",
     ]

@@ -1,4 +1,4 @@
-"""What helps small language models: packed questions, a start that copies, hints."""
+"""Training of small language models: packed questions, initialisation, auxiliary losses."""
 
 import pytest
 import torch
@@ -13,18 +13,23 @@ from diffa.data.collate import Collate
 from diffa.data.rows import AnswerTransform
 from diffa.data.samples import Sample
 from diffa.errors import SpecError
-from diffa.nano.alignment import Hinting, chosen
-from diffa.nano.auxiliary import Saying, Script, number, numbered
+from diffa.nano.alignment import AlignmentLoss
+from diffa.nano.answer_learner import NanoAnswerLearner
+from diffa.nano.auxiliary import (
+    CTCLoss,
+    TranscriptEmbedder,
+    init_numbering,
+    token_ids,
+    word_numbers,
+)
 from diffa.nano.corpus.labels import Hint, hints, spoken_words
 from diffa.nano.corpus.vocabulary import BLANK
-from diffa.nano.initialization import _looking, start
+from diffa.nano.initialization import _offset_vectors, init_for_copying
 from diffa.nano.sources import NanoText
 from diffa.trainers.checkpoints import TrainingError
-from diffa.trainers.config_sections import Stage
-from diffa.trainers.learners.answers import Answers
+from diffa.trainers.config_sections import StageConfig
 from diffa.trainers.packing import Packing
-from diffa.trainers.stage import number_adapters
-from diffa.trainers.trainable import release
+from diffa.trainers.trainable import set_trainable
 from diffa.types import Embeds, Features, FeatureSpec
 
 CONFIG = {
@@ -47,6 +52,16 @@ def causal() -> diffa.Model:
     backbone = {"name": "llama", "config": config, "tokenizer": "package:nano/llada"}
     kept = {key: diffa.Spec.read("tiny").data[key] for key in ("encoder", "adapters", "prompt")}
     return diffa.build({**kept, "backbone": backbone})
+
+
+def nano_learner(model: diffa.Model, **options: object) -> NanoAnswerLearner:
+    return NanoAnswerLearner(model, StageConfig(), **options)
+
+
+def with_numbering(numbering: Numbering) -> torch.nn.Module:
+    adapter = torch.nn.Module()
+    adapter.numbering = numbering
+    return adapter
 
 
 def batch_of(model: diffa.Model, samples: list[Sample]):
@@ -109,15 +124,15 @@ def test_questions_that_differ_before_the_audio_are_not_packed() -> None:
 def test_several_questions_share_one_pass_of_the_adapters() -> None:
     model = small()
     batch = batch_of(model, [NanoText(questions_per_sample=3)[0]])
-    script = Script(model.backbone.embed)
+    learner = nano_learner(model)
     calls = []
-    script.register_forward_hook(lambda *_: calls.append(1))
-    parts = Answers(model, script=script)(batch)
+    learner.transcripts.register_forward_hook(lambda *_: calls.append(1))
+    loss = learner(batch)
     assert len(calls) == 1 and len(batch.tokens) == 3
-    assert torch.isfinite(parts.sum)
-    # apart, the recording sees the question: another reading
-    packed = Answers(model, script=script, packed=1.0)(batch)
-    assert abs(float(packed.sum.detach() - parts.sum.detach())) > 1e-5
+    assert torch.isfinite(loss.sum)
+    # in whole rows the recording attends to the question: other states
+    packed = nano_learner(model, question_packing=1.0)(batch)
+    assert abs(float(packed.sum.detach() - loss.sum.detach())) > 1e-5
 
 
 def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
@@ -126,26 +141,26 @@ def test_a_share_of_the_batches_is_packed_and_the_same_ones_again() -> None:
     make = AnswerTransform(model.chat_format, model.backbone.vocab, None, answer_lengths=[8])
     collate = Collate(model.backbone.vocab, learn_padding=False)
     batches = [collate([make(source[0], seed)]) for seed in range(60)]
-    learner = Answers(model, script=Script(model.backbone.embed), packed=0.3)
+    learner = nano_learner(model, question_packing=0.3)
 
-    def chosen_ones() -> list[bool]:
-        return [learner._packing(batch) is not None for batch in batches]
+    def packed() -> list[bool]:
+        return [learner.packing(batch) is not None for batch in batches]
 
-    assert 8 <= sum(chosen_ones()) <= 28  # .3 of 60 is 18, give or take 2.8 standard deviations
-    assert chosen_ones() == chosen_ones()
-    learner.hinting = Hinting(model.backbone, layer=3, weight=0.3)
-    owners = [learner._packing(batch).owner is not None for batch in batches]
-    learner.hinting = None
-    assert owners == chosen_ones()  # labels need places: the others are read by a packing, alone
+    assert 8 <= sum(packed()) <= 28  # .3 of 60 is 18, give or take 2.8 standard deviations
+    assert packed() == packed()
+    learner.alignment = AlignmentLoss(model.backbone, layer=3, weight=0.3)
+    owners = [learner.packing(batch).owner is not None for batch in batches]
+    learner.alignment = None
+    assert owners == packed()  # labels need slots: the other batches are packed alone
     learner.eval()
-    assert not any(chosen_ones())  # evaluation measures what will be answered
+    assert not any(packed())  # evaluation measures whole rows, as answers are generated
 
 
 @pytest.mark.parametrize("offset", [1, -1, 2, -2])
-def test_heads_begin_where_they_are_aimed(offset: int) -> None:
+def test_offset_heads_attend_at_their_offset(offset: int) -> None:
     frequencies = 500_000.0 ** (-torch.arange(0, 32, 2) / 32)
     offsets = torch.arange(-40, 41).float()
-    query, key = _looking(offset, frequencies)
+    query, key = _offset_vectors(offset, frequencies)
     angles = offsets[:, None] * frequencies
     even, odd = query[:16] * key[:16], query[:16] * key[16:]
     scores = (even * angles.cos() + odd * angles.sin()).sum(1) / 32**0.5
@@ -154,10 +169,10 @@ def test_heads_begin_where_they_are_aimed(offset: int) -> None:
     assert scores[best[0]] - scores[best[1]] > 2  # the head looks there and hardly anywhere else
 
 
-def test_a_started_backbone_says_what_it_attends_to() -> None:
+def test_a_backbone_initialised_for_copying_predicts_what_it_attends_to() -> None:
     model = small()
     inner = model.backbone.transformer
-    start(inner, seed=0)
+    init_for_copying(inner, seed=0)
     block = inner.blocks[0]
     product = block.attn_out.weight @ block.v_proj.weight
     torch.testing.assert_close(product, 0.5 * torch.eye(64), atol=1e-5, rtol=0)
@@ -166,22 +181,22 @@ def test_a_started_backbone_says_what_it_attends_to() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_start_is_the_same_wherever_the_weights_are() -> None:
+def test_init_for_copying_draws_the_same_weights_on_every_device() -> None:
     here, there = (small().backbone.transformer.to(place) for place in ("cpu", "cuda"))
     for inner in (here, there):
-        start(inner, seed=0)
+        init_for_copying(inner, seed=0)
     pairs = zip(here.parameters(), there.parameters(), strict=True)
     assert all(torch.equal(one, other.cpu()) for one, other in pairs)
 
 
-def test_a_start_needs_a_key_head_for_every_query_head() -> None:
+def test_init_for_copying_needs_a_key_head_for_every_query_head() -> None:
     made = {"name": "llada", "config": CONFIG | {"n_kv_heads": 1}}
     inner = diffa.build(diffa.Spec.read("tiny").set("backbone", made)).backbone.transformer
     with pytest.raises(TrainingError, match="a key head per query head, got 1 for 2"):
-        start(inner, seed=0)
+        init_for_copying(inner, seed=0)
 
 
-def test_hints_tell_which_spoken_word_is_copied() -> None:
+def test_alignment_labels_number_the_copied_words() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
     said = spoken_words(["british", "man", BLANK, "four", "four", BLANK, "nine"], 2)
     assert said == ["four", "nine"]
@@ -199,7 +214,7 @@ def test_hints_tell_which_spoken_word_is_copied() -> None:
     assert words == [BLANK, BLANK, BLANK, "first", "second", BLANK, BLANK, BLANK]
 
 
-def test_hints_put_letters_beside_choices_and_the_word_before_its_letter() -> None:
+def test_alignment_labels_link_choices_and_letters() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
     asked = ["Which", "?", "A", ".", "four", "B", ".", "twenty", "nine", "<|eot_id|>", *head]
     found = hints([*asked, "B", ".", "twenty", "nine", "<|eot_id|>"], ["four"])
@@ -222,10 +237,10 @@ def attention(
     return query @ key.T / config.head_dim**0.5
 
 
-def test_the_first_heads_of_a_started_backbone_look_at_their_neighbours() -> None:
+def test_first_heads_attend_to_neighbours_after_init_for_copying() -> None:
     model = small(d_model=256, n_heads=8, n_kv_heads=8)
     inner = model.backbone.transformer
-    start(inner, seed=0)
+    init_for_copying(inner, seed=0)
     drawn = torch.Generator().manual_seed(0)
     states = inner.wte(torch.randperm(600, generator=drawn)[:24]).detach()
     places = torch.arange(2, 22)
@@ -234,10 +249,10 @@ def test_the_first_heads_of_a_started_backbone_look_at_their_neighbours() -> Non
         assert torch.equal(best, places - back)
 
 
-def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
+def test_init_for_copying_lets_the_second_layer_find_the_letter_of_a_choice() -> None:
     model = small(d_model=256, n_heads=8, n_kv_heads=8)
     inner = model.backbone.transformer
-    start(inner, seed=0)
+    init_for_copying(inner, seed=0)
     drawn = torch.Generator().manual_seed(0)
     tokens = torch.randperm(600, generator=drawn)[:24]
     tokens[19] = tokens[8]  # a word of the answer is one of the choices'
@@ -254,7 +269,7 @@ def test_a_started_backbone_finds_the_letter_of_a_choice() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["llada", "llama"])
-def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shared: bool) -> None:
+def test_alignment_loss_equals_a_computation_without_packing(name: str, shared: bool) -> None:
     torch.manual_seed(0)
     model = small() if name == "llada" else causal()
     causally = int(name == "llama")
@@ -269,11 +284,11 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
         table(batch.audio_text[i, : batch.audio_text_lengths[i]])
         for i in batch.audio_index.tolist()
     ]
-    hinting = Hinting(model.backbone, layer=3, weight=0.5)
-    packing = Packing(batch.audio_index if shared else None)
-    with torch.no_grad(), hinting.watching():
+    alignment = AlignmentLoss(model.backbone, layer=3, weight=0.5)
+    packing = Packing(batch.audio_index if shared else None, layer=3)
+    with torch.no_grad():
         packing(model.backbone, batch.tokens, batch.row_lengths, heard, batch.audio_at)
-        found = hinting.loss(batch, packing)
+        found = alignment(batch, packing)
 
     def words(tokens: torch.Tensor) -> list[str]:
         return [model.backbone.tokenizer.decode([token]).strip() for token in tokens.tolist()]
@@ -309,7 +324,7 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
     handle.remove()
     due = 2 * torch.stack(looks).mean()
     for field in labels.values():
-        ids = torch.tensor(chosen([word for _, word in field], model.backbone.tokenizer))
+        ids = torch.tensor(token_ids([word for _, word in field], model.backbone.tokenizer))
         competing, index = ids.unique(return_inverse=True)
         normal = torch.stack([torch.nn.functional.rms_norm(state, (64,)) for state, _ in field])
         losses = -(0.3 * normal @ table(competing).T).log_softmax(1)[range(len(ids)), index]
@@ -320,36 +335,33 @@ def test_the_loss_of_hints_is_what_it_is_by_hand_without_packing(name: str, shar
     torch.testing.assert_close(found, 0.5 * due, atol=1e-4, rtol=1e-4)
 
 
-def test_hints_add_to_what_adapters_learn_by_ctc() -> None:
+def test_alignment_and_ctc_losses_add_up() -> None:
     model = small()
-    embed = model.backbone.embed
     batch = batch_of(model, [NanoText(questions_per_sample=3)[0]])
     batch = batch._replace(ctc_targets=({"*": batch.audio_text[0, :2]},))
 
-    def extra(**aids: object) -> float:
-        learner = Answers(model, script=Script(embed), packed=1.0, **aids)
-        return float(learner(batch).extra.detach())
+    def auxiliary(**options: object) -> float:
+        learner = nano_learner(model, question_packing=1.0, blank_token=BLANK, **options)
+        return float(learner(batch).auxiliary.detach())
 
-    saying = Saying(embed, {"script": 1.0}, blank=0)
-    hinting = Hinting(model.backbone, layer=3, weight=0.3)
-    alone = [extra(saying=saying), extra(hinting=hinting)]
+    ctc, alignment = {"transcript": 1.0}, {"layer": 3, "weight": 0.3}
+    alone = [auxiliary(ctc=ctc), auxiliary(alignment=alignment)]
     assert min(alone) > 0
-    assert extra(saying=saying, hinting=hinting) == pytest.approx(sum(alone), rel=1e-5)
+    assert auxiliary(ctc=ctc, alignment=alignment) == pytest.approx(sum(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llada", "llama"])
-def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None:
+def test_alignment_trains_the_middle_of_a_packed_backbone(name: str) -> None:
     torch.manual_seed(0)
     model = small() if name == "llada" else causal()
     model.backbone.requires_grad_(True)
     batch = batch_of(model, [NanoText(questions_per_sample=6)[i] for i in range(4)])
-    hinting = Hinting(model.backbone, layer=3, weight=0.3)
-    learner = Answers(model, script=Script(model.backbone.embed), packed=1.0, hinting=hinting)
+    learner = nano_learner(model, question_packing=1.0, alignment={"layer": 3, "weight": 0.3})
     optimizer = torch.optim.AdamW(learner.parameters(), 3e-3)
     seen = []
     for _ in range(25):
-        parts = learner(batch)
-        loss = parts.extra / parts.weight
+        measured = learner(batch)
+        loss = measured.auxiliary / measured.weight
         seen.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -362,7 +374,7 @@ def test_hints_are_learned_in_the_middle_of_a_packed_backbone(name: str) -> None
     assert not any(p.grad is not None and p.grad.any() for p in model.backbone.head.parameters())
 
 
-def test_a_pull_draws_what_is_said_to_the_word_itself() -> None:
+def test_embedding_match_pulls_slots_to_their_nearest_embedding() -> None:
     table = torch.eye(6) * 2
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -371,31 +383,31 @@ def test_a_pull_draws_what_is_said_to_the_word_itself() -> None:
     values = torch.stack([table[4] * 0.2, table[0] * 3, table[5] * 0.5])[None].requires_grad_()
     words = [{"semantic": torch.tensor([4, 5])}]
     said = {"semantic": Embeds(values, torch.tensor([3]))}
-    plain = Saying(embed, {"semantic": 1.0}, blank=0).loss(said, words)
-    pulled = Saying(embed, {"semantic": 1.0}, blank=0, pull=1.0).loss(said, words)
+    plain = CTCLoss(embed, {"semantic": 1.0}, blank=0)(said, words)
+    pulled = CTCLoss(embed, {"semantic": 1.0}, blank=0, embedding_match=1.0)(said, words)
     step = (
         values
         - 5
         * torch.autograd.grad(
-            Saying(embed, {"semantic": 1.0}, blank=0, pull=1.0).loss(said, words), values
+            CTCLoss(embed, {"semantic": 1.0}, blank=0, embedding_match=1.0)(said, words), values
         )[0]
     )
     targets = torch.stack([table[4], table[0], table[5]])
     assert (step[0] - targets).norm() < (values[0] - targets).norm()
     assert float(pulled) > float(plain)
     closer = {"semantic": Embeds(targets[None], torch.tensor([3]))}
-    gone = Saying(embed, {"semantic": 1.0}, blank=0, pull=1.0).loss(closer, words)
-    kept = Saying(embed, {"semantic": 1.0}, blank=0).loss(closer, words)
+    gone = CTCLoss(embed, {"semantic": 1.0}, blank=0, embedding_match=1.0)(closer, words)
+    kept = CTCLoss(embed, {"semantic": 1.0}, blank=0)(closer, words)
     torch.testing.assert_close(gone, kept)  # nothing is left to pull
 
 
-def test_a_pull_weighs_blanks_as_much_as_words_and_padding_not_at_all() -> None:
+def test_embedding_match_weighs_blanks_as_much_as_words_and_ignores_padding() -> None:
     table = torch.eye(6) * 2
     slots = [(4, 0.2), (0, 3), (0, 2), (0, 1), (4, 7), (0, 7)]  # the last two are padding
     values = torch.stack([table[word] * size for word, size in slots])
     said = {"semantic": Embeds(values[None], torch.tensor([4]))}
     pulled, plain = (
-        Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0, pull=pull).loss(
+        CTCLoss(lambda ids: table[ids], {"semantic": 1.0}, blank=0, embedding_match=pull)(
             said, [{"semantic": torch.tensor([4])}]
         )
         for pull in (3.0, 0.0)
@@ -405,19 +417,19 @@ def test_a_pull_weighs_blanks_as_much_as_words_and_padding_not_at_all() -> None:
     assert float(pulled - plain) == pytest.approx(3 * (words + blanks) / 2)
 
 
-def test_a_word_in_several_slots_is_pulled_into_one() -> None:
-    from diffa.nano.auxiliary import _peaks
+def test_a_repeated_word_keeps_its_best_slot() -> None:
+    from diffa.nano.auxiliary import _best_slots
 
     said = torch.tensor([[0, 2, 2, 2, 0, 2, 1]])
     sure = torch.tensor([[0.9, 0.6, 0.8, 0.7, 0.9, 0.5, 0.5]])
     cosines = torch.zeros(1, 7, 3).scatter(2, said[:, :, None], sure[:, :, None])
-    assert _peaks(cosines).tolist() == [[0, 0, 2, 0, 0, 2, 1]]
+    assert _best_slots(cosines).tolist() == [[0, 0, 2, 0, 0, 2, 1]]
 
 
-def test_scripts_and_adapters_number_the_same_words() -> None:
+def test_transcripts_and_adapters_number_the_same_words() -> None:
     numbering = Numbering(5, 3)
     word, none = torch.eye(5)[0], 0.2 * torch.eye(5)[4]  # embeddings are of any size
-    number(type("Adapter", (), {"numbering": numbering})(), 10 * torch.eye(5)[1:4], none)
+    init_numbering(with_numbering(numbering), 10 * torch.eye(5)[1:4], none)
     values = torch.stack([none, word, none, word, word, none, word, word])[None]
     inside = torch.arange(8)[None] < 7
     found = (numbering(values, inside) - values)[0]
@@ -425,8 +437,8 @@ def test_scripts_and_adapters_number_the_same_words() -> None:
     wanted = torch.stack([10 * torch.eye(5)[place] * (place > 0) for place in places])
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
     script = torch.tensor([[9, 0, 7, 0, 5, 5, 0, 7]])
-    assert numbered(script, torch.tensor([1]), 0).tolist() == [[0, 0, 1, 0, 2, 2, 0, 3]]
-    assert numbered(script[:, 4:], torch.tensor([1]), 0).tolist() == [[0, 1, 0, 2]]
+    assert word_numbers(script, torch.tensor([1]), 0).tolist() == [[0, 0, 1, 0, 2, 2, 0, 3]]
+    assert word_numbers(script[:, 4:], torch.tensor([1]), 0).tolist() == [[0, 1, 0, 2]]
 
 
 def test_a_numbering_stops_counting_at_its_last_number() -> None:
@@ -441,33 +453,30 @@ def test_a_numbering_stops_counting_at_its_last_number() -> None:
     assert not found[0, 1::2].any()
 
 
-def test_a_script_adds_its_numbers_and_saying_reads_without_them() -> None:
+def test_transcripts_add_ordinals_and_ctc_reads_adapters_without_them() -> None:
     model = small()
-    numbers = chosen(["first", "second"], model.backbone.tokenizer)
-    script = Script(model.backbone.embed, numbers=numbers).eval()
+    numbers = token_ids(["first", "second"], model.backbone.tokenizer)
+    embedder = TranscriptEmbedder(model.backbone.embed, ordinals=numbers).eval()
     ids = torch.tensor([[7, 8, 9, 10]])
-    states = torch.stack([ids, torch.tensor([[0, 1, 2, 3]])], dim=2)
-    four = torch.tensor([4])
-    said = script(Features((states,), four, four)).values[0]
+    said = embedder(ids, torch.tensor([4]), torch.tensor([[0, 1, 2, 3]])).values[0]
     bare = model.backbone.embed(ids)[0]
     torch.testing.assert_close(said[0], bare[0])
     added = model.backbone.embed(torch.tensor([*numbers, numbers[-1]]))
     torch.testing.assert_close(said[1:] - bare[1:], added)
 
-    adapter = Conv(FeatureSpec(8, 1, 50.0, 2), 64, numbered=2)
-    speaker = type("M", (), {"adapters": {"semantic": adapter}})()
-    saying = Saying(model.backbone.embed, {"semantic": 1.0}, blank=6, pull=1.0)
+    adapter = Conv(FeatureSpec(8, 1, 50.0, 2), 64, word_numbers=2)
+    ctc = CTCLoss(model.backbone.embed, {"semantic": 1.0}, blank=6, embedding_match=1.0)
     features = Features((torch.randn(1, 40, 8),), torch.tensor([40]), torch.tensor([40]))
-    with saying.listening(speaker) as heard:
-        out = adapter(features)
-    assert not torch.allclose(heard["semantic"].values, out.values)
-    loss = saying.loss(heard, [{"semantic": torch.tensor([7, 8])}])
+    out = adapter(features)
+    assert not torch.allclose(out.content, out.values)
+    gates = {"semantic": adapter.numbering.gate}
+    loss = ctc({"semantic": out}, [{"semantic": torch.tensor([7, 8])}], gates)
     loss.backward()
     assert adapter.numbering.gate.weight.grad.any()  # taught where words are
     assert adapter.numbering.table.grad is None  # CTC does not read the numbers
 
 
-def test_a_script_has_one_token_per_word_and_blank() -> None:
+def test_a_transcript_has_one_token_per_word_and_blank() -> None:
     model = small()
     sample = NanoText()[0]
     batch = batch_of(model, [sample])
@@ -486,53 +495,48 @@ def test_a_gate_learns_where_words_are_however_few_there_are() -> None:
         1, 40, 8
     )
     numbering = Numbering(8, 2)
-    adapter = type("A", (torch.nn.Module,), {"forward": lambda self, values: Embeds(
-        self.numbering(values, torch.ones(1, 40).bool()), torch.tensor([40]))})()  # fmt: skip
-    adapter.numbering = numbering
-    saying = Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
+    ctc = CTCLoss(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
     optimizer = torch.optim.AdamW(numbering.gate.parameters(), 0.05)
     for _ in range(60):
-        model = type("M", (), {"adapters": {"semantic": adapter}})()
-        with saying.listening(model) as said:
-            adapter(values)
+        output = numbering(values, torch.ones(1, 40).bool())
+        said = {"semantic": Embeds(output, torch.tensor([40]), values)}
         optimizer.zero_grad()
-        saying.loss(said, [{"semantic": torch.tensor([4, 5])}]).backward()
+        words = [{"semantic": torch.tensor([4, 5])}]
+        ctc(said, words, {"semantic": numbering.gate}).backward()
         optimizer.step()
     opened = numbering.gate(values)[0, :, 0] > 0
     assert opened.tolist() == [False] * 38 + [True] * 2
 
 
 def test_a_gate_is_taught_by_what_is_said_and_teaches_nothing_back() -> None:
-    from diffa.nano.auxiliary import _opened
+    from diffa.nano.auxiliary import _gate_loss
 
     says = torch.tensor([[1, 0, 0, 1, 0]])  # the last two are none of the recording's
     cosines = torch.nn.functional.one_hot(says, 2).float()
     scores, inside = torch.tensor([[3.0, -2.0, 0.0, -9.0, 9.0]]), torch.arange(5)[None] < 3
     costs = torch.nn.functional.softplus(torch.tensor([-3.0, -2.0, 0.0]))
     due = (costs[0] + costs[1:].mean()) / 2
-    torch.testing.assert_close(_opened(scores, cosines, inside), due)
+    torch.testing.assert_close(_gate_loss(scores, cosines, inside), due)
 
     table, gate = torch.eye(4), torch.nn.Linear(4, 1)
     values = torch.randn(1, 6, 4, requires_grad=True)
     said, words = {"semantic": Embeds(values, torch.tensor([6]))}, [{"*": torch.tensor([2])}]
-    saying = Saying(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
-    (plain,) = torch.autograd.grad(saying.loss(said, words), values)
-    saying._gates["semantic"] = gate
-    (taught,) = torch.autograd.grad(saying.loss(said, words), values)
+    ctc = CTCLoss(lambda ids: table[ids], {"semantic": 1.0}, blank=0)
+    (plain,) = torch.autograd.grad(ctc(said, words), values)
+    (taught,) = torch.autograd.grad(ctc(said, words, {"semantic": gate}), values)
     assert torch.equal(plain, taught)
 
 
 def test_only_adapters_that_learn_are_given_their_numbers() -> None:
-    conv = {"name": "conv", "numbered": 2}
+    conv = {"name": "conv", "word_numbers": 2}
     model = diffa.build(small().spec.set("adapters", {"semantic": conv, "other": conv}))
-    release(model, ["adapters.semantic"])
+    set_trainable(model, ["adapters.semantic"])
     before = {key: part.numbering.table.clone() for key, part in model.adapters.items()}
-    words = {"numbers": ["first", "second"], "blank": "<|blank|>"}
-    number_adapters(model, Stage(train=["adapters.semantic"], aids=words))
+    nano_learner(model, ordinals=["first", "second"], blank_token=BLANK).prepare([], seed=0)
     after = {key: part.numbering.table for key, part in model.adapters.items()}
     assert not torch.equal(after["semantic"], before["semantic"])
     assert torch.equal(after["other"], before["other"])
 
 
 def test_no_words_need_no_tokenizer() -> None:
-    assert chosen([], None) == []
+    assert token_ids([], None) == []

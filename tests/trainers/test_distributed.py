@@ -23,38 +23,38 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed.py"
 STAGES = ("1-align", "2-all")
 
 
-def recipe(world: Path, batch: int, *, lora: bool = False) -> dict[str, Any]:
+def recipe(world: Path, batch_size: int, *, lora: bool = False) -> dict[str, Any]:
     """Adapters first, then adapters and backbone, or adapters and LoRA: some frozen, all split."""
     spec = toy.spec(world / "tokenizer")
     spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
     stage = {
         "data": [{"path": str(world / "train.json")}],
-        "steps": 3,
-        "batch": batch,
-        "accumulate": 2,
-        "grouped": False,
-        "save": 2,
-        "log": 1,
-        "clip": 0.5,
+        "max_steps": 3,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": 2,
+        "group_by_length": False,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "max_grad_norm": 0.5,
         "optimizer": {"lr": 1e-3},
-        "schedule": {"warmup": 1},
+        "schedule": {"warmup_steps": 1},
     }
     if lora:
         spec["backbone"]["lora"] = {"rank": 4, "dropout": 0.0}
         stages = [stage | {"name": "tune", "train": ["adapters", "backbone.lora"]}]
-        return {"spec": spec, "keep": 9, "stages": stages}
+        return {"spec": spec, "save_total_limit": 9, "stages": stages}
     stages = [
         stage | {"name": "align", "train": ["adapters"]},
         stage | {"name": "all", "train": ["adapters", "backbone"]},
     ]
-    return {"spec": spec, "keep": 9, "stages": stages}
+    return {"spec": spec, "save_total_limit": 9, "stages": stages}
 
 
 @pytest.fixture(scope="module")
 def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process learns from the same rows."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train(recipe(world, batch=4), out=out, console=QUIET, device="cpu")
+    train(recipe(world, batch_size=4), out=out, console=QUIET, device="cpu")
     return out
 
 
@@ -88,7 +88,7 @@ def test_two_processes_learn_what_one_does(
     configuration: str, world: Path, alone: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "two"
-    printed = launch(configuration, recipe(world, batch=2), out)
+    printed = launch(configuration, recipe(world, batch_size=2), out)
     split = configuration == "fsdp2"  # after every stage that was trained
     assert printed.count(f"split: [{split}, {split}]") == 2
     for stage in STAGES:
@@ -103,7 +103,7 @@ def test_two_processes_learn_what_one_does(
     whole = [load_file(place / "model" / "model.safetensors") for place in (alone, out)]
     assert agree(*whole)
     (out / "2-all" / "stage.json").unlink()  # as if it had died behind its checkpoint
-    launch(configuration, recipe(world, batch=2), out, "resume")
+    launch(configuration, recipe(world, batch_size=2), out, "resume")
     assert agree(weights(alone / "2-all"), weights(out / "2-all"))
     rows = [row for row in read_log(out / "2-all" / "log.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -113,8 +113,8 @@ def test_two_processes_learn_what_one_does(
 @pytest.mark.slow
 def test_lora_that_is_split_learns_what_it_does_whole(world: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "two", tmp_path / "one"
-    train(recipe(world, batch=4, lora=True), out=whole, console=QUIET, device="cpu")
-    printed = launch("fsdp2", recipe(world, batch=2, lora=True), out)
+    train(recipe(world, batch_size=4, lora=True), out=whole, console=QUIET, device="cpu")
+    printed = launch("fsdp2", recipe(world, batch_size=2, lora=True), out)
     assert printed.count("split: [True]") == 2
     learned = weights(whole / "1-tune")
     assert any(".lora_A." in name for name in learned)

@@ -21,12 +21,13 @@ from diffa.data.samples import DataError, Sample
 from diffa.errors import SpecError
 from diffa.objectives.vrpo import VRPO
 from diffa.trainers import Recipe, train
-from diffa.trainers.learners.preferences import Prefers
+from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.learners import PreferenceLearner
 from diffa.trainers.progress import read_log
-from diffa.trainers.run import prepare
-from diffa.trainers.session import Setting
-from diffa.trainers.stage import collator, loop, row_maker
-from diffa.trainers.trainable import release, staged
+from diffa.trainers.run import build_model
+from diffa.trainers.run_context import RunContext
+from diffa.trainers.stage import build_trainer
+from diffa.trainers.trainable import set_trainable, stage_model
 from diffa.types import Vocab
 
 VOCAB = Vocab(size=30, eos=28, pad=28, mask=29)
@@ -52,11 +53,11 @@ def spec(world: Path, **objective: Any) -> dict[str, Any]:
     return made
 
 
-def policy(world: Path, **objective: Any) -> Prefers:
+def policy(world: Path, **objective: Any) -> PreferenceLearner:
     torch.manual_seed(0)
     model = diffa.build(spec(world, **objective))
-    release(model, ["adapters", "backbone.lora"])
-    return Prefers(model).train()
+    set_trainable(model, ["adapters", "backbone.lora"])
+    return PreferenceLearner(model, StageConfig()).train()
 
 
 def batch(world: Path, model: Any, rows: list[int]) -> Batch:
@@ -69,7 +70,7 @@ def batch(world: Path, model: Any, rows: list[int]) -> Batch:
     return Collate(model.backbone.vocab, learn_padding=False)(made)
 
 
-def move(learner: Prefers) -> None:
+def move(learner: PreferenceLearner) -> None:
     """Take the policy away from its reference."""
     drawn = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -169,8 +170,8 @@ def test_the_first_loss_is_log_two(world: Path) -> None:
     learner = policy(world)
     parts = learner(batch(world, learner.model, [0, 1]))
     assert (parts.sum / parts.weight).item() == pytest.approx(math.log(2), abs=1e-6)
-    assert parts.notes is not None and float(parts.notes["margin"]) == 0.0
-    assert float(parts.correct / parts.asked) == 0.5
+    assert parts.metrics is not None and float(parts.metrics["margin"]) == 0.0
+    assert float(parts.num_correct / parts.num_tokens) == 0.5
 
 
 def test_the_reference_stays_and_comes_back(world: Path) -> None:
@@ -178,7 +179,7 @@ def test_the_reference_stays_and_comes_back(world: Path) -> None:
     first = copy.deepcopy(learner.model.state_dict())
     move(learner)
     moved = copy.deepcopy(learner.model.state_dict())
-    with learner.reference.standing_in():
+    with learner.reference.in_place():
         now = learner.model.state_dict()
         assert all(torch.equal(now[key], first[key]) for key in first)
     now = learner.model.state_dict()
@@ -190,13 +191,15 @@ def test_a_pair_is_measured_alike_alone_and_beside_longer_ones(world: Path) -> N
     learner = policy(world, samples=3)
     move(learner)
     together = batch(world, learner.model, [0, 2])
-    assert int(together.row_lengths[0]) < int(together.row_lengths[1]) < int(together.row_lengths[3])
+    assert (
+        int(together.row_lengths[0]) < int(together.row_lengths[1]) < int(together.row_lengths[3])
+    )
     apart = [batch(world, learner.model, [i]) for i in (0, 2)]
     later = torch.tensor([0, 0, 3, 3])  # as where a prompt has its question before the audio
     together = together._replace(audio_at=together.audio_at + later)
     apart[1] = apart[1]._replace(audio_at=apart[1].audio_at + 3)
-    both = learner(together).notes
-    alone = [learner(made).notes for made in apart]
+    both = learner(together).metrics
+    alone = [learner(made).metrics for made in apart]
     for name in both:
         assert float(both[name]) == pytest.approx(sum(float(a[name]) for a in alone), abs=2e-3)
 
@@ -224,14 +227,14 @@ def test_the_chosen_answers_own_loss_is_per_token_of_theirs(world: Path) -> None
         lengths = made.answer.sum(1)
         assert lengths[0] != lengths[1] and abs(float(bounds[0] - bounds[1])) > 0.1
         due = 0.5 * (-bounds[0] / lengths[0] - bounds[2] / lengths[2])
-        assert float(learner(made).extra) == pytest.approx(float(due), rel=1e-5)
-        assert float(policy(world)(made).extra) == 0.0
+        assert float(learner(made).auxiliary) == pytest.approx(float(due), rel=1e-5)
+        assert float(policy(world)(made).auxiliary) == 0.0
 
 
 def test_masks_apart_move_the_margin_at_once(world: Path) -> None:
     learner = policy(world, shared_masks=False)
     parts = learner(batch(world, learner.model, [0, 1]))
-    assert parts.notes is not None and abs(float(parts.notes["margin"])) > 1e-3
+    assert parts.metrics is not None and abs(float(parts.metrics["margin"])) > 1e-3
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -240,13 +243,13 @@ def test_masks_apart_move_the_margin_at_once(world: Path) -> None:
 def recipe(world: Path, **changes: Any) -> dict[str, Any]:
     stage = {
         "name": "prefer",
-        "kind": "preferences",
+        "learner": "preferences",
         "data": [{"path": str(world / "pairs.json")}],
         "train": ["adapters", "backbone.lora"],
-        "steps": 12,
-        "batch": 4,
-        "save": 12,
-        "log": 4,
+        "max_steps": 12,
+        "batch_size": 4,
+        "save_steps": 12,
+        "logging_steps": 4,
         "optimizer": {"lr": 1e-2},
         "schedule": {"name": "constant"},
     }
@@ -256,7 +259,9 @@ def recipe(world: Path, **changes: Any) -> dict[str, Any]:
 
 def test_a_stage_learns_what_is_preferred(world: Path, tmp_path: Path) -> None:
     held = [{"path": str(world / "pairs.json")}]
-    made = recipe(world, evaluate={"data": held, "every": 12, "rows": 8, "generate": False})
+    made = recipe(
+        world, evaluate={"data": held, "eval_steps": 12, "max_samples": 8, "generate": False}
+    )
     report = train(made, out=tmp_path, console=QUIET, device="cpu")
     log = [row for row in read_log(tmp_path / "1-prefer" / "log.jsonl") if "margin" in row]
     assert log[0]["loss"] > log[-1]["loss"] < 0.45
@@ -270,37 +275,41 @@ def test_a_stage_alters_a_recording_once_for_both_answers_and_learns_no_padding(
 ) -> None:
     stage = Recipe(recipe(world, augment={"speed": [0.5]})).stages[0]
     model = policy(world).model
-    make, data = row_maker(model, stage, altered=True), Manifest(world / "pairs.json", pairs=True)
+    learner = PreferenceLearner(model, stage)
+    make, data = learner.row_transform(training=True), Manifest(world / "pairs.json", pairs=True)
     rows = [make(data[i], 100 + i) for i in (0, 2)]
     assert [len(row.audio) for row in rows] == [2 * 6400] * 2  # 0.4 s, half as fast
-    made = collator(model, stage)(rows)
+    made = learner.collator()(rows)
     assert made.answer.sum(1).tolist() == batch(world, model, [0, 2]).answer.sum(1).tolist()
     assert int(made.row_lengths.min()) < made.tokens.shape[1]
 
 
 def test_a_step_follows_the_chosen_answers_own_loss_as_well(world: Path, tmp_path: Path) -> None:
-    made = Recipe(recipe(world, steps=1, log=1, batch=2) | {"spec": spec(world, sft_weight=0.5)})
-    setting = Setting(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
-    seen = staged(prepare(setting, setting.device), made.stages[0])
-    running, _, _ = loop(seen, made.stages[0], 0, tmp_path / "1-prefer", setting)
+    made = Recipe(
+        recipe(world, max_steps=1, logging_steps=1, batch_size=2)
+        | {"spec": spec(world, sft_weight=0.5)}
+    )
+    context = RunContext(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
+    seen = stage_model(build_model(context, context.device), made.stages[0])
+    running = build_trainer(seen, made.stages[0], 0, context)
     learning = [p for p in running.model.parameters() if p.requires_grad]
     parts = running.model(
         running.data_collator([running.train_dataset[i] for i in (0, 1)])["batch"]
     )
-    grads = torch.autograd.grad((parts.sum + parts.extra) / parts.weight, learning)
+    grads = torch.autograd.grad((parts.sum + parts.auxiliary) / parts.weight, learning)
     expected = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
     running.train()
     (logged,) = [row for row in running.state.log_history if "grad_norm" in row]
     assert logged["grad_norm"] == pytest.approx(expected.item(), rel=1e-4)
-    assert logged["auxiliary"] == pytest.approx(float(parts.extra.detach()) / 2, rel=1e-5)
+    assert logged["auxiliary"] == pytest.approx(float(parts.auxiliary.detach()) / 2, rel=1e-5)
 
 
 def test_kind_and_objective_must_agree(world: Path) -> None:
     made = recipe(world)
     with pytest.raises(SpecError, match=r"stages.0.objective: compares no pairs"):
         Recipe(recipe(world, objective="masked"))
-    with pytest.raises(SpecError, match=r"stages.0.kind: .* say kind: preferences"):
-        Recipe(recipe(world, kind="answers"))
+    with pytest.raises(SpecError, match=r"stages.0.learner: .* use learner: preferences"):
+        Recipe(recipe(world, learner="answers"))
     del made["spec"]["backbone"]["lora"]
     with pytest.raises(SpecError, match=r"stages.0.train: unknown part 'backbone.lora'"):
         Recipe(made)

@@ -24,11 +24,11 @@ from diffa.data.samples import DataError, Sample
 from diffa.errors import SpecError
 from diffa.trainers import Recipe, Report, train
 from diffa.trainers import run as running
-from diffa.trainers.config_sections import Stage
-from diffa.trainers.estimate import _per_slot, estimate, saved
+from diffa.trainers.config_sections import LearnerConfig, StageConfig
+from diffa.trainers.estimate import _bytes_per_slot, estimate, saved_bytes
 from diffa.trainers.progress import read_log
-from diffa.trainers.session import Setting, open_data, read_questions
-from diffa.trainers.trainable import learned
+from diffa.trainers.run_context import RunContext, load_questions, open_data
+from diffa.trainers.trainable import trained_state
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,26 @@ def small(name: str, world: Path) -> list[str]:
     shipped = Recipe.read(name)
     spec = toy.spec(world / "tokenizer")
     spec["encoder"] = {"name": "tiny", "window_seconds": 1.0, "width": 16, "layers": 2, "heads": 2}
-    assert shipped.spec is not None
     spec["adapters"] = shipped.spec.data["adapters"]
     spec["adapters"]["acoustic"] |= {"num_queries": 4, "intermediate_size": 16}
     spec["adapters"]["prompt"]["num_embeddings"] = 2
     spec["backbone"]["lora"] = shipped.spec.data["backbone"].get("lora")
-    changes = {"spec": spec, "devices": 1, "workers": 0}
+    changes = {"spec": spec, "devices": 1, "num_workers": 0}
     for number, stage in enumerate(shipped.stages):
-        file = "pairs.json" if stage.kind == "preferences" else "train.json"
+        file = "pairs.json" if stage.learner.name == "preferences" else "train.json"
         for entry in range(len(stage.data)):
             changes[f"stages.{number}.data.{entry}.path"] = str(world / file)
         # a second entry would repeat the first one's few rows
-        sizes = {"batch": 2, "accumulate": 1, "epochs": 1, "save": 1, "log": 1}
+        sizes = {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "epochs": 1,
+            "save_steps": 1,
+            "logging_steps": 1,
+        }
         changes |= {f"stages.{number}.{key}": value for key, value in sizes.items()}
         changes[f"stages.{number}.optimizer.lr"] = 5e-3
-        changes[f"stages.{number}.schedule.warmup"] = 1
+        changes[f"stages.{number}.schedule.warmup_steps"] = 1
     return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
 
 
@@ -83,15 +88,15 @@ BEGINNINGS: dict[str, dict[str, torch.Tensor]] = {}
 @pytest.fixture(scope="module")
 def second(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """DIFFA-2's whole curriculum, unbroken."""
-    out, train_stage = tmp_path_factory.mktemp("second") / "run", running._train
+    out, train_stage = tmp_path_factory.mktemp("second") / "run", running._train_stage
 
-    def noted(setting: Any, seen: Any, number: int, start: Path | None) -> Any:
-        name = running.stage_folder(setting, number).name
-        BEGINNINGS[name] = {key: value.clone() for key, value in learned(seen).items()}
-        return train_stage(setting, seen, number, start)
+    def noted(context: Any, seen: Any, number: int, start: Path | None) -> Any:
+        name = context.stage_folder(number).name
+        BEGINNINGS[name] = {key: value.clone() for key, value in trained_state(seen).items()}
+        return train_stage(context, seen, number, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_train", noted)
+        patch.setattr(running, "_train_stage", noted)
         return out, go("diffa-2", world, out)
 
 
@@ -164,9 +169,11 @@ def test_pairs_that_only_a_stage_trains_have_all_their_digits(
 ) -> None:
     monkeypatch.setattr(assembly, "_dtype", lambda *_: torch.bfloat16)  # as on a GPU
     made = Recipe.read("diffa-2").change(small("diffa-2", world))
-    assert made.spec is not None and made.spec.data["train"] == ["adapters"]
-    setting = Setting(recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET)
-    model = running.prepare(setting, setting.device)
+    assert made.spec.data["train"] == ["adapters"]
+    context = RunContext(
+        recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET
+    )
+    model = running.build_model(context, context.device)
     assert model.dtype == torch.bfloat16
     assert {p.dtype for p in model.backbone.lora.parameters()} == {torch.float32}
 
@@ -233,14 +240,14 @@ def test_a_dry_run_of_the_full_scale_says_what_it_takes() -> None:
     first = train("diffa-1", out="nowhere", dry_run=True, console=QUIET).stages
     # the published checkpoint is named after its 30,270 steps
     assert [stage.steps for stage in first] == [21970, 30270]
-    assert [stage.learning for stage in first] == [14_451_200, 36_621_056]
+    assert [stage.trained for stage in first] == [14_451_200, 36_621_056]
     hours = [stage.estimate.hours for stage in first if stage.estimate]
     assert hours == pytest.approx([960, 127], rel=1e-2)
     stages = train("diffa-2", out="nowhere", dry_run=True, console=QUIET).stages
-    learning = [stage.learning for stage in stages]
+    learning = [stage.trained for stage in stages]
     assert learning == [36_474_368, 84_285_440, 98_965_504, 98_965_504]
     estimates = [stage.estimate for stage in stages if stage.estimate]
-    assert all(e.tokens > 0 and e.sounds > 0 for e in estimates)
+    assert all(e.tokens > 0 and e.audio_embeddings > 0 for e in estimates)
     # 8 billion weights in bfloat16 and the encoder; fits the 80 GB of the paper's cards
     assert all(16 < e.memory.weights / 2**30 < 20 for e in estimates)
     assert all(e.memory.total < 80e9 for e in estimates)
@@ -253,10 +260,12 @@ def test_a_dry_run_of_the_full_scale_says_what_it_takes() -> None:
 def test_a_plan_counts_what_is_there(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*small("diffa-2", world), "precision=float32"]
     rows: list[int] = []
-    monkeypatch.setattr("diffa.trainers.estimate._read", lambda _, n, *a, **b: rows.append(n) or 0)
+    monkeypatch.setattr(
+        "diffa.trainers.estimate._backbone_activations", lambda _, n, *a, **b: rows.append(n) or 0
+    )
     report = train("diffa-2", out="nowhere", dry_run=True, overrides=overrides, console=QUIET)
     found = [stage.estimate for stage in report.stages]
-    assert all(one is not None and not one.guessed for one in found)
+    assert all(one is not None and not one.approximate for one in found)
     align = found[1]
     assert align is not None
     assert align.hours == pytest.approx(8 * 0.4 / 3600)
@@ -265,10 +274,10 @@ def test_a_plan_counts_what_is_there(world: Path, monkeypatch: pytest.MonkeyPatc
     # seven of these, and one of the instructions for transcription
     assert 7 * row < align.tokens < 8 * row + 20
     # 0.4 s are 20 frames: four queries, and one embedding of every four frames
-    assert align.sounds == 8 * (4 + 5)
+    assert align.audio_embeddings == 8 * (4 + 5)
     tune, prefer = found[2], found[3]
     assert tune is not None and prefer is not None
-    assert prefer.sounds == 2 * align.sounds  # each recording for two answers
+    assert prefer.audio_embeddings == 2 * align.audio_embeddings  # each recording for two answers
     assert prefer.tokens > 1.9 * tune.tokens
     assert rows == [2, 2, 2, 2 * 2 * 4]  # four draws of both answers
 
@@ -276,7 +285,7 @@ def test_a_plan_counts_what_is_there(world: Path, monkeypatch: pytest.MonkeyPatc
 def test_activations_are_counted_as_autograd_keeps_them() -> None:
     layer = torch.nn.Linear(8, 4)
     x = torch.randn(16, 8, requires_grad=True)
-    assert saved(layer, lambda: layer(x).relu()) == 4 * (16 * 8 + 16 * 4)
+    assert saved_bytes(layer, lambda: layer(x).relu()) == 4 * (16 * 8 + 16 * 4)
 
 
 def test_what_a_backbone_takes_does_not_depend_on_what_was_asked_before(
@@ -287,11 +296,17 @@ def test_what_a_backbone_takes_does_not_depend_on_what_was_asked_before(
 
     spec = toy.spec(world / "tokenizer")
     one, other = (diffa.build(spec, device="meta").backbone for _ in range(2))
-    assert _per_slot(one, True, True) < _per_slot(one, False, True)
-    assert _per_slot(one, False, True) == _per_slot(other, False, True)
+    assert _bytes_per_slot(one, True, True) < _bytes_per_slot(one, False, True)
+    assert _bytes_per_slot(one, False, True) == _bytes_per_slot(other, False, True)
     monkeypatch.setattr(one, "forward", refuse)
-    assert _per_slot(one, False, False) > 0  # told by its layers
+    assert _bytes_per_slot(one, False, False) > 0  # told by its layers
     assert not one.training
+
+
+def packing(share: float) -> StageConfig:
+    """A stage that packs the questions of a share of its batches."""
+    learner = LearnerConfig(options={"question_packing": share})
+    return StageConfig(train=["adapters"], learner=learner)
 
 
 def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(world: Path) -> None:
@@ -301,11 +316,13 @@ def test_questions_about_one_recording_are_read_with_it_unless_they_are_packed(w
     model = diffa.build(toy.spec(world / "tokenizer"), device="meta")
     mixed = Mixture([[asked] * 4], [1.0], batch=1, micro=1)  # type: ignore[list-item]
     apart, half, packed = (
-        estimate(model, Stage(train=["adapters"], aids={"packed": share}), mixed, half=False)
-        for share in (0, 0.5, 1)
+        estimate(model, packing(share), mixed, half=False) for share in (0, 0.5, 1)
     )
-    assert packed.sounds == 4 * 5
-    assert apart.sounds == 3 * packed.sounds and half.sounds == 2 * packed.sounds
+    assert packed.audio_embeddings == 4 * 5
+    assert (
+        apart.audio_embeddings == 3 * packed.audio_embeddings
+        and half.audio_embeddings == 2 * packed.audio_embeddings
+    )
     assert apart.tokens == half.tokens == packed.tokens
     assert apart.memory.activations == half.memory.activations  # the larger batch counts
     assert apart.memory.activations > packed.memory.activations
@@ -318,31 +335,33 @@ def test_instructions_come_from_a_file_and_vary(world: Path, tmp_path: Path) -> 
     from diffa.data.manifest import Manifest
 
     made = Recipe.read("diffa-2")
-    shipped = read_questions("transcribe", made)
+    shipped = load_questions("transcribe", made)
     assert len(shipped) == len(set(shipped)) == 25
     (tmp_path / "own.txt").write_text("Say it .\n\nWrite it .\n")
-    own = read_questions(str(tmp_path / "own.txt"), made)
+    own = load_questions(str(tmp_path / "own.txt"), made)
     assert own == ["Say it .", "Write it ."]
     data = Manifest(world / "train.json", target="transcription", questions=own)
     asked = {data.at(0, step / 50).question for step in range(50)}
     assert asked == set(own)
     assert data.at(3, 0.25) == data.at(3, 0.25)
     with pytest.raises(DataError, match=r"questions: .* cannot be read"):
-        read_questions("absent.txt", made)
+        load_questions("absent.txt", made)
 
 
 def test_a_stage_asks_the_questions_that_it_names(world: Path) -> None:
     made = Recipe.read("diffa-2").change(small("diffa-2", world))
-    setting = Setting(recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET)
-    (source,), _ = open_data(made.stages[0].data, setting)
+    context = RunContext(
+        recipe=made, out=Path("nowhere"), device=torch.device("cpu"), console=QUIET
+    )
+    (source,), _ = open_data(made.stages[0].data, context, paired=False)
     asked = {source.at(0, step / 50).question for step in range(50)}
-    assert len(asked) > 10 and asked <= set(read_questions("transcribe", made))
+    assert len(asked) > 10 and asked <= set(load_questions("transcribe", made))
 
 
 def test_a_plan_says_which_manifests_it_took_on_trust(capsys: pytest.CaptureFixture[str]) -> None:
     train("diffa-1", out="none", dry_run=True, device="cpu")
     told = capsys.readouterr().err
-    assert "librispeech.json is not here: planned with the 281,241 rows" in told
+    assert "librispeech.json does not exist: the plan assumes its 281,241 expected rows" in told
 
 
 def test_expectations_are_checked(world: Path) -> None:

@@ -28,20 +28,20 @@ from diffa.adapters.qformer import QFormer
 from diffa.data.collate import Collate
 from diffa.data.samples import DataError, Sample
 from diffa.errors import SpecError
-from diffa.nano.auxiliary import Saying, Script, match
+from diffa.nano.auxiliary import CTCLoss, TranscriptEmbedder, scale_to_embeddings
 from diffa.trainers import Recipe, Report, train
 from diffa.trainers import checkpoints as folder
 from diffa.trainers.checkpoints import TrainingError, checkpoints, replacing
 from diffa.trainers.config import recipes
-from diffa.trainers.config_sections import Evaluation, Optimizer, Schedule
-from diffa.trainers.evaluate import Best, better, compare
-from diffa.trainers.muon import Muon, orthogonal
-from diffa.trainers.optim import optimizer, schedule
+from diffa.trainers.config_sections import OptimizerConfig, ScheduleConfig, StageConfig
+from diffa.trainers.evaluate import BestWeights, compare, is_better
+from diffa.trainers.muon import Muon, orthogonalize
+from diffa.trainers.optim import build_optimizer, build_schedule
 from diffa.trainers.progress import read_log
-from diffa.trainers.run import prepare
-from diffa.trainers.session import Setting
-from diffa.trainers.stage import loop
-from diffa.trainers.trainable import staged
+from diffa.trainers.run import build_model
+from diffa.trainers.run_context import RunContext
+from diffa.trainers.stage import build_trainer
+from diffa.trainers.trainable import stage_model
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -54,14 +54,19 @@ def recipe(world: Path, **changes: Any) -> dict[str, Any]:
         "name": "align",
         "data": [{"path": str(world / "train.json")}],
         "train": ["adapters"],
-        "steps": 6,
-        "batch": 2,
-        "save": 2,
-        "log": 2,
+        "max_steps": 6,
+        "batch_size": 2,
+        "save_steps": 2,
+        "logging_steps": 2,
         "optimizer": {"lr": 1e-3},
-        "schedule": {"warmup": 2},
+        "schedule": {"warmup_steps": 2},
     }
-    return {"spec": spec, "keep": 9, "stages": [stage | changes]}
+    return {"spec": spec, "save_total_limit": 9, "stages": [stage | changes]}
+
+
+def nano(**options: Any) -> dict[str, Any]:
+    """The learner nano-answers, with the toy tokenizer's "?" as its blank."""
+    return {"name": "nano-answers", "blank_token": "?", **options}
 
 
 def go(made: dict[str, Any], out: Path, **options: Any) -> Report:
@@ -80,21 +85,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_all_faults_of_a_recipe_are_told_at_once(world: Path) -> None:
-    bad = recipe(world, steps=None, batch=0, train=["adapter"], optimizer={"lrr": 1}, take="best")
+    bad = recipe(world, max_steps=None, batch_size=0, train=["adapter"], optimizer={"lrr": 1})
+    bad["stages"][0]["load_best_model_at_end"] = True
     bad["stages"][0]["data"] = [{"path": "a.json", "source": "nano"}, {"path": 3}]
     bad["stages"][0]["evaluate"] = None
     bad["stages"].append({**bad["stages"][0], "name": "align", "objective": "maskd"})
-    bad["keeps"] = 1
+    bad["save_total_limits"] = 1
     with pytest.raises(SpecError) as caught:
         Recipe(bad)
     text = str(caught.value)
     for fault in (
-        "keeps: unknown option, did you mean 'keep'",
-        "stages.0: give either epochs or steps",
-        "stages.0.batch: must be at least 1, got 0",
+        "save_total_limits: unknown option, did you mean 'save_total_limit'",
+        "stages.0: give either epochs or max_steps",
+        "stages.0.batch_size: must be at least 1, got 0",
         "stages.0.train: unknown part 'adapter', did you mean 'adapters'",
         "stages.0.optimizer.lrr: unknown option",
-        "stages.0.take: is 'best', but nothing is evaluated",
+        "stages.0.load_best_model_at_end: is true, but nothing is evaluated",
         "stages.0.data.0: give either path",
         "stages.0.data.1.path: expected str or null, got 3",
         "stages.1.name: 'align' is taken",
@@ -104,49 +110,60 @@ def test_all_faults_of_a_recipe_are_told_at_once(world: Path) -> None:
 
 
 def test_a_stage_cannot_train_what_it_does_not_use(world: Path) -> None:
-    with pytest.raises(SpecError, match=r"adapters.semantic would learn, but the stage does not"):
+    with pytest.raises(SpecError, match=r"adapters.semantic is trained, but the stage does not"):
         Recipe(recipe(world, adapters=["acoustic"], train=["adapters.semantic"]))
     with pytest.raises(SpecError, match="cache: needs a frozen encoder"):
         Recipe(recipe(world, train=["encoder"], cache={}))
     with pytest.raises(SpecError, match=r"augment.spede: unknown option, did you mean 'speed'"):
         Recipe(recipe(world, augment={"spede": [1.0]}))
     with pytest.raises(SpecError, match="the stage has no adapter 'semantik', did you mean"):
-        Recipe(recipe(world, aids={"say": {"semantik": 0.3}}))
+        Recipe(recipe(world, learner=nano(ctc={"semantik": 0.3})))
 
 
 @pytest.mark.parametrize(
-    ("aids", "told"),
+    ("options", "fault"),
     [
-        ({"match": ["semantic"]}, "aids.match: rescales 'semantic', which the stage does not"),
-        ({"start": True}, "aids.start: draws the backbone anew, which the stage does not"),
-        ({"packed": 6}, "aids.packed: must be from 0 to 1, got 6"),
-        ({"through": "head", "pull": 1.0}, "aids.pull: is for through: embeddings"),
-        ({"through": "head", "sharpness": 9.0}, "aids.sharpness: is for through: embeddings"),
+        ({"match_scale": ["semantic"]}, "match_scale: rescales 'semantic', which the stage does"),
+        ({"init_copying": True}, "init_copying: initialises the backbone, which the stage does"),
+        ({"question_packing": 6}, "question_packing: must be from 0 to 1, got 6"),
+        (
+            {"ctc_readout": "head", "embedding_match": 1.0},
+            "embedding_match: is for ctc_readout: embeddings",
+        ),
+        (
+            {"ctc_readout": "head", "ctc_logit_scale": 9.0},
+            "ctc_logit_scale: is for ctc_readout: embeddings",
+        ),
+        ({"ctc": {"semantic": -1}}, "ctc: must be at least 0"),
+        ({"blank_token": None, "ctc": {"acoustic": 1}}, "ctc: needs blank_token"),
+        ({"blank_token": None, "text_mixup": 0.5}, "text_mixup: needs blank_token"),
+        ({"blank_token": None, "ordinals": ["one"]}, "ordinals: needs blank_token"),
+        ({"alignment": {"layer": 1}}, "alignment: give layer and weight"),
+        ({"aligment": {}}, "aligment: unknown option, did you mean 'alignment'"),
     ],
 )
-def test_aids_that_would_do_harm_or_nothing_are_told(
-    world: Path, aids: dict[str, Any], told: str
+def test_learner_options_that_would_do_harm_or_nothing_are_faults(
+    world: Path, options: dict[str, Any], fault: str
 ) -> None:
-    with pytest.raises(SpecError, match=told):
-        Recipe(recipe(world, train=["adapters.acoustic"], aids=aids))
+    with pytest.raises(SpecError, match=f"stages.0.learner.{fault}"):
+        Recipe(recipe(world, train=["adapters.acoustic"], learner=nano(**options)))
 
 
 def test_recipes_are_changed_by_paths(world: Path) -> None:
     changed = Recipe(recipe(world)).change(
         [
-            "stages.align.steps=9",
+            "stages.align.max_steps=9",
             "stages.0.optimizer.lr=5e-4",
             "seed=3",
             "spec.adapters.semantic.stride=2",
             "stages.0.data.0.weight=2.0",
         ]
     )
-    assert changed.stages[0].steps == 9
-    assert changed.stages[0].optimizer["lr"] == 5e-4
-    assert changed.head.seed == 3
-    assert changed.spec is not None
+    assert changed.stages[0].max_steps == 9
+    assert changed.stages[0].optimizer.lr == 5e-4
+    assert changed.config.seed == 3
     assert changed.spec.data["adapters"]["semantic"]["stride"] == 2
-    for wrong in ("stages.alig.steps=9", "stages.0.stepz=1", "seed", "spec.encode.width=1"):
+    for wrong in ("stages.alig.max_steps=9", "stages.0.stepz=1", "seed", "spec.encode.width=1"):
         with pytest.raises(SpecError):
             Recipe(recipe(world)).change([wrong])
 
@@ -155,21 +172,30 @@ def test_recipes_are_changed_by_paths(world: Path) -> None:
     ("change", "told"),
     [
         ("seed=-1", "seed: must be from 0 to 4294967295, got -1"),
-        ("workers=-1", "workers: must be at least 0, got -1"),
+        ("num_workers=-1", "num_workers: must be at least 0, got -1"),
         ("stages.0.optimizer.lr=-1", "stages.0.optimizer.lr: must be at least 0, got -1.0"),
         ("stages.0.optimizer.betas=[0.9, 1.0]", "betas: must be at least 0 and below 1"),
         ("stages.0.optimizer.betas=[0.9]", "betas: are two numbers, got 1"),
-        ("stages.0.schedule.warmup=-5", "schedule.warmup: must be at least 0, got -5.0"),
-        ("stages.0.schedule.floor=2", "schedule.floor: must be from 0 to 1, got 2.0"),
-        ("stages.0.evaluate={by: [x], every: 0}", "evaluate.every: must be at least 1, got 0"),
-        ("stages.0.evaluate={every: 5}", "evaluate.data: missing"),
+        (
+            "stages.0.schedule.warmup_steps=-5",
+            "schedule.warmup_steps: must be at least 0, got -5.0",
+        ),
+        ("stages.0.schedule.min_lr_ratio=2", "schedule.min_lr_ratio: must be from 0 to 1, got 2.0"),
+        (
+            "stages.0.evaluate={evaluators: [x], eval_steps: 0}",
+            "evaluate.eval_steps: must be at least 1, got 0",
+        ),
+        ("stages.0.evaluate={eval_steps: 5}", "evaluate.data: missing"),
         ("stages.0.answer_length=[8, 0]", r"answer_length: must be at least 1, got \[8, 0\]"),
         ("stages.0.data.0.weight=0", "data.0.weight: must be above 0, got 0.0"),
-        ("stages.0.aids={say: {semantic: -1}}", "aids.say: must be at least 0"),
-        ("stages.0=3", "stages.0: expected mapping, got 3"),
+        ("stages.0.learner={name: answer}", "learner: there is no learner 'answer', did you"),
+        ("stages.0.learner=[]", "learner: expected a name or a mapping with a name"),
+        ("stages.0.optimizer=null", "optimizer: expected a mapping, got None"),
+        ("stages.0.data=x", "data: expected a list, got x"),
+        ("stages.0=3", "stages.0: expected a mapping, got 3"),
         ("stages.0.data.5.path=x", "there is no 5; the list holds 0 to 0"),
         ("stages.0.data.last.path=x", "there is no last; the list holds 0 to 0"),
-        ("stages.7.steps=1", "there is no stage '7'"),
+        ("stages.7.max_steps=1", "there is no stage '7'"),
     ],
 )
 def test_a_change_out_of_range_is_told(world: Path, change: str, told: str) -> None:
@@ -186,10 +212,10 @@ def test_shipped_recipes_are_sound() -> None:
 
 
 def test_a_dry_run_plans_and_writes_nothing(world: Path, tmp_path: Path) -> None:
-    report = go(recipe(world, steps=None, epochs=3), tmp_path / "run", dry_run=True)
+    report = go(recipe(world, max_steps=None, epochs=3), tmp_path / "run", dry_run=True)
     (stage,) = report.stages
     assert (stage.steps, stage.rows) == (12, 8)
-    assert stage.learning > 1000
+    assert stage.trained > 1000
     assert report.model is None
     assert not (tmp_path / "run").exists()
 
@@ -203,16 +229,16 @@ def test_a_model_learns_to_tell_high_from_low(world: Path, tmp_path: Path) -> No
         world,
         train=["encoder", "adapters", "backbone"],
         adapters=["semantic"],
-        steps=300,
-        batch=8,
-        save=400,
+        max_steps=300,
+        batch_size=8,
+        save_steps=400,
         answer_length=4,
-        clip=10.0,
+        max_grad_norm=10.0,
         optimizer={"lr": 2e-3, "weight_decay": 0.0},
-        schedule={"warmup": 5, "hold": 0.8},
+        schedule={"warmup_steps": 5, "stable_ratio": 0.8},
         objective={"name": "masked", "full_mask_prob": 1.0},
-        evaluate={"data": held, "every": 90, "rows": 8, "max_tokens": 4},
-        take="best",
+        evaluate={"data": held, "eval_steps": 90, "max_samples": 8, "max_tokens": 4},
+        load_best_model_at_end=True,
     )
     report = go(made, tmp_path)
     losses = [row["loss"] for row in read_log(tmp_path / "1-align" / "log.jsonl") if "loss" in row]
@@ -239,12 +265,12 @@ def test_what_is_frozen_stays_bit_for_bit(world: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_parts_do_not_drop_out(world: Path, tmp_path: Path) -> None:
-    from diffa.trainers.learners.answers import Answers
-    from diffa.trainers.trainable import release
+    from diffa.trainers.learners.answers import AnswerLearner
+    from diffa.trainers.trainable import set_trainable
 
     model = diffa.build(recipe(world)["spec"])
-    release(model, ["adapters.semantic"])
-    Answers(model).train()
+    set_trainable(model, ["adapters.semantic"])
+    AnswerLearner(model, StageConfig()).train()
     assert model.adapters["semantic"].training
     assert not model.adapters["acoustic"].training
     assert not model.encoder.training and not model.backbone.training
@@ -255,9 +281,14 @@ def test_accumulated_batches_equal_one_big_batch(
     world: Path, tmp_path: Path, normalization: str
 ) -> None:
     objective = {"name": "masked", "normalization": normalization}
-    shared = {"steps": 2, "objective": objective, "train": ["adapters.semantic"], "grouped": False}
+    shared = {
+        "max_steps": 2,
+        "objective": objective,
+        "train": ["adapters.semantic"],
+        "group_by_length": False,
+    }
     for name, batch, accumulate in (("big", 8, 1), ("small", 2, 4)):
-        made = recipe(world, batch=batch, accumulate=accumulate, **shared)
+        made = recipe(world, batch_size=batch, gradient_accumulation_steps=accumulate, **shared)
         go(made, tmp_path / name)
     big, small = weights(tmp_path / "big"), weights(tmp_path / "small")
     # Adam divides by the root of tiny squares: rounding shows most where gradients are nothing
@@ -267,10 +298,19 @@ def test_accumulated_batches_equal_one_big_batch(
 
 
 def test_gradients_are_those_of_the_mean_loss(world: Path, tmp_path: Path) -> None:
-    made = Recipe(recipe(world, batch=2, accumulate=4, steps=1, log=1, train=["adapters.semantic"]))
-    setting = Setting(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
-    seen = staged(prepare(setting, setting.device), made.stages[0])
-    running, _, _ = loop(seen, made.stages[0], 0, tmp_path / "1-align", setting)
+    made = Recipe(
+        recipe(
+            world,
+            batch_size=2,
+            gradient_accumulation_steps=4,
+            max_steps=1,
+            logging_steps=1,
+            train=["adapters.semantic"],
+        )
+    )
+    context = RunContext(recipe=made, out=tmp_path, device=torch.device("cpu"), console=QUIET)
+    seen = stage_model(build_model(context, context.device), made.stages[0])
+    running = build_trainer(seen, made.stages[0], 0, context)
     rows = [running.train_dataset[i] for i in range(8)]
     total, weight, *_ = running.model.train()(Collate(seen.backbone.vocab)(rows))
     learning = [p for p in running.model.parameters() if p.requires_grad]
@@ -283,7 +323,7 @@ def test_gradients_are_those_of_the_mean_loss(world: Path, tmp_path: Path) -> No
 
 
 def test_stages_hand_on_their_weights(world: Path, tmp_path: Path) -> None:
-    made = recipe(world, steps=2, adapters=["semantic"])
+    made = recipe(world, max_steps=2, adapters=["semantic"])
     second = {**made["stages"][0], "name": "both", "adapters": ["semantic", "acoustic"]}
     report = go(made | {"stages": [*made["stages"], second]}, tmp_path)
     assert report.model is not None
@@ -306,7 +346,7 @@ def test_cached_features_change_nothing(world: Path, tmp_path: Path) -> None:
 
 
 def test_augmented_training_runs(world: Path, tmp_path: Path) -> None:
-    go(recipe(world, steps=2, augment={"speed": [0.9, 1.1], "gain": 6, "bands": 1}), tmp_path)
+    go(recipe(world, max_steps=2, augment={"speed": [0.9, 1.1], "gain": 6, "bands": 1}), tmp_path)
 
 
 def test_sources_and_evaluators_of_ones_own(world: Path, tmp_path: Path) -> None:
@@ -321,7 +361,9 @@ def test_sources_and_evaluators_of_ones_own(world: Path, tmp_path: Path) -> None
             audio = torch.from_numpy(toy.tone(300 + 50 * index, 0.2))
             return Sample("low", "What do you hear ?", audio, 16000)
 
-    made = recipe(world, evaluate={"every": 3, "by": ["score"], "best": "score"})
+    made = recipe(
+        world, evaluate={"eval_steps": 3, "evaluators": ["score"], "best_metric": "score"}
+    )
     made["stages"][0]["data"] = [{"source": "beeps", "options": {"count": 6}}]
     seen: list[Any] = []
 
@@ -336,10 +378,10 @@ def test_sources_and_evaluators_of_ones_own(world: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"beeps.*counts"):
         go(made, tmp_path / "b", sources={"beeps": Beeps}, evaluators={"score": score})
     with pytest.raises(TrainingError, match="no evaluator 'score'"):
-        go(recipe(world, evaluate={"by": ["score"]}), tmp_path / "c")
+        go(recipe(world, evaluate={"evaluators": ["score"]}), tmp_path / "c")
 
 
-# --- aids for small models ---------------------------------------------------------------------
+# --- auxiliary losses --------------------------------------------------------------------------
 
 
 def embedding() -> nn.Embedding:
@@ -347,30 +389,28 @@ def embedding() -> nn.Embedding:
     return nn.Embedding(12, 8)
 
 
-def test_text_stands_for_audio_and_is_blurred_in_training_only() -> None:
+def test_transcripts_are_disturbed_in_training_only() -> None:
     embed = embedding()
-    script = Script(embed, blank=3, blur=1.0, noise=0.5)
+    embedder = TranscriptEmbedder(embed, blank=3, text_mixup=1.0, text_noise=0.5)
     ids = torch.tensor([[4, 5, 6], [7, 0, 0]])
-    lengths = torch.tensor([3, 1])
-    states = torch.stack([ids, torch.zeros_like(ids)], dim=2)
-    features = Features((states,), lengths, lengths)
-    plain = script.eval()(features)
+    transcripts = (ids, torch.tensor([3, 1]), torch.zeros_like(ids))
+    plain = embedder.eval()(*transcripts)
     assert torch.equal(plain.values[0], embed(ids[0]))
     assert not bool(plain.values[1, 1:].any())
-    blurred = script.train()(features)
-    assert not torch.allclose(blurred.values[0], plain.values[0], atol=0.01)
-    assert not bool(blurred.values[1, 1:].any())
-    assert not list(script.parameters())  # the backbone's table stays the backbone's
+    noisy = embedder.train()(*transcripts)
+    assert not torch.allclose(noisy.values[0], plain.values[0], atol=0.01)
+    assert not bool(noisy.values[1, 1:].any())
+    assert not list(embedder.parameters())  # the table belongs to the backbone alone
 
 
 def test_ctc_is_smaller_where_the_words_are_said_in_order() -> None:
     embed = embedding().requires_grad_(False)
-    saying = Saying(embed, {"semantic": 0.5}, blank=0)
+    ctc = CTCLoss(embed, {"semantic": 0.5}, blank=0)
     words = [{"semantic": torch.tensor([4, 5, 5])}, {"*": torch.tensor([6])}]
 
     def cost(rows: list[list[int]], counts: list[int]) -> float:
         said = {"semantic": Embeds(embed(torch.tensor(rows)), torch.tensor(counts))}
-        return float(saying.loss(said, words))
+        return float(ctc(said, words))
 
     right = cost([[0, 4, 5, 0, 5, 0], [6, 0, 0, 0, 0, 0]], [6, 2])
     swapped = cost([[0, 5, 4, 0, 5, 0], [6, 0, 0, 0, 0, 0]], [6, 2])
@@ -381,10 +421,10 @@ def test_ctc_is_smaller_where_the_words_are_said_in_order() -> None:
 
 def test_ctc_compares_by_direction_and_reaches_the_adapter() -> None:
     embed = embedding().requires_grad_(False)
-    saying = Saying(embed, {"semantic": 1.0}, blank=0, sharpness=5.0)
+    ctc = CTCLoss(embed, {"semantic": 1.0}, blank=0, logit_scale=5.0)
     values = torch.randn(1, 6, 8, requires_grad=True)
     said = {"semantic": Embeds(values, torch.tensor([6]))}
-    loss = saying.loss(said, [{"semantic": torch.tensor([4, 5])}])
+    loss = ctc(said, [{"semantic": torch.tensor([4, 5])}])
     table = nn.functional.normalize(embed(torch.tensor([0, 4, 5])), dim=1)
     logits = 5.0 * nn.functional.normalize(values, dim=2) @ table.T
     expected = nn.functional.ctc_loss(
@@ -399,19 +439,21 @@ def test_ctc_compares_by_direction_and_reaches_the_adapter() -> None:
     assert values.grad is not None and bool(values.grad.any())
 
 
-def test_adapters_can_begin_as_loud_as_the_embeddings() -> None:
+def test_match_scale_gives_adapter_outputs_the_rms_of_the_embeddings() -> None:
     source = FeatureSpec(width=16, layers=2, rate=50.0, heads=2)
     counts = torch.tensor([20, 12])
     features = Features(tuple(torch.randn(2, 20, 16) for _ in range(3)), counts, counts)
     table = 0.02 * torch.randn(50, 8)
     for adapter in (Conv(source, 8), QFormer(source, 8, num_queries=4, encoder_layers=[1])):
-        match(adapter, features, table)
+        scale_to_embeddings(adapter, features, table)
         out = adapter.eval()(features)
         inside = torch.arange(out.values.shape[1]) < out.lengths[:, None]
         assert float(out.values[inside].square().mean().sqrt()) == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_path: Path) -> None:
+def test_nano_answers_trains_on_transcripts_and_on_audio_with_ctc(
+    world: Path, tmp_path: Path
+) -> None:
     class Lines:
         def __len__(self) -> int:
             return 4
@@ -421,7 +463,7 @@ def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_
 
     made = recipe(
         world,
-        steps=2,
+        max_steps=2,
         adapters=["semantic"],
         answer_length=[4, 8],
         objective={
@@ -430,10 +472,10 @@ def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_
             "full_mask_prob": 0.4,
             "normalization": "sample",
         },
-        aids={"say": {"semantic": 0.3}, "blank": "?", "match": ["semantic"], "header": 0.3},
+        learner=nano(ctc={"semantic": 0.3}, match_scale=["semantic"], header_share=0.3),
     )
-    aids = {"blank": "?", "blur": 0.6, "noise": 0.5, "roomy": 0.25}
-    text = {**made["stages"][0], "name": "language", "train": ["backbone"], "aids": aids}
+    learner = nano(text_mixup=0.6, text_noise=0.5, answer_padding=0.25)
+    text = {**made["stages"][0], "name": "language", "train": ["backbone"], "learner": learner}
     text["data"] = [{"source": "lines"}]
     go(made | {"stages": [text, *made["stages"]]}, tmp_path, sources={"lines": Lines})
     assert all(key.startswith("backbone.") for key in weights(tmp_path, "1-language"))
@@ -445,14 +487,21 @@ def test_a_stage_learns_from_text_and_one_with_aids_from_audio(world: Path, tmp_
 def test_an_encoder_learns_by_listening(world: Path, tmp_path: Path) -> None:
     made = recipe(
         world,
-        kind="listening",
+        learner={
+            "name": "nano-encoder",
+            "ctc_weight": 0.2,
+            "init_local": True,
+            "full_window_share": 0.5,
+            "band_mask_share": 0.5,
+        },
         train=["encoder"],
-        data=[{"source": "nano", "options": {"count": 16, "synthetic_voices": False, "max_digits": 2}}],
-        options={"ctc": 0.2, "local": True, "whole": 0.5, "bands": 0.5},
+        data=[
+            {"source": "nano", "options": {"count": 16, "synthetic_voices": False, "max_digits": 2}}
+        ],
         optimizer={"name": "muon", "lr": 2e-3, "matrix_lr": 0.02},
-        batch=4,
-        steps=8,  # two epochs: every batch comes round again
-        log=4,
+        batch_size=4,
+        max_steps=8,  # two epochs: every batch comes round again
+        logging_steps=4,
     )
     made["spec"]["encoder"] = {
         "name": "tiny",
@@ -541,13 +590,13 @@ def test_a_killed_run_resumes_to_the_same_bits(world: Path, unbroken: Path, tmp_
 # A run that stops before its fifth step: however late it is killed, it is not over.
 HELD = """
 import time
-from diffa.trainers.trainer import Loop
-step = Loop.training_step
+from diffa.trainers.trainer import StageTrainer
+step = StageTrainer.training_step
 def held(self, *given):
     if self.state.global_step == 4:
         time.sleep(600)
     return step(self, *given)
-Loop.training_step = held
+StageTrainer.training_step = held
 """
 KILLED = """
 import os, sys, torch
@@ -559,15 +608,20 @@ train(sys.argv[1], out=sys.argv[2], resume=len(sys.argv) > 3, device="cpu")
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
-    shared = {"steps": 2, "train": ["adapters.semantic"], "grouped": False, "save": 2}
+    shared = {
+        "max_steps": 2,
+        "train": ["adapters.semantic"],
+        "group_by_length": False,
+        "save_steps": 2,
+    }
     file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(recipe(world, batch=2, **shared)))
+    file.write_text(json.dumps(recipe(world, batch_size=2, **shared)))
     (tmp_path / "train.py").write_text(KILLED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "29541", str(tmp_path / "train.py")]
     subprocess.run([*command, str(file), str(tmp_path / "two")], env=environment, check=True)
-    go(recipe(world, batch=4, **shared), tmp_path / "one")
+    go(recipe(world, batch_size=4, **shared), tmp_path / "one")
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert all(torch.allclose(two[key], one[key], atol=2e-5) for key in one)
     assert (tmp_path / "two" / "1-align" / "checkpoint-2" / "rng_state_1.pth").is_file()
@@ -586,8 +640,8 @@ def test_a_dry_run_opens_what_is_evaluated_and_finds_the_checkpoint(
 def test_a_folder_holds_one_run(world: Path, unbroken: Path) -> None:
     with pytest.raises(TrainingError, match="holds a run already: go on with --resume"):
         go(recipe(world), unbroken)
-    with pytest.raises(TrainingError, match=r"differs in stages.0.steps"):
-        go(recipe(world, steps=8), unbroken, resume=True)
+    with pytest.raises(TrainingError, match=r"differs in stages.0.max_steps"):
+        go(recipe(world, max_steps=8), unbroken, resume=True)
 
 
 def test_a_run_that_never_began_does_not_keep_its_folder(world: Path, tmp_path: Path) -> None:
@@ -613,7 +667,7 @@ def test_resuming_nothing_says_so_and_begins(
 
 
 def test_checkpoints_that_are_not_kept_go(world: Path, tmp_path: Path) -> None:
-    go(recipe(world) | {"keep": 1}, tmp_path)
+    go(recipe(world) | {"save_total_limit": 1}, tmp_path)
     assert [path.name for path in checkpoints(tmp_path / "1-align")] == ["checkpoint-6"]
 
 
@@ -628,22 +682,22 @@ def test_checkpoints_that_are_not_kept_go(world: Path, tmp_path: Path) -> None:
 def test_a_disk_that_refuses_leaves_the_last_checkpoint_intact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
-    from diffa.trainers.trainer import Loop
+    from diffa.trainers.trainer import StageTrainer
 
-    plain: Callable[..., None] = Loop._save_optimizer_and_scheduler
+    plain: Callable[..., None] = StageTrainer._save_optimizer_and_scheduler
 
-    def failing(self: Loop, place: str) -> None:
+    def failing(self: StageTrainer, place: str) -> None:
         plain(self, place)
         if self.state.global_step == 4:
             raise fault
 
-    monkeypatch.setattr(Loop, "_save_optimizer_and_scheduler", failing)
+    monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", failing)
     with pytest.raises(TrainingError, match=r"checkpoint-2 is intact.*--resume"):
         go(recipe(world), tmp_path / "run")
     stage = tmp_path / "run" / "1-align"
     assert [path.name for path in checkpoints(stage)] == ["checkpoint-2"]
     assert not list(stage.glob(".checkpoint*"))
-    monkeypatch.setattr(Loop, "_save_optimizer_and_scheduler", plain)
+    monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", plain)
     go(recipe(world), tmp_path / "run", resume=True)
     assert len(checkpoints(stage)) == 3
 
@@ -717,7 +771,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(world: Path, tmp_path: Path) 
 def test_orthogonal_brings_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((3, 16, 8), (2, 8, 32), (1, 12, 12)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert values.min() > 0.3 and values.max() < 1.4
 
 
@@ -748,7 +802,7 @@ def test_muon_steps_matrices_along_their_orthogonalised_momentum() -> None:
         p.grad = grad.clone()
         made.step()
         kept = 0.9 * kept + 0.1 * grad
-        turned = orthogonal((0.1 * grad + 0.9 * kept)[None])[0]
+        turned = orthogonalize((0.1 * grad + 0.9 * kept)[None])[0]
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * turned
     assert torch.allclose(p, expected, atol=1e-5)
 
@@ -762,7 +816,7 @@ def test_muon_turns_the_matrices_of_layers_only() -> None:
             "head": nn.Linear(6, 11, bias=False),
         }
     )
-    made = optimizer(layers, Optimizer(name="muon", lr=1e-3, matrix_lr=0.01))
+    made = build_optimizer(layers, OptimizerConfig(name="muon", lr=1e-3, matrix_lr=0.01))
     turned = [p for g in made.param_groups if g["matrices"] for p in g["params"]]
     assert [p is layers["inner"].weight for p in turned] == [True]
     decayed = [p for g in made.param_groups if g["weight_decay"] > 0 for p in g["params"]]
@@ -771,7 +825,9 @@ def test_muon_turns_the_matrices_of_layers_only() -> None:
 
 def test_a_schedule_can_hold_its_top() -> None:
     made = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor = schedule(made, Schedule(warmup=2, hold=0.5, floor=0.1), 10).lr_lambdas[0]
+    factor = build_schedule(
+        made, ScheduleConfig(warmup_steps=2, stable_ratio=0.5, min_lr_ratio=0.1), 10
+    ).lr_lambdas[0]
     expected = [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
     assert [factor(i) for i in range(11)] == pytest.approx(expected)
 
@@ -780,7 +836,7 @@ def test_muon_resumes_from_its_state() -> None:
     def start() -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         layer = nn.Linear(5, 7)
-        return layer, optimizer(layer, Optimizer(name="muon"))
+        return layer, build_optimizer(layer, OptimizerConfig(name="muon"))
 
     def step(layer: nn.Linear, made: torch.optim.Optimizer) -> None:
         layer(torch.ones(3, 5)).square().sum().backward()
@@ -808,10 +864,9 @@ def test_muon_resumes_from_its_state() -> None:
 )
 def test_schedules_rise_and_fall(name: str, values: list[float]) -> None:
     made = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    way = schedule(made, Schedule(name=name, warmup=1.5), 6)  # type: ignore[arg-type]
-    del way
     for warmup in (2.0, 1 / 3):
-        factor = schedule(made, Schedule(name=name, warmup=warmup), 6).lr_lambdas[0]  # type: ignore[arg-type]
+        config = ScheduleConfig(name=name, warmup_steps=warmup)  # type: ignore[arg-type]
+        factor = build_schedule(made, config, 6).lr_lambdas[0]
         expected = [(i + 1) / 3 for i in range(2)] + values[2:]
         assert [factor(i) for i in range(7)] == pytest.approx(expected, abs=1e-4)
 
@@ -820,8 +875,12 @@ def test_answers_are_compared_by_words() -> None:
     assert compare(["Two, three."], ["two three"]) == {"exact": 1.0, "error": 0.0}
     found = compare(["one two", "four"], ["one three", "four"])
     assert found == {"exact": 0.5, "error": pytest.approx(1 / 3)}
-    assert better("loss", 1.0, 2.0) and better("exact", 2.0, 1.0) and better("loss", 9.0, None)
-    assert not better("error", 2.0, 1.0) and not better("exact", 1.0, 1.0)
+    assert (
+        is_better("loss", 1.0, 2.0)
+        and is_better("exact", 2.0, 1.0)
+        and is_better("loss", 9.0, None)
+    )
+    assert not is_better("error", 2.0, 1.0) and not is_better("exact", 1.0, 1.0)
 
 
 def test_the_first_process_decides_for_all_what_is_best(
@@ -830,9 +889,9 @@ def test_the_first_process_decides_for_all_what_is_best(
     def told(held: list[float], src: int) -> None:
         held[0] = 3.0  # what the first process measures
 
-    best = Best(lambda step: {"loss": 1.0}, nn.Linear(2, 2), tmp_path, Evaluation(), fresh=True)
+    best = BestWeights(lambda: {"loss": 1.0}, nn.Linear(2, 2), tmp_path, "loss", resume=False)
     best.value = 2.0
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", told)
     best(1)  # no better there, though it is here: nothing is kept that others do not keep
-    assert best.value == 2.0 and not best.place.exists()
+    assert best.value == 2.0 and not best.folder.exists()

@@ -1,185 +1,157 @@
-"""Learners: what a stage optimises, as a module from a batch to a summed loss and its weight."""
+"""The learner ``answers``: train a model by its objective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffa.canvas.batch import forward_rows
+from diffa.data.augment import Augment
 from diffa.data.cache import FeatureCache
-from diffa.data.collate import Batch
-from diffa.nano.alignment import Hinting
-from diffa.nano.auxiliary import Saying, Script, numbered
+from diffa.data.collate import Batch, Collate
+from diffa.data.rows import AnswerTransform, AudioTransform
+from diffa.spec.schema import Report
+from diffa.spec.spec import Spec
+from diffa.trainers.checkpoints import TrainingError
+from diffa.trainers.config_sections import SHARE, StageConfig, check_range
+from diffa.trainers.learners.base import BatchLoss, Learner, RowTransform, StageCost
 from diffa.trainers.packing import Packing
-from diffa.trainers.trainable import quieten
-from diffa.types import BlockObjective, Decoding, Features, Noised
+from diffa.trainers.trainable import eval_frozen_parts
+from diffa.types import Embeds, Features, Loss
+
+if TYPE_CHECKING:
+    from diffa.model import Model
 
 
-class Parts(NamedTuple):
-    """What a batch measures.
-
-    Attributes:
-        sum: its summed loss.
-        weight: what to divide that by.
-        correct: tokens restored.
-        asked: tokens asked for.
-        extra: an auxiliary loss times ``weight``; learned from, reported apart.
-        notes: whatever else is reported, each summed as the loss is.
-    """
-
-    sum: Tensor
-    weight: Tensor
-    correct: Tensor
-    asked: Tensor
-    extra: Tensor
-    notes: Mapping[str, Tensor] | None = None
-
-
-class Answers(nn.Module):
-    """Trains a model by its objective: whatever of it learns, through whatever is frozen.
+class AnswerLearner(Learner):
+    """Train a model by its objective: whatever of it is released, through whatever is frozen.
 
     Args:
-        model: encoder, adapters, backbone and objective.
-        cache: keeps a frozen encoder's features; None to compute them every time.
-        script: reads the text that stands for audio, where rows have any.
-        saying: what adapters should say besides, by CTC.
-        packed: share of the batches trained on whose questions about one recording share a row;
-            see ``trainers.packing``.
-        hinting: teaches what the backbone has to work out, by labels.
+        question_packing: Share of the batches whose questions about one recording share a row
+            (``diffa.trainers.packing``).
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
+        stage: StageConfig,
         cache: FeatureCache | None = None,
-        script: Script | None = None,
-        saying: Saying | None = None,
         *,
-        packed: float = 0.0,
-        hinting: Hinting | None = None,
+        question_packing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.packed, self.hinting = packed, hinting
-        self.model, self.cache, self.script, self.saying = model, cache, script, saying
+        self.model, self.stage, self.cache = model, stage, cache
+        self.question_packing = question_packing
 
-    def forward(self, batch: Batch) -> Parts:
-        """Measure a batch."""
-        counting = Counting(self.model.objective)
-        heard = self._heard(batch)
-        with lent(self.model, objective=counting), ExitStack() as stack:
-            if batch.audio_text is not None and self.script is not None:
-                stack.enter_context(
-                    lent(self.model, adapters=nn.ModuleDict({"script": self.script}))
-                )
-            said = stack.enter_context(self.saying.listening(self.model)) if self.saying else {}
-            if self.hinting is not None:
-                stack.enter_context(self.hinting.watching())
-            packing = self._packing(batch)
-            loss = self.model.loss(
-                batch.tokens,
-                batch.answer,
-                batch.seeds,
-                lengths=batch.row_lengths,
-                forward=packing or forward_rows,
-                **heard,
-            )
-        total, weight = loss[0], loss[1]
-        extra = total.new_zeros(())
-        if self.saying is not None and said:
-            extra = self.saying.loss(said, batch.ctc_targets) * weight.detach()
-        if self.hinting is not None and packing is not None:
-            extra = extra + self.hinting.loss(batch, packing) * weight.detach()
-        return Parts(total, weight, *counting.counted(total), extra)
+    def row_transform(self, *, training: bool) -> RowTransform:
+        """Return what makes rows of a prompt and its answer."""
+        return self.answer_transform(audio_reader(self.model, self.stage, training=training))
 
-    def _packing(self, batch: Batch) -> Packing | None:
-        """Choose how a batch is read: by its seeds, which a resumed run meets again.
+    def answer_transform(self, reader: AudioTransform, **options: Any) -> AnswerTransform:
+        """Return what makes rows, with further options of the row maker."""
+        return AnswerTransform(
+            self.model.chat_format,
+            self.model.backbone.vocab,
+            reader,
+            answer_lengths=self.stage.answer_lengths,
+            max_length=self.stage.max_seq_len,
+            **options,
+        )
 
-        Evaluation reads whole rows, as they are answered.
+    def collator(self) -> Collate:
+        """Return what pads rows; pads are learned unless answers have a length of their own."""
+        return Collate(self.model.backbone.vocab, learn_padding=not self.stage.answer_lengths)
+
+    def forward(self, batch: Batch) -> BatchLoss:
+        """Measure the objective on a batch.
+
+        Raises:
+            TrainingError: The rows have text in place of audio.
         """
-        if self.training and self.packed:
+        if batch.audio_text is not None:
+            raise TrainingError("the learner 'answers' reads audio, not text in its place")
+        embeds = None if batch.audio is None else self.model.adapt(self.features(batch))
+        return batch_loss(self.objective_loss(batch, embeds, self.packing(batch)))
+
+    def features(self, batch: Batch) -> Features:
+        """Return the encoder's features of a batch's recordings."""
+        return encode(self.model, self.cache, batch)
+
+    def objective_loss(self, batch: Batch, embeds: Embeds | None, packing: Packing | None) -> Loss:
+        """Return the objective's loss, given the embeddings of each recording."""
+        return self.model.loss(
+            batch.tokens,
+            batch.answer,
+            batch.seeds,
+            lengths=batch.row_lengths,
+            audio_at=None if embeds is None else batch.audio_at,
+            embeds=embeds,
+            owner=None if embeds is None else batch.audio_index,
+            forward=packing or forward_rows,
+        )
+
+    def packing(self, batch: Batch) -> Packing | None:
+        """Return how a batch is packed, or None; evaluation reads whole rows, as answers are.
+
+        The draw depends on the batch's seeds alone, so that a resumed run repeats it.
+        """
+        if self.training and self.question_packing:
             draw = np.random.default_rng(batch.seeds.tolist()).random()
-            if draw < self.packed:
+            if draw < self.question_packing:
                 return Packing(batch.audio_index)
-        return None if self.hinting is None else Packing(None)
+        return None
 
-    def _heard(self, batch: Batch) -> dict[str, Any]:
-        """Return what stands for the audio in a call of ``model.loss``."""
-        heard: dict[str, Any] = {"audio_at": batch.audio_at, "owner": batch.audio_index}
-        if batch.audio_text is not None and batch.audio_text_lengths is not None:
-            blank = None if self.script is None else self.script.blank
-            places = numbered(batch.audio_text, batch.speech_start, blank)
-            states = (torch.stack([batch.audio_text, places], dim=2),)
-            return heard | {
-                "features": Features(states, batch.audio_text_lengths, batch.audio_text_lengths)
-            }
-        if batch.audio is None or batch.audio_lengths is None:
-            return {}
-        if self.cache is None:
-            return heard | {"audio": (batch.audio, batch.audio_lengths)}
-        with torch.no_grad():
-            made = self.cache.features(self.model.encoder, batch.audio, batch.audio_lengths)
-        return heard | {"features": made}
-
-    def train(self, mode: bool = True) -> Answers:
-        """Set the mode; parts that do not learn stay in evaluation mode."""
+    def train(self, mode: bool = True) -> AnswerLearner:
+        """Set the mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        quieten(self.model)
+        eval_frozen_parts(self.model)
         return self
 
+    @classmethod
+    def check(
+        cls, stage: StageConfig, path: str, spec: Spec, objective: type[Any], report: Report
+    ) -> None:
+        """Report an objective that compares pairs, and a share out of range."""
+        if getattr(objective, "paired", False):
+            text = "the objective compares pairs of answers: use learner: preferences"
+            report(f"{path}.learner", text)
+        share = stage.learner.options.get("question_packing", 0.0)
+        check_range(share, SHARE, f"{path}.learner.question_packing", report)
 
-@contextmanager
-def lent(model: Any, **parts: Any) -> Iterator[None]:
-    """Give a model other parts for a while."""
-    kept = {name: getattr(model, name) for name in parts}
-    try:
-        for name, part in parts.items():
-            setattr(model, name, part)
-        yield
-    finally:
-        for name, part in kept.items():
-            setattr(model, name, part)
+    @classmethod
+    def cost(cls, stage: StageConfig, model: Model) -> StageCost:
+        """Return the cost of a sample: packed questions share their recording."""
+        return StageCost(packing_share=float(stage.learner.options.get("question_packing", 0.0)))
 
 
-class Counting:
-    """An objective that also remembers how many tokens its last loss saw restored."""
+def audio_reader(model: Model, stage: StageConfig, *, training: bool) -> AudioTransform:
+    """Return what reads a sample's audio, augmented for training."""
+    rate = model.encoder.sample_rate
+    return AudioTransform(
+        rate, Augment(rate, **stage.augment) if training and stage.augment else None
+    )
 
-    def __init__(self, objective: Any) -> None:
-        self.objective = objective
-        self.decoding: Decoding = objective.decoding
-        self.block_length: int | None = (
-            objective.block_length if isinstance(objective, BlockObjective) else None
-        )
-        self.last: list[Tensor] | None = None
 
-    def corrupt(self, tokens: Tensor, answer: Tensor, seeds: Tensor) -> Noised:
-        """Corrupt as the objective does."""
-        noised: Noised = self.objective.corrupt(tokens, answer, seeds)
-        return noised
+def encode(model: Model, cache: FeatureCache | None, batch: Batch) -> Features:
+    """Return the features of a batch's recordings, from the cache if there is one."""
+    assert batch.audio is not None and batch.audio_lengths is not None
+    if cache is None:
+        features: Features = model.encoder(batch.audio, batch.audio_lengths)
+        return features
+    with torch.no_grad():
+        return cache.features(model.encoder, batch.audio, batch.audio_lengths)
 
-    def second(self, tokens: Tensor, noised: Noised, seeds: Tensor) -> Noised | None:
-        """Return the objective's second corruption, if it has one (``diffa.canvas.training``)."""
-        second = getattr(self.objective, "second", None)
-        return None if second is None else second(tokens, noised, seeds)
 
-    def loss(
-        self, hidden: Tensor, head: Callable[[Tensor], Tensor], tokens: Tensor, noised: Noised
-    ) -> tuple[Tensor, Tensor]:
-        """Return the objective's loss, counting on the way if it can."""
-        measure = getattr(self.objective, "measure", None)
-        if measure is None:
-            return tuple(self.objective.loss(hidden, head, tokens, noised))
-        total, weight, *counts = measure(hidden, head, tokens, noised)
-        before = self.last or [torch.zeros_like(count) for count in counts]
-        self.last = [old + new for old, new in zip(before, counts, strict=True)]
-        return total, weight
-
-    def counted(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens restored and tokens asked for; zeros where the objective does not count."""
-        if self.last is None:
-            return like.new_zeros(()), like.new_zeros(())
-        return self.last[0], self.last[1]
+def batch_loss(loss: Loss, auxiliary: Tensor | None = None) -> BatchLoss:
+    """Return an objective's loss as a learner's; ``auxiliary`` is a mean, not yet weighted."""
+    zero = loss.sum.new_zeros(())
+    return BatchLoss(
+        loss.sum,
+        loss.weight,
+        zero if loss.num_correct is None else loss.num_correct,
+        zero if loss.num_tokens is None else loss.num_tokens,
+        zero if auxiliary is None else auxiliary,
+    )
