@@ -226,7 +226,7 @@ def portion(
     before = service.engine.load()
     responses, all_at_once = outside.submit(crowd, port, part, clients).result()
     load = service.engine.load()
-    ran = load.num_forwards - before.num_forwards, load.rows - before.rows
+    ran = load.num_forwards - before.num_forwards, load.num_rows - before.num_rows
     took = Times(by_itself, one_by_one, all_at_once, *ran)
     return [texts.get(request.number) for request in part], single, responses, took
 
@@ -260,10 +260,10 @@ def main() -> None:
         model = diffa.build("nano")
     sampler_presets = args.sampler_presets.split(",")
     limits = Limits(
-        rows=args.rows,
-        waiting=max(64, 2 * args.clients),
+        max_batch_size=args.rows,
+        max_waiting=max(64, 2 * args.clients),
         deadline=600,
-        remember=args.remember,
+        cached_embeddings=args.remember,
     )
     service = Service(model, "nano", limits=limits)
     expected: list[str | None] = []

@@ -36,7 +36,13 @@ from diffa.serving.service import Service
 
 CHAT, HEAR = "/v1/chat/completions", "/v1/audio/transcriptions"
 LIMITS = Limits(
-    rows=8, waiting=64, bytes=2**20, audio=10.0, tokens=32, characters=4000, body_seconds=2.0
+    max_batch_size=8,
+    max_waiting=64,
+    max_body_bytes=2**20,
+    max_audio_seconds=10.0,
+    max_tokens=32,
+    max_text_chars=4000,
+    body_timeout=2.0,
 )
 NASTY: list[Any] = [
     None, True, False, 0, -1, 10**30, 1e308, -0.5, "", "x", "\x00", "\ud800", "a" * 5000, [], {},

@@ -26,7 +26,7 @@ from diffa.errors import SpecError
 
 if TYPE_CHECKING:
     from diffa.model import Model
-    from diffa.serving.ray_serve import Replicas, Served
+    from diffa.serving.ray_serve import Deployment, ReplicaConfig
 
 KEYS = "DIFFA_API_KEYS"
 
@@ -125,7 +125,7 @@ def serve(
     """Serve a model in OpenAI's protocol: chat completions and transcriptions."""
     _check_libraries()
     from diffa.serving.limits import Limits
-    from diffa.serving.ray_serve import Replicas, Served
+    from diffa.serving.ray_serve import Deployment, ReplicaConfig
 
     if ray is None and (replicas, threads, gpus) != (1, 1, 0.0):
         raise SpecError("--replicas, --threads and --gpus need --ray: an address, auto or local")
@@ -133,8 +133,9 @@ def serve(
         raise SpecError("--ray needs a --port: its proxies cannot choose one")
     keys, spec = read_keys(api_keys), spec or default_spec()
     limits = Limits(
-        rows=max_batch_size, waiting=max_waiting, bytes=max_bytes, audio=max_audio,
-        tokens=max_tokens, deadline=deadline, remember=cached_embeddings, drain=drain,
+        max_batch_size=max_batch_size, max_waiting=max_waiting, max_body_bytes=max_bytes,
+        max_audio_seconds=max_audio, max_tokens=max_tokens, deadline=deadline,
+        cached_embeddings=cached_embeddings, drain_timeout=drain,
     )  # fmt: skip
     load: Callable[[], Model]
     if ray is None:
@@ -143,24 +144,27 @@ def serve(
         place = ("cuda" if gpus else "cpu") if device == "auto" else device
         load = model_source(spec, overrides, sampler_preset, place, dtype).load
     hosts = [entry.lower() for entry in fetch_from or ()]
-    served = Served(load, name or Path(spec).stem, limits, keys, hosts)
-    _run(served, host, port, ray, Replicas(replicas, threads, gpus))
+    deployment = Deployment(load, name or Path(spec).stem, limits, keys, hosts)
+    _run(deployment, host, port, ray, ReplicaConfig(replicas, threads, gpus))
 
 
-def _run(served: Served, host: str, port: int, ray: str | None, replicas: Replicas) -> None:
+def _run(
+    deployment: Deployment, host: str, port: int, ray: str | None, replicas: ReplicaConfig
+) -> None:
     """Serve in this process, or on a Ray cluster, until a signal arrives."""
     from diffa.serving import ray_serve
     from diffa.serving import run as local
 
-    access = f"{'with' if served.keys else 'without'} API keys"
+    access = f"{'with' if deployment.api_keys else 'without'} API keys"
     if ray is not None:
-        note = f"{served.name} at http://{host}:{port}/v1, {access}, {replicas.number} replicas"
-        ray_serve.serve(served, host, port, ray, replicas, lambda: print_note(note))
+        count = f"{replicas.num_replicas} replicas"
+        note = f"{deployment.name} at http://{host}:{port}/v1, {access}, {count}"
+        ray_serve.run_on_ray(deployment, host, port, ray, replicas, lambda: print_note(note))
         return
-    socket = local.bind(host, port)  # before a model is loaded in vain
-    service = served.service()
-    print_note(f"{served.name} at http://{host}:{socket.getsockname()[1]}/v1, {access}")
-    local.serve(service, socket)
+    socket = local.bind_socket(host, port)  # before a model is loaded in vain
+    service = deployment.create_service()
+    print_note(f"{deployment.name} at http://{host}:{socket.getsockname()[1]}/v1, {access}")
+    local.run_server(service, socket)
 
 
 def read_keys(path: Path | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's protocol, and those that operators ask."""
+"""The FastAPI application: OpenAI's routes, health and metrics."""
 
 from __future__ import annotations
 
@@ -11,208 +11,221 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from diffa.serving import responses as answers
+from diffa.serving import responses
 from diffa.serving.errors import RequestError, bad_request, error_body
-from diffa.serving.middleware import Gate
-from diffa.serving.service import Prepared, Service, Session
-from diffa.serving.validation import Asked, check_text, read_chat, read_json
+from diffa.serving.middleware import RequestLimits
+from diffa.serving.responses import ChatStream, StreamFormat, TranscriptStream
+from diffa.serving.service import EventStream, PreparedRequest, Service
+from diffa.serving.validation import (
+    ChatRequest,
+    Query,
+    TranscriptionRequest,
+    parse_json_object,
+    validate_chat_request,
+    validate_transcription_request,
+)
 
-TRANSCRIBE = "Please transcribe the audio to text."
-FORMS = ("json", "text", "verbose_json")
+_CLIENT_CLOSED_REQUEST = 499
 _log = logging.getLogger("diffa.serving")
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application that serves a model; closing it closes the service."""
+    """Return the application that serves a model; shutting it down closes the service."""
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    app = FastAPI(title="diffa", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, service=service)
-    app.add_exception_handler(RequestError, _refused)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _failed)
-    routes = {
-        ("POST", "/v1/chat/completions"): _chat,
-        ("POST", "/v1/audio/transcriptions"): _transcribe,
-        ("GET", "/v1/models"): _models,
-        ("GET", "/v1/models/{name:path}"): _model,
-        ("GET", "/health"): _health,
-        ("GET", "/metrics"): _metrics,
-    }
-    for (method, path), route in routes.items():
-        app.add_route(path, _bound(route, service), methods=[method])
+    app = FastAPI(title="diffa", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(RequestLimits, service=service)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_exception)
+    routes, schemas = Routes(service), dict[str, Any]()
+    chat = _describe_body(ChatRequest, "application/json", schemas)
+    form = _describe_body(TranscriptionRequest, "multipart/form-data", schemas)
+    form["requestBody"]["content"]["multipart/form-data"]["schema"] |= {
+        "properties": {"file": {"type": "string", "format": "binary"}}, "required": ["file"],
+    }  # fmt: skip
+    app.post("/v1/chat/completions", openapi_extra=chat)(routes.chat)
+    app.post("/v1/audio/transcriptions", openapi_extra=form)(routes.transcribe)
+    app.get("/v1/models")(routes.list_models)
+    app.get("/v1/models/{name:path}")(routes.get_model)
+    app.get("/health")(routes.health)
+    app.get("/metrics")(routes.metrics)
+    app.openapi()["components"] = {"schemas": schemas}  # FastAPI keeps the document
     return app
 
 
-def _bound(route: Any, service: Service) -> Any:
-    async def answer(request: Request) -> Response:
-        found: Response = await route(service, request)
-        return found
+def _describe_body(
+    model: type[BaseModel], media_type: str, schemas: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a request body for /openapi.json, and add the schemas that it refers to.
 
-    return answer
-
-
-async def _chat(service: Service, request: Request) -> Response:
-    """Answer a question about a recording."""
-    service.check_open()
-    body = await request.body()
-
-    def read() -> tuple[Asked, str, Prepared]:
-        fields = read_json(body)
-        sampler_preset = service.sampler_preset(fields.get("model"))
-        asked = read_chat(fields, service.limits, service.hosts)._replace(base=sampler_preset)
-        name = fields.get("model") or service.name
-        return asked, name, service.prepare(asked, watched=asked.stream)
-
-    asked, name, prepared = await service.hand(read)
-    if asked.stream:
-        say = answers.chunks(name, usage=asked.usage)
-        return await _streamed(service, request, prepared, say, drafts=asked.drafts)
-    found = await answers.whole(service, prepared, _left(request))
-    if found is None:
-        return Response(status_code=499)
-    return JSONResponse(answers.completion(service, name, found))
+    FastAPI would parse declared bodies itself, in the event loop and without a bound on nesting:
+    the routes parse them, and only the description is FastAPI's.
+    """
+    template = "#/components/schemas/{model}"
+    schema = model.model_json_schema(ref_template=template)
+    schemas |= schema.pop("$defs", {})
+    schemas[model.__name__] = schema
+    content = {media_type: {"schema": {"allOf": [{"$ref": template.format(model=model.__name__)}]}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-async def _transcribe(service: Service, request: Request) -> Response:
-    """Write down what a recording says."""
-    service.check_open()
-    kind = request.headers.get("content-type", "")
-    if not kind.lower().startswith("multipart/form-data"):
-        raise bad_request("the body must be multipart/form-data")
-    async with request.form(max_files=1, max_fields=32, max_part_size=2**20) as form:
-        fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise bad_request("file: a recording is needed", "file")
-        recording = await file.read()
-    wanted = fields.get("response_format", "json")
-    if wanted not in FORMS:
-        raise bad_request(f"response_format must be one of {', '.join(FORMS)}", "response_format")
-    stream = fields.get("stream", "false").lower() in ("true", "1")
-    asked = Asked(
-        check_text(fields.get("prompt") or TRANSCRIBE, "prompt", service.limits),
-        recording,
-        temperature=_number(fields.get("temperature")),
-        base=service.sampler_preset(fields.get("model")),
-    )
-    prepared = await service.hand(partial(service.prepare, asked, watched=stream))
-    if stream:
-        return await _streamed(service, request, prepared, answers.transcripts, drafts=False)
-    found = await answers.whole(service, prepared, _left(request))
-    if found is None:
-        return Response(status_code=499)
-    if wanted == "text":
-        return PlainTextResponse(found.text + "\n")
-    more: dict[str, Any] = {}
-    if wanted == "verbose_json":
-        more = {"task": "transcribe", "language": "", "duration": round(prepared.seconds, 3)}
-        more |= {"segments": [], "diffa": found.extra}
-    return JSONResponse({**more, "text": found.text})
+class Routes:
+    """Handlers of the routes.
+
+    Args:
+        service: answers the requests.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a question about a recording."""
+        service = self._service
+        service.check_available()
+        body = await request.body()
+
+        def prepare() -> tuple[Query, PreparedRequest]:
+            fields = parse_json_object(body)
+            query = validate_chat_request(fields, service.limits, service.allowed_hosts)
+            return query, service.prepare(query)
+
+        query, prepared = await service.run_in_thread(prepare)
+        name = query.model or service.name
+        if query.stream:
+            style = ChatStream(name, include_usage=query.include_usage)
+            return await self._stream(request, prepared, style, drafts=query.drafts)
+        answer = await responses.wait_for_answer(service, prepared, _disconnect(request))
+        if answer is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return JSONResponse(responses.chat_completion(name, answer))
+
+    async def transcribe(self, request: Request) -> Response:
+        """Transcribe a recording."""
+        service = self._service
+        service.check_available()
+        media_type = request.headers.get("content-type", "")
+        if not media_type.lower().startswith("multipart/form-data"):
+            raise bad_request("the body must be multipart/form-data")
+        async with request.form(max_files=1, max_fields=32, max_part_size=2**20) as form:
+            fields = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise bad_request("file: a recording is needed", "file")
+            recording = await file.read()
+        query, style = validate_transcription_request(fields, recording, service.limits)
+        prepared = await service.run_in_thread(partial(service.prepare, query))
+        if query.stream:
+            return await self._stream(request, prepared, TranscriptStream(), drafts=False)
+        answer = await responses.wait_for_answer(service, prepared, _disconnect(request))
+        if answer is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if style == "text":
+            return PlainTextResponse(answer.text + "\n")
+        more: dict[str, Any] = {}
+        if style == "verbose_json":
+            duration = round(prepared.audio_seconds, 3)
+            more = {"task": "transcribe", "language": "", "duration": duration}
+            more |= {"segments": [], "diffa": answer.diffa}
+        return JSONResponse({**more, "text": answer.text})
+
+    async def _stream(
+        self, request: Request, prepared: PreparedRequest, style: StreamFormat, *, drafts: bool
+    ) -> Response:
+        """Return the events of a request once it has started: until then it may get a status."""
+        service = self._service
+        stream = EventStream(service, prepared).__enter__()
+        try:
+            if await responses.next_event(stream, _disconnect(request)) is None:
+                stream.close()
+                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        except BaseException:
+            stream.close()
+            raise
+        events = responses.stream_answer(service, stream, prepared, style, drafts=drafts)
+        timeout = prepared.deadline + service.limits.body_timeout
+        return EventStreamResponse(events, stream, timeout)
+
+    async def list_models(self) -> Response:
+        """List the model, and its sampler presets as models of their own."""
+        models = [self._describe_model(name) for name in self._service.model_names]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def get_model(self, name: str) -> Response:
+        """Describe one model."""
+        self._service.preset_of(name)
+        return JSONResponse(self._describe_model(name))
+
+    def _describe_model(self, name: str) -> dict[str, Any]:
+        created = self._service.created
+        return {"id": name, "object": "model", "created": created, "owned_by": "diffa"}
+
+    async def health(self) -> Response:
+        """Return 200 and how busy the engine is, or 503 while shutting down."""
+        service = self._service
+        healthy = service.engine.alive and not service.draining
+        status = {"status": "ok" if healthy else "closing", **service.engine.load()._asdict()}
+        return JSONResponse(status, status_code=200 if healthy else 503)
+
+    async def metrics(self) -> Response:
+        """Return the metrics for Prometheus."""
+        media_type = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(self._service.metrics.render(), media_type=media_type)
 
 
-class Events(StreamingResponse):  # type: ignore[misc]  # an optional library: mypy skips it
-    """Server-sent events of a session, which ends with them: also when the client goes away before
-    the first, or does not read."""
+class EventStreamResponse(StreamingResponse):  # type: ignore[misc]  # optional: mypy skips it
+    """Server-sent events of a request, which ends with the response.
 
-    def __init__(self, events: AsyncIterator[str], session: Session, seconds: float) -> None:
+    That is also so if the client disconnects before the first event, when the iterator never
+    starts, or does not read, when it would wait for ever.
+    """
+
+    def __init__(self, events: AsyncIterator[str], stream: EventStream, timeout: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._session, self._seconds = session, seconds
+        self._stream, self._timeout = stream, timeout
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send them."""
+        """Send the events."""
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._timeout):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             _log.warning("a client did not read its answer")
         finally:
-            self._session.leave()
+            self._stream.close()
 
 
-async def _streamed(
-    service: Service, request: Request, prepared: Prepared, say: answers.Wording, *, drafts: bool
-) -> Response:
-    """Events, once the request has left the queue: until then it can be refused by status."""
-    session = Session(service, prepared).__enter__()
-    try:
-        if await answers.coming(session, _left(request)) is None:
-            session.leave()
-            return Response(status_code=499)
-    except BaseException:
-        session.leave()
-        raise
-    events = answers.pieces(service, session, prepared, say, drafts=drafts)
-    return Events(events, session, prepared.deadline + service.limits.body_seconds)
-
-
-async def _models(service: Service, request: Request) -> Response:
-    """The model, and its sampler presets as models of their own."""
-    names = [
-        service.name,
-        *(f"{service.name}:{sampler_preset}" for sampler_preset in service.sampler_presets),
-    ]
-    return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
-
-
-async def _model(service: Service, request: Request) -> Response:
-    """One model."""
-    service.sampler_preset(request.path_params["name"])
-    return JSONResponse(_card(service, request.path_params["name"]))
-
-
-def _card(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "diffa"}
-
-
-async def _health(service: Service, request: Request) -> Response:
-    """Whether requests are taken: 200, or 503 while shutting down."""
-    well = service.engine.alive and not service.draining
-    state = {"status": "ok" if well else "closing", **service.engine.load()._asdict()}
-    return JSONResponse(state, status_code=200 if well else 503)
-
-
-async def _metrics(service: Service, request: Request) -> Response:
-    """Counters for Prometheus."""
-    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def _left(request: Request) -> None:
-    """Return when the client has gone."""
+async def _disconnect(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError as error:
-        raise bad_request("temperature must be a number", "temperature") from error
-
-
-async def _refused(request: Request, error: Any) -> Response:
+async def _on_request_error(request: Request, error: Any) -> Response:
     return JSONResponse(error.body(), error.status, headers=error.headers())
 
 
-async def _http(request: Request, error: Any) -> Response:
+async def _on_http_exception(request: Request, error: Any) -> Response:
     body = error_body(error.status_code, str(error.detail))
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
-async def _gone(request: Request, error: Any) -> Response:
-    return Response(status_code=499)
+async def _on_disconnect(request: Request, error: Any) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _on_exception(request: Request, error: Exception) -> Response:
     _log.error("%s %s", request.method, request.url.path, exc_info=error)
     return JSONResponse(error_body(500, f"{type(error).__name__} while answering"), 500)

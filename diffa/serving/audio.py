@@ -17,16 +17,14 @@ from diffa.serving.limits import Limits
 _MAX_FILTER = 1 << 22
 
 
-def decode_base64(text: object, param: str, limits: Limits) -> bytes:
+def decode_base64(text: str, param: str, limits: Limits) -> bytes:
     """Decode base64 or a ``data:`` URI; raises RequestError (400, 413)."""
-    if not isinstance(text, str):
-        raise bad_request(f"{param} must be base64 text, got {type(text).__name__}", param)
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise bad_request(f"{param}: a data URI must be 'data:audio/...;base64,...'", param)
-    if len(text) > limits.bytes * 4 // 3 + 4:
-        raise too_large(f"{param} is longer than {limits.bytes} bytes", param)
+    if len(text) > limits.max_body_bytes * 4 // 3 + 4:
+        raise too_large(f"{param} is longer than {limits.max_body_bytes} bytes", param)
     try:
         data = base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
@@ -40,10 +38,10 @@ def decode_recording(data: bytes, rate: int, limits: Limits, param: str) -> Tens
     """Return the waveform (S,) of a file's bytes at ``rate`` samples per second.
 
     Raises:
-        RequestError: not audio, damaged, not finite (400), or longer than ``limits.audio`` (413).
+        RequestError: not audio, damaged, not finite (400), or too long (413).
     """
     try:
-        waveform, file_rate = read(data, max_seconds=limits.audio, trusted=False)
+        waveform, file_rate = read(data, max_seconds=limits.max_audio_seconds, trusted=False)
         common = math.gcd(file_rate, rate)
         if (file_rate // common) * (rate // common) > _MAX_FILTER:
             raise AudioError(

@@ -1,163 +1,175 @@
-"""Requests that came together: one canvas, one sampler, and a thread that waits at each forward."""
+"""Requests that share a canvas: one sampler in a thread that pauses at each forward pass."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from diffa.canvas.batch import CanvasInputs, initial_answer, make_canvas
-from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
-from diffa.canvas.kv_cache import AttentionContext
-from diffa.serving.batched_forward import Call
+from diffa.serving.batched_forward import BackboneCall
 from diffa.serving.errors import log_error
-from diffa.serving.requests import Done, Failed, Moment, Ticket
-from diffa.types import PartialBackbone, Step
+from diffa.serving.requests import FailedEvent, FinishedEvent, RequestHandle, StepEvent
+from diffa.types import PartialBackbone
+
+if TYPE_CHECKING:
+    from diffa.canvas.canvas import Canvas
+    from diffa.canvas.kv_cache import AttentionContext
+    from diffa.types import Backbone, BackboneModule, Step
 
 _log = logging.getLogger(__name__)
 
 
-class Work(NamedTuple):
-    """Something large that a cohort wants done by its lane, at once and for itself alone."""
+class HeadCall(NamedTuple):
+    """A call of the backbone's head on hidden states (..., W), for one canvas alone."""
 
-    function: Callable[[Tensor], Tensor]
-    given: Tensor
+    head: Callable[[Tensor], Tensor]
+    hidden: Tensor
 
-    def result(self) -> Tensor | Exception:
-        """What comes of it; an error is the cohort's."""
+    def run(self) -> Tensor | Exception:
+        """Return the logits (..., V), or the error to raise in the canvas's thread."""
         try:
-            return self.function(self.given)
+            return self.head(self.hidden)
         except Exception as error:
             return error
 
 
-Arrival = Call | Work | None  # what a cohort waits for; None: it is over
+Pause = BackboneCall | HeadCall | None
+"""Why a batch's thread pauses: it waits for a result, or has ended (None)."""
 
 
-class Cohort:
-    """Requests with the same sampler and answer length, admitted at the same moment.
+class RequestBatch:
+    """Requests with equal sampler options and answer length, admitted at the same moment.
+
+    A sampler is an ordinary generator that calls ``denoise`` and waits for logits, so ``run``
+    needs a thread of its own. It pauses at every call of the backbone; the worker answers with
+    ``resume``.
 
     Args:
-        backbone: answers the calls.
-        tickets: the requests.
-        heard: embeddings of each one's audio (N, W), or None.
-        arrive: told when the cohort waits for a forward, with its call, or for other work of the
-            lane's, and when it is over, with None.
+        backbone: embeds the prompts and computes the logits.
+        handles: the requests, one row of the canvas each.
+        embeds: audio embeddings (N, W) of each request, or None.
+        on_pause: receives the batch and the reason whenever its thread pauses or ends.
     """
 
     def __init__(
         self,
-        backbone: Any,
-        tickets: Sequence[Ticket],
-        heard: Sequence[Tensor | None],
-        arrive: Callable[[Cohort, Arrival], None],
+        backbone: BackboneModule,
+        handles: Sequence[RequestHandle],
+        embeds: Sequence[Tensor | None],
+        on_pause: Callable[[RequestBatch, Pause], None],
     ) -> None:
-        self.tickets = tickets
-        self._backbone, self._heard, self._arrive = backbone, heard, arrive
-        self._replies: SimpleQueue[Tensor | Exception] = SimpleQueue()
-        self._left = [True] * len(tickets)
-        self.steps = 0
+        self.handles = handles
+        self._backbone, self._embeds, self._on_pause = backbone, embeds, on_pause
+        # A queue rather than an event: it hands the result over and wakes the thread in one step.
+        self._results: SimpleQueue[Tensor | Exception] = SimpleQueue()
+        self._unfinished = [True] * len(handles)
+        self.num_forwards = 0
 
     @property
-    def rows(self) -> int:
-        """Requests that still want their answers."""
-        pairs = zip(self.tickets, self._left, strict=True)
-        return sum(ticket.open and left for ticket, left in pairs)
+    def num_active(self) -> int:
+        """Requests that are unfinished and still wanted."""
+        pairs = zip(self.handles, self._unfinished, strict=True)
+        return sum(handle.active and unfinished for handle, unfinished in pairs)
 
-    def reply(self, found: Tensor | Exception) -> None:
-        """Give what the cohort waits for, or what went wrong."""
-        self._replies.put(found)
+    def resume(self, result: Tensor | Exception) -> None:
+        """Let the paused thread go on with a result, or raise an error in it."""
+        self._results.put(result)
 
     def run(self) -> None:
-        """Answer; to be called in a thread of its own. Never raises: tickets hear of errors."""
+        """Decode the answers in the calling thread. Never raises: requests receive the error."""
         try:
-            with torch.no_grad():
-                canvas = self._canvas()
-                self._decode(canvas)
+            with torch.no_grad():  # the setting is per thread
+                self._decode(self._make_canvas())
         except Exception as error:
-            log_error(_log, f"{len(self.tickets)} requests fail at step {self.steps}", error)
-            for ticket in self.tickets:
-                ticket.end(Failed(error))
+            message = f"{len(self.handles)} requests fail after {self.num_forwards} forward passes"
+            log_error(_log, message, error)
+            for handle in self.handles:
+                handle.finish(FailedEvent(error))
         finally:
-            self._arrive(self, None)
+            self._on_pause(self, None)  # the worker waits for it, also after an error
 
-    def _canvas(self) -> Canvas:
-        jobs = [ticket.job for ticket in self.tickets]
-        asked = CanvasInputs(
-            [job.prompt for job in jobs],
-            [job.wave for job in jobs],
-            [job.audio_at for job in jobs],
-            [job.seed for job in jobs],
-            initial_answer([None] * len(jobs), jobs[0].max_tokens, self._backbone.vocab),
+    def _make_canvas(self) -> Canvas:
+        requests = [handle.request for handle in self.handles]
+        inputs = CanvasInputs(
+            [request.prompt for request in requests],
+            [request.waveform for request in requests],
+            [request.audio_at for request in requests],
+            [request.seed for request in requests],
+            initial_answer([None] * len(requests), requests[0].max_tokens, self._backbone.vocab),
         )
-        return make_canvas(self._backbone, asked, self._heard)
+        return make_canvas(self._backbone, inputs, self._embeds)
 
     def _decode(self, canvas: Canvas) -> None:
-        sampler = self.tickets[0].job.sampler
-        shared: Any = Shared(self._backbone, self._wait)  # offers what a Denoiser calls, no more
-        denoise = Denoiser(shared, canvas)
-        for step in sampler(canvas, denoise):
-            self.steps += 1
+        proxy = BackboneProxy(self._backbone, self._pause)
+        denoise = Denoiser(cast("Backbone", proxy), canvas)
+        for step in self.handles[0].request.sampler(canvas, denoise):
+            self.num_forwards += 1
             self._publish(step, canvas)
-            if not any(self._left):
+            if not any(self._unfinished):
                 return
-        for row in range(len(self.tickets)):
+        for row in range(len(self.handles)):
             self._finish(row, canvas.answer[row])
 
-    def _wait(self, wanted: Call | Work) -> Tensor:
-        """Wait for a shared forward, or for work of the cohort's own."""
-        self._arrive(self, wanted)
-        found = self._replies.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def _pause(self, call: BackboneCall | HeadCall) -> Tensor:
+        """Hand a call to the worker and wait for its result."""
+        self._on_pause(self, call)
+        result = self._results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _publish(self, step: Step, canvas: Canvas) -> None:
-        """Tell each request what became of its row; let go of rows that nobody waits for."""
-        done = step.final.all(dim=1).tolist()
-        for row, ticket in enumerate(self.tickets):
-            if not self._left[row]:
+        """Report each row's step; finish rows that are final, drop rows that were cancelled."""
+        final = step.final.all(dim=1).tolist()
+        for row, handle in enumerate(self.handles):
+            if not self._unfinished[row]:
                 continue
-            if not ticket.open:
-                self._leave(row, canvas)
+            if not handle.active:
+                self._drop(row, canvas)
                 continue
-            if ticket.job.watched:
-                tokens, final, confidence = (values[row].cpu() for values in step)
-                ticket.tell(Moment(tokens, final, confidence, self.steps))
-            if done[row]:
+            if handle.request.stream:
+                tokens, is_final, confidence = (values[row].cpu() for values in step)
+                handle.publish(StepEvent(tokens, is_final, confidence, self.num_forwards))
+            if final[row]:
                 self._finish(row, step.tokens[row])
 
     def _finish(self, row: int, tokens: Tensor) -> None:
-        if self._left[row]:
-            self._left[row] = False
-            ticket = self.tickets[row]
-            ticket.end(Done(tokens.cpu().clone(), self.steps, ticket.heard))
+        if self._unfinished[row]:
+            self._unfinished[row] = False
+            handle, answer = self.handles[row], tokens.cpu().clone()
+            handle.finish(FinishedEvent(answer, self.num_forwards, handle.num_audio_embeds))
 
-    def _leave(self, row: int, canvas: Canvas) -> None:
-        """Decide what is undecided, so that no forward is spent on the row."""
-        self._left[row] = False
-        there = torch.zeros_like(canvas.answer, dtype=torch.bool)
-        there[row] = canvas.undecided()[row]
-        canvas.fill(there, canvas.vocab.eos)
+    def _drop(self, row: int, canvas: Canvas) -> None:
+        """Fill a row with EOS: samplers leave decided rows out of their forward passes."""
+        self._unfinished[row] = False
+        undecided = torch.zeros_like(canvas.answer, dtype=torch.bool)
+        undecided[row] = canvas.undecided()[row]
+        canvas.fill(undecided, canvas.vocab.eos)
 
 
-class Shared:
-    """A backbone whose body is run for several canvases at once; the head is each one's own, but
-    the same thread runs it."""
+class BackboneProxy:
+    """What a ``Denoiser`` calls in place of the backbone: every call is run by the worker.
 
-    def __init__(self, backbone: Any, run: Callable[[Call | Work], Tensor]) -> None:
+    The body is shared with other canvases. The head is not, but the worker runs it as well: it is
+    a large matrix product, and the worker's thread has the CPU cores.
+    """
+
+    def __init__(
+        self, backbone: BackboneModule, run: Callable[[BackboneCall | HeadCall], Tensor]
+    ) -> None:
         self._backbone, self._run = backbone, run
         self.partial = isinstance(backbone, PartialBackbone) and backbone.partial
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., W) -> logits (..., V)."""
-        return self._run(Work(self._backbone.head, hidden))
+        """Return the logits (..., V) of hidden states (..., W)."""
+        return self._run(HeadCall(self._backbone.head, hidden))
 
     def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """Hidden states (B, K, W), when the forward that they share has run."""
-        return self._run(Call(embeds, positions, context))
+        """Return hidden states (B, K, W) from the next shared forward pass."""
+        return self._run(BackboneCall(embeds, positions, context))

@@ -1,14 +1,16 @@
-"""Passes of several canvases through one backbone: laid side by side, run once, taken apart.
+"""Run calls of several canvases through one backbone in shared forward passes.
 
 A sampler only ever calls ``denoise``, and ``denoise`` calls the backbone once. That call is where
-requests meet: each keeps a canvas, a memory and a sampler of its own, as if it were alone, and
-only the backbone sees them together. So a result does not depend on who else is being answered,
-beyond the rounding of a larger matrix product.
+requests meet: each keeps its own canvas, KV cache and sampler, and only the backbone sees them
+together. So a result does not depend on the other requests, beyond the rounding of a larger matrix
+product.
+
+Shapes: B rows, K slots computed in a call, S slots of a canvas, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,85 +18,79 @@ from torch import Tensor
 
 from diffa.backbones.ragged import is_packable, supports_packing
 from diffa.canvas.kv_cache import AttentionContext, pad_queries
-from diffa.types import RaggedBackbone
+from diffa.types import Backbone, RaggedBackbone
 
-# Slots whose work takes as long as a pass of none: 90 for nano on one core of a Xeon (1 to 16 rows
-# of 24 to 130 slots). Not measured for larger models, nor on a GPU.
-_PASS = 96
+# Slots whose work takes as long as the fixed cost of a pass: 90 for nano on one core of a Xeon (1
+# to 16 rows of 24 to 130 slots). Not measured for larger models, nor on a GPU.
+_PASS_COST = 96
 
 
-class Call(NamedTuple):
+class BackboneCall(NamedTuple):
     """One call of a backbone: embeddings (B, K, W) at positions (B, K) under a context."""
 
     embeds: Tensor
     positions: Tensor
     context: AttentionContext
 
-    @property
-    def size(self) -> int:
-        """Slots of the canvas that the call belongs to, S."""
-        there = self.context.positions
-        return self.embeds.shape[1] if there is None else there.shape[1]
 
-
-def together(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    """Hidden states (B, K, W) of every call, from as few passes as their shapes allow.
-
-    Calls share a pass when both or neither recompute all slots, and padding is cheaper than one
-    more pass (``groups``).
-    """
-    found: dict[int, Tensor] = {}
-    for group in groups(calls, ragged=isinstance(backbone, RaggedBackbone) and backbone.ragged):
+def run_together(backbone: Backbone, calls: Sequence[BackboneCall]) -> list[Tensor]:
+    """Return the hidden states (B, K, W) of every call, from as few passes as pay off."""
+    results: dict[int, Tensor] = {}
+    ragged = isinstance(backbone, RaggedBackbone) and backbone.ragged
+    for group in plan_passes(calls, ragged=ragged):
         if len(group) == 1:
-            found[group[0]] = backbone(*calls[group[0]])
+            results[group[0]] = backbone(*calls[group[0]])
             continue
-        found.update(zip(group, _shared(backbone, [calls[i] for i in group]), strict=True))
-    return [found[index] for index in range(len(calls))]
+        results.update(zip(group, _run_pass(backbone, [calls[i] for i in group]), strict=True))
+    return [results[index] for index in range(len(calls))]
 
 
-def groups(calls: Sequence[Call], *, ragged: bool = False) -> list[list[int]]:
-    """Indices of the calls that share a pass, longest first.
+def plan_passes(calls: Sequence[BackboneCall], *, ragged: bool = False) -> list[list[int]]:
+    """Return the indices of the calls that share each pass.
 
-    Padding costs what slots cost, and every pass costs ``_PASS`` slots besides: the cheapest
-    division of the calls, in the order of their lengths, is chosen. A ``ragged`` backbone computes
-    nothing for padding, where it can: such calls share one pass.
+    Calls that compute a whole canvas and calls that compute some slots never share a pass: their
+    contexts differ in kind. Within a kind, padding costs what slots cost, and each pass costs
+    ``_PASS_COST`` slots besides; the cheapest partition in order of length is chosen. A ``ragged``
+    backbone computes nothing for padding: such calls share one pass.
     """
-    made: list[list[int]] = []
-    free = ragged and all(supports_packing(call.embeds) for call in calls)
-    packed = [i for i, call in enumerate(calls) if free and is_packable(call.context)]
+    groups: list[list[int]] = []
+    packs = ragged and all(supports_packing(call.embeds) for call in calls)
+    packed = [i for i, call in enumerate(calls) if packs and is_packable(call.context)]
     if packed:
-        made.append(packed)
+        groups.append(packed)
     padded = [i for i in range(len(calls)) if i not in packed]
     for whole in (True, False):
         alike = [i for i in padded if (calls[i].context.query_slots is None) == whole]
-        made += _cheapest(sorted(alike, key=lambda i: -calls[i].embeds.shape[1]), calls)
-    return made
+        by_length = sorted(alike, key=lambda i: -calls[i].embeds.shape[1])
+        groups += _cheapest_partition(by_length, calls)
+    return groups
 
 
-def _cheapest(order: list[int], calls: Sequence[Call]) -> list[list[int]]:
-    costs, begins = [0], [0]  # of the first n calls, and where their last pass begins
+def _cheapest_partition(order: list[int], calls: Sequence[BackboneCall]) -> list[list[int]]:
+    """Split calls, longest first, into runs of least cost (dynamic programming over prefixes)."""
+    costs, starts = [0], [0]  # of the first n calls, and where their last pass starts
     for end in range(1, len(order) + 1):
-        rows, ways = 0, []
-        for begin in reversed(range(end)):
-            count, wide, _ = calls[order[begin]].embeds.shape  # no call of the pass is longer
-            rows += count
-            ways.append((costs[begin] + _PASS + rows * wide, begin))
-        cost, begin = min(ways)
+        rows, choices = 0, []
+        for start in reversed(range(end)):
+            num_rows, length, _ = calls[order[start]].embeds.shape  # the longest call of the pass
+            rows += num_rows
+            choices.append((costs[start] + _PASS_COST + rows * length, start))
+        cost, start = min(choices)
         costs.append(cost)
-        begins.append(begin)
-    found: list[list[int]] = []
+        starts.append(start)
+    groups: list[list[int]] = []
     end = len(order)
     while end:
-        found.insert(0, order[begins[end] : end])
-        end = begins[end]
-    return found
+        groups.insert(0, order[starts[end] : end])
+        end = starts[end]
+    return groups
 
 
-def _shared(backbone: Callable[..., Tensor], calls: Sequence[Call]) -> list[Tensor]:
-    """One pass for all of them."""
-    wide = max(call.embeds.shape[1] for call in calls)
-    embeds = torch.cat([pad_queries(call.embeds, wide) for call in calls])
-    positions = torch.cat([pad_queries(call.positions, wide) for call in calls])
+def _run_pass(backbone: Backbone, calls: Sequence[BackboneCall]) -> list[Tensor]:
+    """Stack the rows of all calls, padded to the longest, run them once, and split them again."""
+    length = max(call.embeds.shape[1] for call in calls)
+    embeds = torch.cat([pad_queries(call.embeds, length) for call in calls])
+    positions = torch.cat([pad_queries(call.positions, length) for call in calls])
     context = AttentionContext.stack(
         [call.context for call in calls], [call.positions for call in calls]
     )

@@ -1,4 +1,4 @@
-"""Recordings at other addresses: fetched only from hosts that the operator has listed."""
+"""Download recordings by URL, only from hosts that the operator allows."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ from urllib.parse import urlsplit
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
 
-_SECONDS = 10.0
+_TIMEOUT = 10.0
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it could lead to a host that is not listed."""
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect: it could lead to a host that is not allowed."""
 
     def redirect_request(self, *args: Any) -> None:
-        """Refuse."""
+        """Refuse the redirect."""
 
 
-def download_recording(url: object, hosts: Sequence[str], limits: Limits, param: str) -> bytes:
-    """Bytes at an ``http`` or ``https`` address whose ``host`` or ``host:port`` is in ``hosts``.
+def download_recording(url: str, allowed_hosts: Sequence[str], limits: Limits, param: str) -> bytes:
+    """Return the bytes at an http(s) URL whose ``host`` or ``host:port`` is allowed.
 
     Raises:
-        Refusal: the host is not listed, does not answer, or sends too much.
+        RequestError: the host is not allowed, does not answer (400), or sends too much (413).
     """
-    if not isinstance(url, str):
-        raise bad_request(f"{param} must be text, got {type(url).__name__}", param)
     try:
         parts = urlsplit(url)
-        place = parts.netloc.lower()
+        host = parts.netloc.lower()
     except ValueError as error:
-        raise bad_request(f"{param} is not an address: {error}", param) from error
+        raise bad_request(f"{param} is not a URL: {error}", param) from error
     if parts.scheme not in ("http", "https"):
-        raise bad_request(f"{param} must be a data URI, or http(s) from a listed host", param)
-    if place not in hosts:
+        raise bad_request(f"{param} must be a data URI, or http(s) at an allowed host", param)
+    if host not in allowed_hosts:
         raise bad_request(
-            f"{param}: this server does not fetch from {place or 'there'}; send the recording "
+            f"{param}: this server does not download from {host or 'there'}; send the recording "
             "itself as input_audio, or as a data URI",
             param,
             code="remote_not_allowed",
         )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
+    # Proxies of the environment are ignored: they would hide the host that is asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
     try:
-        with opener.open(url, timeout=_SECONDS) as reply:
-            data: bytes = reply.read(limits.bytes + 1)
+        with opener.open(url, timeout=_TIMEOUT) as response:
+            data: bytes = response.read(limits.max_body_bytes + 1)
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise bad_request(f"{param} cannot be fetched: {error}", param) from error
-    if len(data) > limits.bytes:
-        raise too_large(f"{param} holds more than {limits.bytes} bytes", param)
+        raise bad_request(f"{param} cannot be downloaded: {error}", param) from error
+    if len(data) > limits.max_body_bytes:
+        raise too_large(f"{param} holds more than {limits.max_body_bytes} bytes", param)
     return data

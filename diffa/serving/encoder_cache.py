@@ -1,4 +1,4 @@
-"""Recordings become embeddings once: newcomers in batches, those heard before from memory."""
+"""Audio embeddings of recent recordings, cached by content."""
 
 from __future__ import annotations
 
@@ -6,68 +6,72 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diffa.audio import pad
 from diffa.canvas.batch import unpad_embeds
 
-TOGETHER = 8  # recordings that the encoder hears at once: longer batches make others wait
+if TYPE_CHECKING:
+    from diffa.model import Model
+
+_MAX_BATCH = 8  # recordings per encoder pass: while a longer one runs, decoding waits
 
 
-class Ears:
-    """A model's ``listen`` with a memory of recent recordings; any number of threads may use it.
+class EncoderCache:
+    """Encode recordings with ``model.listen`` and keep recent results (LRU); thread-safe.
 
     Args:
-        model: what listens.
-        room: embeddings that are remembered, of all recordings together; 0 for none.
+        model: its encoder and adapter make the embeddings.
+        capacity: embeddings kept, summed over recordings. 0: none.
     """
 
-    def __init__(self, model: Any, room: int) -> None:
-        self._model, self._room, self._used = model, room, 0
-        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+    def __init__(self, model: Model, capacity: int) -> None:
+        self._model, self._capacity, self._size = model, capacity, 0
+        self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
+        # Held for look-ups and insertions only: workers encode at the same time, and two that
+        # encode the same recording do so twice rather than wait for each other.
         self._lock = threading.Lock()
 
-    def __call__(self, waves: Sequence[Tensor]) -> list[Tensor | Exception]:
-        """Embeddings (N, W) of each waveform (S,), or what went wrong with it."""
-        keys = [key(wave) for wave in waves]
-        found: dict[bytes, Tensor | Exception] = {}
+    def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor | Exception]:
+        """Return the embeddings (N, W) of each waveform (S,), or its error."""
+        keys = [content_key(waveform) for waveform in waveforms]
+        results: dict[bytes, Tensor | Exception] = {}
         with self._lock:
-            for name in keys:
-                if name in self._known:
-                    self._known.move_to_end(name)
-                    found[name] = self._known[name]
-        new = {name: wave for name, wave in zip(keys, waves, strict=True) if name not in found}
-        order = sorted(new, key=lambda name: len(new[name]))  # alike in length: little padding
-        for start in range(0, len(order), TOGETHER):
-            names = order[start : start + TOGETHER]
-            heard = self._listen([new[name] for name in names])
-            found.update(zip(names, heard, strict=True))
+            for key in keys:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    results[key] = self._entries[key]
+        missing = {k: wave for k, wave in zip(keys, waveforms, strict=True) if k not in results}
+        by_length = sorted(missing, key=lambda k: len(missing[k]))  # neighbours need little padding
+        for start in range(0, len(by_length), _MAX_BATCH):
+            batch = by_length[start : start + _MAX_BATCH]
+            results.update(zip(batch, self._encode([missing[k] for k in batch]), strict=True))
         with self._lock:
-            for name in order:
-                self._remember(name, found[name])
-        return [found[name] for name in keys]
+            for key in by_length:
+                self._insert(key, results[key])
+        return [results[key] for key in keys]
 
-    def _listen(self, waves: Sequence[Tensor]) -> Sequence[Tensor | Exception]:
-        """Hear a batch; where that fails, each by itself."""
+    def _encode(self, waveforms: Sequence[Tensor]) -> Sequence[Tensor | Exception]:
+        """Encode a batch; if that fails, each recording alone, so that one fault stays one."""
         try:
-            return unpad_embeds(self._model.listen(*pad(waves)))
+            return unpad_embeds(self._model.listen(*pad(waveforms)))
         except Exception as error:
-            if len(waves) == 1:
+            if len(waveforms) == 1:
                 return [error]
-            return [self._listen([wave])[0] for wave in waves]
+            return [self._encode([waveform])[0] for waveform in waveforms]
 
-    def _remember(self, name: bytes, heard: Tensor | Exception) -> None:
-        """Keep embeddings, and forget what was used longest ago where there is no room."""
-        if isinstance(heard, Exception) or len(heard) > self._room or name in self._known:
+    def _insert(self, key: bytes, embeds: Tensor | Exception) -> None:
+        """Add an entry and evict the least recently used ones; the lock is held."""
+        if isinstance(embeds, Exception) or len(embeds) > self._capacity or key in self._entries:
             return
-        self._known[name] = heard.clone()  # a view would keep its whole batch
-        self._used += len(heard)
-        while self._used > self._room:
-            self._used -= len(self._known.popitem(last=False)[1])
+        self._entries[key] = embeds.clone()  # a view would keep its whole batch in memory
+        self._size += len(embeds)
+        while self._size > self._capacity:
+            self._size -= len(self._entries.popitem(last=False)[1])
 
 
-def key(wave: Tensor) -> bytes:
-    """Equal for equal waveforms."""
-    return hashlib.sha256(wave.numpy(force=True).tobytes()).digest()
+def content_key(waveform: Tensor) -> bytes:
+    """Return the SHA-256 of a waveform's samples."""
+    return hashlib.sha256(waveform.numpy(force=True).tobytes()).digest()

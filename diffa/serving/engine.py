@@ -1,223 +1,246 @@
-"""Continuous batching: requests join and leave between forwards, which all of them share."""
+"""The engine: a bounded queue of requests, and the workers that decode them."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from diffa.serving.encoder_cache import Ears
+from diffa.serving.encoder_cache import EncoderCache
 from diffa.serving.errors import deadline_exceeded, queue_full, shutting_down
-from diffa.serving.requests import Failed, Ticket
-from diffa.serving.worker import Lane
+from diffa.serving.requests import FailedEvent, RequestHandle
+from diffa.serving.worker import Worker
 
-# Rows that are worth a lane of their own: for nano on two cores, two forwards of 8 rows beside
-# each other take three quarters of the time of one forward of 16 rows on both.
-_LANE = 4
+if TYPE_CHECKING:
+    from diffa.model import Model
+
+# Rows that are worth a worker of their own: for nano on two cores, two forward passes of 8 rows
+# side by side take three quarters of the time of one pass of 16 rows on both cores.
+_MIN_ROWS_PER_WORKER = 4
 
 
-class Load(NamedTuple):
-    """How busy an engine is: requests waiting and running, forwards so far and rows in them."""
+class EngineLoad(NamedTuple):
+    """Requests waiting and running now, forward passes so far, and the sum of their rows."""
 
-    waiting: int
-    running: int
+    num_waiting: int
+    num_running: int
     num_forwards: int
-    rows: int
+    num_rows: int
 
 
 class Engine:
-    """Answers requests of one model in shared forwards.
+    """Decode requests of one model in shared forward passes.
 
-    Each request keeps its own canvas, memory and draws; ``sharing.together`` lets the backbone see
-    them side by side. Requests join as soon as there is room, and leave when their answer is final.
-    On a CPU of several cores they are spread over lanes, whose forwards run beside each other:
-    small matrices keep one core busy, but not many. Where the others have nothing to do, the first
-    takes what comes, and uses the cores that their teams leave it: in sum no more threads compute
-    than there are cores (``diffa.runtime.threads``).
+    Each request keeps its own canvas rows, KV cache and random draws, so its answer does not
+    depend on the other requests. It joins as soon as a worker has room, and leaves when its
+    answer is final.
+
+    An accelerator gets one worker. A CPU of several cores gets several, whose passes run side by
+    side: small matrices do not keep many cores busy. Requests go to the first worker while it is
+    idle; alone, it uses the cores of the others as well. All workers together never compute on
+    more threads than there are cores (``diffa.runtime.threads``).
 
     Args:
-        model: what answers.
-        rows: requests that are answered at a time, in all lanes together.
-        waiting: requests that may wait; ``submit`` refuses more.
-        remember: embeddings of recent recordings that are kept, in case they are asked about again.
-        lanes: threads that run forwards; by default one on an accelerator, and on a CPU as many as
-            PyTorch has threads, with ``_LANE`` rows each at least.
-        on_forward: told the rows of every shared forward and its seconds, from any lane's thread.
+        model: decodes the answers.
+        max_batch_size: requests decoded at the same time, in all workers together.
+        max_waiting: requests that may wait; ``submit`` refuses more.
+        cached_embeddings: audio embeddings kept for further questions about a recording.
+        num_workers: default: one on an accelerator; on a CPU one per core, with at least
+            ``_MIN_ROWS_PER_WORKER`` rows each.
+        on_forward: receives the rows of every forward pass and its seconds, in any worker's
+            thread.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         *,
-        rows: int = 16,
-        waiting: int = 64,
-        remember: int = 0,
-        lanes: int | None = None,
+        max_batch_size: int = 16,
+        max_waiting: int = 64,
+        cached_embeddings: int = 0,
+        num_workers: int | None = None,
         on_forward: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.room = waiting
+        self.max_waiting = max_waiting
         self._on_forward = on_forward
-        self._queue: deque[Ticket] = deque()
-        self._pace = 1.0  # seconds per answer of late, for Retry-After
-        self._last = time.monotonic()
-        self._forwards = self._rows = 0
-        self._change = threading.Condition()  # its lock may be taken twice
+        self._queue: deque[RequestHandle] = deque()
+        self._seconds_per_answer = 1.0  # moving average, for Retry-After
+        self._last_end = time.monotonic()
+        self._num_forwards = self._num_rows = 0
+        # Guards the queue, the workers' flags and the counters. Submitters and workers wait for
+        # different changes, so notify_all is used throughout. It is re-entrant: submit() calls
+        # check_queue().
+        self._changed = threading.Condition()
         self._closed = False
         self._cores = torch.get_num_threads()
-        if lanes is None:
-            lanes = min(self._cores, rows // _LANE) if model.device.type == "cpu" else 1
-        lanes = max(1, min(lanes, rows))
-        self._each = max(1, self._cores // lanes)
-        self._hands = ThreadPoolExecutor(
-            rows, "cohort", initializer=torch.set_num_threads, initargs=(1,)
-        )  # what is large is computed by the lane; a team for each canvas would slow it
-        ears = Ears(model, remember)
-        self._lanes = [
-            Lane(
+        if num_workers is None:
+            most = min(self._cores, max_batch_size // _MIN_ROWS_PER_WORKER)
+            num_workers = most if model.device.type == "cpu" else 1
+        num_workers = max(1, min(num_workers, max_batch_size))
+        self._cores_per_worker = max(1, self._cores // num_workers)
+        # One PyTorch thread each: heads and backbone run in the workers, what is left is small,
+        # and a thread team per canvas would compete for the workers' cores.
+        self._canvas_threads = ThreadPoolExecutor(
+            max_batch_size, "canvas", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        encoder_cache = EncoderCache(model, cached_embeddings)
+        self._workers = [
+            Worker(
                 model,
-                ears,
-                (rows + lane) // lanes,
-                self._hands,
-                take=self._take,
-                threads=partial(self._threads, lane),
-                on_forward=self._note,
-                on_end=self._ended,
+                encoder_cache,
+                (max_batch_size + index) // num_workers,
+                self._canvas_threads,
+                next_requests=self._next_requests,
+                num_threads=partial(self._num_threads, index),
+                on_forward=self._count_forward,
+                on_batch_end=self._count_answers,
             )
-            for lane in range(lanes)
+            for index in range(num_workers)
         ]
-        for lane in self._lanes:
-            lane.thread.start()
+        for worker in self._workers:
+            worker.thread.start()
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, handle: RequestHandle) -> None:
         """Queue a request.
 
         Raises:
-            Refusal: the queue is full (429), or the engine is closing (503).
+            RequestError: the queue is full (429), or the engine is shutting down (503).
         """
-        with self._change:
-            if self._closed or not any(lane.thread.is_alive() for lane in self._lanes):
+        with self._changed:
+            if self._closed or not any(worker.thread.is_alive() for worker in self._workers):
                 raise shutting_down()
-            self.check_room()
-            self._queue.append(ticket)
-            self._change.notify_all()  # one would do, but it may be one that leaves it to another
+            self.check_queue()
+            self._queue.append(handle)
+            self._changed.notify_all()  # notify() might wake a worker that leaves it to another
 
-    def check_room(self) -> None:
-        """Raise Refusal (429) while the queue is full."""
-        with self._change:
-            self._purge()
-            if len(self._queue) >= self.room:
-                wait = 1 + int(self._pace * len(self._queue))
+    def check_queue(self) -> None:
+        """Raise RequestError (429) while the queue is full."""
+        with self._changed:
+            self._drop_ended()
+            if len(self._queue) >= self.max_waiting:
+                wait = 1 + int(self._seconds_per_answer * len(self._queue))
                 raise queue_full(f"{len(self._queue)} requests are waiting: try again later", wait)
 
-    def load(self) -> Load:
-        """How busy the engine is."""
-        with self._change:
-            running = sum(lane.rows for lane in self._lanes)
-            return Load(len(self._queue), running, self._forwards, self._rows)
+    def load(self) -> EngineLoad:
+        """Return how busy the engine is."""
+        with self._changed:
+            running = sum(worker.num_active for worker in self._workers)
+            return EngineLoad(len(self._queue), running, self._num_forwards, self._num_rows)
 
     @property
     def alive(self) -> bool:
-        """Whether the lanes' threads run."""
-        return all(lane.thread.is_alive() for lane in self._lanes)
+        """Whether all workers' threads run."""
+        return all(worker.thread.is_alive() for worker in self._workers)
 
-    def close(self, wait: float = 0.0) -> None:
-        """Refuse new requests, wait up to so many seconds for the others, then drop them."""
-        until = time.monotonic() + wait
-        with self._change:
+    def close(self, timeout: float = 0.0) -> None:
+        """Refuse new requests, wait up to ``timeout`` seconds for the others, then fail them."""
+        until = time.monotonic() + timeout
+        with self._changed:
             self._closed = True
-            self._change.notify_all()
+            self._changed.notify_all()
         self._join(until)
-        cohorts = [cohort for lane in self._lanes for cohort in tuple(lane.cohorts)]
-        with self._change:
-            left = [*self._queue, *(t for cohort in cohorts for t in cohort.tickets)]
-        for ticket in left:
-            ticket.end(Failed(shutting_down()))
-        self._join(time.monotonic() + 10)
-        self._hands.shutdown(wait=False)
+        batches = [batch for worker in self._workers for batch in tuple(worker.batches)]
+        with self._changed:
+            rest = [*self._queue, *(handle for batch in batches for handle in batch.handles)]
+        for handle in rest:
+            handle.finish(FailedEvent(shutting_down()))
+        self._join(time.monotonic() + 10)  # batches end at their next forward pass
+        self._canvas_threads.shutdown(wait=False)
 
     def _join(self, until: float) -> None:
-        for lane in self._lanes:
-            lane.thread.join(max(0.0, until - time.monotonic()))
+        for worker in self._workers:
+            worker.thread.join(max(0.0, until - time.monotonic()))
 
-    def _take(self, lane: Lane) -> Sequence[Ticket] | None:
-        """Wait until a lane has something to do; what it is to begin with."""
-        with self._change:
+    def _next_requests(self, worker: Worker) -> Sequence[RequestHandle] | None:
+        """Wait until a worker has something to do; return its new requests, None at shutdown."""
+        with self._changed:
             try:
-                return self._next(lane)
-            except BaseException:  # it ends: what comes from now on is the others'
-                lane.idle = False
-                self._change.notify_all()
+                return self._wait_for_work(worker)
+            except BaseException:
+                # The worker ends. It must not count as idle: the others would wait for it.
+                worker.idle = False
+                self._changed.notify_all()
                 raise
 
-    def _next(self, lane: Lane) -> Sequence[Ticket] | None:
-        lane.idle = not lane.cohorts
-        while not ((self._queue and self._may_begin(lane)) or lane.cohorts or self._closed):
-            self._change.wait()
-        self._purge()
-        if self._closed and not (self._queue or lane.cohorts):
+    def _wait_for_work(self, worker: Worker) -> Sequence[RequestHandle] | None:
+        worker.idle = not worker.batches
+        while not ((self._queue and self._may_begin(worker)) or worker.batches or self._closed):
+            self._changed.wait()
+        self._drop_ended()
+        if self._closed and not (self._queue or worker.batches):
             return None
-        fresh = self._admitted(lane)
-        lane.idle = not (fresh or lane.cohorts)
-        lane.worked = lane.worked or not lane.idle
+        new = self._admit(worker)
+        worker.idle = not (new or worker.batches)
+        worker.was_used = worker.was_used or not worker.idle
         if self._queue:
-            self._change.notify_all()  # the other lanes may begin
-        return fresh
+            self._changed.notify_all()  # now another worker may begin
+        return new
 
-    def _may_begin(self, lane: Lane) -> bool:
-        """Whether a lane that has nothing to do takes requests: the first always comes first."""
-        return lane is self._lanes[0] or not self._lanes[0].idle
+    def _may_begin(self, worker: Worker) -> bool:
+        """Whether an idle worker takes requests: the first one, or any while that is busy."""
+        return worker is self._workers[0] or not self._workers[0].idle
 
-    def _purge(self) -> None:
-        """Forget requests in the queue that nobody waits for, or that are too late."""
+    def _drop_ended(self) -> None:
+        """Remove requests from the queue that were cancelled or have expired."""
         now = time.monotonic()
-        for ticket in self._queue:
-            if now > ticket.until:
-                ticket.end(Failed(deadline_exceeded(ticket.deadline)))
-        if not all(ticket.open for ticket in self._queue):
-            self._queue = deque(ticket for ticket in self._queue if ticket.open)
+        for handle in self._queue:
+            handle.fail_if_expired(now, deadline_exceeded)
+        if not all(handle.active for handle in self._queue):
+            self._queue = deque(handle for handle in self._queue if handle.active)
 
-    def _admitted(self, lane: Lane) -> list[Ticket]:
-        """Take a lane's share off the queue: a few at once rather than each by itself, and such as
-        one canvas can hold, which costs its sampler hardly more than a canvas of a single row. Who
-        waits longest always comes first, so that nobody is overtaken for ever."""
-        taken = {one: max(one.rows, len(one.cohorts)) for one in self._lanes}
-        if not any(taken.values()):
-            self._last = time.monotonic()
-        free = lane.most - taken[lane]
-        if lane.rows and free < min(len(self._queue), max(1, lane.most // 4)):
+    def _admit(self, worker: Worker) -> list[RequestHandle]:
+        """Take a worker's share off the queue, the oldest request first.
+
+        Requests that can share a canvas are taken together: a canvas of several rows costs its
+        sampler hardly more than one of a single row. For the same reason a busy worker waits
+        until a quarter of its rows is free, unless that is enough for the whole queue. The oldest
+        request is always first, so that none is overtaken for ever.
+        """
+        # A batch whose requests were all cancelled still holds a thread until its next pass.
+        load = {one: max(one.num_active, len(one.batches)) for one in self._workers}
+        if not any(load.values()):
+            self._last_end = time.monotonic()  # an idle engine is not a slow one
+        free = worker.max_batch_size - load[worker]
+        quarter = max(1, worker.max_batch_size // 4)
+        if worker.num_active and free < min(len(self._queue), quarter):
             return []
-        fair = -(-(len(self._queue) + sum(taken.values())) // len(self._lanes))
-        room = max(0, min(free, fair - taken[lane]))
-        alike: dict[Hashable, list[Ticket]] = {}
-        for ticket in self._queue:
-            alike.setdefault(ticket.job.shape, []).append(ticket)
-        ordered = [ticket for tickets in alike.values() for ticket in tickets]
-        chosen = set(map(id, ordered[:room]))
-        self._queue = deque(ticket for ticket in self._queue if id(ticket) not in chosen)
-        return ordered[:room]
+        fair_share = -(-(len(self._queue) + sum(load.values())) // len(self._workers))
+        room = max(0, min(free, fair_share - load[worker]))
+        groups: dict[Hashable, list[RequestHandle]] = defaultdict(list)
+        for handle in self._queue:
+            groups[handle.request.batch_key].append(handle)
+        admitted = [handle for group in groups.values() for handle in group][:room]
+        ids = set(map(id, admitted))
+        self._queue = deque(handle for handle in self._queue if id(handle) not in ids)
+        return admitted
 
-    def _threads(self, lane: int) -> int:
-        """Cores for a lane that is at work. Alone, the first has all but those that the others'
-        teams count for, where they have one."""
-        others = self._lanes[1:]
-        if lane or not all(other.idle for other in others):
-            return self._each
-        return self._cores - sum(other.worked for other in others) * (self._each - 1)
+    def _num_threads(self, index: int) -> int:
+        """Return the PyTorch threads for a worker that computes now.
 
-    def _note(self, rows: int, seconds: float) -> None:
-        with self._change:
-            self._forwards, self._rows = self._forwards + 1, self._rows + rows
+        The first worker alone may use all cores. But OpenMP keeps a thread team for each thread
+        that ever computed, so it leaves out the extra threads of workers that were used.
+        """
+        others = self._workers[1:]
+        if index or not all(other.idle for other in others):
+            return self._cores_per_worker
+        used = sum(other.was_used for other in others)
+        return self._cores - used * (self._cores_per_worker - 1)
+
+    def _count_forward(self, num_rows: int, seconds: float) -> None:
+        with self._changed:
+            self._num_forwards, self._num_rows = self._num_forwards + 1, self._num_rows + num_rows
         if self._on_forward is not None:
-            self._on_forward(rows, seconds)
+            self._on_forward(num_rows, seconds)
 
-    def _ended(self, requests: int) -> None:
-        with self._change:
+    def _count_answers(self, count: int) -> None:
+        with self._changed:
             now = time.monotonic()
-            each = (now - self._last) / requests
-            self._pace, self._last = 0.9 * self._pace + 0.1 * each, now
+            seconds = (now - self._last_end) / count
+            self._seconds_per_answer = 0.9 * self._seconds_per_answer + 0.1 * seconds
+            self._last_end = now

@@ -1,4 +1,4 @@
-"""What a server takes: sizes, seconds, tokens, and how many requests at once."""
+"""Limits of a server: sizes, seconds, tokens and concurrent requests."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """What a server takes.
+    """What a server accepts.
 
     Attributes:
-        rows: requests that are answered together.
-        waiting: requests that may wait for their turn; more are refused with 429.
-        connections: requests whose bodies may be read at the same time; more get 429.
-        bytes: of a request's body.
-        characters: of a question, and of a system turn.
-        audio: seconds of a recording.
-        tokens: of an answer.
+        max_batch_size: requests decoded at the same time.
+        max_waiting: requests that wait for a place in the batch; more get 429.
+        max_connections: requests whose bodies are read at the same time; more get 429.
+        max_body_bytes: bytes of a request's body.
+        max_text_chars: characters of a question, and of a system prompt.
+        max_audio_seconds: seconds of a recording.
+        max_tokens: tokens of an answer.
         deadline: seconds from a request's arrival to the end of its answer.
-        body_seconds: until a request's body must have arrived.
-        remember: embeddings of recent recordings that are kept for further questions; a second of
-            audio is some 12 of them, and 1,000 of an 8B model take 16 MiB in float32.
-        drain: seconds that requests in flight get to finish at shutdown.
+        body_timeout: seconds until a request's body must have arrived.
+        cached_embeddings: audio embeddings kept for further questions about a recording. A second
+            of audio is about 12; 1,000 of an 8B model take 16 MiB in float32.
+        drain_timeout: seconds that running requests may take at shutdown.
     """
 
-    rows: int = 16
-    waiting: int = 64
-    connections: int = 256
-    bytes: int = 32 * 2**20
-    characters: int = 32768
-    audio: float = 600.0
-    tokens: int = 1024
+    max_batch_size: int = 16
+    max_waiting: int = 64
+    max_connections: int = 256
+    max_body_bytes: int = 32 * 2**20
+    max_text_chars: int = 32768
+    max_audio_seconds: float = 600.0
+    max_tokens: int = 1024
     deadline: float = 300.0
-    body_seconds: float = 30.0
-    remember: int = 8192
-    drain: float = 30.0
+    body_timeout: float = 30.0
+    cached_embeddings: int = 8192
+    drain_timeout: float = 30.0

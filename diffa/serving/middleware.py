@@ -1,4 +1,4 @@
-"""What a request must pass before it is read: keys, sizes, slow bodies, and a door that closes."""
+"""ASGI middleware: authentication, limits by headers, slow and large bodies, metrics."""
 
 from __future__ import annotations
 
@@ -15,100 +15,104 @@ from diffa.serving.service import Service
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
-PATHS = ("/v1/chat/completions", "/v1/audio/transcriptions", "/v1/models")
+_PATHS = ("/v1/chat/completions", "/v1/audio/transcriptions", "/v1/models")
 
 
-class Gate:
-    """ASGI middleware around the application; everything under ``/v1/`` passes through it."""
+class RequestLimits:
+    """ASGI middleware that refuses requests under ``/v1/`` before their bodies are parsed."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], service: Service) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or refuse one request."""
+        """Answer or refuse one request, and count it."""
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        service, begun, status = self._service, time.perf_counter(), [499]
+        service, begin = self._service, time.perf_counter()
+        status = 499  # unless a response starts, the client has disconnected
 
-        async def watched(message: Any) -> None:
+        async def send_counted(message: Any) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status[0] = message["status"]
+                status = message["status"]
             await send(message)
 
-        refused = self._check(scope)
-        if refused is not None:
-            await respond(refused, watched)
+        error = self._check_headers(scope)
+        if error is not None:
+            await _send_error(error, send_counted)
         else:
-            service.inflight += 1
+            # Only the event loop's thread changes the number: no lock is needed.
+            service.num_inflight += 1
             try:
-                await self._app(scope, Body(receive, service).receive, watched)
+                await self._app(scope, BoundedBody(receive, service).receive, send_counted)
             finally:
-                service.inflight -= 1
-        path = next((known for known in PATHS if scope["path"].startswith(known)), "other")
-        service.metrics.requests.labels(path, str(status[0])).inc()
-        service.metrics.seconds.labels(path).observe(time.perf_counter() - begun)
+                service.num_inflight -= 1
+        # Unknown paths share a label: clients must not be able to create new time series.
+        path = next((known for known in _PATHS if scope["path"].startswith(known)), "other")
+        service.metrics.http_requests.labels(path, str(status)).inc()
+        service.metrics.http_seconds.labels(path).observe(time.perf_counter() - begin)
 
-    def _check(self, scope: Scope) -> RequestError | None:
-        """What is wrong with a request by its headers alone."""
+    def _check_headers(self, scope: Scope) -> RequestError | None:
+        """Return why a request is refused by its headers alone, or None."""
         service, limits = self._service, self._service.limits
         headers = {key.lower(): value for key, value in scope["headers"]}
         if service.draining:
             return shutting_down()
-        if service.keys and not self._known(headers.get(b"authorization", b"")):
+        if service.api_keys and not self._has_valid_key(headers.get(b"authorization", b"")):
             return RequestError(401, "a valid API key is needed: 'Authorization: Bearer KEY'")
-        if service.inflight >= limits.connections:
+        if service.num_inflight >= limits.max_connections:
             return RequestError(429, "too many connections", code="queue_full", retry_after=1)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            return RequestError(415, "a body must be sent as it is, without Content-Encoding")
+            return RequestError(415, "send the body without Content-Encoding")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return bad_request("Content-Length must be a number")
-        if len(length) > 18 or int(length) > limits.bytes:
-            return too_large(f"a body can have {limits.bytes} bytes at most")
+        if len(length) > 18 or int(length) > limits.max_body_bytes:
+            return too_large(f"a body may have {limits.max_body_bytes} bytes at most")
         return None
 
-    def _known(self, given: bytes) -> bool:
-        scheme, _, key = given.partition(b" ")
-        right = [hmac.compare_digest(key.strip(), k.encode()) for k in self._service.keys]
-        return scheme.lower() == b"bearer" and any(right)
+    def _has_valid_key(self, authorization: bytes) -> bool:
+        scheme, _, key = authorization.partition(b" ")
+        # All keys are compared, in constant time: the duration must not tell which one is close.
+        equal = [hmac.compare_digest(key.strip(), k.encode()) for k in self._service.api_keys]
+        return scheme.lower() == b"bearer" and any(equal)
 
 
-class Body:
-    """Receives one body: not more bytes than are taken, and not more slowly than is bearable."""
+class BoundedBody:
+    """Receive one body within the limits on bytes and seconds, whatever its headers say."""
 
     def __init__(self, receive: Receive, service: Service) -> None:
         self._receive, self._limits = receive, service.limits
-        self._left, self._done = service.limits.bytes, False
-        self._until = time.monotonic() + service.limits.body_seconds
+        self._bytes_left, self._complete = service.limits.max_body_bytes, False
+        self._until = time.monotonic() + service.limits.body_timeout
 
     async def receive(self) -> Any:
-        """The next message.
+        """Return the next ASGI message.
 
         Raises:
-            Refusal: too many bytes (413), or too late (408).
+            RequestError: too many bytes (413), or too late (408).
         """
-        if self._done:
+        if self._complete:  # then the next message is the disconnect, which may take hours
             return await self._receive()
         try:
-            wait = max(0.0, self._until - time.monotonic())
-            message = await asyncio.wait_for(self._receive(), wait)
+            timeout = max(0.0, self._until - time.monotonic())
+            message = await asyncio.wait_for(self._receive(), timeout)
         except TimeoutError as error:
-            seconds = self._limits.body_seconds
+            seconds = self._limits.body_timeout
             raise RequestError(408, f"the body did not arrive within {seconds:g} s") from error
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            self._done = not message.get("more_body", False)
-            if self._left < 0:
-                raise too_large(f"a body can have {self._limits.bytes} bytes at most")
+            self._bytes_left -= len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._bytes_left < 0:
+                raise too_large(f"a body may have {self._limits.max_body_bytes} bytes at most")
         return message
 
 
-async def respond(refused: RequestError, send: Send) -> None:
-    """Send a refusal as JSON."""
-    body = json.dumps(refused.body()).encode()
+async def _send_error(error: RequestError, send: Send) -> None:
+    body = json.dumps(error.body()).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    headers |= refused.headers()
+    headers |= error.headers()
     pairs = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
-    await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})

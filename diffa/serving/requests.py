@@ -1,50 +1,53 @@
-"""A request on its way through the engine: what is asked, and what becomes of it."""
+"""A request inside the engine: what to generate, its handle, and the events it produces."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffa.types import Sampler
 
 
-class Job(NamedTuple):
+class GenerationRequest(NamedTuple):
     """What the engine needs to know of a request.
 
     Attributes:
         prompt: token ids (L,).
-        wave: at the encoder's rate (S,), or None.
-        audio_at: index in the prompt before which the audio goes.
-        max_tokens: length of the answer.
-        sampler: what decodes it.
-        kind: equal for equal samplers: their options.
-        seed: of the sampler's draws.
-        watched: whether every step is wanted, not the answer alone.
+        waveform: the recording at the encoder's rate (S,), or None.
+        audio_at: index in the prompt before which the audio embeddings go.
+        max_tokens: answer slots of the canvas.
+        sampler: decodes the answer.
+        sampler_key: equal for samplers with equal options.
+        seed: seed of the sampler's draws.
+        stream: whether every step is reported, or the finished answer alone.
     """
 
     prompt: Tensor
-    wave: Tensor | None
+    waveform: Tensor | None
     audio_at: int
     max_tokens: int
-    sampler: Any
-    kind: Hashable
+    sampler: Sampler
+    sampler_key: Hashable
     seed: int = 0
-    watched: bool = False
+    stream: bool = False
 
     @property
-    def shape(self) -> Hashable:
-        """Equal for requests that one canvas may hold."""
-        return self.kind, self.max_tokens
+    def batch_key(self) -> Hashable:
+        """Equal for requests that can share a canvas."""
+        return self.sampler_key, self.max_tokens
 
 
-class Begun(NamedTuple):
+class StartedEvent(NamedTuple):
     """The request has left the queue."""
 
 
-class Moment(NamedTuple):
-    """One row of a ``Step``: tokens, which are final, and confidences, (A,) each."""
+class StepEvent(NamedTuple):
+    """One row of a ``Step``: tokens, which of them are final, and confidences, (A,) each."""
 
     tokens: Tensor
     final: Tensor
@@ -52,56 +55,66 @@ class Moment(NamedTuple):
     num_forwards: int
 
 
-class Done(NamedTuple):
-    """The answer: tokens (A,), forwards it took, and embeddings its audio became."""
+class FinishedEvent(NamedTuple):
+    """The answer (A,), the forward passes it took, and the number of its audio embeddings."""
 
     tokens: Tensor
     num_forwards: int
-    heard: int
+    num_audio_embeds: int
 
 
-class Failed(NamedTuple):
-    """No answer, and why."""
+class FailedEvent(NamedTuple):
+    """The error because of which there is no answer."""
 
     error: Exception
 
 
-Event = Begun | Moment | Done | Failed
+Event = StartedEvent | StepEvent | FinishedEvent | FailedEvent
 
 
-class Ticket:
-    """A request in the engine. It ends exactly once: with ``Done``, ``Failed``, or ``cancel``.
+class RequestHandle:
+    """A submitted request. It ends once: with ``FinishedEvent``, ``FailedEvent`` or ``cancel``.
 
     Args:
-        job: what is asked.
-        notify: called with every event, from the engine's threads; must return at once.
-        deadline: seconds from now until the answer must be there.
+        request: what to generate.
+        on_event: receives every event, in threads of the engine; must return at once.
+        deadline: seconds from now until the answer must be finished.
     """
 
-    def __init__(self, job: Job, notify: Callable[[Event], None], deadline: float) -> None:
-        self.job, self.deadline = job, deadline
-        self.until = time.monotonic() + deadline
-        self.heard = 0
-        self._notify, self._open, self._lock = notify, True, threading.Lock()
+    def __init__(
+        self, request: GenerationRequest, on_event: Callable[[Event], None], deadline: float
+    ) -> None:
+        self.request, self.deadline = request, deadline
+        self.expires_at = time.monotonic() + deadline
+        self.num_audio_embeds = 0
+        self._on_event, self._active = on_event, True
+        # A worker, a canvas's thread, the engine's close() and the client's disconnect may end a
+        # request at the same time; the lock lets exactly one of them report.
+        self._lock = threading.Lock()
 
     @property
-    def open(self) -> bool:
-        """Whether anybody still waits for the answer."""
-        return self._open
+    def active(self) -> bool:
+        """Whether a client still waits for the answer."""
+        return self._active
 
-    def tell(self, event: Event) -> None:
-        """Report progress, unless the ticket has ended."""
-        if self._open:
-            self._notify(event)
+    def publish(self, event: Event) -> None:
+        """Report progress, unless the request has ended."""
+        if self._active:
+            self._on_event(event)
 
-    def end(self, event: Done | Failed) -> None:
-        """End with an answer or an error; only the first end counts."""
+    def finish(self, event: FinishedEvent | FailedEvent) -> None:
+        """End with an answer or an error; only the first end is reported."""
         with self._lock:
-            first, self._open = self._open, False
-        if first:
-            self._notify(event)
+            was_active, self._active = self._active, False
+        if was_active:
+            self._on_event(event)
+
+    def fail_if_expired(self, now: float, error: Callable[[float], Exception]) -> None:
+        """End with ``error(deadline)`` when the deadline has passed."""
+        if self._active and now > self.expires_at:
+            self.finish(FailedEvent(error(self.deadline)))
 
     def cancel(self) -> None:
-        """Nobody waits any more; the row leaves its batch at the next forward."""
+        """End without a report; the row leaves its batch before the next forward pass."""
         with self._lock:
-            self._open = False
+            self._active = False

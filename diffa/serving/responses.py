@@ -1,4 +1,4 @@
-"""Answers in OpenAI's words: a completion at once, or pieces of it as server-sent events."""
+"""Responses in OpenAI's format: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -6,166 +6,224 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Protocol
 
 from diffa.serving.errors import RequestError, error_body
-from diffa.serving.requests import Done, Event, Moment
-from diffa.serving.service import Prepared, Service, Session
-from diffa.serving.streaming import Teller, count, draft
+from diffa.serving.requests import Event, FinishedEvent, StepEvent
+from diffa.serving.service import EventStream, PreparedRequest, Service
+from diffa.serving.streaming import TextStream, count_tokens, format_draft
+
+Json = dict[str, Any]
 
 
-class Answered:
-    """A finished answer: its text, and the numbers that go with it."""
+class FinishedAnswer:
+    """A finished answer: its text, why it ended, and the numbers that responses carry."""
 
-    def __init__(self, service: Service, prepared: Prepared, done: Done, seconds: float) -> None:
+    def __init__(
+        self, service: Service, prepared: PreparedRequest, event: FinishedEvent, seconds: float
+    ) -> None:
         vocab = service.model.backbone.vocab
-        self.text = service.chat.decode(done.tokens)
-        self.tokens = count(done.tokens, vocab)
-        self.ended = bool((done.tokens == vocab.eos).any())
+        self.text = service.chat.decode(event.tokens)
+        num_tokens = count_tokens(event.tokens, vocab)
+        self.finish_reason = "stop" if bool((event.tokens == vocab.eos).any()) else "length"
+        num_prompt_tokens = len(prepared.request.prompt) + event.num_audio_embeds
         self.usage = {
-            "prompt_tokens": len(prepared.job.prompt) + done.heard,
-            "completion_tokens": self.tokens,
-            "total_tokens": len(prepared.job.prompt) + done.heard + self.tokens,
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
         }
-        self.extra = {
-            "num_forwards": done.num_forwards,
-            "tokens_per_forward": round(self.tokens / max(1, done.num_forwards), 3),
+        self.diffa = {
+            "num_forwards": event.num_forwards,
+            "tokens_per_forward": round(num_tokens / max(1, event.num_forwards), 3),
             "seconds": round(seconds, 4),
-            "audio_seconds": round(prepared.seconds, 3),
+            "audio_seconds": round(prepared.audio_seconds, 3),
         }
-        service.metrics.tokens.inc(self.tokens)
-
-    @property
-    def reason(self) -> str:
-        """Why the answer ends: it was over, or ``max_tokens`` was."""
-        return "stop" if self.ended else "length"
+        service.metrics.tokens.inc(num_tokens)
 
 
-async def whole(service: Service, prepared: Prepared, gone: Awaitable[None]) -> Answered | None:
-    """The answer; None where the client has gone before it was ready.
+async def wait_for_answer(
+    service: Service, prepared: PreparedRequest, disconnect: Awaitable[None]
+) -> FinishedAnswer | None:
+    """Return the answer, or None if the client disconnects first.
 
     Raises:
-        Refusal: it cannot be given.
+        RequestError: the request fails.
     """
-    leaving = asyncio.ensure_future(gone)
+    disconnected = asyncio.ensure_future(disconnect)
     try:
-        with Session(service, prepared) as session:
-            while (event := await coming(session, leaving)) is not None:
-                if isinstance(event, Done):
-                    return Answered(service, prepared, event, session.seconds)
+        with EventStream(service, prepared) as stream:
+            while (event := await next_event(stream, disconnected)) is not None:
+                if isinstance(event, FinishedEvent):
+                    return FinishedAnswer(service, prepared, event, stream.seconds)
             return None
     finally:
-        leaving.cancel()
+        disconnected.cancel()
 
 
-async def coming(session: Session, gone: Awaitable[None]) -> Event | None:
-    """The next event of a session, or None where its client has gone before it."""
-    leaving = asyncio.ensure_future(gone)
-    event = asyncio.ensure_future(session.next())
+async def next_event(stream: EventStream, disconnect: Awaitable[None]) -> Event | None:
+    """Return the next event, or None if the client disconnects first."""
+    disconnected = asyncio.ensure_future(disconnect)
+    event = asyncio.ensure_future(stream.next())
     try:
-        await asyncio.wait((event, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((event, disconnected), return_when=asyncio.FIRST_COMPLETED)
         return event.result() if event.done() else None
     finally:
         event.cancel()
-        if leaving is not gone:
-            leaving.cancel()
+        if disconnected is not disconnect:  # a future of the caller's is used again
+            disconnected.cancel()
 
 
-def completion(service: Service, model: str, answered: Answered) -> dict[str, Any]:
-    """A ``chat.completion``; what OpenAI's has no place for is under ``diffa``."""
-    message = {"role": "assistant", "content": answered.text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answered.reason}
+def chat_completion(model_name: str, answer: FinishedAnswer) -> Json:
+    """Return a ``chat.completion``; numbers that OpenAI's lacks are under ``diffa``."""
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choice = {
+        "index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason,
+    }  # fmt: skip
     return {
-        **head(model, "chat.completion"),
+        **_completion_fields(model_name, "chat.completion"),
         "choices": [choice],
-        "usage": answered.usage,
-        "diffa": answered.extra,
+        "usage": answer.usage,
+        "diffa": answer.diffa,
     }
 
 
-def head(model: str, kind: str) -> dict[str, Any]:
-    """What completions and their chunks begin with."""
+def _completion_fields(model_name: str, kind: str) -> Json:
     name = f"chatcmpl-{uuid.uuid4().hex}"
-    return {"id": name, "object": kind, "created": int(time.time()), "model": model}
+    return {"id": name, "object": kind, "created": int(time.time()), "model": model_name}
 
 
-Wording = Callable[[str, Any], list[dict[str, Any]]]
-"""Turns what happened (``begin``, ``text``, ``draft``, ``end``) into the events that say so."""
+class StreamFormat(Protocol):
+    """Turns the progress of an answer into the events of an endpoint."""
+
+    def start(self) -> list[Json]:
+        """Return the events before any text."""
+        ...
+
+    def text(self, piece: str) -> list[Json]:
+        """Return the events of new text."""
+        ...
+
+    def draft(self, draft: Json) -> list[Json]:
+        """Return the events of a step's canvas."""
+        ...
+
+    def end(self, answer: FinishedAnswer) -> list[Json]:
+        """Return the last events."""
+        ...
 
 
-def chunks(model: str, *, usage: bool) -> Wording:
-    """The wording of ``/v1/chat/completions``: chunks with deltas, drafts under ``diffa``."""
-    base = head(model, "chat.completion.chunk")
+class ChatStream:
+    """Events of ``/v1/chat/completions``: chunks with deltas; drafts under ``diffa``."""
 
-    def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**base, "choices": [choice], **more}
+    def __init__(self, model_name: str, *, include_usage: bool) -> None:
+        self._fields = _completion_fields(model_name, "chat.completion.chunk")
+        self._include_usage = include_usage
 
-    def say(what: str, value: Any) -> list[dict[str, Any]]:
-        if what == "begin":
-            return [chunk({"role": "assistant", "content": ""})]
-        if what == "text":
-            return [chunk({"content": value})]
-        if what == "draft":
-            return [chunk({}, diffa={"draft": value})]
-        last = [chunk({}, value.reason, diffa=value.extra)]
-        return [*last, {**base, "choices": [], "usage": value.usage}] if usage else last
+    def _chunk(self, delta: Json, finish_reason: str | None = None, **more: Any) -> Json:
+        choice = {
+            "index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
+        }  # fmt: skip
+        return {**self._fields, "choices": [choice], **more}
 
-    return say
+    def start(self) -> list[Json]:
+        """Return a chunk with the role."""
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def text(self, piece: str) -> list[Json]:
+        """Return a chunk with new text."""
+        return [self._chunk({"content": piece})]
+
+    def draft(self, draft: Json) -> list[Json]:
+        """Return a chunk without text, which other clients ignore."""
+        return [self._chunk({}, diffa={"draft": draft})]
+
+    def end(self, answer: FinishedAnswer) -> list[Json]:
+        """Return the chunk with the reason, and one with the usage if it is wanted."""
+        last = [self._chunk({}, answer.finish_reason, diffa=answer.diffa)]
+        usage = {**self._fields, "choices": [], "usage": answer.usage}
+        return [*last, usage] if self._include_usage else last
 
 
-def transcripts(what: str, value: Any) -> list[dict[str, Any]]:
-    """The wording of ``/v1/audio/transcriptions``: text deltas, then the whole text."""
-    if what == "text":
-        return [{"type": "transcript.text.delta", "delta": value}]
-    if what == "end":
-        return [{"type": "transcript.text.done", "text": value.text}]
-    return []
+class TranscriptStream:
+    """Events of ``/v1/audio/transcriptions``: text deltas, then the whole text."""
+
+    def start(self) -> list[Json]:
+        """Return nothing."""
+        return []
+
+    def text(self, piece: str) -> list[Json]:
+        """Return a delta."""
+        return [{"type": "transcript.text.delta", "delta": piece}]
+
+    def draft(self, draft: Json) -> list[Json]:
+        """Return nothing."""
+        return []
+
+    def end(self, answer: FinishedAnswer) -> list[Json]:
+        """Return the whole text."""
+        return [{"type": "transcript.text.done", "text": answer.text}]
 
 
-async def pieces(
-    service: Service, session: Session, prepared: Prepared, say: Wording, *, drafts: bool
+async def stream_answer(
+    service: Service,
+    stream: EventStream,
+    prepared: PreparedRequest,
+    style: StreamFormat,
+    *,
+    drafts: bool,
 ) -> AsyncIterator[str]:
-    """Server-sent events of a session that has begun, ending in ``[DONE]``; it is left behind
-    when the client goes away."""
-    with_draft, teller, told = drafts, Teller(service.chat), False
-    vocab = service.model.backbone.vocab
+    """Yield the server-sent events of a started request, ending in ``[DONE]``.
+
+    The request is cancelled when the iterator is closed early, as it is at a disconnect.
+    """
     try:
-        for said in say("begin", None):
-            yield sse(said)
-        while True:
-            event = await session.next()
-            found: list[tuple[str, Any]] = []
-            if isinstance(event, Moment):
-                if with_draft:
-                    found.append(("draft", draft(event, service.chat, vocab)))
-                elif session.waiting():
-                    continue  # a later moment tells all that this one would
-                found.append(("text", teller.more(event)))
-            elif isinstance(event, Done):
-                found.append(("text", teller.rest(event.tokens)))
-                found.append(("end", Answered(service, prepared, event, session.seconds)))
-            for what, value in found:
-                if what == "text" and not value:
-                    continue
-                if what == "text" and not told:
-                    told = True
-                    service.metrics.first.observe(session.seconds)
-                for said in say(what, value):
-                    yield sse(said)
-            if isinstance(event, Done):
-                break
-    except RequestError as refused:
-        yield sse(refused.body())
+        for body in style.start():
+            yield sse(body)
+        async for body in _answer_events(service, stream, prepared, style, drafts=drafts):
+            yield sse(body)
+    except RequestError as error:  # the status is sent already: the error becomes an event
+        yield sse(error.body())
     except Exception as error:
         yield sse(error_body(500, f"{type(error).__name__} while answering"))
         raise
     finally:
-        session.leave()
+        stream.close()
     yield "data: [DONE]\n\n"
 
 
-def sse(value: dict[str, Any]) -> str:
-    """One server-sent event."""
+async def _answer_events(
+    service: Service,
+    stream: EventStream,
+    prepared: PreparedRequest,
+    style: StreamFormat,
+    *,
+    drafts: bool,
+) -> AsyncIterator[Json]:
+    text, has_text = TextStream(service.chat), False
+    vocab = service.model.backbone.vocab
+    event: Event | None = None
+    while not isinstance(event, FinishedEvent):
+        event = await stream.next()
+        piece = ""
+        if isinstance(event, StepEvent):
+            if drafts:
+                for body in style.draft(format_draft(event, service.chat, vocab)):
+                    yield body
+            elif stream.has_event():
+                continue  # a slow client skips steps: a later one has the same text and more
+            piece = text.push(event)
+        elif isinstance(event, FinishedEvent):
+            piece = text.finish(event.tokens)
+        if piece and not has_text:
+            has_text = True
+            service.metrics.time_to_first_text.observe(stream.seconds)
+        for body in style.text(piece) if piece else ():
+            yield body
+    for body in style.end(FinishedAnswer(service, prepared, event, stream.seconds)):
+        yield body
+
+
+def sse(value: Json) -> str:
+    """Return one server-sent event."""
     return f"data: {json.dumps(value)}\n\n"

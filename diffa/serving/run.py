@@ -1,4 +1,4 @@
-"""Run the server until it is told to stop, and let it finish what it has begun."""
+"""Run a server until SIGTERM or SIGINT, and drain it."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from diffa.serving.app import create_app
 from diffa.serving.service import Service
 
 
-class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional: mypy skips it
-    """Uvicorn, except that the first signal drains: requests in flight finish, new ones get 503.
+class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional: mypy skips it
+    """Uvicorn, except that the first signal drains: running requests finish, new ones get 503.
 
-    A second signal ends at once, and so does the end of ``limits.drain`` seconds.
+    A second signal ends it at once, and so do ``limits.drain_timeout`` seconds.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service, self._until = service, float("inf")
+        self._service, self._drain_until = service, float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain."""
+        """Start to drain."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True
-        self._until = time.monotonic() + self._service.limits.drain
+        self._drain_until = time.monotonic() + self._service.limits.drain_timeout
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: stop once nothing is left to finish, or it is too late."""
+        """Ten times a second, stop if nothing is left to finish or the time is over."""
         if self._service.draining:
-            overdue = time.monotonic() > self._until
-            if overdue:
-                await self._service.hand(self._service.engine.close)
-            if overdue or not self._service.inflight:
+            overdue = time.monotonic() > self._drain_until
+            if overdue:  # close() joins threads, which must not block the event loop
+                await self._service.run_in_thread(self._service.engine.close)
+            if overdue or not self._service.num_inflight:
                 self.should_exit = True
         return bool(await super().on_tick(counter))
 
 
-def configured(service: Service, host: str, port: int, **more: Any) -> Server:
-    """The server of a service; ``run()`` it, or await ``serve()``."""
+def create_server(service: Service, host: str, port: int, **options: Any) -> DrainingServer:
+    """Return the server of a service; call its ``run()``, or await its ``serve()``."""
     config = uvicorn.Config(
         create_app(service),
         host=host,
@@ -53,29 +53,29 @@ def configured(service: Service, host: str, port: int, **more: Any) -> Server:
         log_level="warning",
         timeout_graceful_shutdown=2,
         timeout_keep_alive=15,
-        **more,
+        **options,
     )
-    return Server(config, service)
+    return DrainingServer(config, service)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take an address, any free port where 0; connections are refused until ``serve`` listens.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Bind an address (any free port if 0); connections are refused until ``run_server``.
 
     Raises:
-        SpecError: the address is no one's here, or taken.
+        SpecError: the address belongs to no interface of this machine, or is taken.
     """
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        made.close()
+        bound.close()
         raise SpecError(f"cannot listen on {host}:{port}: {error}") from error
-    return made
+    return bound
 
 
-def serve(service: Service, taken: socket.socket) -> None:
-    """Serve at an address that ``bind`` has taken, until SIGTERM or SIGINT."""
+def run_server(service: Service, bound: socket.socket) -> None:
+    """Serve at a bound socket until SIGTERM or SIGINT."""
     logging.getLogger("diffa.serving").setLevel(logging.INFO)
-    host, port = taken.getsockname()[:2]
-    configured(service, host, port).run(sockets=[taken])
+    host, port = bound.getsockname()[:2]
+    create_server(service, host, port).run(sockets=[bound])

@@ -1,18 +1,27 @@
-"""Sampler options that a request may set, and within which ranges."""
+"""Samplers of requests: a preset of the spec, or options within the bounds of the server."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffa.build import swap
 from diffa.errors import DiffaError
 from diffa.serving.errors import bad_request
+from diffa.spec import registry
+from diffa.spec.schema import accepts_mapping, coerce, read_schema
 
-RANGES: dict[str, tuple[float, float]] = {
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.types import Sampler
+
+# A request must not occupy the server for long: what these options may be is bounded, whatever
+# the sampler accepts. Options that are not listed, such as those of other packages, have the
+# bounds of _ANY_NUMBER.
+BOUNDS: dict[str, tuple[float, float]] = {
     "block_length": (1, 512),
-    "steps": (1, 4096),
     "threshold": (0.0, 1.0),
     "factor": (0.0, 16.0),
     "entropy_bound": (0.0, 16.0),
@@ -23,109 +32,122 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "cfg_scale": (0.0, 8.0),
     "vicinity_window": (0, 64),
-    "suffix_window": (0, 4096),
     "audio_refresh_interval": (1, 64),
     "drift_threshold": (0.0, 1.0),
+    "draft_steps": (1, 16),
+    "top_p": (0.0, 1.0),
 }
-CHOICES = ("name", "ranking", "cfg_drop", "cache", "stop_at_eos")
-_KEPT = 64
+_ANY_NUMBER = (-4096, 4096)
+_RULES = ("steps", "threshold", "factor", "entropy_bound")
+_REFINEMENTS = (
+    "neighbor_threshold",
+    "run_threshold",
+    "kl_threshold",
+)  # of a rule, and refused without it
+_CACHE_SIZE = 64
 
 
-class Chosen(NamedTuple):
-    """A sampler and what makes it equal to another one."""
+class KeyedSampler(NamedTuple):
+    """A sampler, and a key that is equal for samplers with equal options."""
 
-    sampler: Any
-    kind: str
+    sampler: Sampler
+    key: str
 
 
-class Samplers:
-    """The samplers of a model by what requests ask for: a sampler preset's name, or options.
+class SamplerCache:
+    """Build the samplers that requests name, and keep recent ones; thread-safe.
 
-    A name is one of the spec's ``sampler_presets``; a mapping changes options of the model's own
-    sampler, or of the sampler preset that the request's ``model`` names, or of the sampler that
-    its ``name`` says.
+    Args:
+        model: its spec has the default sampler and the sampler presets.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._lock = model, threading.Lock()
-        self._spec: dict[str, Any] = model.spec.data
-        self._made: OrderedDict[str, Chosen] = OrderedDict()
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._default: dict[str, Any] = model.spec.data["sampler"]
+        self._presets: Mapping[str, dict[str, Any]] = model.spec.data.get("sampler_presets") or {}
+        self._entries: OrderedDict[str, KeyedSampler] = OrderedDict()
+        # Held while a sampler is built too: equal requests wait for one sampler, and build none.
+        self._lock = threading.Lock()
 
-    def choose(
-        self, asked: object, temperature: object, param: str, base: str | None = None
-    ) -> Chosen:
-        """The sampler for a request; ``base`` is the sampler preset that its options change.
+    def get(
+        self,
+        options: str | Mapping[str, Any] | None,
+        temperature: float | None,
+        param: str,
+        preset: str | None = None,
+    ) -> KeyedSampler:
+        """Return the sampler of a request.
+
+        Args:
+            options: a preset's name, or options that change ``preset``. None: ``preset`` itself.
+            temperature: replaces the sampler's temperature.
+            param: name of ``options`` in errors.
+            preset: the sampler preset that the request's model names. None: the spec's sampler.
 
         Raises:
-            Refusal: unknown, out of range, or options that do not combine.
+            RequestError: unknown options, out of bounds, or options that exclude each other.
         """
-        wanted = self._wanted(asked, param, base)
+        spec = self._merge(options, param, preset)
         if temperature is not None:
-            wanted = {**wanted, "temperature": number(temperature, 0.0, 2.0, "temperature")}
-        key = repr(sorted(wanted.items()))
+            spec["temperature"] = temperature
+        key = repr(sorted(spec.items()))
         with self._lock:
-            if key in self._made:
-                self._made.move_to_end(key)
-                return self._made[key]
-            from diffa.build import swap
-
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
             try:
-                made = Chosen(swap(self._model, sampler=wanted).sampler, key)
+                entry = KeyedSampler(swap(self._model, sampler=spec).sampler, key)
             except (DiffaError, TypeError, ValueError, OverflowError) as error:
                 raise bad_request(f"{param}: {error}", param) from error
-            self._made[key] = made
-            while len(self._made) > _KEPT:
-                self._made.popitem(last=False)
-            return made
+            self._entries[key] = entry
+            while len(self._entries) > _CACHE_SIZE:
+                self._entries.popitem(last=False)
+            return entry
 
-    def _wanted(self, asked: object, param: str, base: str | None) -> dict[str, Any]:
-        """Options as a spec would give them."""
-        sampler_presets: Mapping[str, Any] = self._spec.get("sampler_presets") or {}
-        own: dict[str, Any] = self._spec["sampler"] if base is None else sampler_presets[base]
-        if asked is None:
-            return dict(own)
-        if isinstance(asked, str):
-            if asked not in sampler_presets:
-                raise bad_request(
-                    f"{param}: no sampler preset {asked!r}; known: {', '.join(sampler_presets)}",
-                    param,
-                )
-            return dict(sampler_presets[asked])
-        if not isinstance(asked, dict):
-            raise bad_request(
-                f"{param} must be a sampler preset's name or a mapping of options", param
-            )
-        for key, value in asked.items():
-            _check(key, value, f"{param}.{key}")
-        kept = own if asked.get("name") in (None, own["name"]) else {}
-        return _without_rivals(kept, asked)
-
-
-def _without_rivals(base: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The options asked for over those of ``base``; a rule that is asked for replaces the one
-    there, because each decides how many tokens a forward accepts."""
-    rules = ("steps", "threshold", "factor", "entropy_bound")
-    finer = ("neighbor_threshold", "run_threshold", "kl_threshold")
-    kept = dict(base)
-    if any(asked.get(rule) is not None for rule in rules):
-        kept = {key: value for key, value in kept.items() if key not in (*rules, *finer)}
-    return {**kept, **asked}
+    def _merge(
+        self, options: str | Mapping[str, Any] | None, param: str, preset: str | None
+    ) -> dict[str, Any]:
+        """Return the ``sampler`` of a spec."""
+        base = self._default if preset is None else self._presets[preset]
+        if options is None:
+            return dict(base)
+        if isinstance(options, str):
+            if options not in self._presets:
+                known = ", ".join(self._presets)
+                raise bad_request(f"{param}: no preset {options!r}; known: {known}", param)
+            return dict(self._presets[options])
+        name = options.get("name", base["name"])
+        validate_sampler_options(name, options, param)
+        kept = dict(base) if name == base["name"] else {}
+        # The rules exclude each other, since each decides how many tokens a pass unmasks: a
+        # request that sets one replaces the one of its base, with its refinements.
+        if any(options.get(rule) is not None for rule in _RULES):
+            kept = {k: v for k, v in kept.items() if k not in (*_RULES, *_REFINEMENTS)}
+        return {**kept, **options}
 
 
-def _check(key: object, value: object, param: str) -> None:
-    if key in CHOICES and isinstance(value, str | bool):
-        return
-    if not isinstance(key, str) or key not in RANGES:
-        known = ", ".join([*RANGES, *CHOICES])
-        raise bad_request(f"{param}: not an option that requests may set; known: {known}", param)
-    if value is not None:
-        number(value, *RANGES[key], param)
+def validate_sampler_options(name: object, options: Mapping[str, Any], param: str) -> None:
+    """Check options against the schema of a sampler's constructor, and against ``BOUNDS``.
+
+    Raises:
+        RequestError: an unknown sampler or option, another type, or a number out of bounds.
+    """
+    try:
+        known = read_schema(registry.load_part("sampler", str(name))).options
+    except DiffaError as error:
+        raise bad_request(f"{param}.name: {error}", f"{param}.name") from error
+    for key, value in options.items():
+        if key == "name":
+            continue
+        place = f"{param}.{key}"
+        if key not in known or accepts_mapping(known[key].hint):
+            names = ", ".join(["name", *known])
+            raise bad_request(f"{place} is no option of {name!r}; known: {names}", place)
+        coerce(value, known[key].hint, place, _refuse_misfit)
+        low, high = BOUNDS.get(key, _ANY_NUMBER)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise bad_request(f"{place} must lie between {low:g} and {high:g}", place)
 
 
-def number(value: object, low: float, high: float, param: str) -> float:
-    """A number between ``low`` and ``high``, inclusive; raises Refusal."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise bad_request(f"{param} must be a number, got {type(value).__name__}", param)
-    if not low <= value <= high:
-        raise bad_request(f"{param} must lie between {low:g} and {high:g}", param)
-    return value
+def _refuse_misfit(place: str, fault: str) -> None:
+    raise bad_request(f"{place}: {fault}"[:300], place)

@@ -1,66 +1,66 @@
-"""An answer as text while it forms: what is final is told once, drafts on request."""
+"""Text of an answer while it is decoded: what is final, and drafts of the whole canvas."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from diffa.runtime.render import token_text
 
-from diffa.chat import Chat
-from diffa.serving.requests import Moment
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffa.chat import Chat
+    from diffa.serving.requests import StepEvent
+    from diffa.types import Vocab
 
 
-class Teller:
-    """Turns the moments of one answer into pieces of text whose sum is the answer's text."""
+class TextStream:
+    """Turn the steps of an answer into pieces of text that together are the whole answer."""
 
     def __init__(self, chat: Chat) -> None:
-        self._chat, self._told, self._known = chat, "", 0
+        self._chat, self._sent, self._num_final = chat, "", 0
 
-    def more(self, moment: Moment) -> str:
-        """Text that became final with this moment: all before the first undecided token."""
-        sure = int(moment.final.long().cumprod(dim=0).sum())
-        if sure <= self._known:
+    def push(self, step: StepEvent) -> str:
+        """Return the text that became final: everything before the first undecided token."""
+        num_final = int(step.final.long().cumprod(dim=0).sum())
+        if num_final <= self._num_final:
             return ""
-        self._known = sure
-        # Half a character, or a blank that may turn out to be the last, waits for its neighbour.
-        return self._piece(self._chat.decode(moment.tokens[:sure]).removesuffix("\ufffd").rstrip())
+        self._num_final = num_final
+        text = self._chat.decode(step.tokens[:num_final])
+        # Half a UTF-8 character, or a blank that decoding strips at the end, waits for the next.
+        return self._next_piece(text.removesuffix("\ufffd").rstrip())
 
-    def rest(self, tokens: Tensor) -> str:
-        """What is still to be told of the finished answer (A,)."""
-        return self._piece(self._chat.decode(tokens))
+    def finish(self, tokens: Tensor) -> str:
+        """Return the rest of the finished answer (A,)."""
+        return self._next_piece(self._chat.decode(tokens))
 
-    def _piece(self, text: str) -> str:
-        if not text.startswith(self._told):
+    def _next_piece(self, text: str) -> str:
+        if not text.startswith(self._sent):
             return ""
-        piece, self._told = text[len(self._told) :], text
+        piece, self._sent = text[len(self._sent) :], text
         return piece
 
 
-def draft(moment: Moment, chat: Chat, vocab: Any) -> dict[str, Any]:
-    """The whole canvas after a step: every token's text, whether it is final, its confidence.
-
-    A mask is None; tokens are spelled as they stand in their row.
-    """
-    from diffa.runtime.render import token_text
-
-    tokens = moment.tokens.tolist()
-    special = (vocab.eos, vocab.pad)
-    words = [
+def format_draft(step: StepEvent, chat: Chat, vocab: Vocab) -> dict[str, Any]:
+    """Return the canvas after a step as JSON: every token's text (a mask is None), whether it is
+    final, and its confidence."""
+    ids = step.tokens.tolist()
+    texts = [
         None if token == vocab.mask
-        else "" if token in special
-        else token_text(token, tokens, place, chat.tokenizer)
-        for place, token in enumerate(tokens)
+        else "" if token in (vocab.eos, vocab.pad)
+        else token_text(token, ids, index, chat.tokenizer)
+        for index, token in enumerate(ids)
     ]  # fmt: skip
     return {
-        "forward": moment.num_forwards,
-        "tokens": words,
-        "ids": tokens,
-        "final": moment.final.tolist(),
-        "confidence": [round(float(value), 4) for value in moment.confidence],
+        "step": step.num_forwards,
+        "tokens": texts,
+        "ids": ids,
+        "final": step.final.tolist(),
+        "confidence": [round(float(value), 4) for value in step.confidence],
     }
 
 
-def count(tokens: Tensor, vocab: Any) -> int:
-    """Tokens of an answer up to its end, the end included where there is one."""
+def count_tokens(tokens: Tensor, vocab: Vocab) -> int:
+    """Return the number of tokens up to the end-of-sequence token, which counts."""
     ids = tokens.tolist()
     return ids.index(vocab.eos) + 1 if vocab.eos in ids else len(ids)

@@ -1,28 +1,148 @@
-"""What a request asks for: JSON read strictly, chat messages, audio parts, numbers."""
+"""Bodies of requests: strict JSON, pydantic models, and one question about one recording."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from diffa.audio import FORMATS
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from diffa.serving.audio import decode_base64
 from diffa.serving.download import download_recording
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
-from diffa.serving.sampler_options import number
 
-MINE = "diffa"
-"""The key of the options that OpenAI's protocol does not have."""
 _UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "prediction", "stop")
+_TRANSCRIBE = "Please transcribe the audio to text."
+
+M = TypeVar("M", bound=BaseModel)
+Temperature = Annotated[float | None, Field(ge=0, le=2)]
+NumTokens = Annotated[int | None, Field(ge=1)]
 
 
-class Asked(NamedTuple):
-    """A request: question, recording's bytes, and how to answer.
+class StrictModel(BaseModel):
+    """A JSON object whose values are not converted: "8" is no number."""
 
-    ``drafts`` asks for the draft of every step while streaming; ``sampler`` is a sampler
-    preset's name or options. None: what the model's spec says, or its sampler preset ``base``.
+    model_config = ConfigDict(strict=True)
+
+
+class TextPart(StrictModel):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class AudioData(StrictModel):
+    """A recording's bytes, in base64 or as a data URI."""
+
+    data: str
+    format: Literal["wav", "mp3", "flac", "ogg"] | None = None
+
+
+class InputAudioPart(StrictModel):
+    """A recording within the request."""
+
+    type: Literal["input_audio"]
+    input_audio: AudioData
+
+
+class AudioURL(StrictModel):
+    """A data URI, or an http(s) URL at a host that the operator allows."""
+
+    url: str
+
+
+class AudioURLPart(StrictModel):
+    """A recording by its URL."""
+
+    type: Literal["audio_url"]
+    audio_url: AudioURL
+
+
+Part = Annotated[TextPart | InputAudioPart | AudioURLPart, Field(discriminator="type")]
+
+
+class Message(StrictModel):
+    """One turn of the conversation."""
+
+    role: str
+    content: str | Annotated[list[Part], Field(min_length=1)]
+
+
+class StreamOptions(StrictModel):
+    """OpenAI's options of a stream."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """OpenAI's response format, of which text is supported."""
+
+    type: Literal["text"]
+
+
+class DiffaOptions(StrictModel):
+    """Options that OpenAI's protocol does not have."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sampler: str | dict[str, Any] | None = Field(
+        default=None, description="A sampler preset by name, or options of the sampler."
+    )
+    drafts: bool | None = Field(
+        default=None, description="Stream the whole canvas after every step."
+    )
+    deadline: float | None = Field(
+        default=None, ge=0.001, description="Seconds until the answer must be finished."
+    )
+
+
+class ChatRequest(StrictModel):
+    """The body of ``POST /v1/chat/completions``; unknown fields are ignored, as OpenAI does."""
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: NumTokens = None
+    max_completion_tokens: NumTokens = None
+    temperature: Temperature = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: ResponseFormat | None = None
+    diffa: DiffaOptions = DiffaOptions()
+
+
+class TranscriptionRequest(BaseModel):
+    """The form of ``POST /v1/audio/transcriptions``, without its ``file``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    stream: bool = False
+    temperature: Temperature = None
+
+
+class Query(NamedTuple):
+    """A validated request: the question, the recording's bytes, and how to answer.
+
+    Attributes:
+        question: text of the user's message.
+        recording: bytes of an audio file, or None.
+        system: text of the system messages, or None for the spec's.
+        max_tokens: None for the spec's.
+        temperature: None for the sampler's.
+        seed: of the sampler's draws.
+        stream: whether the answer is streamed.
+        include_usage: whether a stream ends with the numbers of tokens.
+        drafts: whether a stream carries the canvas of every step.
+        sampler: a sampler preset's name, or options. None: those of ``model``.
+        deadline: seconds, or None for the server's.
+        model: the name in the request, ``NAME`` or ``NAME:PRESET``; None for the server's.
     """
 
     question: str
@@ -32,191 +152,162 @@ class Asked(NamedTuple):
     temperature: float | None = None
     seed: int = 0
     stream: bool = False
-    usage: bool = False
+    include_usage: bool = False
     drafts: bool = False
-    sampler: Any = None
+    sampler: str | dict[str, Any] | None = None
     deadline: float | None = None
-    base: str | None = None
+    model: str | None = None
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: no NaN, no endless nesting or digits; raises Refusal."""
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Return a JSON object; NaN, too deep nesting and too many digits are a RequestError (400)."""
 
-    def constant(word: str) -> Any:
+    def refuse_constant(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
 
     try:
-        found = json.loads(body, parse_constant=constant)
+        value = json.loads(body, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is not JSON: {str(error)[:200]}") from error
-    if not isinstance(found, dict):
-        raise bad_request(f"the body must be a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise bad_request(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
 
 
-def read_chat(body: Mapping[str, Any], limits: Limits, hosts: Sequence[str]) -> Asked:
-    """Read the body of ``/v1/chat/completions``; raises Refusal."""
-    for key in _UNSUPPORTED:
-        if body.get(key):
-            raise bad_request(f"{key} is not supported", key, "unsupported")
-    for key, plain in {"n": 1, "logprobs": False, "top_logprobs": 0}.items():
-        if body.get(key) not in (None, plain):
-            raise bad_request(f"{key} can only be {plain!r}", key, "unsupported")
-    form = body.get("response_format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise bad_request("response_format can only be text", "response_format", "unsupported")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise bad_request("messages must be a list of at least one message", "messages")
-    system, question, recording = _messages(messages, limits, hosts)
-    most = body.get("max_completion_tokens")
-    mine = body.get(MINE)
-    options = body.get("stream_options")
-    return Asked(
+def validate_chat_request(
+    fields: Mapping[str, Any], limits: Limits, allowed_hosts: Sequence[str]
+) -> Query:
+    """Validate the body of ``/v1/chat/completions`` and decode or download its recording.
+
+    Raises:
+        RequestError: a field is wrong (400), or beyond the server's limits (400, 413).
+    """
+    for name in _UNSUPPORTED:
+        if fields.get(name):
+            raise bad_request(f"{name} is not supported", name, "unsupported")
+    body = _validate(ChatRequest, fields)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is not None and max_tokens > limits.max_tokens:
+        raise bad_request(f"max_tokens is at most {limits.max_tokens}", "max_tokens", "too_large")
+    deadline = body.diffa.deadline
+    if deadline is not None and deadline > limits.deadline:
+        raise bad_request(f"the deadline is at most {limits.deadline:g} s", "diffa.deadline")
+    system, question, recording = _read_messages(body.messages, limits, allowed_hosts)
+    return Query(
         question,
         recording,
         system,
-        max_tokens=_tokens(body.get("max_tokens") if most is None else most, limits),
-        temperature=_temperature(body.get("temperature")),
-        seed=_seed(body.get("seed")),
-        stream=_flag(body, "stream"),
-        usage=_flag(_mapping(options, "stream_options"), "include_usage"),
-        **_own(_mapping(mine, MINE), limits),
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        seed=body.seed or 0,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        drafts=bool(body.diffa.drafts),
+        sampler=body.diffa.sampler,
+        deadline=deadline,
+        model=body.model,
     )
 
 
-def _own(mine: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Options under ``diffa``."""
-    if unknown := [key for key in mine if key not in ("sampler", "drafts", "deadline")]:
-        raise bad_request(
-            f"{MINE}: no option {unknown[0]!r}; known: sampler, drafts, deadline", MINE
-        )
-    deadline = mine.get("deadline")
-    if deadline is not None:
-        deadline = number(deadline, 0.001, limits.deadline, f"{MINE}.deadline")
-    return {
-        "drafts": _flag(mine, "drafts"), "sampler": mine.get("sampler"), "deadline": deadline,
-    }  # fmt: skip
+def validate_transcription_request(
+    fields: Mapping[str, str], recording: bytes, limits: Limits
+) -> tuple[Query, str]:
+    """Validate the form of ``/v1/audio/transcriptions``; return it with its response format."""
+    form = _validate(TranscriptionRequest, fields)
+    question = _check_text(form.prompt or _TRANSCRIBE, "prompt", limits)
+    query = Query(
+        question, recording, temperature=form.temperature, stream=form.stream, model=form.model
+    )
+    return query, form.response_format
 
 
-def _messages(
-    messages: Sequence[object], limits: Limits, hosts: Sequence[str]
+def _validate(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Return the fields as a model; the error names the innermost field that is wrong."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        # A union reports an error for every member: the deepest is of the member that was meant.
+        faults = [(_field_path(fault["loc"], fields), fault["msg"]) for fault in error.errors()]
+        path, message = max(faults, key=lambda fault: len(fault[0]))
+        param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
+        raise bad_request(f"{param}: {message}"[:300], param) from error
+
+
+def _field_path(location: Sequence[int | str], fields: Any) -> list[int | str]:
+    """Return pydantic's location without the names of union members, which no client knows."""
+    path: list[int | str] = []
+    for depth, key in enumerate(location, start=1):
+        inside = isinstance(fields, dict) and key in fields
+        if inside or (isinstance(fields, list) and isinstance(key, int)):
+            path.append(key)
+            fields = fields[key]
+        elif depth == len(location) and isinstance(fields, dict):
+            path.append(key)  # a missing field
+    return path
+
+
+def _read_messages(
+    messages: Sequence[Message], limits: Limits, allowed_hosts: Sequence[str]
 ) -> tuple[str | None, str, bytes | None]:
-    """System turn, question and recording of one user turn behind any system turns."""
+    """Return system prompt, question and recording: system messages, then one of the user."""
     system: list[str] = []
     for index, message in enumerate(messages):
         param = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise bad_request(f"{param} must be a mapping", param)
-        role = message.get("role")
-        text, recording = _content(message.get("content"), f"{param}.content", limits, hosts)
-        if role in ("system", "developer"):
+        text, recording = _read_content(message.content, f"{param}.content", limits, allowed_hosts)
+        if message.role in ("system", "developer"):
             if recording is not None:
-                raise bad_request(f"{param}: a {role} turn holds text alone", param)
+                raise bad_request(f"{param}: a {message.role} message holds text alone", param)
             system.append(text)
-        elif role == "user":
-            if index + 1 < len(messages):
-                raise bad_request(
-                    f"{param}: one question is answered at a time: the user's turn must be the "
-                    "last, and there can be no other",
-                    "messages",
-                )
-            words = check_text("\n".join(system), "messages", limits)
-            return words if system else None, check_text(text, param, limits), recording
-        else:
+        elif message.role != "user":
+            roles = f"system, developer or user, got {message.role!r}"[:200]
+            raise bad_request(f"{param}.role must be {roles}", param)
+        elif index + 1 < len(messages):
             raise bad_request(
-                f"{param}.role must be system, developer or user, got {role!r}"[:300], param
+                f"{param}: one question is answered at a time: the user's message must be the "
+                "last, and the only one",
+                "messages",
             )
-    raise bad_request("messages has no user turn", "messages")
+        else:
+            prompt = _check_text("\n".join(system), "messages", limits) if system else None
+            return prompt, _check_text(text, param, limits), recording
+    raise bad_request("messages has no user message", "messages")
 
 
-def _content(
-    content: object, param: str, limits: Limits, hosts: Sequence[str]
+def _read_content(
+    content: str | Sequence[TextPart | InputAudioPart | AudioURLPart],
+    param: str,
+    limits: Limits,
+    allowed_hosts: Sequence[str],
 ) -> tuple[str, bytes | None]:
-    """Text and recording of a turn."""
+    """Return the text and the recording of a message."""
     if isinstance(content, str):
         return content, None
-    if not isinstance(content, list) or not content:
-        raise bad_request(f"{param} must be text or a list of parts", param)
-    words: list[str] = []
+    texts: list[str] = []
     recording: bytes | None = None
     for index, part in enumerate(content):
         place = f"{param}[{index}]"
-        if not isinstance(part, dict):
-            raise bad_request(f"{place} must be a mapping", place)
-        if part.get("type") == "text":
-            if not isinstance(part.get("text"), str):
-                raise bad_request(f"{place}.text must be text", place)
-            words.append(part["text"])
+        if isinstance(part, TextPart):
+            texts.append(part.text)
             continue
         if recording is not None:
-            raise bad_request(f"{place}: a question is about one recording; join them first", place)
-        recording = _audio(part, place, limits, hosts)
-    return "\n".join(words), recording
+            raise bad_request(f"{place}: a question is about one recording; join them", place)
+        if isinstance(part, InputAudioPart):
+            recording = decode_base64(part.input_audio.data, f"{place}.input_audio.data", limits)
+            continue
+        url, place = part.audio_url.url, f"{place}.audio_url.url"
+        if url[:5].lower() == "data:":
+            recording = decode_base64(url, place, limits)
+        else:
+            recording = download_recording(url, allowed_hosts, limits, place)
+    return "\n".join(texts), recording
 
 
-def _audio(part: Mapping[str, Any], place: str, limits: Limits, hosts: Sequence[str]) -> bytes:
-    """Bytes of an ``input_audio`` or ``audio_url`` part."""
-    kind = part.get("type")
-    if kind == "input_audio":
-        inner = _mapping(part.get("input_audio"), f"{place}.input_audio")
-        form = inner.get("format")
-        if form is not None and form not in FORMATS:
-            raise bad_request(f"{place}: format must be one of {', '.join(FORMATS)}", place)
-        return decode_base64(inner.get("data"), f"{place}.input_audio.data", limits)
-    if kind == "audio_url":
-        inner = _mapping(part.get("audio_url"), f"{place}.audio_url")
-        url = inner.get("url")
-        if isinstance(url, str) and url[:5].lower() == "data:":
-            return decode_base64(url, f"{place}.audio_url.url", limits)
-        return download_recording(url, hosts, limits, f"{place}.audio_url.url")
-    shown = repr(kind)[:100]
-    raise bad_request(f"{place}.type must be text, input_audio or audio_url, got {shown}", place)
-
-
-def check_text(text: str, param: str, limits: Limits) -> str:
-    """Text that can be tokenised: valid Unicode, and not longer than the server takes."""
-    if len(text) > limits.characters:
-        raise too_large(f"{param} has more than {limits.characters} characters", param)
+def _check_text(text: str, param: str, limits: Limits) -> str:
+    """Return text that can be tokenised: valid Unicode, within the limit on length."""
+    if len(text) > limits.max_text_chars:
+        raise too_large(f"{param} has more than {limits.max_text_chars} characters", param)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise bad_request(f"{param} is not valid Unicode: {error.reason}", param) from error
     return text
-
-
-def _mapping(value: object, param: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise bad_request(f"{param} must be a mapping, got {type(value).__name__}", param)
-    return value
-
-
-def _flag(body: Mapping[str, Any], key: str) -> bool:
-    value = body.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise bad_request(f"{key} must be true or false", key)
-    return bool(value)
-
-
-def _tokens(value: object, limits: Limits) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad_request("max_tokens must be a whole number of at least 1", "max_tokens")
-    if value > limits.tokens:
-        raise bad_request(f"max_tokens is at most {limits.tokens} here", "max_tokens", "too_large")
-    return value
-
-
-def _temperature(value: object) -> float | None:
-    return None if value is None else number(value, 0.0, 2.0, "temperature")
-
-
-def _seed(value: object) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise bad_request("seed must be a whole number of 64 bits", "seed")
-    return value

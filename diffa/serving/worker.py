@@ -1,182 +1,209 @@
-"""One lane of an engine: the canvases that share its forwards, in a thread of its own."""
+"""Continuous batching of one model replica: the loop that runs its forward passes."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffa.canvas.batch import check_context_length
-from diffa.serving.batch import Arrival, Cohort, Work
-from diffa.serving.batched_forward import Call, together
-from diffa.serving.encoder_cache import Ears
+from diffa.serving.batch import HeadCall, Pause, RequestBatch
+from diffa.serving.batched_forward import BackboneCall, run_together
 from diffa.serving.errors import deadline_exceeded, log_error
-from diffa.serving.requests import Begun, Failed, Ticket
+from diffa.serving.requests import FailedEvent, RequestHandle, StartedEvent
 from diffa.types import max_length
+
+if TYPE_CHECKING:
+    from diffa.model import Model
+    from diffa.serving.encoder_cache import EncoderCache
 
 _log = logging.getLogger(__name__)
 
 
-class Lane:
-    """Answers requests in forwards that they share; they join and leave between two of them.
+class Worker:
+    """Batch requests of a model in a thread of its own (continuous batching).
+
+    Requests join and leave between two forward passes. Requests with equal sampler options form a
+    ``RequestBatch`` with one canvas; the batches share forward passes, whatever their samplers.
+    Each batch runs in a pooled thread, because samplers are ordinary generators that call
+    ``denoise`` and wait for its logits:
+
+        worker     | backbone for a, b |   | resume a |   | resume b |   | backbone for a, b |
+        thread a   waits                   samples, pauses                waits
+        thread b   waits                              samples, pauses     waits
 
     Args:
-        model: what answers.
-        ears: hear the recordings.
-        most: requests that it answers at a time.
-        hands: where the canvases' threads come from.
-        take: waits for requests and gives those that this lane is to begin with, which may be
-            none while it has others; None when there is nothing left to do.
-        threads: of PyTorch's operations, asked before the lane listens and before every forward.
-        on_forward: told the rows of every forward and its seconds.
-        on_end: told of every request that ended here.
+        model: shared by all workers; its weights are only read.
+        encoder_cache: encodes recordings, and keeps recent results.
+        max_batch_size: requests decoded at the same time.
+        canvas_threads: pool from which each batch takes a thread.
+        next_requests: blocks until there is work. Returns new requests, [] if there are none but
+            batches are running, None at shutdown.
+        num_threads: returns the threads that PyTorch may use in this worker from now on.
+        on_forward: receives the rows of each forward pass and its seconds.
+        on_batch_end: receives the number of requests of each batch that ends.
+
+    Attributes:
+        batches: the batches that are running.
+        idle: whether the worker waits for requests; guarded by the engine's lock.
+        was_used: whether it has ever decoded; guarded by the engine's lock.
     """
 
     def __init__(
         self,
-        model: Any,
-        ears: Ears,
-        most: int,
-        hands: Executor,
+        model: Model,
+        encoder_cache: EncoderCache,
+        max_batch_size: int,
+        canvas_threads: Executor,
         *,
-        take: Callable[[Lane], Sequence[Ticket] | None],
-        threads: Callable[[], int],
+        next_requests: Callable[[Worker], Sequence[RequestHandle] | None],
+        num_threads: Callable[[], int],
         on_forward: Callable[[int, float], None],
-        on_end: Callable[[int], None],
+        on_batch_end: Callable[[int], None],
     ) -> None:
-        self.model, self.cohorts = model, list[Cohort]()
-        self.idle, self.worked = True, False  # now; ever
-        self.most = most
-        self._ears, self._hands, self._take = ears, hands, take
-        self._threads, self._on_forward, self._on_end = threads, on_forward, on_end
-        self._arrivals: SimpleQueue[tuple[Cohort, Arrival]] = SimpleQueue()
-        self._waiting: list[tuple[Cohort, Call]] = []
-        self.thread = threading.Thread(target=self._loop, name="lane", daemon=True)
+        self.model, self.batches = model, list[RequestBatch]()
+        self.idle, self.was_used = True, False
+        self.max_batch_size = max_batch_size
+        self._encoder_cache, self._canvas_threads = encoder_cache, canvas_threads
+        self._next_requests, self._num_threads = next_requests, num_threads
+        self._on_forward, self._on_batch_end = on_forward, on_batch_end
+        # Filled by the batches' threads, emptied by this worker's alone.
+        self._pauses: SimpleQueue[tuple[RequestBatch, Pause]] = SimpleQueue()
+        self._pending: list[tuple[RequestBatch, BackboneCall]] = []
+        # A daemon: a request that hangs must not keep the process from ending.
+        self.thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     @property
-    def rows(self) -> int:
-        """Requests that are being answered."""
-        return sum(cohort.rows for cohort in tuple(self.cohorts))
+    def num_active(self) -> int:
+        """Requests that are being decoded; may be read from any thread."""
+        return sum(batch.num_active for batch in tuple(self.batches))
 
-    def _loop(self) -> None:
-        with torch.no_grad():
-            while (fresh := self._take(self)) is not None:
+    def _run(self) -> None:
+        with torch.no_grad():  # the setting is per thread
+            while (new := self._next_requests(self)) is not None:
                 try:
-                    self._share_cores()
-                    self._open(fresh)
-                    if self.cohorts:
-                        self._share_cores()
-                        self._forward()
-                except Exception as error:  # a fault of the lane's own: nobody is to hang on it
-                    log_error(_log, "a lane ends", error)
-                    for cohort in self.cohorts:
-                        cohort.reply(error)  # its thread waits for a forward that will not come
-                    for ticket in fresh:
-                        ticket.end(Failed(error))
+                    self._set_num_threads()
+                    self._start_batches(new)
+                    if self.batches:
+                        self._set_num_threads()  # encoding took a while: others may have begun
+                        self._step()
+                except Exception as error:
+                    log_error(_log, "a worker ends", error)
+                    for batch in self.batches:
+                        batch.resume(error)  # its thread waits for a pass that will not come
+                    for handle in new:
+                        handle.finish(FailedEvent(error))
                     raise
 
-    def _share_cores(self) -> None:
-        torch.set_num_threads(self._threads())  # PyTorch keeps the number for each thread
+    def _set_num_threads(self) -> None:
+        torch.set_num_threads(self._num_threads())  # PyTorch keeps the number per thread
 
-    def _open(self, fresh: Sequence[Ticket]) -> None:
-        """Listen to the newcomers' recordings and start their canvases."""
-        kinds: dict[Any, list[tuple[Ticket, Tensor | None]]] = {}
-        for ticket, heard in self._heard(fresh):
-            ticket.tell(Begun())
-            kinds.setdefault(ticket.job.shape, []).append((ticket, heard))
-        for pairs in kinds.values():
-            tickets, heard_ = zip(*pairs, strict=True)
-            cohort = Cohort(self.model.backbone, tickets, heard_, self._arrive)
-            self.cohorts.append(cohort)
-            self._hands.submit(cohort.run)
-            self._await()
+    def _start_batches(self, new: Sequence[RequestHandle]) -> None:
+        """Encode the recordings of new requests, and run their canvases to the first pause."""
+        groups: dict[Hashable, list[tuple[RequestHandle, Tensor | None]]] = defaultdict(list)
+        for handle, embeds in self._encode(new):
+            handle.publish(StartedEvent())
+            groups[handle.request.batch_key].append((handle, embeds))
+        for pairs in groups.values():
+            handles, rows = zip(*pairs, strict=True)
+            batch = RequestBatch(self.model.backbone, handles, rows, self._on_pause)
+            self.batches.append(batch)
+            self._canvas_threads.submit(batch.run)
+            self._run_until_pause()
 
-    def _heard(self, fresh: Sequence[Ticket]) -> list[tuple[Ticket, Tensor | None]]:
-        """Each newcomer with its audio's embeddings (N, W); those that cannot be heard are told."""
-        made: list[tuple[Ticket, Tensor | None]] = []
-        made += [(ticket, None) for ticket in fresh if ticket.job.wave is None]
-        spoken = [(ticket, ticket.job.wave) for ticket in fresh if ticket.job.wave is not None]
-        heard = self._ears([wave for _, wave in spoken])
-        for (ticket, wave), embeds in zip(spoken, heard, strict=True):
-            if isinstance(embeds, Exception):
-                log_error(_log, f"a recording of {len(wave)} samples is not heard", embeds)
-                ticket.end(Failed(embeds))
+    def _encode(self, new: Sequence[RequestHandle]) -> list[tuple[RequestHandle, Tensor | None]]:
+        """Return requests with their audio embeddings (N, W); fail those that cannot begin."""
+        pairs: list[tuple[RequestHandle, Tensor | None]] = []
+        recordings: list[tuple[RequestHandle, Tensor]] = []
+        for handle in new:
+            if handle.request.waveform is None:
+                pairs.append((handle, None))
             else:
-                made.append((ticket, embeds))
-        return [pair for pair in made if self._fits(*pair)]
+                recordings.append((handle, handle.request.waveform))
+        results = self._encoder_cache.encode([waveform for _, waveform in recordings])
+        for (handle, waveform), embeds in zip(recordings, results, strict=True):
+            if isinstance(embeds, Exception):
+                log_error(_log, f"a recording of {len(waveform)} samples is not encoded", embeds)
+                handle.finish(FailedEvent(embeds))
+            else:
+                handle.num_audio_embeds = len(embeds)
+                pairs.append((handle, embeds))
+        return [pair for pair in pairs if self._fits_context(pair[0])]
 
-    def _fits(self, ticket: Ticket, heard: Tensor | None) -> bool:
-        """Whether a request fits the backbone's context; it is told where not."""
-        job, model = ticket.job, self.model
-        ticket.heard = 0 if heard is None else len(heard)
-        seconds = 0.0 if job.wave is None else len(job.wave) / model.encoder.sample_rate
-        most = max_length(model.backbone)
+    def _fits_context(self, handle: RequestHandle) -> bool:
+        """Whether a request fits the backbone's context; fail it if not."""
+        request, audio = handle.request, handle.num_audio_embeds
+        samples = 0 if request.waveform is None else len(request.waveform)
+        seconds = samples / self.model.encoder.sample_rate
+        longest = max_length(self.model.backbone)
         try:
-            check_context_length(len(job.prompt), ticket.heard, job.max_tokens, seconds, most)
+            check_context_length(len(request.prompt), audio, request.max_tokens, seconds, longest)
         except Exception as error:
             log_error(_log, "a request does not begin", error)
-            ticket.end(Failed(error))
-        return ticket.open
+            handle.finish(FailedEvent(error))
+        return handle.active
 
-    def _arrive(self, cohort: Cohort, arrival: Arrival) -> None:
-        self._arrivals.put((cohort, arrival))
+    def _on_pause(self, batch: RequestBatch, pause: Pause) -> None:
+        """Called in the batch's thread."""
+        self._pauses.put((batch, pause))
 
-    def _await(self) -> None:
-        """Wait until the one cohort that runs now waits for its forward, or is over; meanwhile do
-        its large work, for which this thread has the cores.
+    def _run_until_pause(self) -> None:
+        """Wait until the one batch that runs now needs a forward pass or ends; run its head.
 
-        They take turns: of threads that run at the same time, all but one would wait for Python's
-        lock, and each of a step's many small operations would hand it on.
+        Batches run one after the other on purpose. Between two passes a sampler is many small
+        operations: threads running at once would hand Python's global lock around at each.
         """
         while True:
-            cohort, arrival = self._arrivals.get()
-            if not isinstance(arrival, Work):
+            batch, pause = self._pauses.get()
+            if not isinstance(pause, HeadCall):
                 break
-            cohort.reply(arrival.result())
-        if arrival is None:
-            self.cohorts.remove(cohort)
-            self._on_end(len(cohort.tickets))
+            batch.resume(pause.run())
+        if pause is None:
+            self.batches.remove(batch)
+            self._on_batch_end(len(batch.handles))
         else:
-            self._waiting.append((cohort, arrival))
+            self._pending.append((batch, pause))
 
-    def _forward(self) -> None:
-        """Run what the cohorts wait for, and let each go on until it waits again or is over."""
-        begun = time.monotonic()
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+    def _step(self) -> None:
+        """Run the pending calls in one forward pass, then each batch to its next pause."""
+        begin = time.monotonic()
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        calls = [call for _, call in waiting]
-        rows = sum(len(call.embeds) for call in calls)
-        found = self._hidden(calls)
+        calls = [call for _, call in pending]
+        results = self._run_backbone(calls)
         now = time.monotonic()
-        self._on_forward(rows, now - begun)
-        for (cohort, _), hidden in zip(waiting, found, strict=True):
-            cohort.reply(hidden)
-            self._await()
-            for ticket in cohort.tickets:
-                if ticket.open and now > ticket.until:
-                    ticket.end(Failed(deadline_exceeded(ticket.deadline)))
+        self._on_forward(sum(len(call.embeds) for call in calls), now - begin)
+        for (batch, _), hidden in zip(pending, results, strict=True):
+            batch.resume(hidden)
+            self._run_until_pause()
+            for handle in batch.handles:
+                handle.fail_if_expired(now, deadline_exceeded)
 
-    def _hidden(self, calls: Sequence[Call]) -> Sequence[Tensor | Exception]:
-        """Hidden states of every call. Where the shared pass fails, each is tried by itself, so
-        that one request's fault is not everybody's."""
+    def _run_backbone(self, calls: Sequence[BackboneCall]) -> Sequence[Tensor | Exception]:
+        """Return the hidden states or the error of every call.
+
+        If the shared pass fails, each call is run alone, so that one request's fault (or too
+        large a batch for the memory) does not fail the others.
+        """
+        backbone = self.model.backbone
         try:
-            return together(self.model.backbone, calls)
-        except Exception as shared:
-            log_error(
-                _log, f"a forward of {len(calls)} canvases fails, each is tried alone", shared
-            )
-            found: list[Tensor | Exception] = []
-            for call in calls:
-                try:
-                    found.append(self.model.backbone(*call))
-                except Exception as error:  # the cohort that gets it tells its requests and the log
-                    found.append(error)
-            return found
+            return run_together(backbone, calls)
+        except Exception as error:
+            message = f"a forward pass of {len(calls)} canvases fails, each is run alone"
+            log_error(_log, message, error)
+        results: list[Tensor | Exception] = []
+        for call in calls:
+            try:
+                results.append(backbone(*call))
+            except Exception as error:  # the batch that gets it logs it and fails its requests
+                results.append(error)
+        return results

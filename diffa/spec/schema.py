@@ -259,5 +259,7 @@ def _hint_at(value: Any, parts: tuple[Any, ...]) -> str:
     if value == "None" and type(None) in parts:
         return "; write null"
     choices = [c for part in parts for c in get_args(part) if get_origin(part) is Literal]
-    near = suggest(value, [c for c in choices if isinstance(c, str)]) if choices else ""
-    return near if isinstance(value, str) and "did you mean" in near else ""
+    if not choices or not isinstance(value, str):
+        return ""
+    near = suggest(value, [c for c in choices if isinstance(c, str)])
+    return near if "did you mean" in near else ""

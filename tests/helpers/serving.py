@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 from diffa.serving.limits import Limits
-from diffa.serving.run import configured
+from diffa.serving.run import create_server
 from diffa.serving.service import Service
 
 
@@ -18,7 +18,7 @@ from diffa.serving.service import Service
 def serving(model, *, limits=None, **options):
     """Yield the service and its address; stop it afterwards."""
     service = Service(model, "tiny", limits=limits or Limits(), **options)
-    server = configured(service, "127.0.0.1", 0)
+    server = create_server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

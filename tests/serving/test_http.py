@@ -14,11 +14,18 @@ from helpers.serving import question, recording, serving, text64
 
 import diffa
 from diffa.serving.limits import Limits
-from diffa.serving.run import configured
-from diffa.serving.sampler_options import Samplers
+from diffa.serving.run import create_server
+from diffa.serving.sampler_options import SamplerCache
 from diffa.serving.service import Service
 
-LIMITS = Limits(bytes=2**20, audio=5.0, tokens=512, characters=2000, rows=4, waiting=16)
+LIMITS = Limits(
+    max_body_bytes=2**20,
+    max_audio_seconds=5.0,
+    max_tokens=512,
+    max_text_chars=2000,
+    max_batch_size=4,
+    max_waiting=16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +99,28 @@ def test_sampler_options_change_how_an_answer_is_decoded(client):
 
 
 def test_sampler_options_change_the_setting_that_the_model_names(model):
-    sampler_presets, samplers = model.spec.data["sampler_presets"], Samplers(model)
+    sampler_presets, samplers = model.spec.data["sampler_presets"], SamplerCache(model)
     for base, own in (("fast", sampler_presets["fast"]), (None, model.spec.data["sampler"])):
-        chosen = samplers.choose({"block_length": 6}, None, "sampler", base)
-        assert chosen.kind == repr(sorted({**own, "block_length": 6}.items()))
-        assert samplers.choose(None, None, "sampler", base).kind == repr(sorted(own.items()))
+        sampler = samplers.get({"block_length": 6}, None, "sampler", base)
+        assert sampler.key == repr(sorted({**own, "block_length": 6}.items()))
+        assert samplers.get(None, None, "sampler", base).key == repr(sorted(own.items()))
 
 
 def test_a_models_setting_stays_when_options_are_given(client, monkeypatch):
-    bases, known = [], Samplers.choose
+    presets, get = [], SamplerCache.get
 
-    def choose(samplers, asked, temperature, param, base=None):
-        bases.append((asked, base))
-        return known(samplers, asked, temperature, param, base)
+    def record(samplers, options, temperature, param, preset=None):
+        presets.append((options, preset))
+        return get(samplers, options, temperature, param, preset)
 
-    monkeypatch.setattr(Samplers, "choose", choose)
+    monkeypatch.setattr(SamplerCache, "get", record)
     ask(
         client,
         recording(),
         model="tiny:fast",
         extra_body={"diffa": {"sampler": {"block_length": 6}}},
     )
-    assert bases == [({"block_length": 6}, "fast")]
+    assert presets == [({"block_length": 6}, "fast")]
 
 
 def test_the_seed_decides_what_a_temperature_draws(client):
@@ -145,7 +152,7 @@ def test_drafts_show_every_step_when_they_are_asked_for(client):
         for chunk in heard
         if "draft" in (chunk.model_extra or {}).get("diffa", {})
     ]
-    assert [draft["forward"] for draft in drafts] == list(range(1, len(drafts) + 1))
+    assert [draft["step"] for draft in drafts] == list(range(1, len(drafts) + 1))
     assert len(drafts) > 4
     assert drafts[0]["tokens"].count(None) == 11
     assert all(drafts[-1]["final"])
@@ -173,6 +180,10 @@ def test_the_models_are_listed(client):
     assert client.models.retrieve("tiny:fast").id == "tiny:fast"
 
 
+def sampler(**options):
+    return {"extra_body": {"diffa": {"sampler": options}}}
+
+
 WRONG = {
     "no such model": ({"model": "other"}, 404, "model"),
     "too many tokens": ({"max_tokens": 10**6}, 400, "max_tokens"),
@@ -180,10 +191,35 @@ WRONG = {
     "temperature": ({"temperature": 99}, 400, "temperature"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "two answers": ({"n": 2}, 400, "n"),
-    "option": ({"extra_body": {"diffa": {"sampler": {"block_lenth": 3}}}}, 400, "sampler.block_lenth"),
-    "range": ({"extra_body": {"diffa": {"sampler": {"block_length": 0}}}}, 400, "sampler.block_length"),
-    "rules": (
-        {"extra_body": {"diffa": {"sampler": {"threshold": 0.5, "factor": 1.0}}}}, 400, "sampler",
+    "option": (sampler(block_lenth=3), 400, "sampler.block_lenth"),
+    "sampler": (sampler(name="none"), 400, "sampler.name"),
+    "range": (sampler(block_length=0), 400, "sampler.block_length"),
+    "type": (sampler(block_length="8"), 400, "sampler.block_length"),
+    "choice of another type": (sampler(cache=0.5), 400, "sampler.cache"),
+    "choice": (sampler(cache="all"), 400, "sampler.cache"),
+    "rules": (sampler(threshold=0.5, factor=1.0), 400, "sampler"),
+    "preset": ({"extra_body": {"diffa": {"sampler": "none"}}}, 400, "sampler"),
+    "unknown field": ({"extra_body": {"diffa": {"draft": True}}}, 400, "diffa.draft"),
+    "deadline": ({"extra_body": {"diffa": {"deadline": 10**6}}}, 400, "diffa.deadline"),
+    "seed": ({"seed": 2**63}, 400, "seed"),
+    "stream options": (
+        {"stream": True, "stream_options": {"include_usage": 1}}, 400,
+        "stream_options.include_usage",
+    ),
+    "no messages": ({"messages": []}, 400, "messages"),
+    "content": ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
+    "no text": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400,
+        "messages[0].content[0].text",
+    ),
+    "no part": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
+        "messages[0].content[0]",
+    ),
+    "no data": (
+        {"messages": [{"role": "user", "content": [
+            {"type": "input_audio", "input_audio": {"format": "wav"}}]}]},
+        400, "messages[0].content[0].input_audio.data",
     ),
     "long text": ({"messages": question(words="x" * 3000)}, 413, "messages[0]"),
     "not audio": ({"messages": question(b"x" * 100)}, 400, "the recording"),
@@ -239,8 +275,8 @@ def test_health_and_metrics_say_how_it_goes(place, client):
     ask(client)
     assert json.loads(curl(f"{place}/health"))["status"] == "ok"
     text = curl(f"{place}/metrics")
-    assert 'diffa_requests_total{path="/v1/chat/completions",status="200"}' in text
-    assert "diffa_forward_rows_bucket" in text
+    assert 'diffa_http_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert "diffa_forward_batch_size_bucket" in text
 
 
 def test_requests_share_forwards_and_get_what_they_get_alone(client, place):
@@ -251,7 +287,9 @@ def test_requests_share_forwards_and_get_what_they_get_alone(client, place):
         shared = list(pool.map(lambda clip: ask(client, clip, max_tokens=16), clips))
     after = json.loads(curl(f"{place}/health"))
     assert [one.choices[0].message.content for one in shared] == alone
-    assert after["rows"] - before["rows"] > 1.5 * (after["num_forwards"] - before["num_forwards"])
+    assert after["num_rows"] - before["num_rows"] > 1.5 * (
+        after["num_forwards"] - before["num_forwards"]
+    )
 
 
 class Slow:
@@ -281,14 +319,14 @@ def wait_until(true, seconds=20):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(model):
-    limits = LIMITS._replace(rows=1, waiting=1)
+    limits = LIMITS._replace(max_batch_size=1, max_waiting=1)
     with Slow(model, 0.05), serving(model, limits=limits) as (service, place):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(ask, client, max_tokens=24)
-            wait_until(lambda: service.engine.load().running)
+            wait_until(lambda: service.engine.load().num_running)
             second = pool.submit(ask, client, max_tokens=24)
-            wait_until(lambda: service.engine.load().waiting)
+            wait_until(lambda: service.engine.load().num_waiting)
             with pytest.raises(openai.RateLimitError) as caught:
                 ask(client)
             assert int(caught.value.response.headers["retry-after"]) >= 1
@@ -301,7 +339,7 @@ def test_an_answer_that_is_late_is_given_up(model):
         with pytest.raises(openai.APIStatusError) as caught:
             ask(client, max_tokens=64, extra_body={"diffa": {"deadline": 0.3}})
         assert caught.value.status_code == 504
-        wait_until(lambda: not service.engine.load().running)
+        wait_until(lambda: not service.engine.load().num_running)
         assert service.engine.load().num_forwards < 30
 
 
@@ -311,12 +349,12 @@ def test_a_client_that_goes_away_leaves_the_batch(model, stream):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(ask, client, max_tokens=40)
-            wait_until(lambda: service.engine.load().running == 1)
+            wait_until(lambda: service.engine.load().num_running == 1)
             host, port = place.removeprefix("http://").split(":")
             gone = leave(host, int(port), stream)
-            wait_until(lambda: service.engine.load().running == 2)
+            wait_until(lambda: service.engine.load().num_running == 2)
             gone.close()
-            wait_until(lambda: service.engine.load().running < 2, 3)
+            wait_until(lambda: service.engine.load().num_running < 2, 3)
             assert not other.done(), "the other's answer was over as well: nothing was seen"
             assert other.result(60).choices[0].message.content
 
@@ -334,7 +372,7 @@ def leave(host, port, stream):
 
 
 def test_keys_open_the_server(model):
-    with serving(model, keys=["right", "other"]) as (_, place):
+    with serving(model, api_keys=["right", "other"]) as (_, place):
         for key in ("right", "other"):
             good = openai.OpenAI(base_url=f"{place}/v1", api_key=key, max_retries=0)
             assert good.models.list().data
@@ -369,7 +407,7 @@ def test_only_listed_hosts_are_fetched_from_and_redirects_are_not_followed(model
         turns = [{"role": "user", "content": [url, {"type": "text", "text": "What is heard?"}]}]
         return ask(client, messages=turns)
 
-    with serving(model, hosts=[host]) as (_, place):
+    with serving(model, allowed_hosts=[host]) as (_, place):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
         sent = ask(client, clip).choices[0].message.content
         assert asked(client, "/clip.wav").choices[0].message.content == sent
@@ -380,7 +418,7 @@ def test_only_listed_hosts_are_fetched_from_and_redirects_are_not_followed(model
 
 def started(service):
     """A server that a test stops itself, its thread, and a client that asks once."""
-    server = configured(service, "127.0.0.1", 0)
+    server = create_server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -394,7 +432,7 @@ def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
     server, thread, client = started(service)
     with Slow(model, 0.03), ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, client, recording(), max_tokens=48)
-        wait_until(lambda: service.engine.load().running)
+        wait_until(lambda: service.engine.load().num_running)
         server.handle_exit(signal.SIGTERM, None)
         with pytest.raises(openai.InternalServerError) as caught:
             ask(client)
@@ -406,11 +444,11 @@ def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
 
 
 def test_what_is_not_finished_in_time_is_told_so_at_shutdown(model):
-    service = Service(model, "tiny", limits=LIMITS._replace(drain=0.3))
+    service = Service(model, "tiny", limits=LIMITS._replace(drain_timeout=0.3))
     server, thread, client = started(service)
     with Slow(model, 0.05), ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, client, max_tokens=400)
-        wait_until(lambda: service.engine.load().running)
+        wait_until(lambda: service.engine.load().num_running)
         server.handle_exit(signal.SIGTERM, None)
         with pytest.raises(openai.InternalServerError) as caught:
             first.result(60)

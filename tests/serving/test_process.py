@@ -61,7 +61,7 @@ def test_at_sigterm_what_is_in_flight_finishes_and_the_process_ends_well(tmp_pat
         wait_until(lambda: healthy(port), 400)
         with ThreadPoolExecutor(6) as pool:
             running = [pool.submit(post, port, 96) for _ in range(6)]
-            wait_until(lambda: (healthy(port) or {}).get("running") == 3, 120)
+            wait_until(lambda: (healthy(port) or {}).get("num_running") == 3, 120)
             made.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             assert post(port, 1) == (503, 0)

@@ -20,7 +20,7 @@ from diffa.errors import DiffaError, SpecError
 from diffa.nano.demo import recordings
 from diffa.serving import ray_serve as replicas
 from diffa.serving.limits import Limits
-from diffa.serving.ray_serve import Replicas, Served
+from diffa.serving.ray_serve import Deployment, ReplicaConfig
 
 ASKED = ("What digits are said?", "What can you hear?")
 
@@ -44,7 +44,9 @@ def test_options_of_replicas_need_ray(said, words):
 
 
 def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(said, monkeypatch):
-    monkeypatch.setattr(replicas.Served, "service", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        replicas.Deployment, "create_service", lambda _: pytest.fail("it was loaded")
+    )
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -67,14 +69,14 @@ def test_a_missing_ray_names_the_extra(said, monkeypatch):
 
 
 def test_a_wrong_spec_is_found_before_ray_starts(said, monkeypatch):
-    monkeypatch.setattr(replicas, "serve", lambda *_: pytest.fail("it has started"))
+    monkeypatch.setattr(replicas, "run_on_ray", lambda *_: pytest.fail("it has started"))
     code, text = said("--ray", "local", "--set", "sampler.block_lenth=8")
     assert code == 2 and "sampler.block_lenth" in text
 
 
 def test_the_resolved_spec_and_all_limits_travel(monkeypatch, tmp_path):
     passed = []
-    monkeypatch.setattr(replicas, "serve", lambda *given: passed.extend(given))
+    monkeypatch.setattr(replicas, "run_on_ray", lambda *given: passed.extend(given))
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     words = ["--max-batch-size", "3", "--max-waiting", "5", "--drain", "7", "--api-keys", str(keys)]
@@ -83,14 +85,16 @@ def test_the_resolved_spec_and_all_limits_travel(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         main(["serve", "--spec", "tiny", *words])
     served, host, port, address, each, _ = passed
-    assert (host, port, address, each) == ("127.0.0.1", 8000, "auto", Replicas(2, 4, 0.5))
-    assert served.load.__self__.device == "cuda"  # of the replica's node; this one may have none
-    there = pickle.loads(pickle.dumps(served._replace(load=on_cpu(served.load))))
-    service = there.service()
+    assert (host, port, address, each) == ("127.0.0.1", 8000, "auto", ReplicaConfig(2, 4, 0.5))
+    assert (
+        served.load_model.__self__.device == "cuda"
+    )  # of the replica's node; this one may have none
+    there = pickle.loads(pickle.dumps(served._replace(load_model=on_cpu(served.load_model))))
+    service = there.create_service()
     try:
-        assert (service.name, service.keys) == ("mine", ("one", "two"))
-        assert service.hosts == ("files:80",)
-        assert service.limits == Limits(rows=3, waiting=5, drain=7)
+        assert (service.name, service.api_keys) == ("mine", ("one", "two"))
+        assert service.allowed_hosts == ("files:80",)
+        assert service.limits == Limits(max_batch_size=3, max_waiting=5, drain_timeout=7)
         tiny = diffa.Spec.read("tiny").set("sampler.steps", 4).resolve()
         assert service.model.spec.digest() == tiny.digest()
     finally:
@@ -146,11 +150,13 @@ def told(monkeypatch):
         ray = SimpleNamespace(
             cluster_resources=lambda: {"CPU": cpus}, shutdown=lambda: api.calls.append(("end",))
         )
-        monkeypatch.setattr(replicas, "_connected", lambda _: (ray, api))
-        monkeypatch.setattr(replicas, "application", lambda *_: None)
-        monkeypatch.setattr(replicas, "_signals", lambda: SimpleNamespace(wait=lambda: None))
-        served = Served(lambda: None, "tiny", Limits(), (), ())
-        replicas.serve(served, "h", 1, address, Replicas(**more), lambda: api.calls.append("ready"))
+        monkeypatch.setattr(replicas, "_connect", lambda _: (ray, api))
+        monkeypatch.setattr(replicas, "create_application", lambda *_: None)
+        monkeypatch.setattr(replicas, "_catch_signals", lambda: SimpleNamespace(wait=lambda: None))
+        served = Deployment(lambda: None, "tiny", Limits(), (), ())
+        replicas.run_on_ray(
+            served, "h", 1, address, ReplicaConfig(**more), lambda: api.calls.append("ready")
+        )
 
     return run
 
@@ -185,10 +191,10 @@ def test_a_model_that_does_not_load_is_one_error_and_leaves_nothing(told):
 
 def test_a_local_ray_says_when_it_is_too_small(told):
     with pytest.raises(SpecError, match="3 replicas need 6 CPUs: there are 2"):
-        told(Api(), "local", number=3, threads=2)
+        told(Api(), "local", num_replicas=3, num_cpus=2)
     with pytest.raises(SpecError, match=r"1 replicas need 0\.5 GPUs: there are 0"):
-        told(Api(), "local", gpus=0.5)
-    told(Api(), "auto", number=3)  # a cluster may grow
+        told(Api(), "local", num_gpus=0.5)
+    told(Api(), "auto", num_replicas=3)  # a cluster may grow
 
 
 def ask(client, number):
