@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from diffa.cli import synthesis
 from diffa.cli.manifests import cell, read_manifests, with_progress
+from diffa.cli.models import load_model, resolve_device
 from diffa.cli.options import (
+    DeviceOption,
     FsddOption,
     JsonOption,
     ManifestOutOption,
@@ -21,6 +23,9 @@ app = typer.Typer(help="Make and check training data.", no_args_is_help=True, ri
 app.command()(synthesis.captions)
 app.command()(synthesis.rewrite)
 app.command()(synthesis.preferences)
+
+if TYPE_CHECKING:
+    from diffa.data.synthesis.transcribers import Transcriber
 
 ManifestsArgument = Annotated[
     list[Path],
@@ -123,6 +128,16 @@ def write_manifest(
     ] = None,
     band: BandOption = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Number of processes.")] = 1,
+    transcriber: Annotated[
+        str,
+        typer.Option(
+            "--transcriber",
+            metavar="MODEL",
+            help="Model for recordings without transcripts: a spec, or a speech recogniser of "
+            "transformers (default: none).",
+        ),
+    ] = "",
+    device: DeviceOption = "auto",
 ) -> None:
     """Write a manifest of a published corpus with measured and labelled attributes."""
     from diffa.data.corpora.readers import read_corpus
@@ -135,11 +150,32 @@ def write_manifest(
     clips = source.clips if count is None else sample_clips(source.clips, count, seed)
     faults: list[str] = []
     rows = clip_rows(
-        clips, faults, measured=measured, workers=workers, bands=bands, instructions=texts
+        clips,
+        faults,
+        measured=measured,
+        workers=workers,
+        bands=bands,
+        instructions=texts,
+        transcriber=_load_transcriber(transcriber, device) if transcriber else None,
     )
-    print(write_rows(out, with_progress(rows, len(clips))))
+    entries = with_progress(rows, len(clips))
+    print(write_rows(out, entries))
+    if transcriber:
+        count = sum("transcribed_by" in row for row in entries)
+        print_note(f"{count} of {len(entries)} rows transcribed by {transcriber}")
     print_notes([*source.problems, *faults], "could not be used")
     print_note(f"{len(clips) - len(faults)} rows of {corpus}")
+
+
+def _load_transcriber(name: str, device: str) -> Transcriber:
+    """Load a spec's model, or a checkpoint of transformers (a folder or ORGANISATION/NAME)."""
+    from diffa.data.synthesis.transcribers import DiffusionTranscriber, SpeechRecognizer
+
+    path = Path(name)
+    is_spec = path.suffix in (".yaml", ".yml", ".json") or (path / "spec.json").is_file()
+    if is_spec or ("/" not in name and not path.is_dir()):
+        return DiffusionTranscriber(load_model(name, None, "", device)[0])
+    return SpeechRecognizer(name, device=resolve_device(device))
 
 
 @app.command("attributes")

@@ -28,7 +28,7 @@ MANIFEST_FIELDS = (
 PREFERENCE_FIELDS = ("chosen", "rejected", "dpo_explanation", "dpo_source")
 """The keys that DIFFA-2's preference data adds."""
 
-EXTRA_FIELDS = ("speaker", "split", "attributes", "measures")
+EXTRA_FIELDS = ("speaker", "split", "attributes", "measures", "transcribed_by")
 """What this library keeps besides, in JSONL and Parquet: checks between splits need it."""
 
 

@@ -28,13 +28,14 @@ class Clip(NamedTuple):
     """One recording and what its corpus says of it.
 
     Attributes:
-        path: of the recording.
-        audio_id: unique in its corpus.
-        dataset: the corpus, as tables name it.
-        transcription: what is said; empty where the corpus does not tell.
-        speaker: unique in its corpus; empty where unknown.
-        split: the corpus' own part that it belongs to; empty where there are none.
-        labels: attributes by name (``ATTRIBUTES``), those that the corpus knows.
+        path: The recording's file.
+        audio_id: An id, unique in its corpus.
+        dataset: The corpus's title.
+        transcription: What is said; empty if the corpus has no transcript.
+        speaker: The speaker's id, unique in its corpus; empty if unknown.
+        split: The corpus's own part that the recording belongs to; empty if there are none.
+        labels: Attributes that the corpus labels, by name (``ATTRIBUTES``).
+        transcribed_by: The model that wrote the transcription; empty if the corpus has it.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Clip(NamedTuple):
     speaker: str = ""
     split: str = ""
     labels: Mapping[str, str] = {}
+    transcribed_by: str = ""
 
 
 ClipReader = Callable[[Path, list[str]], Iterator[Clip]]

@@ -113,10 +113,8 @@ def voxceleb1(root: Path, problems: list[str]) -> Iterator[Clip]:
     for path in sorted(root.rglob("id1*/*/*.wav")):
         speaker, video = path.parents[1].name, path.parent.name
         about = people.get(speaker, {})
-        # a nationality is the nearest thing to an accent that the corpus has
-        labels = clean_labels(
-            {"gender": about.get("Gender", ""), "accent": about.get("Nationality", "")}
-        )
+        # The table's nationality is not an accent.
+        labels = clean_labels({"gender": about.get("Gender", "")})
         name, part = f"{speaker}-{video}-{path.stem}", about.get("Set", "")
         yield Clip(path, name, "VoxCeleb1", "", speaker, part, labels)
 

@@ -52,7 +52,7 @@ CORPORA: dict[str, Corpus] = {
         "data/DIALOG/TURN_SPEAKER_dDIALOG.wav, metadata.json", dailytalk,
     ),
     "voxceleb1": Corpus(
-        "VoxCeleb1", ("gender", "accent"), "wav/id10001/VIDEO/00001.wav, vox1_meta.csv", voxceleb1
+        "VoxCeleb1", ("gender",), "wav/id10001/VIDEO/00001.wav, vox1_meta.csv", voxceleb1
     ),
     "fsdd": Corpus(
         "FSDD", ("gender", "accent", "text"), "recordings/DIGIT_SPEAKER_INDEX.wav", fsdd

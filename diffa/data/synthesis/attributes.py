@@ -68,12 +68,19 @@ def describe_attributes(
 
 
 def seed_transcript(attributes: Mapping[str, str], seconds: float) -> str:
-    """Write ``[00:00-00:03] words (Gender: female, ...)``: what answers are written from.
+    """Return the line that answers are written from, in the form of DIFFA's paper.
 
-    The form of the published ``seed_transcript``; the end is rounded up to a whole second.
+    ``[00:00 - 00:03]: "what is said" (Gender: female, Duration: 3s)``; the duration is rounded up
+    to whole seconds.
     """
     stop = max(math.ceil(seconds), 1)
-    said = attributes.get("text", "")
-    facts = [f"{TITLES[n]}: {attributes[n]}" for n in ATTRIBUTES if n in TITLES and n in attributes]
-    parts = [f"[00:00-{stop // 60:02d}:{stop % 60:02d}]", said, f"({', '.join(facts)})"]
-    return " ".join(part for part in parts if part not in ("", "()"))
+    span = f"[00:00 - {stop // 60:02d}:{stop % 60:02d}]"
+    if attributes.get("text"):
+        span = f'{span}: "{attributes["text"]}"'
+    values = {**attributes, "duration": f"{stop}s"}
+    facts = [
+        f"{TITLES[name]}: {values[name]}"
+        for name in ATTRIBUTES
+        if name in TITLES and name in values
+    ]
+    return f"{span} ({', '.join(facts)})"

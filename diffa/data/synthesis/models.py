@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffa.data.samples import DataError
 from diffa.data.synthesis.writers import Conversation, Reply
 from diffa.errors import SpecError
+
+if TYPE_CHECKING:
+    from diffa.model import Model
 
 
 class TransformersWriter:
@@ -92,14 +95,14 @@ class DiffusionWriter:
         batch: conversations at once.
     """
 
-    def __init__(self, model: Any, *, max_tokens: int = 128, batch: int = 8) -> None:
+    def __init__(self, model: Model, *, max_tokens: int = 128, batch: int = 8) -> None:
         from diffa.chat import Chat
 
         if model.backbone.tokenizer is None:
             raise SpecError("the backbone has no tokenizer: it cannot be asked in words")
         self.model, self.batch = model, batch
         self.chat = Chat(model.backbone.tokenizer, system="", user="{question}")
-        self.name = f"spec:{model.spec.digest()}-{_weights(model.backbone)}"
+        self.name = model_name(model)
         self.settings = {"max_tokens": max_tokens}
 
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Reply]]:
@@ -118,14 +121,15 @@ class DiffusionWriter:
         return self.chat.encode(said["user"], system=said.get("system", ""), audio=False).tokens
 
 
-def _weights(module: Any) -> str:
-    """Name a module's weights by the beginning of each: training moves them all."""
+def model_name(model: Model) -> str:
+    """Return a name for a model's spec and its backbone's weights."""
     import hashlib
 
-    found = hashlib.blake2b(digest_size=4)
-    for values in module.parameters():
-        found.update(values.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return found.hexdigest()
+    digest = hashlib.blake2b(digest_size=4)
+    for values in model.backbone.parameters():
+        # The beginning of each weight is enough: training moves them all.
+        digest.update(values.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return f"spec:{model.spec.digest()}-{digest.hexdigest()}"
 
 
 def _nothing() -> Reply:

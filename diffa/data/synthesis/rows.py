@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,12 @@ from diffa.data.manifest import probe_audio
 from diffa.data.samples import DataError, ManifestRow, derive_seed
 from diffa.data.synthesis.attributes import Bands, describe_attributes, seed_transcript
 from diffa.data.synthesis.measures import RATE, Measures, measure_speech
+from diffa.data.synthesis.transcribers import TRANSCRIBE, Transcriber
 from diffa.errors import AudioError
 
-TRANSCRIBE = "Please transcribe the audio to text."
 DESCRIBE = "What can you hear from the audio?"
 """The question of DIFFA's synthetic data."""
+_BATCH = 16  # recordings that are transcribed together
 
 
 class Measurement(NamedTuple):
@@ -43,7 +45,7 @@ def measure_clip(path: Path, measured: bool = True) -> Measurement:
 
 
 def measure_clips(clips: Sequence[Clip], *, measured: bool, workers: int) -> Iterator[Measurement]:
-    """Hear every clip, in order, in ``workers`` processes (none for 1)."""
+    """Measure every clip, in order, in ``workers`` processes (none for 1)."""
     paths = [clip.path for clip in clips]
     if workers == 1:
         yield from (measure_clip(path, measured) for path in paths)
@@ -67,20 +69,22 @@ def clip_row(
     bands: Bands | None = None,
     instructions: Sequence[str] = (),
 ) -> ManifestRow:
-    """Write a clip as a row that asks for its transcript (DIFFA's stage 1).
+    """Return a clip as a row that asks for its transcript (DIFFA's stage 1).
 
-    A clip without a transcript has an empty answer, which captions fill in. One of several
-    ``instructions`` is drawn by the clip's id, whatever else is in the corpus.
+    A clip without a published transcript asks for a description instead, with an empty answer
+    that captions fill in: a machine's transcript is no answer to learn. One of several
+    ``instructions`` is drawn by the clip's id alone.
     """
     attributes = describe_attributes(clip.labels, measurement.measures, clip.transcription, bands)
-    asked = instructions or (TRANSCRIBE,)
-    question = asked[derive_seed(clip.audio_id) % len(asked)] if clip.transcription else DESCRIBE
+    questions = instructions or (TRANSCRIBE,)
+    published = "" if clip.transcribed_by else clip.transcription
+    question = questions[derive_seed(clip.audio_id) % len(questions)] if published else DESCRIBE
     row: ManifestRow = {
         "audio_id": clip.audio_id,
         "audio_filepath": str(clip.path.absolute()),
         "transcription": clip.transcription,
         "input": question,
-        "target": clip.transcription,
+        "target": published,
         "dataset": clip.dataset,
         "duration": round(measurement.seconds, 3),
         "seed_transcript": seed_transcript(attributes, measurement.seconds),
@@ -88,6 +92,8 @@ def clip_row(
         "split": clip.split,
         "attributes": attributes,
     }
+    if clip.transcribed_by:
+        row["transcribed_by"] = clip.transcribed_by
     if measurement.measures is not None:
         named = measurement.measures._asdict().items()
         row["measures"] = {name: round(value, 3) for name, value in named if value is not None}
@@ -102,14 +108,40 @@ def clip_rows(
     workers: int = 1,
     bands: Bands | None = None,
     instructions: Sequence[str] = (),
+    transcriber: Transcriber | None = None,
 ) -> Iterator[ManifestRow]:
-    """Write clips as rows; those that cannot be read are left out and listed in ``faults``."""
-    measurement = measure_clips(clips, measured=measured, workers=workers)
-    for clip, found in zip(clips, measurement, strict=True):
-        if found.fault:
-            faults.append(found.fault)
-        else:
-            yield clip_row(clip, found, bands=bands, instructions=instructions)
+    """Yield a row for every clip in order; unreadable clips are listed in ``faults`` instead.
+
+    Args:
+        clips: Recordings of a corpus.
+        faults: Receives what is wrong with unreadable recordings.
+        measured: Measure pitch, volume and speed, not just the duration.
+        workers: Processes that measure.
+        bands: Limits between the words of a measure.
+        instructions: Questions to draw from for clips with a published transcript.
+        transcriber: Transcribes the clips that have no published transcript.
+    """
+    results = zip(clips, measure_clips(clips, measured=measured, workers=workers), strict=True)
+    while batch := list(islice(results, _BATCH)):
+        faults += [measurement.fault for _, measurement in batch if measurement.fault]
+        usable = [(clip, measurement) for clip, measurement in batch if not measurement.fault]
+        transcribed = _transcribe([clip for clip, _ in usable], transcriber)
+        for clip, (_, measurement) in zip(transcribed, usable, strict=True):
+            yield clip_row(clip, measurement, bands=bands, instructions=instructions)
+
+
+def _transcribe(clips: Sequence[Clip], transcriber: Transcriber | None) -> list[Clip]:
+    """Return clips with transcripts of those that have none."""
+    silent = [clip.path for clip in clips if not clip.transcription]
+    if transcriber is None or not silent:
+        return list(clips)
+    texts = dict(zip(silent, transcriber.transcribe(silent), strict=True))
+    return [
+        clip._replace(transcription=texts[clip.path], transcribed_by=transcriber.name)
+        if texts.get(clip.path)
+        else clip
+        for clip in clips
+    ]
 
 
 def sample_clips(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:

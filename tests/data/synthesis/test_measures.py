@@ -86,7 +86,20 @@ def test_bands_can_be_set() -> None:
     assert (found["volume"], found["speed"]) == ("quiet", "fast")
 
 
-def test_the_line_is_the_published_one_where_little_is_known() -> None:
-    assert seed_transcript({"text": "(Sigh)"}, 1.2) == "[00:00-00:02] (Sigh)"
-    assert seed_transcript({"gender": "male"}, 75.0) == "[00:00-01:15] (Gender: male)"
-    assert seed_transcript({}, 0.1) == "[00:00-00:01]"
+@pytest.mark.parametrize(
+    ("attributes", "seconds", "line"),
+    [
+        ({"text": "three seven"}, 2.4, '[00:00 - 00:03]: "three seven" (Duration: 3s)'),
+        ({"gender": "male"}, 75.0, "[00:00 - 01:15] (Gender: male, Duration: 75s)"),
+        ({}, 0.1, "[00:00 - 00:01] (Duration: 1s)"),
+        (
+            {"text": "(Sigh)", "duration": "1.2 seconds", "emotion": "sad"},
+            1.2,
+            '[00:00 - 00:02]: "(Sigh)" (Emotion: sad, Duration: 2s)',
+        ),
+    ],
+)
+def test_seed_transcript_has_the_form_of_the_paper(
+    attributes: dict[str, str], seconds: float, line: str
+) -> None:
+    assert seed_transcript(attributes, seconds) == line
