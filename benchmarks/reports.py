@@ -39,9 +39,9 @@ def synchronize(device: Any) -> None:
 @contextlib.contextmanager
 def run_server(service: Any) -> Iterator[tuple[str, int]]:
     """Run a server in a thread of this process; yield its host and port."""
-    from diffa.serving.run import configured
+    from diffa.serving.run import create_server
 
-    server = configured(service, "127.0.0.1", 0)
+    server = create_server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

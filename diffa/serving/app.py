@@ -60,7 +60,8 @@ def create_app(service: Service) -> FastAPI:
     app.get("/v1/models/{name:path}")(routes.get_model)
     app.get("/health")(routes.health)
     app.get("/metrics")(routes.metrics)
-    app.openapi()["components"] = {"schemas": schemas}  # FastAPI keeps the document
+    document = app.openapi()  # FastAPI keeps it
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return app
 
 

@@ -16,7 +16,7 @@ from diffa.ui import html as drawing
 from diffa.ui import sampler_options
 from diffa.ui.audio import load_recording, picture
 from diffa.ui.controls import Controls, controls
-from diffa.ui.sampler_options import Chosen
+from diffa.ui.sampler_options import SamplerForm
 from diffa.ui.steps import Replay, Request, ask
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def page(model: Model, name: str) -> gr.Blocks:
     """Lay out the page of a model that goes by a name. One thread answers, whoever is told."""
     hand = ComputeThread()
     spec, decoding = model.spec, model.backbone.decoding
-    known = list(sampler_options.named(spec))
+    known = list(sampler_options.sampler_presets(spec))
     with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
         gr.Markdown(f"# diffa\nAsk about a recording. Model **{name}**: {describe_model(model)}.")
         status = gr.HTML(elem_id="status")
@@ -214,11 +214,11 @@ def _runner(
         try:
             request = hand(_request, model, values)
             for part, place in zip(parts, shown, strict=False):
-                replay, wanted = None, Chosen(*part[1:])
-                name = sampler_options.title(model.spec, str(part[0]), wanted)
+                replay, wanted = None, SamplerForm(*part[1:])
+                name = sampler_options.form_title(model.spec, str(part[0]), wanted)
                 told = 0.0
                 for replay in hand.iterate(
-                    ask(model, name, sampler_options.write(wanted), request)
+                    ask(model, name, sampler_options.sampler_from_form(wanted), request)
                 ):
                     if time.perf_counter() - told > OFTEN:  # the browser shares the cores
                         yield _update(place, replay)

@@ -1,4 +1,4 @@
-"""Between the page's controls and a spec's ``sampler``: both ways, without a browser."""
+"""Convert between the page's controls and the ``sampler`` of a spec."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 from diffa.errors import DiffaError, SpecError
 from diffa.spec import registry
 from diffa.spec.docstrings import docstring_summary, option_descriptions
-from diffa.spec.schema import Schema, read_schema
+from diffa.spec.schema import Schema, describe_type, read_schema
 from diffa.spec.spec import Spec
 from diffa.spec.yaml import parse_yaml
 
-ONE = "one token per forward"
+ONE = "one token per pass"
 RULES = (ONE, "steps", "threshold", "factor", "entropy_bound")
-"""Ways to choose what a forward decides; options of samplers, apart from the first."""
+"""Rules for the number of tokens per forward pass; all but the first are sampler options."""
 STARTS = {ONE: 1.0, "steps": 8.0, "threshold": 0.9, "factor": 1.0, "entropy_bound": 0.5}
-"""A value to begin with for each rule."""
+"""Initial value of each rule."""
 PLAIN = ("block_length", "cache", "temperature", "cfg_scale")
-"""Options that have a control of their own."""
+"""Options with a control of their own."""
 CACHES = ("none", "prefix", "dual")
 
 
-class Chosen(NamedTuple):
-    """What the controls of one sampler preset say, in their order on the page."""
+class SamplerForm(NamedTuple):
+    """Values of the controls of one sampler, in their order on the page."""
 
     sampler: str = "blockwise"
     block_length: float | None = 32
@@ -35,8 +35,8 @@ class Chosen(NamedTuple):
     others: str = ""
 
 
-def samplers(decoding: str) -> dict[str, str]:
-    """Installed samplers for a kind of backbone by name, each with what it does."""
+def installed_samplers(decoding: str) -> dict[str, str]:
+    """Return the installed samplers for a kind of backbone, by name, with their summaries."""
     found: dict[str, str] = {}
     for name in registry.available("sampler"):
         try:
@@ -48,15 +48,15 @@ def samplers(decoding: str) -> dict[str, str]:
     return found
 
 
-def named(spec: Spec) -> dict[str, dict[str, Any]]:
-    """The sampler presets that a resolved spec names, or its own sampler as ``default``."""
+def sampler_presets(spec: Spec) -> dict[str, dict[str, Any]]:
+    """Return the sampler presets of a resolved spec, or its sampler as ``default``."""
     data = spec.data
     offered = data.get("sampler_presets") or {}
     return {**offered} if offered else {"default": data["sampler"]}
 
 
-def read(spec: Spec, sampler: Mapping[str, Any] | str) -> Chosen:
-    """Say a sampler of a spec in the terms of the controls."""
+def form_from_sampler(spec: Spec, sampler: Mapping[str, Any] | str) -> SamplerForm:
+    """Return the controls' values for a sampler of a spec."""
     written = sampler if isinstance(sampler, str) else dict(sampler)
     options: dict[str, Any] = Spec.read(spec.data | {"sampler": written}).resolve().data["sampler"]
     name = options.pop("name")
@@ -68,14 +68,14 @@ def read(spec: Spec, sampler: Mapping[str, Any] | str) -> Chosen:
         for key, value in options.items()
         if key not in covered and value != offered[key].default
     }
-    start = Chosen()._asdict()
+    start = SamplerForm()._asdict()
     plain: dict[str, Any] = {key: options.get(key, start[key]) for key in PLAIN}
     value = STARTS[ONE] if rule == ONE else float(options[rule])
-    return Chosen(sampler=name, rule=rule, value=value, others=_write(others), **plain)
+    return SamplerForm(sampler=name, rule=rule, value=value, others=_write(others), **plain)
 
 
-def write(chosen: Chosen) -> dict[str, Any]:
-    """Return the ``sampler`` of a spec that the controls ask for.
+def sampler_from_form(chosen: SamplerForm) -> dict[str, Any]:
+    """Return the ``sampler`` of a spec for the controls' values.
 
     Raises:
         SpecError: the text for further options is no ``name: value`` list, a number is
@@ -96,38 +96,50 @@ def write(chosen: Chosen) -> dict[str, Any]:
     return made | _parse(chosen.others)
 
 
-def title(spec: Spec, name: str, chosen: Chosen) -> str:
-    """Name what the controls say: the sampler preset they started from, or that it was changed."""
-    start = named(spec).get(name)
-    same = start is not None and write(read(spec, start)) == write(chosen)
+def form_title(spec: Spec, name: str, chosen: SamplerForm) -> str:
+    """Return the preset's name, with "changed" if the controls differ from it."""
+    start = sampler_presets(spec).get(name)
+    same = start is not None and sampler_from_form(
+        form_from_sampler(spec, start)
+    ) == sampler_from_form(chosen)
     return name if same else f"{name}, changed"
 
 
-def offers(sampler: str) -> dict[str, bool]:
-    """Which controls mean something to a sampler."""
+def visible_controls(sampler: str) -> dict[str, bool]:
+    """Return which controls a sampler has options for."""
     options = _schema(sampler).options
     rules = any(rule in options for rule in RULES)
     return {key: key in options for key in PLAIN} | {"rule": rules}
 
 
-def rules(sampler: str) -> list[str]:
-    """The rules that a sampler has."""
+def available_rules(sampler: str) -> list[str]:
+    """Return the rules that a sampler has options for."""
     options = _schema(sampler).options
     return [rule for rule in RULES if rule == ONE or rule in options]
 
 
-def meaning(sampler: str, option: str) -> str:
-    """What an option of a sampler does, as a sentence; "" where its author did not say."""
+def describe_option(sampler: str, option: str) -> str:
+    """Return the description of a sampler's option as a sentence; "" if it has none."""
     text = option_descriptions(registry.load_part("sampler", sampler)).get(option, "")
     text = text.replace("``", "").removeprefix("instead, ").rstrip(".")
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
-def rule_meaning(sampler: str, rule: str) -> str:
-    """What a rule does, as a sentence."""
+def describe_further_options(sampler: str) -> str:
+    """List the options of a sampler that have no control of their own, for their text box."""
+    options = _schema(sampler).options
+    further = {key: option for key, option in options.items() if key not in (*PLAIN, *RULES)}
+    if not further:
+        return "This sampler has no further options."
+    shown = ", ".join(f"{key} ({describe_type(option.hint)})" for key, option in further.items())
+    return f"Options as NAME: VALUE, separated by commas: {shown}."
+
+
+def describe_rule(sampler: str, rule: str) -> str:
+    """Return the description of a rule as a sentence."""
     if rule == ONE:
-        return "Every forward decides the token that the model is surest of."
-    return meaning(sampler, rule)
+        return "Each pass unmasks the most confident token."
+    return describe_option(sampler, rule)
 
 
 def _schema(sampler: str) -> Schema:

@@ -47,6 +47,19 @@ class Many:
     def out_lengths(self, lengths): ...
 """
 
+# A sampler with an option that none of diffa's has.
+SAMPLER = '''
+from diffa.samplers.blockwise import Blockwise
+class Capped(Blockwise):
+    """Blockwise with a number of passes.
+
+    Args:
+        passes: Forward passes for the whole answer.
+    """
+    def __init__(self, vocab, *, passes: int = 4):
+        super().__init__(vocab, steps=passes)
+'''
+
 
 def install(
     folder: Path,

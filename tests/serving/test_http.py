@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from helpers.fakes import SAMPLER, install, site_packages
 from helpers.serving import question, recording, serving, text64
 
 import diffa
@@ -182,6 +183,42 @@ def test_the_models_are_listed(client):
 
 def sampler(**options):
     return {"extra_body": {"diffa": {"sampler": options}}}
+
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """A package that declares the sampler ``capped``."""
+    for site in site_packages(tmp_path, monkeypatch):
+        install(site, "acme-diffa", {"sampler": {"capped": "acme:Capped"}}, {"acme": SAMPLER})
+        yield site
+
+
+def test_a_request_sets_options_of_a_third_party_sampler(client, third_party):
+    for passes in (2, 5):
+        answer = ask(client, recording(), **sampler(name="capped", passes=passes))
+        assert answer.model_extra["diffa"]["num_forwards"] == passes
+
+
+@pytest.mark.parametrize("passes", ["5", 0.5, None, 10**6, [2]])
+def test_options_of_a_third_party_sampler_are_checked_by_its_schema(client, third_party, passes):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, recording(), **sampler(name="capped", passes=passes))
+    assert caught.value.body["param"] == "sampler.passes"
+
+
+def test_the_openapi_document_describes_the_bodies(place):
+    document = json.loads(curl(f"{place}/openapi.json"))
+    schemas, paths = document["components"]["schemas"], document["paths"]
+    for path, media_type, field in (
+        ("/v1/chat/completions", "application/json", "messages"),
+        ("/v1/audio/transcriptions", "multipart/form-data", "response_format"),
+    ):
+        schema = paths[path]["post"]["requestBody"]["content"][media_type]["schema"]
+        name = schema["allOf"][0]["$ref"].rpartition("/")[2]
+        assert field in schemas[name]["properties"]
+    assert '"$defs"' not in json.dumps(document)
+    for part in json.dumps(document).split('"#/components/schemas/')[1:]:
+        assert part.partition('"')[0] in schemas
 
 
 WRONG = {

@@ -14,7 +14,7 @@ import pytest
 import diffa
 from diffa.nano.demo import recordings
 from diffa.spec.spec import Spec
-from diffa.ui.sampler_options import named
+from diffa.ui.sampler_options import sampler_presets
 
 CHROMIUM = os.environ.get("DIFFA_CHROMIUM") or shutil.which("chromium")
 if CHROMIUM is None:
@@ -119,7 +119,7 @@ def test_an_example_answers_at_once_and_two_settings_compare(page: Any) -> None:
     page.get_by_role("button", name="A melody").click()
     page.locator("#comparison table").wait_for()
     first, second = (page.locator(f"#numbers-{key}").inner_text() for key in ("first", "second"))
-    names = list(named(Spec.read("nano").resolve()))
+    names = list(sampler_presets(Spec.read("nano").resolve()))
     assert re.match(rf"{names[0]}: \d+ forwards", first)
     assert re.match(rf"{names[-1]}: \d+ forwards", second)
     heads = page.locator("#comparison thead th").all_inner_texts()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.fakes import SAMPLER, install, site_packages
 
 import diffa
 from diffa.errors import AudioError, PluginError, SpecError
@@ -23,7 +24,7 @@ from diffa.ui import html as drawing
 from diffa.ui import sampler_options
 from diffa.ui.audio import MAX_SECONDS, load_recording, picture
 from diffa.ui.launch import require
-from diffa.ui.sampler_options import ONE, Chosen
+from diffa.ui.sampler_options import ONE, SamplerForm
 from diffa.ui.steps import Replay, Request, Token, ask, length
 
 QUESTION = "What can you hear from the audio?"
@@ -124,8 +125,12 @@ def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
 @pytest.mark.parametrize("preset", ["tiny", "nano", "diffa-2"])
 def test_controls_say_every_named_setting_exactly(preset: str) -> None:
     spec = Spec.read(preset).resolve()
-    for name, sampler in sampler_options.named(spec).items():
-        again = spec.data | {"sampler": sampler_options.write(sampler_options.read(spec, sampler))}
+    for name, sampler in sampler_options.sampler_presets(spec).items():
+        again = spec.data | {
+            "sampler": sampler_options.sampler_from_form(
+                sampler_options.form_from_sampler(spec, sampler)
+            )
+        }
         whole = spec.data | {"sampler": sampler}
         assert (
             Spec.read(again).resolve().data["sampler"]
@@ -135,68 +140,85 @@ def test_controls_say_every_named_setting_exactly(preset: str) -> None:
 
 def test_options_without_a_control_are_written_out_and_read_back() -> None:
     spec = Spec.read("tiny").resolve()
-    chosen = sampler_options.read(
+    chosen = sampler_options.form_from_sampler(
         spec, {"name": "blockwise", "suffix_window": 6, "stop_at_eos": False}
     )
     assert chosen.others == "suffix_window: 6, stop_at_eos: false"
     assert (
-        sampler_options.write(chosen)["suffix_window"] == 6
-        and sampler_options.write(chosen)["stop_at_eos"] is False
+        sampler_options.sampler_from_form(chosen)["suffix_window"] == 6
+        and sampler_options.sampler_from_form(chosen)["stop_at_eos"] is False
     )
 
 
 def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
-    for name in sampler_options.samplers("masked"):
-        made = sampler_options.write(Chosen(sampler=name, temperature=0.5))
+    for name in sampler_options.installed_samplers("masked"):
+        made = sampler_options.sampler_from_form(SamplerForm(sampler=name, temperature=0.5))
         assert set(made) - {"name"} <= set(read_schema(registry.load_part("sampler", name)).options)
     with pytest.raises(SpecError, match="'revise' has no rule 'factor'"):
-        sampler_options.write(Chosen(sampler="revise", rule="factor"))
+        sampler_options.sampler_from_form(SamplerForm(sampler="revise", rule="factor"))
 
 
 def test_a_changed_setting_is_not_called_by_its_name() -> None:
     spec = Spec.read("tiny").resolve()
-    start = sampler_options.read(spec, sampler_options.named(spec)["fast"])
-    assert sampler_options.title(spec, "fast", start) == "fast"
-    assert sampler_options.title(spec, "fast", start._replace(block_length=3)) == "fast, changed"
+    start = sampler_options.form_from_sampler(spec, sampler_options.sampler_presets(spec)["fast"])
+    assert sampler_options.form_title(spec, "fast", start) == "fast"
+    assert (
+        sampler_options.form_title(spec, "fast", start._replace(block_length=3)) == "fast, changed"
+    )
 
 
 @pytest.mark.parametrize("text", ["suffix 64", "suffix: [", "- a"])
 def test_options_that_cannot_be_read_are_told(text: str) -> None:
     with pytest.raises(SpecError, match="further options"):
-        sampler_options.write(Chosen(others=text))
+        sampler_options.sampler_from_form(SamplerForm(others=text))
+
+
+def test_a_third_party_sampler_s_options_are_listed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for site in site_packages(tmp_path, monkeypatch):
+        install(site, "acme-diffa", {"sampler": {"capped": "acme:Capped"}}, {"acme": SAMPLER})
+        assert "capped" in sampler_options.installed_samplers("masked")
+        assert "passes (int)" in sampler_options.describe_further_options("capped")
+        form = SamplerForm(sampler="capped", others="passes: 7")
+        assert sampler_options.sampler_from_form(form) == {"name": "capped", "passes": 7}
+        spec = Spec.read("tiny").resolve()
+        assert sampler_options.form_from_sampler(spec, {"name": "capped", "passes": 7}) == (
+            form._replace(rule=sampler_options.ONE)
+        )
 
 
 def test_an_option_may_be_null_where_it_is_written() -> None:
     assert (
-        sampler_options.write(Chosen(others="suffix_window: null, stop_at_eos: false"))[
-            "suffix_window"
-        ]
+        sampler_options.sampler_from_form(
+            SamplerForm(others="suffix_window: null, stop_at_eos: false")
+        )["suffix_window"]
         is None
     )
 
 
 def test_a_number_that_was_cleared_is_told() -> None:
     with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
-        sampler_options.write(Chosen(rule="threshold", value=None))
+        sampler_options.sampler_from_form(SamplerForm(rule="threshold", value=None))
     with pytest.raises(SpecError, match="block_length needs a value"):
-        sampler_options.write(Chosen(block_length=None))
+        sampler_options.sampler_from_form(SamplerForm(block_length=None))
 
 
 def test_every_control_has_its_meaning_in_a_line() -> None:
     assert (
-        sampler_options.meaning("blockwise", "block_length")
+        sampler_options.describe_option("blockwise", "block_length")
         == "Answer tokens per block (LLaDA, arXiv 2502.09992)."
     )
-    assert sampler_options.meaning("blockwise", "cache").startswith(
+    assert sampler_options.describe_option("blockwise", "cache").startswith(
         "Keys and values kept within a block: none"
     )
-    for rule in sampler_options.rules("blockwise"):
-        assert sampler_options.rule_meaning("blockwise", rule).endswith("."), rule
-    assert sampler_options.rules("blockwise")[0] == ONE
+    for rule in sampler_options.available_rules("blockwise"):
+        assert sampler_options.describe_rule("blockwise", rule).endswith("."), rule
+    assert sampler_options.available_rules("blockwise")[0] == ONE
 
 
 def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
-    for name, does in sampler_options.samplers("masked").items():
+    for name, does in sampler_options.installed_samplers("masked").items():
         cls = registry.load_part("sampler", name)
         silent = read_schema(cls).options.keys() - option_descriptions(cls).keys()
         assert does and not silent, (name, silent)
