@@ -87,8 +87,8 @@ def _open(source: str | Path | bytes | BinaryIO) -> tuple[Path | BinaryIO, str]:
 def _has_known_header(file: Path | BinaryIO) -> bool:
     """Whether the first bytes are those of one of ``FORMATS``; libsndfile opens many more."""
     if isinstance(file, Path):
-        with file.open("rb") as opened:
-            head = opened.read(4)
+        with file.open("rb") as stream:
+            head = stream.read(4)
     else:
         head = file.read(4)
         file.seek(0)
@@ -101,15 +101,15 @@ def _decode_soundfile(
 ) -> tuple[Tensor, int]:
     import soundfile
 
-    with soundfile.SoundFile(file) as opened:
-        rate, channels = int(opened.samplerate), int(opened.channels)
+    with soundfile.SoundFile(file) as sound:
+        rate, channels = int(sound.samplerate), int(sound.channels)
         if not trusted and not 1 <= channels <= MAX_CHANNELS:
             raise AudioError(f"{name} has {channels} channels: mix them down to {MAX_CHANNELS}")
         if not trusted and not _MIN_RATE <= rate <= _MAX_RATE:
             raise AudioError(f"{name} has {rate} samples per second: resample it to 16000")
 
         def pieces() -> Iterator[Tensor]:
-            while len(piece := opened.read(_PIECE, dtype="float32", always_2d=True)):
+            while len(piece := sound.read(_PIECE, dtype="float32", always_2d=True)):
                 yield torch.from_numpy(piece).T
 
         return _mix_down(pieces(), rate, name, max_seconds), rate
@@ -217,9 +217,9 @@ def prepare(audio: object, rate: int) -> Tensor:
     not one-dimensional.
     """
     if isinstance(audio, str | Path):
-        waveform, found = read(audio)
+        waveform, file_rate = read(audio)
         _check_finite(waveform, str(audio))
-        return resample(waveform, found, rate)
+        return resample(waveform, file_rate, rate)
     if not isinstance(audio, Tensor):
         audio = _tensor(audio)
     if not audio.is_floating_point():

@@ -78,8 +78,8 @@ def swap(model: Model, **parts: Any) -> Model:
 
 def _removed(model: Model, parts: Mapping[str, Any]) -> set[str]:
     """Return trainable parts of a model that are missing from the parts that replace its own."""
-    kept = set(parts.get("adapters", model.adapters))
-    removed = {f"adapters.{key}" for key in model.adapters if key not in kept}
+    remaining = set(parts.get("adapters", model.adapters))
+    removed = {f"adapters.{key}" for key in model.adapters if key not in remaining}
     backbone = parts.get("backbone", model.spec.data["backbone"])
     lora = isinstance(backbone, Mapping) and backbone.get("lora")
     return removed if lora else {*removed, "backbone.lora"}

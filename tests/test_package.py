@@ -106,8 +106,8 @@ def test_tests_pass_against_the_installed_package(python: Path, tmp_path: Path) 
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     paths = [f"tests/{name}" for name in TESTED]
     words = ("-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider")
-    report = run(python, *words, *paths, cwd=tmp_path)
-    assert " passed" in report and "failed" not in report
+    report = run(python, *words, *paths, cwd=tmp_path)  # fails unless pytest exits with 0
+    assert "[100%]" in report
 
 
 def test_doctor_reports_the_strangers_package_that_replaced_the_installed_files(

@@ -17,11 +17,16 @@ from diffa.types import Embeds, Features, FeatureSpec
 class Conv(nn.Module):
     """Two convolutions, the second of stride ``stride``, and two linear layers (DIFFA).
 
-    50 frames per second become 12.5 embeddings at the default stride. ``checkpoint`` is a DIFFA
-    folder or Hub id (keys ``semantic_connector.*``); ``final_relu`` is the one before the last norm.
-    ``mix_layers`` reads a learned mixture of all the encoder's states instead of the last one, and
-    ``word_numbers`` adds embeddings of word numbers, up to that many (``Numbering``); no weights are
-    published for either.
+    50 frames per second become 12.5 embeddings at the default stride.
+
+    Args:
+        stride: Frames per embedding.
+        final_relu: Apply a ReLU before the last norm, as DIFFA does.
+        mix_layers: Read a learned mixture of all encoder states instead of the last one. No
+            published weights have it.
+        word_numbers: Add embeddings of word numbers up to this one (``Numbering``). Default: none.
+        checkpoint: Folder or Hub id of a DIFFA model (keys ``semantic_connector.*``).
+        revision: Revision of the Hub repository. Default: the newest.
     """
 
     def __init__(

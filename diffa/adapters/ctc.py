@@ -14,8 +14,8 @@ class CTC(nn.Module):
     """Runs of frames with one most likely label, averaged by its probability (Gaido et al. 2021).
 
     A linear layer labels every frame; label 0 is the blank. A run of equal labels becomes one
-    frame, weighted by the label's probability, then mapped linearly. The content sets how many there are:
-    ``out_lengths`` is an upper bound.
+    frame, weighted by the label's probability, then mapped linearly. The content sets how many
+    there are: ``out_lengths`` is an upper bound.
 
     Args:
         num_labels: Labels of the CTC head, blank included; train it with a CTC loss on ``label``.

@@ -15,7 +15,7 @@ class Numbering(nn.Module):
 
     Args:
         width: Width of the embeddings.
-        max_words: Numbers that are told apart; later words have the last one.
+        max_words: Number of distinct positions; later words share the last one.
     """
 
     def __init__(self, width: int, max_words: int) -> None:

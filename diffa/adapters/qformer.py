@@ -177,9 +177,10 @@ class _Output(nn.Module):
 
 
 def _check_num_layers(state: dict[str, Tensor], num_layers: int, *, source: str) -> None:
-    found = sum(key.startswith("layer_prompts.") for key in state)
-    if found and found != num_layers:
+    num_prompts = sum(key.startswith("layer_prompts.") for key in state)
+    if num_prompts and num_prompts != num_layers:
         raise CheckpointError(
-            f"{source} was trained on {found} encoder layers, but this qformer reads {num_layers}: "
-            f"set encoder_layers to {found} and use the encoder it was trained with"
+            f"{source} was trained on {num_prompts} encoder layers, but this qformer reads "
+            f"{num_layers}: "
+            f"set encoder_layers to {num_prompts} and use the encoder it was trained with"
         )

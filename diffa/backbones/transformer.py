@@ -4,8 +4,8 @@ Shapes: B rows, K queries (the slots computed in this pass), S slots of the canv
 states are read, W hidden size, H query heads, G key/value heads, D width of a head.
 
     x (B, K, W) --attn_norm--> h --q_proj--> (B, K, H, D) --rotate--> queries -+
-                                --k_proj--> (B, K, G, D) --rotate--> keys   --KV cache--> (B, S, G, D)
-                                --v_proj--> (B, K, G, D)             values --KV cache--> (B, S, G, D)
+                                --k_proj--> (B, K, G, D) --rotate--> keys   --cache--> (B, S, G, D)
+                                --v_proj--> (B, K, G, D)             values --cache--> (B, S, G, D)
     x + attn_out(attention) --ff_norm--> SwiGLU --> + residual --> next layer
 """
 

@@ -96,10 +96,10 @@ class AttentionContext(NamedTuple):
 
         def stacked(field: str, default: Callable[[int], Tensor]) -> Tensor | None:
             """Stack a field over all slots; contexts without it get its neutral value."""
-            given = [getattr(context, field) for context in contexts]
-            if all(value is None for value in given) and not (field == "valid" and uneven):
+            values = [getattr(context, field) for context in contexts]
+            if all(value is None for value in values) and not (field == "valid" and uneven):
                 return None
-            filled = [default(i) if value is None else value for i, value in enumerate(given)]
+            filled = [default(i) if value is None else value for i, value in enumerate(values)]
             rows = [pad_slots(value, size) for value in filled]
             return torch.cat([pad_queries(r, queries) if r.dim() == 3 else r for r in rows])
 

@@ -38,8 +38,8 @@ def compute_loss(
     """Corrupt answers, run the backbone over the rows, and return the objective's loss.
 
     The sums of a ``SecondCorruption`` join those of the first; both use the same audio. A
-    ``BlockObjective`` sees the blocks before each one as they are. The other arguments are those
-    of ``Model.loss`` and ``forward_rows``.
+    ``BlockObjective`` attends to the blocks before each one as they are. The other arguments are
+    those of ``Model.loss`` and ``forward_rows``.
 
     Raises:
         SpecError: A ``BlockObjective`` with a ``forward`` of its own.

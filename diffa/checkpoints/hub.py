@@ -82,18 +82,18 @@ def _download(repository: str, sub: str, revision: str | None, *, weights: bool)
         f.rfilename.removeprefix(start) for f in info.siblings if f.rfilename.startswith(start)
     ]
     names = [file for file in files if "/" not in file]
-    wanted = [name for name in names if name.endswith(_TEXT)]
+    needed = [name for name in names if name.endswith(_TEXT)]
     if weights:
         tensors = _weight_files(names)
         if tensors is None:
             raise CheckpointError(
                 f"{repository}/{sub} on the Hub holds no {' or '.join(WEIGHT_FILES)}"
             )
-        wanted += tensors
+        needed += tensors
     folder = snapshot_download(
         repository,
         revision=revision,
-        allow_patterns=[start + name for name in wanted],
+        allow_patterns=[start + name for name in needed],
         etag_timeout=_TIMEOUT,
     )
     return Path(folder) / sub

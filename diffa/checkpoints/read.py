@@ -101,7 +101,8 @@ def read_weights(folder: Path, prefix: str = "") -> dict[str, Tensor]:
             state.update(_read_file(folder / name, prefix))
         return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
     raise CheckpointError(
-        f"{folder} holds no weights: expected {' or '.join(hub.WEIGHT_FILES)}, or shards with an index"
+        f"{folder} holds no weights: expected {' or '.join(hub.WEIGHT_FILES)}, "
+        "or shards with an index"
     )
 
 

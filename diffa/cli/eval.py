@@ -131,7 +131,8 @@ def run_benchmark(
     model, _ = load_model(spec, overrides, sampler_preset, process.device, dtype)
     config = runner.EvalConfig(
         prompt=prompt, mode=mode, batch_size=batch, batch_seconds=batch_seconds,
-        max_tokens=max_tokens, block_length=block_length, num_samples=samples, seed=seed, limit=limit,
+        max_tokens=max_tokens, block_length=block_length, num_samples=samples,
+        seed=seed, limit=limit,
         rank=process.rank, world_size=process.world_size,
     )  # fmt: skip
     on_progress = distributed.progress_printer(process)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class WaveformFrontEnd:
-    """wav2vec 2.0, HuBERT, WavLM, data2vec: convolutions over the waveform itself.
+    """Front end of wav2vec 2.0, HuBERT, WavLM and data2vec: convolutions over the waveform itself.
 
     Published models with ``feat_extract_norm: layer`` were trained with normalised waveforms and
     mask padding. Those with ``group`` normalise over all of a row's time, and data2vec's stacked
@@ -66,7 +66,7 @@ class WaveformFrontEnd:
 
 
 class Wav2Vec2BertFrontEnd:
-    """wav2vec2-BERT: pairs of Kaldi filter banks, normalised per bin, masked (w2v-BERT 2.0)."""
+    """Front end of wav2vec2-BERT (w2v-BERT 2.0): pairs of Kaldi filter banks, normalised per bin."""
 
     window_samples = None
     masks_padding = True

@@ -34,7 +34,7 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         changes: ``PATH=VALUE`` pairs joined by ``;``: ``sampler.block_length=4;sampler.steps=4``.
         max_tokens: length of every answer, whatever the task asks for; the papers' tables use 4
             for MMSU and 16 for MMAU, where lmms-eval's tasks ask for 256 and more.
-        system: another system turn.
+        system: System prompt that overrides the spec's.
         samples: draws per choice where a task compares likelihoods.
         device: where it runs; the process' own GPU where there is one, else the CPU.
         dtype: of the backbone.
@@ -69,12 +69,12 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self._world_size = self.accelerator.num_processes
         own = self._world_size > 1 or device in (None, "", "cuda")  # every process its own GPU
         place = str(self.accelerator.device) if own else str(device)
-        wanted = [one.strip() for one in changes.split(";") if one.strip()]
-        self.model, name = load_model(spec, wanted, sampler_preset, place, dtype)
+        overrides = [one.strip() for one in changes.split(";") if one.strip()]
+        self.model, name = load_model(spec, overrides, sampler_preset, place, dtype)
         self.model.eval()
         self.batch_size, self.max_tokens = int(batch_size), max_tokens
         self.system, self.samples = system, samples
-        self.unheard = 0
+        self.num_unreadable = 0
         LOG.info("%s, digest %s, on %s", name, self.model.spec.digest(), place)
 
     @property
@@ -87,26 +87,28 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """Answer requests ``(context, gen_kwargs, doc_to_visual, doc_id, task, split)``, in order.
 
         Questions that ask for the same length share batches. A recording that cannot be read is
-        answered with nothing, logged, and counted in ``unheard``: no item disappears.
+        answered with nothing, logged, and counted in ``num_unreadable``: no item disappears.
         """
         tqdm = import_module("tqdm").tqdm
         groups: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(index)
-        texts, self.unheard = [""] * len(requests), 0
+        texts, self.num_unreadable = [""] * len(requests), 0
         with tqdm(total=len(requests), disable=self.rank != 0, desc="diffa") as bar:
             for members in groups.values():
                 for first in range(0, len(members), self.batch_size):
-                    chosen = members[first : first + self.batch_size]
-                    said = self._answer([requests[index].args for index in chosen])
-                    for index, text in zip(chosen, said, strict=True):
+                    indices = members[first : first + self.batch_size]
+                    answers = self._answer([requests[index].args for index in indices])
+                    for index, text in zip(indices, answers, strict=True):
                         texts[index] = text
                         context, wishes = requests[index].args[:2]
                         self.cache_hook.add_partial("generate_until", (context, wishes), text)
-                    bar.update(len(chosen))
-        if self.unheard:
-            LOG.warning("%d recordings could not be read; their answers are empty", self.unheard)
-        if requests and self.unheard == len(requests):
+                    bar.update(len(indices))
+        if self.num_unreadable:
+            LOG.warning(
+                "%d recordings could not be read; their answers are empty", self.num_unreadable
+            )
+        if requests and self.num_unreadable == len(requests):
             raise DiffaError(f"none of {len(requests)} recordings can be read; see the log above")
         return texts
 
@@ -114,30 +116,32 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """Answer one batch whose wishes agree."""
         length, stops = self._wishes(batch[0][1])
         texts = [""] * len(batch)
-        heard: dict[int, Any] = {}
+        audio: dict[int, Any] = {}
         for index, (_, _, doc_to_visual, doc_id, task, split) in enumerate(batch):
             try:
-                heard[index] = self._audio(doc_to_visual, doc_id, task, split)
+                audio[index] = self._audio(doc_to_visual, doc_id, task, split)
             except AudioError as error:
-                self.unheard += 1
+                self.num_unreadable += 1
                 LOG.warning("%s, document %s: %s", task, doc_id, error)
-        if not heard:
+        if not audio:
             return texts
-        made = self.model.answer(
-            list(heard.values()),
-            [batch[index][0] for index in heard],
+        answer = self.model.answer(
+            list(audio.values()),
+            [batch[index][0] for index in audio],
             system=self.system,
             max_tokens=length,
         )
-        for index, text in zip(heard, made.text, strict=True):
+        for index, text in zip(audio, answer.text, strict=True):
             texts[index] = cut(text, stops)
         return texts
 
     def _wishes(self, wishes: Mapping[str, Any]) -> tuple[int | None, list[str]]:
         """Read how long an answer may be and what ends it; what a sampler cannot obey is logged."""
-        asked = [name for name in _IGNORED if wishes.get(name) not in (None, False, 0, 0.0, 1, 1.0)]
-        if asked:
-            LOG.warning("the spec's sampler decodes: %s of the task is ignored", ", ".join(asked))
+        ignored = [
+            name for name in _IGNORED if wishes.get(name) not in (None, False, 0, 0.0, 1, 1.0)
+        ]
+        if ignored:
+            LOG.warning("the spec's sampler decodes: %s of the task is ignored", ", ".join(ignored))
         until = wishes.get("until") or []
         if not isinstance(until, str | list | tuple):
             raise SpecError(f"until must be a text or a list of texts, got {until!r}")
@@ -147,9 +151,9 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def _audio(self, doc_to_visual: Any, doc_id: Any, task: str, split: str) -> Any:
         """Read a document's recordings as one waveform (S,), or None where it has none."""
-        found = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        recordings = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         rate = self.model.encoder.sample_rate
-        waves = [load_recording(one, rate) for one in found if one is not None]
+        waves = [load_recording(one, rate) for one in recordings if one is not None]
         if len(waves) > 1:
             LOG.warning("%s, document %s: %d recordings joined into one", task, doc_id, len(waves))
         return concatenate_recordings(waves, rate)
@@ -164,12 +168,12 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[(request.args[0], *request.args[3:6])].append(index)
-        found: list[Any] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         for members in groups.values():
             scored = self._score([requests[index].args for index in members])
             for index, one in zip(members, scored, strict=True):
-                found[index] = _kept_whole(one)
-        return found
+                results[index] = _kept_whole(one)
+        return results
 
     def _score(self, batch: Sequence[tuple[Any, ...]]) -> list[tuple[float, bool]]:
         context, _, *where = batch[0]
@@ -177,8 +181,8 @@ class Diffa(lmms):  # type: ignore[misc]  # lmms-eval has no types
             raise SpecError("likelihoods without a document are not offered (acc_mutual_info)")
         doc_to_visual, doc_id, task, split = where
         document = self.task_dict[task][split][doc_id]
-        given = [one[1](document) if callable(one[1]) else one[1] for one in batch]
-        choices = [str(choice).strip() for choice in given]
+        texts = [one[1](document) if callable(one[1]) else one[1] for one in batch]
+        choices = [str(choice).strip() for choice in texts]
         audio = self._audio(doc_to_visual, doc_id, task, split)
         scored = self.model.score(audio, context, choices, samples=self.samples, system=self.system)
         longest = int(scored.lengths.max()) + 1  # room to end the turn

@@ -27,11 +27,11 @@ class ChatError(DiffaError):
 
 
 class RequestRefused(ChatError):
-    """An endpoint does not take a request, and would not if it were repeated.
+    """An endpoint refuses a request, and would refuse it again.
 
     Attributes:
-        told: what it says is wrong, in one line.
-        everything: whether it would refuse any other request, too.
+        reason: The server's message, in one line.
+        fatal: Whether it would refuse every other request, too.
     """
 
     def __init__(self, message: str, reason: str, fatal: bool) -> None:
@@ -116,7 +116,7 @@ class ChatClient:
             try:
                 return _choices(self._post({**body, **(settings or {})}))
             except urllib.error.HTTPError as error:
-                fault, pause = _told(error), _asked_to_wait(error)
+                fault, pause = _server_message(error), _retry_after(error)
                 if error.code not in _PASSING:
                     raise self._refusal(error.code, fault) from error
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -167,20 +167,20 @@ def _choices(answer: Any) -> list[ChatReply]:
     return choices
 
 
-def _asked_to_wait(error: urllib.error.HTTPError) -> float:
+def _retry_after(error: urllib.error.HTTPError) -> float:
     """Seconds in a server's Retry-After, or until its date; 0 where it gives neither."""
-    given = error.headers.get("Retry-After", "")
+    header = error.headers.get("Retry-After", "")
     try:
-        seconds = float(given)
+        seconds = float(header)
     except ValueError:
         try:
-            return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+            return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
         except ValueError:
             return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
-def _told(error: urllib.error.HTTPError) -> str:
+def _server_message(error: urllib.error.HTTPError) -> str:
     """What the server says is wrong, in one line."""
     try:
         with error:
@@ -188,9 +188,9 @@ def _told(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):  # the status says enough
         text = ""
     try:
-        found = json.loads(text)
-        found = found.get("error", found)
-        text = found.get("message", text) if isinstance(found, dict) else str(found)
+        body = json.loads(text)
+        body = body.get("error", body)
+        text = body.get("message", text) if isinstance(body, dict) else str(body)
     except (json.JSONDecodeError, AttributeError):
         pass
     return f"{error.code} {error.reason}: {' '.join(str(text).split())[:300]}"

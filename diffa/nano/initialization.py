@@ -46,7 +46,8 @@ def init_for_copying(transformer: Any, seed: int) -> None:
     config = transformer.config
     if config.num_kv_heads != config.num_heads:
         raise TrainingError(
-            f"init_copying needs a key head per query head, got {config.num_kv_heads} for {config.num_heads}"
+            "init_copying needs a key head per query head, got "
+            f"{config.num_kv_heads} for {config.num_heads}"
         )
     generator = torch.Generator().manual_seed(seed)
     _draw_weights(transformer, generator)

@@ -87,8 +87,8 @@ class AudioRefresh:
     def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
         """Leave out audio that was recomputed less than ``interval`` passes ago."""
         due = state.step - self._last >= self.interval
-        wanted = (recompute & self._audio).any(dim=1)
-        self._last = torch.where(due & wanted, state.step, self._last)
+        requested = (recompute & self._audio).any(dim=1)
+        self._last = torch.where(due & requested, state.step, self._last)
         return recompute & ~(self._audio & ~due[:, None])
 
 

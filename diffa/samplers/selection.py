@@ -58,8 +58,10 @@ def select_entropy_bound(entropies: Tensor, masked: Tensor, bound: float) -> Ten
 def select_klass(
     scores: Tensor, masked: Tensor, divergence: Tensor, threshold: float, kl_threshold: float
 ) -> Tensor:
-    """Accept scores of at least ``threshold`` whose recent KL ``divergence`` (B, R) is below
-    ``kl_threshold``, or the best score if there are none (KLASS, arXiv 2511.05664)."""
+    """Accept scores of at least ``threshold`` and low KL divergence, or the best score.
+
+    ``divergence`` (B, R) of the last steps must be below ``kl_threshold`` (KLASS, arXiv 2511.05664).
+    """
     stable = (scores >= threshold) & (divergence < kl_threshold) & masked
     return torch.where(stable.any(dim=1, keepdim=True), stable, _best(scores, masked))
 
@@ -83,10 +85,10 @@ def select_local_leap(
 def select_runs(
     scores: Tensor, masked: Tensor, places: Tensor, threshold: float, run_threshold: float
 ) -> Tensor:
-    """Accept scores of at least ``threshold``, the best of every run of adjacent masks if it is
-    at least ``run_threshold``, and the best score (dInfer's hierarchical rule, 2510.08666).
+    """Accept scores of at least ``threshold``, and the best score of each run.
 
-    ``places`` (B, R) increase along a row wherever it is masked.
+    A run is adjacent masks; its best score must be at least ``run_threshold``. The best score is always accepted (dInfer's hierarchical rule, arXiv
+    2510.08666). ``places`` (B, R) increase along a row wherever it is masked.
     """
     # A run ends where a place is skipped or not masked: places 4 5 6 9 10 are runs 1 1 1 2 2.
     before = torch.cat([places[:, :1] - 2, places[:, :-1]], dim=1)

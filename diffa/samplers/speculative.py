@@ -86,10 +86,10 @@ class Speculative:
             versions = torch.cat([block[:, None], drafts.tokens], dim=1)
             has_drafts = drafts.exists & ~state.entered & state.active
             logits = read_versions(canvas, denoise, state, view, versions, has_drafts, scratch)
-            taken, drafts = self._verify(canvas, state, view, logits, versions, has_drafts)
+            num_steps, drafts = self._verify(canvas, state, view, logits, versions, has_drafts)
             if self.stop_at_eos:
                 fill_after_eos(canvas, draft)
-            blocks.advance(taken)
+            blocks.advance(num_steps)
             yield make_step(canvas, draft=draft if self.stop_at_eos else None)
 
     def _verify(
@@ -109,7 +109,7 @@ class Speculative:
         Returns:
             How many steps each row took, (B,), and new drafts.
         """
-        block, going, taken = versions[:, 0], state.active, torch.zeros_like(state.step)
+        block, going, num_steps = versions[:, 0], state.active, torch.zeros_like(state.step)
         score, tokens = torch.zeros_like(logits[:, 0, :, 0]), block
         for depth in range(versions.shape[1]):
             masked = (block == canvas.vocab.mask) & view.exists & going[:, None]
@@ -117,8 +117,8 @@ class Speculative:
             here = state._replace(
                 masked_slots=torch.where(masked, view.slots, -1),
                 places=view.slots - canvas.start,
-                step=state.step + taken,
-                block_step=state.block_step + taken,
+                step=state.step + num_steps,
+                block_step=state.block_step + num_steps,
             )
             predictions = predict(
                 logits[:, depth], seeds=canvas.seeds, step=here.step, places=here.places,
@@ -128,14 +128,14 @@ class Speculative:
             slots = torch.where(accepted, view.slots, -1)
             canvas.write(slots, predictions.tokens, predictions.confidence)
             block = torch.where(accepted, predictions.tokens, block)
-            taken = taken + going.long()
+            num_steps = num_steps + going.long()
             score = torch.where(going[:, None], predictions.score, score)
             tokens = torch.where(going[:, None], predictions.tokens, tokens)
             if depth + 1 < versions.shape[1]:
                 predicted = (block == versions[:, depth + 1]) | ~view.exists
                 going = going & has_drafts & predicted.all(dim=1)
-        ahead = state._replace(block_step=state.block_step + taken)
+        ahead = state._replace(block_step=state.block_step + num_steps)
         latest = Predictions(tokens, score, score, score, score)  # rules read tokens and score only
         depth = self.draft_steps - 1
         mask_id = canvas.vocab.mask
-        return taken, draft_ahead(self.rule, ahead, depth, block, view.exists, latest, mask_id)
+        return num_steps, draft_ahead(self.rule, ahead, depth, block, view.exists, latest, mask_id)

@@ -14,7 +14,19 @@ def docstring_summary(cls: type) -> str:
 
 
 def option_descriptions(cls: type) -> dict[str, str]:
-    """Return what the ``Args:`` section of a class's docstring says of each parameter."""
+    """Return what the ``Args:`` sections of a class and its bases say of each parameter.
+
+    Bases in other packages do not count.
+    """
+    package = cls.__module__.partition(".")[0]
+    descriptions: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.partition(".")[0] == package:
+            descriptions |= _own_descriptions(base)
+    return descriptions
+
+
+def _own_descriptions(cls: type) -> dict[str, str]:
     descriptions: dict[str, str] = {}
     name = ""
     inside = False

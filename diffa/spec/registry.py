@@ -162,17 +162,17 @@ def _scan() -> _Scan:
     global _cached
     if _cached is not None:
         return _cached
-    found: dict[str, list[Part]] = {kind: [] for kind in PLUGIN_KINDS}
-    seen: set[str] = set()
+    parts: dict[str, list[Part]] = {kind: [] for kind in PLUGIN_KINDS}
+    names: set[str] = set()
     broken: list[str] = []
     for dist in importlib.metadata.distributions():
         try:
-            _collect(dist, seen, found)
+            _collect(dist, names, parts)
         except Exception as error:  # one package's damage must not hide the others
             folder = getattr(dist, "_path", dist)
             broken.append(f"the entry points of {folder} cannot be read: {_reason(error)}")
     order = {
-        k: sorted(v, key=lambda p: (not p.is_builtin, p.name, p.dist)) for k, v in found.items()
+        k: sorted(v, key=lambda p: (not p.is_builtin, p.name, p.dist)) for k, v in parts.items()
     }
     scan = _Scan({kind: tuple(order[kind]) for kind in PLUGIN_KINDS}, tuple(broken))
     if not broken:
@@ -181,7 +181,7 @@ def _scan() -> _Scan:
 
 
 def _collect(
-    dist: importlib.metadata.Distribution, seen: set[str], found: dict[str, list[Part]]
+    dist: importlib.metadata.Distribution, names: set[str], parts: dict[str, list[Part]]
 ) -> None:
     text = dist.read_text("entry_points.txt")
     if not text or "diffa." not in text:
@@ -189,16 +189,16 @@ def _collect(
     name, version = dist.metadata["Name"], dist.version
     if not name:
         raise ValueError("the package has no name")
-    if _normal(name) in seen:
+    if _normal(name) in names:
         return  # an editable install shows twice; the first on the path is the one imported
-    seen.add(_normal(name))
+    names.add(_normal(name))
     for point in dist.entry_points:
         kind = point.group.removeprefix("diffa.").removesuffix("s")
         if kind in PLUGIN_KINDS and point.group == f"diffa.{kind}s":
             target = point.value.partition("[")[0].strip()
             part = Part(kind, point.name, name, version, target, tuple(point.extras))
-            if part not in found[kind]:
-                found[kind].append(part)
+            if part not in parts[kind]:
+                parts[kind].append(part)
 
 
 def short_name(part: Part) -> str:

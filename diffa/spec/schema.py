@@ -170,8 +170,8 @@ def _require_json(hint: Any, where: str) -> None:
             _require_json(part, where)
         return
     raise PluginError(
-        f"{where} has the type {describe_type(hint)}, which JSON cannot hold; use bool, int, float, "
-        "str, Literal, list[...], Mapping[str, ...] or `X | None`"
+        f"{where} has the type {describe_type(hint)}, which JSON cannot hold; use bool, int, "
+        "float, str, Literal, list[...], Mapping[str, ...] or `X | None`"
     )
 
 

@@ -121,8 +121,8 @@ class _Validator:
             wrong = "needs a name" if name is None else f"expected a name, got {name!r}"
             self.fault(path, f"{wrong}; known: {', '.join(registry.available(kind))}")
             return {}
-        found = self.load(path, kind, name)
-        return {} if found is None else self.options(path, name, value, found)
+        schema = self.load(path, kind, name)
+        return {} if schema is None else self.options(path, name, value, schema)
 
     def load(self, path: str, kind: str, name: str | type) -> Schema | None:
         try:
@@ -139,12 +139,12 @@ class _Validator:
         self, path: str, name: str | type, value: Mapping[Any, Any], known: Schema
     ) -> dict[str, Any]:
         done = {"name": name, **{key: option.default for key, option in known.options.items()}}
-        for key, given in value.items():
+        for key, raw in value.items():
             if key == "name":
                 continue
             if key in known.options:
                 place = f"{path}.{key}"
-                done[key] = coerce(given, known.options[key].hint, place, self.fault)
+                done[key] = coerce(raw, known.options[key].hint, place, self.fault)
             elif key in known.wires:
                 self.fault(f"{path}.{key}", "is set automatically; remove it from the spec")
             else:

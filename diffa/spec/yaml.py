@@ -21,12 +21,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, refusing a key that is given twice."""
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str):
+            if key.value in keys and isinstance(key.value, str):
                 mark = key.start_mark
                 raise SpecError(f"line {mark.line + 1}: {key.value!r} is given twice")
-            seen.add(str(key.value))
+            keys.add(str(key.value))
         return super().construct_mapping(node, deep=deep)
 
 

@@ -21,7 +21,7 @@ class AdapterSuite(ModuleSuite):
         sources: Encoders to test the adapter with.
         widths: Backbone widths to test.
         reads_padding: Whether frames past a row's length, up to its extent, may change the output.
-        hears: Whether the embeddings depend on the audio.
+        uses_audio: Whether the embeddings depend on the audio.
         varies: Whether the number of embeddings depends on the content. ``out_lengths`` is then an
             upper bound.
     """
@@ -34,7 +34,7 @@ class AdapterSuite(ModuleSuite):
     )
     widths: ClassVar[Sequence[int]] = (12, 20)
     reads_padding: ClassVar[bool] = False
-    hears: ClassVar[bool] = True
+    uses_audio: ClassVar[bool] = True
     varies: ClassVar[bool] = False
 
     def new(self) -> Any:
@@ -109,14 +109,15 @@ class AdapterSuite(ModuleSuite):
 
     @torch.no_grad()
     def test_it_hears_the_audio(self) -> None:
-        """The audio changes the embeddings, unless ``hears`` is False."""
+        """The audio changes the embeddings, unless ``uses_audio`` is False."""
         part, features = self.new().eval(), toy_features(self.sources[0], 48)
         states = tuple(state.clone() for state in features.states)
         for state in states:  # noise: a norm would remove a constant shift
             state[:, 20:28] += noise(*state[:, 20:28].shape, seed=8)
         moved = not close(part(features._replace(states=states)).values, part(features).values)
         ensure(
-            moved == self.hears, f"hears is {self.hears}, but audio changes the embeddings: {moved}"
+            moved == self.uses_audio,
+            f"uses_audio is {self.uses_audio}, but audio changes the embeddings: {moved}",
         )
 
     @torch.no_grad()

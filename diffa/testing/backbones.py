@@ -126,10 +126,10 @@ class BackboneSuite(ModuleSuite):
         for write, content in ((False, embeds), (True, changed)):
             cached = _Cached(part, embeds)
             cached.embeds = changed
-            seen = cached(torch.cat([slots, last], dim=1), write=write)
+            hidden = cached(torch.cat([slots, last], dim=1), write=write)
             after = cached(last)
             if part.decoding == "causal" or write:
-                ensure(not close(seen, _rows(_read(part, embeds), torch.cat([slots, last], 1))),
+                ensure(not close(hidden, _rows(_read(part, embeds), torch.cat([slots, last], 1))),
                        "a pass ignores the slots that it recomputes")  # fmt: skip
             fresh = _Cached(part, embeds)
             fresh.embeds = content

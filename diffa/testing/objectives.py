@@ -140,7 +140,7 @@ class ObjectiveSuite(PartSuite):
         ensure(all(map(close, first, again)), "padding or the prompt changes the loss")
 
     def test_half_precision_states_are_accepted(self) -> None:
-        """bfloat16 states give nearly the float32 loss: sums run in float32."""
+        """States in bfloat16 give nearly the float32 loss: sums run in float32."""
         tokens, answer, seeds = _batch()
         noised = self.new().corrupt(tokens, answer, seeds)
         hidden = noise(ROWS, LENGTH, self.vocab.size, seed=2)
@@ -186,9 +186,9 @@ def _bound(table: Tensor) -> float:
     nll, total = -table.double().log_softmax(dim=-1), 0.0
     for size in (1, 2, 3):
         sums = []
-        for chosen in itertools.combinations(range(3), size):
-            index = sum(4 >> place for place in chosen)
-            sums.append(sum(float(nll[index, place, place]) for place in chosen))
+        for masked in itertools.combinations(range(3), size):
+            index = sum(4 >> place for place in masked)
+            sums.append(sum(float(nll[index, place, place]) for place in masked))
         total += sum(sums) / len(sums) / size
     return total
 

@@ -49,9 +49,9 @@ class PartSuite:
     def make(self, options: Mapping[str, Any] | None = None, **wires: Any) -> Any:
         """Build the part from the suite's options, overridden by ``options``, and its wires."""
         cls = self.cls
-        wanted = {wire: wires[wire] for wire in read_schema(cls).wires}
+        needed = {wire: wires[wire] for wire in read_schema(cls).wires}
         with seeded(0):
-            return cls(**wanted, **{**self.options, **(options or {})})
+            return cls(**needed, **{**self.options, **(options or {})})
 
     def test_the_constructor_is_a_schema(self) -> None:
         """Wires are positional, options are typed keywords with JSON defaults, members exist."""

@@ -105,9 +105,9 @@ class ToyDenoise:
         shape = (len(output_slots), self.canvas.size)
         if recompute is None:
             return (output_slots >= 0).any(dim=1, keepdim=True).expand(shape)
-        chosen = torch.zeros(len(output_slots), shape[1] + 1, dtype=torch.bool)
-        chosen.scatter_(1, torch.where(recompute < 0, shape[1], recompute), True)
-        return chosen[:, :-1]
+        recomputed = torch.zeros(len(output_slots), shape[1] + 1, dtype=torch.bool)
+        recomputed.scatter_(1, torch.where(recompute < 0, shape[1], recompute), True)
+        return recomputed[:, :-1]
 
     def _check(self, slots: Tensor, output_slots: Tensor) -> None:
         if len(output_slots) != len(self.canvas.tokens):

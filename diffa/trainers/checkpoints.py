@@ -57,16 +57,16 @@ def _is_write_error(error: Exception) -> bool:
 
 
 def _intact(folder: Path) -> str:
-    found = latest(folder.parent)
-    if found is None:
+    previous = latest(folder.parent)
+    if previous is None:
         return "; nothing was saved before. Free some space or choose another folder"
-    return f". {found} is intact: free some space, then go on with --resume"
+    return f". {previous} is intact: free some space, then go on with --resume"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return a stage's whole checkpoints, the oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
-    whole = [p for p in found if (p / WEIGHTS).is_file() and (p / "trainer_state.json").is_file()]
+    paths = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    whole = [p for p in paths if (p / WEIGHTS).is_file() and (p / "trainer_state.json").is_file()]
     return sorted(whole, key=step_of)
 
 
@@ -80,8 +80,8 @@ def step_of(checkpoint: Path) -> int:
 
 def latest(folder: Path) -> Path | None:
     """Return a stage's newest checkpoint, or None."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
+    paths = checkpoints(folder)
+    return paths[-1] if paths else None
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -144,8 +144,8 @@ def tokenizer_of(model: Model) -> Any:
     options = model.spec.parts()["backbone"].options
     names = [options.get("tokenizer"), options.get("checkpoint")]
     try:
-        found = [find_checkpoint(name, weights=False) for name in names if name]
-        return next(iter(filter(None, (load_tokenizer(None, place) for place in found))), None)
+        folders = [find_checkpoint(name, weights=False) for name in names if name]
+        return next(iter(filter(None, (load_tokenizer(None, place) for place in folders))), None)
     except CheckpointError:
         return None
 
@@ -260,7 +260,7 @@ def _backbone_activations(model: Model, rows: int, slots: int, *, half: bool) ->
 
 @lru_cache(maxsize=4)
 def _bytes_per_slot(backbone: Any, half: bool, trained: bool) -> float:
-    """Return the activation bytes per slot, traced on the meta device; ``trained`` is a cache key."""
+    """Return the activation bytes per slot, traced on the meta device (cached by ``trained``)."""
     dtype = torch.bfloat16 if half else torch.float32
     backbone.to(dtype)  # an earlier stage may have set the other
     embeds = torch.empty(1, _SLOTS, backbone.width, device="meta", dtype=dtype).requires_grad_()
@@ -269,18 +269,18 @@ def _bytes_per_slot(backbone: Any, half: bool, trained: bool) -> float:
     again = getattr(body, "gradient_checkpointing", False)
     backbone.train()
     try:
-        kept = saved_bytes(backbone, lambda: backbone(embeds, positions, AttentionContext()))
+        total = saved_bytes(backbone, lambda: backbone(embeds, positions, AttentionContext()))
         if again:  # activations of one layer at a time are recomputed
             body.gradient_checkpointing = False
             full = saved_bytes(backbone, lambda: backbone(embeds, positions, AttentionContext()))
-            kept += full // max(1, len(body.blocks))
+            total += full // max(1, len(body.blocks))
     except (RuntimeError, NotImplementedError):  # it reads values, which meta tensors lack
         return _linear_bytes_per_slot(backbone, dtype.itemsize)
     finally:
         backbone.eval()
         if again:
             body.gradient_checkpointing = True
-    return kept / _SLOTS
+    return total / _SLOTS
 
 
 def _linear_bytes_per_slot(module: nn.Module, size: int) -> float:
@@ -293,14 +293,14 @@ def _linear_bytes_per_slot(module: nn.Module, size: int) -> float:
 def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
     """Return the bytes that autograd keeps for the backward pass of ``run``, without weights."""
     own = {p.untyped_storage()._cdata for p in [*module.parameters(), *module.buffers()]}
-    kept: dict[int, tuple[int, Tensor]] = {}
+    saved: dict[int, tuple[int, Tensor]] = {}
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes(), value
+            saved[storage._cdata] = storage.nbytes(), value
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         run()
-    return sum(size for size, _ in kept.values())
+    return sum(size for size, _ in saved.values())

@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step and return the loss of ``closure``, which is called with gradients first."""
+        """Take one step; return the loss of ``closure``, which is called with gradients first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

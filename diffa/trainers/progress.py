@@ -55,20 +55,20 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         """Show the latest metrics."""
         if self.progress is None or not logs:
             return
-        shown = [f"{k} {v:.3g}" for k, v in logs.items() if k in ("loss", "accuracy")]
+        numbers = [f"{k} {v:.3g}" for k, v in logs.items() if k in ("loss", "accuracy")]
         evaluated = [f"{k.removeprefix('eval_')} {v:.3g}" for k, v in logs.items() if "eval_" in k]
-        if shown:
-            self.progress.update(self.task, numbers=" ".join(shown))
+        if numbers:
+            self.progress.update(self.task, numbers=" ".join(numbers))
         if evaluated:
             self.progress.console.print(f"{self.name} {state.global_step}: {' '.join(evaluated)}")
         elif (
-            shown
+            numbers
             and not self.console.is_terminal
             and time.monotonic() - self._last_line > _LINE_SECONDS
         ):
             self._last_line = time.monotonic()
             self.console.print(
-                f"{self.name} {state.global_step}/{state.max_steps}: {' '.join(shown)}"
+                f"{self.name} {state.global_step}/{state.max_steps}: {' '.join(numbers)}"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -96,9 +96,9 @@ class JsonlLog(TrainerCallback):  # type: ignore[misc]
         """Keep the lines up to the current step."""
         if not state.is_world_process_zero:
             return
-        kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
-        kept = kept if state.global_step else []
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
+        rows = rows if state.global_step else []
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append a line."""

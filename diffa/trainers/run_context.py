@@ -72,8 +72,8 @@ def open_data(
     Returns:
         The sources and their weights.
     """
-    opened = [_open_entry(entry, context, paired, planning) for entry in entries]
-    return opened, [entry.weight for entry in entries]
+    sources = [_open_entry(entry, context, paired, planning) for entry in entries]
+    return sources, [entry.weight for entry in entries]
 
 
 def _open_entry(entry: DataConfig, context: RunContext, paired: bool, planning: bool) -> Source:

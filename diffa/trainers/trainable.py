@@ -72,7 +72,7 @@ def trained_state(module: nn.Module, *, gather: bool = True) -> dict[str, Tensor
 
 
 def stage_model(model: Model, stage: StageConfig) -> Model:
-    """Return a model with a stage's adapters and objective, and what it trains; parts are shared."""
+    """Return a model with a stage's adapters, objective and trained parts; parts are shared."""
     data = model.spec.data
     if stage.adapters is not None:
         data["adapters"] = {key: data["adapters"][key] for key in stage.adapters}

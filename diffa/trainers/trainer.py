@@ -1,4 +1,4 @@
-"""transformers' Trainer for one stage: exact normalisation, atomic checkpoints, own metrics."""
+"""Trainer of transformers for one stage: exact normalisation, atomic checkpoints, metrics."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_a_broken_recording_is_answered_with_nothing_and_counted(
     with caplog.at_level("WARNING", "diffa.lmms"):
         texts = made.generate_until([asked(n) for n in range(3)])
     assert texts[1] == "" and texts[0] and texts[2]
-    assert made.unheard == 1 and "document 1" in caplog.text
+    assert made.num_unreadable == 1 and "document 1" in caplog.text
     with pytest.raises(DiffaError, match="none of 1 recordings"):
         made.generate_until([asked(1)])
 

@@ -80,7 +80,7 @@ class TestQFormer(AdapterSuite):
 class TestPrompt(AdapterSuite):
     name = "prompt"
     options = {"num_embeddings": 3}
-    hears = False
+    uses_audio = False
 
 
 class TestLinear(AdapterSuite):

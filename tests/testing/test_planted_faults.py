@@ -136,7 +136,7 @@ def test_a_flag_turns_a_check_around() -> None:
     class Boastful(AdapterSuite):
         part = parts.Pool
         reads_padding = True
-        hears = False
+        uses_audio = False
         varies = True
 
     assert set(failures(Boastful)) == {

@@ -67,7 +67,7 @@ def bbh_phrases(name: str) -> tuple[Phrase, ...]:
 def score_mcq(
     response: str, truth: str, rng: random.Random, options: Mapping[str, str]
 ) -> ItemScores:
-    """Score multiple choice. Official: a random letter if no template matches. Fixed: no match is wrong."""
+    """Score multiple choice; without a match, official takes a random letter, fixed none."""
     letter = parse_mcq_letter(response)
     official = rng.choice(["A", "B", "C", "D"]) if letter is None else letter
     choice = parse_choice(response, options)
