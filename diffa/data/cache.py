@@ -1,4 +1,4 @@
-"""A frozen encoder's features on disk: each recording meets the encoder once."""
+"""Cache a frozen encoder's features on disk: each recording is encoded once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _RECOUNT = 256  # files written before the folder's size is taken anew: others w
 
 
 class FeatureCache:
-    """Keeps the states that adapters read, one file per recording.
+    """The states that adapters read, one file per recording.
 
-    The key is the waveform's content, the encoder's weights and which states are kept, so
-    nothing stale is ever found. Several processes may share a folder; files appear whole.
+    The key is the waveform's content, the encoder's weights and the indices of the states, so no
+    entry is ever stale. Several processes may share a folder.
 
     Args:
         folder: where to keep them.
@@ -123,7 +123,7 @@ class FeatureCache:
 
 
 def encoder_fingerprint(name: str, encoder: nn.Module) -> str:
-    """Fingerprint an encoder: what it is called in the spec, and every weight's bytes."""
+    """Return a fingerprint of an encoder: its name in the spec and every weight's bytes."""
     digest = hashlib.blake2b(name.encode(), digest_size=16)
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
@@ -133,7 +133,7 @@ def encoder_fingerprint(name: str, encoder: nn.Module) -> str:
 
 
 def layers_used_by(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, ...]:
-    """Find which states adapters look at by watching them read a second of zeros."""
+    """Return which states adapters read, found by running them on a second of zeros."""
     watched = _Watched(source.layers + 1)
     frames = max(8, int(source.rate))
     device = next((p.device for a in adapters for p in a.parameters()), torch.device("cpu"))
@@ -148,7 +148,7 @@ def layers_used_by(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, .
 
 
 class _Watched(tuple[Tensor, ...]):
-    """A tuple of states that notes which of them are read."""
+    """A tuple of states that records which of them are read."""
 
     state: Tensor
     seen: set[int]

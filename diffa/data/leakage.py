@@ -1,4 +1,4 @@
-"""What two splits must not share, and what one split holds twice."""
+"""Find samples that two splits share, and duplicates in one split."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SharedItem(NamedTuple):
 
 
 class LeakReport(NamedTuple):
-    """What was found, and what could not be looked for."""
+    """The shared samples, and notes on what could not be compared."""
 
     shared: list[SharedItem]
     notes: list[str]
@@ -51,7 +51,7 @@ def compare_splits(
     listen: bool = True,
     near: bool = False,
 ) -> LeakReport:
-    """Find what two splits share.
+    """Find what two splits share: ids, audio, speakers, texts and questions.
 
     Args:
         listen: decode every recording and compare samples.
@@ -72,7 +72,7 @@ def compare_splits(
 
 
 def find_duplicates(rows: Sequence[ManifestRow], *, listen: bool = True) -> LeakReport:
-    """Find what one split holds twice: ids, whole questions, and the samples of two files."""
+    """Find duplicates in one split: ids, whole rows, and files with equal samples."""
     notes: list[str] = []
     groups = [("id", _group(rows, _row_key)), ("question", _group(rows, _question_row_key))]
     if listen:
@@ -104,7 +104,7 @@ def _speaker_key(row: ManifestRow) -> str:
 
 
 def _text_key(row: ManifestRow) -> str:
-    """A transcript without case and punctuation; up to three words are no coincidence."""
+    """Return a transcript without case and punctuation, if it has more than three words."""
     words = re.findall(r"\w+", str(row.get("transcription") or "").lower())
     return " ".join(words) if len(words) > 3 else ""
 

@@ -83,7 +83,7 @@ class Mixture:
         return self._group(rows, generator) if self.grouped else rows
 
     def _row(self, source: int, at: int) -> int:
-        """Every row of a source passes once before any passes again."""
+        """Return a row of a source; every row comes once before any comes again."""
         cycle, index = divmod(at, len(self.sources[source]))
         return int(self._permutation(source, cycle)[index])
 

@@ -1,4 +1,4 @@
-"""What a corpus holds, in the form of DIFFA's Table 1: samples and hours per dataset."""
+"""Count samples and hours per dataset, as DIFFA's Table 1 does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOTAL = "total"
 
 
 class DatasetStatistics(NamedTuple):
-    """One dataset's line of the table.
+    """The counts of one dataset.
 
     Attributes:
         dataset: its name, or ``total``.

@@ -1,4 +1,4 @@
-"""Is a manifest fit to train on? Every row is checked; nothing is left out silently."""
+"""Check every row of a manifest before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOLERANCE = 0.1  # seconds between what a row says and what its file holds
 
 
 class ManifestReport(NamedTuple):
-    """What was found.
+    """The unusable and the suspicious rows of a manifest.
 
     Attributes:
         rows: in the file, faulty ones included.

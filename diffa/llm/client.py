@@ -1,4 +1,4 @@
-"""A chat model behind any OpenAI-compatible endpoint, asked politely: retries, waits, a rate."""
+"""Client of an OpenAI-compatible chat model, with retries, backoff and a rate limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FOR_ALL = (401, 403, 404, 405)  # no other request would fare better
 
 
 class ChatError(DiffaError):
-    """An endpoint gives no reply: which one, what it said last, and what to look at."""
+    """An endpoint gives no reply."""
 
 
 class RequestRefused(ChatError):
@@ -98,7 +98,7 @@ class ChatClient:
         Args:
             messages: turns with ``role`` and ``content``.
             settings: sent along: ``temperature``, ``max_tokens``, ``n``, ``seed`` ...
-            over: once it is set nothing more is sent, and what waits returns [] at once.
+            cancel: once it is set nothing more is sent, and waiting calls return [] at once.
 
         Raises:
             Refused: the endpoint does not take this request.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffa.backbones.transformer import rotary_embedding, rotate
 from diffa.data.collate import Batch
 from diffa.nano.auxiliary import token_ids
-from diffa.nano.corpus.labels import hints, spoken_words
+from diffa.nano.corpus.labels import label_tokens, transcript_words
 from diffa.nano.corpus.vocabulary import BLANK
 from diffa.trainers.checkpoints import TrainingError
 from diffa.trainers.packing import LayerState, Packing
@@ -119,7 +119,7 @@ class AlignmentLoss(nn.Module):
         assert batch.audio_text is not None and batch.audio_text_lengths is not None
         assert packing.slots is not None
         transcripts = [
-            spoken_words(self._decode(row[:count]), start)
+            transcript_words(self._decode(row[:count]), start)
             for row, count, start in zip(
                 batch.audio_text,
                 batch.audio_text_lengths.tolist(),
@@ -131,12 +131,12 @@ class AlignmentLoss(nn.Module):
         owners, sizes = batch.audio_index.tolist(), batch.row_lengths.tolist()
         slots = packing.slots.tolist()
         for row, (owner, size) in enumerate(zip(owners, sizes, strict=True)):
-            for hint in hints(self._decode(batch.tokens[row, :size]), transcripts[owner]):
-                place = hint.place - (0 if hint.field == "letter" else self.shift)
-                weight = _BLANK_WEIGHT if hint.word == BLANK else 1.0
-                source = -1 if hint.source is None else slots[row][hint.source]
-                label = (slots[row][place], self._id(hint.word), weight, source)
-                fields.setdefault(hint.field, []).append(label)
+            for label in label_tokens(self._decode(batch.tokens[row, :size]), transcripts[owner]):
+                place = label.place - (0 if label.field == "letter" else self.shift)
+                weight = _BLANK_WEIGHT if label.word == BLANK else 1.0
+                source = -1 if label.source is None else slots[row][label.source]
+                target = (slots[row][place], self._id(label.word), weight, source)
+                fields.setdefault(label.field, []).append(target)
         for labels in fields.values():
             at, tokens, weights, sources = map(torch.tensor, zip(*labels, strict=True))
             yield at, tokens, weights, sources

@@ -1,4 +1,4 @@
-"""The demo: three recordings of the package are written down, described and asked about."""
+"""The demo: transcribe, describe and ask about three recordings of the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCE = {
     "name": "blockwise",
     "block_length": 8,
     "stop_at_eos": False,
-}  # DIFFA's loop: one token per forward
+}  # DIFFA's loop: one token per pass
 
 
 class DemoQuestion(NamedTuple):
@@ -46,12 +46,12 @@ QUESTIONS = (
 
 
 def recordings() -> Path:
-    """Folder of the recordings that ship with diffa: synthesised, of no corpus."""
+    """Return the folder of the recordings that ship with diffa (synthetic)."""
     return Path(str(files("diffa") / "assets" / "recordings"))
 
 
 def run(console: Console | None = None) -> None:
-    """Answer, and show every answer forming, forwards and seconds, beside the reference loop."""
+    """Answer questions, and show each answer forming, with passes and seconds."""
     import diffa
     from diffa.spec.spec import presets
 
@@ -68,9 +68,7 @@ def run(console: Console | None = None) -> None:
         )
     for recording in sorted({ask.recording for ask in QUESTIONS}):
         console.print(describe_audio(model, recording))
-    table = Table(
-        "recording", "question", "answer", "forward passes", "s", "reference: forwards", "s"
-    )
+    table = Table("recording", "question", "answer", "passes", "s", "reference: passes", "s")
     for ask in QUESTIONS if trained else QUESTIONS[2:3]:
         table.add_row(*answer(model, ask, console))
     console.print(table)
@@ -78,7 +76,7 @@ def run(console: Console | None = None) -> None:
 
 
 def describe_model(model: Model) -> str:
-    """Parts and sizes in one line."""
+    """Return parts and sizes in one line."""
     sizes = {
         "encoder": model.encoder,
         **dict(model.adapters.items()),
@@ -89,7 +87,7 @@ def describe_model(model: Model) -> str:
 
 
 def describe_audio(model: Model, recording: str) -> str:
-    """What a recording becomes on its way to the backbone, in one line."""
+    """Return in one line how many embeddings a recording becomes, and where they go."""
     from diffa.audio import prepare
 
     rate = model.encoder.sample_rate
@@ -103,7 +101,7 @@ def describe_audio(model: Model, recording: str) -> str:
 
 
 def answer(model: Model, ask: DemoQuestion, console: Console) -> list[str]:
-    """Answer one question fast while it is watched, then by the reference loop; a table's row."""
+    """Answer one question with the fast sampler and the reference; return a row of the table."""
     import diffa
 
     console.print(f"\n[bold]{ask.recording}[/]  {ask.question}")
@@ -126,7 +124,7 @@ def answer(model: Model, ask: DemoQuestion, console: Console) -> list[str]:
 
 
 def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tuple[str, int, float]:
-    """Show the canvas after every forward; return the text, forwards and seconds."""
+    """Show the canvas after every pass; return text, number of passes and seconds."""
     tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
     with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:
         shown: list[Text] = []
@@ -142,5 +140,7 @@ def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tup
         begin = time.perf_counter()
         answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)
         seconds = time.perf_counter() - begin
-    console.print(f"  -> {answer.text}   [dim]({answer.num_forwards} forwards, {seconds:.2f} s)[/]")
+    console.print(
+        f"  -> {answer.text}   [dim]({answer.num_forwards} forward passes, {seconds:.2f} s)[/]"
+    )
     return answer.text, answer.num_forwards, seconds

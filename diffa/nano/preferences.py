@@ -1,4 +1,4 @@
-"""Preference pairs about the nano corpus: its labels say what is right, so they say what is not."""
+"""Preference pairs about the nano corpus, made from its labels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def corrupt_example(example: Example, seed: int = 0) -> Corruption | None:
 
 
 def _values(example: Example) -> tuple[str, ...]:
-    """What an open question could have been answered with, heard another recording of its sort."""
+    """Return the possible answers to an open question about recordings of this sort."""
     labels, task = example.labels, example.task
     if task == "sum":
         right = sum(labels.digits)

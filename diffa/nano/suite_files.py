@@ -23,7 +23,7 @@ _TRIES = 200  # scenes drawn for one item before its task is given up
 
 
 class SuiteTask(NamedTuple):
-    """One kind of question: how MMSU would file it, and the scenes it needs.
+    """One kind of question: its categories in MMSU, and the scenes it needs.
 
     Attributes:
         kind: the kind of ``diffa.nano.corpus.questions``.
@@ -92,7 +92,7 @@ def write_suite(
 def make_item(
     speech: Utterances, name: str, number: int, rng: Rng
 ) -> tuple[Utterance, str, str, tuple[str, ...]]:
-    """One item: its sound, question, answer and four choices; raises EvaluationError."""
+    """Return an item: sound, question, answer and four choices; raises EvaluationError."""
     task = TASKS[name]
     wanted = task.answers[number % len(task.answers)] if task.answers else None
     for _ in range(_TRIES):
@@ -113,7 +113,7 @@ def make_item(
 def suite_row(
     name: str, number: int, file: str, question: str, answer: str, choices: Sequence[str]
 ) -> dict[str, Any]:
-    """An item in MMSU's columns."""
+    """Return an item in MMSU's columns."""
     task = TASKS[name]
     slots = {f"choice_{slot}": text for slot, text in zip("abcd", choices, strict=True)}
     return {
@@ -131,7 +131,7 @@ def suite_row(
 
 
 def _scene(task: SuiteTask, wanted: str | None, voices: list[Voice], rng: Rng) -> Scene:
-    """A scene of real speech that may have the wanted answer."""
+    """Draw a scene of real speech that may have the wanted answer."""
     count = int(rng.integers(task.digits[0], task.digits[1] + 1))
     digits = tuple(int(digit) for digit in rng.integers(0, 10, count))
     pool = [

@@ -22,7 +22,7 @@ from diffa.nano.auxiliary import (
     token_ids,
     word_numbers,
 )
-from diffa.nano.corpus.labels import Hint, hints, spoken_words
+from diffa.nano.corpus.labels import TokenLabel, label_tokens, transcript_words
 from diffa.nano.corpus.vocabulary import BLANK
 from diffa.nano.initialization import _offset_vectors, init_for_copying
 from diffa.nano.sources import NanoText
@@ -198,29 +198,32 @@ def test_init_for_copying_needs_a_key_head_for_every_query_head() -> None:
 
 def test_alignment_labels_number_the_copied_words() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
-    said = spoken_words(["british", "man", BLANK, "four", "four", BLANK, "nine"], 2)
+    said = transcript_words(["british", "man", BLANK, "four", "four", BLANK, "nine"], 2)
     assert said == ["four", "nine"]
-    assert spoken_words(["four", "four", BLANK], 1) == ["four"]  # what is before it is not spoken
-    told = hints(["Write", *head, "four", "nine", "<|eot_id|>"], said)
+    assert transcript_words(["four", "four", BLANK], 1) == [
+        "four"
+    ]  # what is before it is not spoken
+    told = label_tokens(["Write", *head, "four", "nine", "<|eot_id|>"], said)
     assert told == [
-        Hint(5, "number", "first"), Hint(6, "number", "second"), Hint(7, "number", BLANK)
+        TokenLabel(5, "number", "first"), TokenLabel(6, "number", "second"),
+        TokenLabel(7, "number", BLANK),
     ]  # fmt: skip
-    second = hints(["the", "second", "?", *head, "nine", "<|eot_id|>"], said)
-    assert second == [Hint(7, "number", "second")]
+    second = label_tokens(["the", "second", "?", *head, "nine", "<|eot_id|>"], said)
+    assert second == [TokenLabel(7, "number", "second")]
     # two words are said: "nine" is no copy
-    assert not hints(["How", "many", "?", *head, "nine", "<|eot_id|>"], said)
+    assert not label_tokens(["How", "many", "?", *head, "nine", "<|eot_id|>"], said)
     caption = ["a", "man", "says", "four", "nine", "over", "nine", "."]
-    words = [hint.word for hint in hints([*head, *caption], said)]
+    words = [label.word for label in label_tokens([*head, *caption], said)]
     assert words == [BLANK, BLANK, BLANK, "first", "second", BLANK, BLANK, BLANK]
 
 
 def test_alignment_labels_link_choices_and_letters() -> None:
     head = ["<|start_header_id|>", "assistant", "<|end_header_id|>", ""]
     asked = ["Which", "?", "A", ".", "four", "B", ".", "twenty", "nine", "<|eot_id|>", *head]
-    found = hints([*asked, "B", ".", "twenty", "nine", "<|eot_id|>"], ["four"])
+    found = label_tokens([*asked, "B", ".", "twenty", "nine", "<|eot_id|>"], ["four"])
     assert found == [
-        Hint(4, "letter", "A"), Hint(7, "letter", "B"), Hint(8, "letter", "B"),
-        Hint(14, "word", "twenty", source=7),
+        TokenLabel(4, "letter", "A"), TokenLabel(7, "letter", "B"), TokenLabel(8, "letter", "B"),
+        TokenLabel(14, "word", "twenty", source=7),
     ]  # fmt: skip
 
 
@@ -314,13 +317,15 @@ def test_alignment_loss_equals_a_computation_without_packing(name: str, shared: 
             model.backbone(values, slots, apart)
         states, scores = given[-1], attention(block, given[-1], inner.config, head=-1)
         script = words(batch.audio_text[owner, : batch.audio_text_lengths[owner]])
-        for hint in hints(words(tokens), spoken_words(script, int(batch.speech_start[owner]))):
-            place = hint.place - (causally if hint.field != "letter" else 0)
+        for label in label_tokens(
+            words(tokens), transcript_words(script, int(batch.speech_start[owner]))
+        ):
+            place = label.place - (causally if label.field != "letter" else 0)
             slot = place + more  # all labels stand behind the audio
-            labels.setdefault(hint.field, []).append((states[slot], hint.word))
-            if hint.source is not None:
+            labels.setdefault(label.field, []).append((states[slot], label.word))
+            if label.source is not None:
                 seen = scores[slot, : slot + 1] if causally else scores[slot]
-                looks.append(-seen.log_softmax(0)[hint.source + more])
+                looks.append(-seen.log_softmax(0)[label.source + more])
     handle.remove()
     due = 2 * torch.stack(looks).mean()
     for field in labels.values():

@@ -1,4 +1,4 @@
-"""The corpora that can be read, by name, and reading one from its published folder."""
+"""The corpora that diffa reads, by name, from their published folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ten attributes of a recording in words, and the bracketed line that carries them."""
+"""Describe a recording by ten attributes, and write them as one line."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class AttributeValues:
 
 
 def corrupt_row(row: ManifestRow, values: AttributeValues, seed: int = 0) -> Corruption | None:
-    """Get one attribute wrong in a row's answer; None where the answer names none of them.
+    """Return a row's answer with one attribute wrong; None if the answer names none of them.
 
     Which attribute and which value follow from ``seed`` and the row's id alone.
     """

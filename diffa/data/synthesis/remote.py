@@ -1,4 +1,4 @@
-"""A writer behind an endpoint: many conversations at once, given up together."""
+"""A writer that asks a chat model over HTTP, many conversations at once."""
 
 from __future__ import annotations
 

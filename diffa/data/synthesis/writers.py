@@ -1,4 +1,4 @@
-"""What writes text for data: any chat model, asked through one call, its replies kept on disk."""
+"""Writers of text for data: chat models with one interface, and a cache of their replies."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def conversation(question: str, system: str = "") -> list[dict[str, str]]:
 
 
 class CachedWriter:
-    """A writer whose replies are kept in a folder: a run that was stopped pays for nothing twice.
+    """A writer whose replies are cached in a folder, so that a stopped run repeats no request.
 
     A reply is found again by the model's name, its settings and the whole conversation. Faults
     are not kept. Several processes may share the folder.

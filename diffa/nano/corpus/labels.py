@@ -1,7 +1,7 @@
-"""What an answer needs to have worked out before its words: labels of single tokens.
+"""Labels of single tokens, which supervise what the backbone has to work out before it answers.
 
-A word that repeats a spoken one needs to know which; a choice needs its letter beside its word, and
-the letter that is written first the word that it stands for. ``trainers.hints`` teaches that.
+A word of a transcript is labelled with its place among the spoken words, a choice with its letter,
+and the letter of an answer with the word that it stands for (``diffa.nano.alignment``).
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from diffa.nano.corpus.questions import LETTERS
 from diffa.nano.corpus.vocabulary import BLANK
 
 
-class Hint(NamedTuple):
-    """That the token at ``place`` should know a ``word``, among other words of its ``field``.
+class TokenLabel(NamedTuple):
+    """The label of one token.
 
-    ``source`` is the place that it should look at next, if that is told.
+    Attributes:
+        place: Index of the token.
+        field: ``number``, ``letter`` or ``word``.
+        word: The label, a word of the field.
+        source: Index of the token that it should attend to; None if any.
     """
 
     place: int
@@ -27,8 +31,8 @@ class Hint(NamedTuple):
     source: int | None = None
 
 
-def spoken_words(words: Sequence[str], spoken: int) -> list[str]:
-    """The speech of a script from token ``spoken`` on, every word once."""
+def transcript_words(words: Sequence[str], spoken: int) -> list[str]:
+    """Return the spoken words of an audio text from token ``spoken`` on, every word once."""
     return [
         words[i]
         for i in range(spoken, len(words))
@@ -36,8 +40,8 @@ def spoken_words(words: Sequence[str], spoken: int) -> list[str]:
     ]
 
 
-def hints(words: Sequence[str], said: Sequence[str]) -> list[Hint]:
-    """Label the tokens of a prompt with its answer about a recording that says ``said``.
+def label_tokens(words: Sequence[str], said: Sequence[str]) -> list[TokenLabel]:
+    """Label the tokens of a prompt and its answer about a recording in which ``said`` is spoken.
 
     Fields: ``number`` names an answer's word by its place in the recording, from "first", and is
     BLANK for a word that repeats none; ``letter`` stands beside the words of choices; ``word`` is
@@ -47,37 +51,39 @@ def hints(words: Sequence[str], said: Sequence[str]) -> list[Hint]:
     begin = ends[-1] + 2 if ends else 0
     question, answer = words[:begin], words[begin:]
     if len(answer) > 2 and answer[0] in LETTERS and answer[1] == ".":
-        choices = list(_choices(question))
+        choices = list(_label_choices(question))
         right = [choice.place for choice in choices if choice.word == answer[0]]
-        meant = [Hint(begin, "word", answer[2], right[0])] if right else []
-        return [*choices, *meant, *_at_place(words, begin)]
-    return [*_at_place(words, begin)] or [*_told(answer, begin, said)]
+        meant = [TokenLabel(begin, "word", answer[2], right[0])] if right else []
+        return [*choices, *meant, *_label_place(words, begin)]
+    return [*_label_place(words, begin)] or [*_label_transcript(answer, begin, said)]
 
 
-def _at_place(words: Sequence[str], begin: int) -> Iterator[Hint]:
+def _label_place(words: Sequence[str], begin: int) -> Iterator[TokenLabel]:
     """Label the one digit of an answer to a question for the digit at a place."""
     asked = [name for name in ORDINALS if name in words[:begin]]
     digits = [i for i in range(begin, len(words)) if words[i] in DIGIT_WORDS]
     if len(asked) == 1 and len(digits) == 1:
-        yield Hint(digits[0], "number", asked[0])
+        yield TokenLabel(digits[0], "number", asked[0])
 
 
-def _told(answer: Sequence[str], begin: int, said: Sequence[str]) -> Iterator[Hint]:
+def _label_transcript(
+    answer: Sequence[str], begin: int, said: Sequence[str]
+) -> Iterator[TokenLabel]:
     """Label a transcript, or a caption, which tells what is said from "says" to "over"."""
     digits = [word for word in answer if word in DIGIT_WORDS]
     caption = any(word in ("say", "says") for word in answer)
-    plain = all(word in DIGIT_WORDS or word.startswith("<|") for word in answer)
-    if not caption and not (plain and digits == list(said)):
+    only_digits = all(word in DIGIT_WORDS or word.startswith("<|") for word in answer)
+    if not caption and not (only_digits and digits == list(said)):
         return
-    telling, place = not caption, 0
+    copying, place = not caption, 0
     for i, word in enumerate(answer, start=begin):
-        telling = (telling or word in ("say", "says")) and word != "over"
-        copied = telling and word in DIGIT_WORDS
-        yield Hint(i, "number", ORDINALS[min(place, len(ORDINALS) - 1)] if copied else BLANK)
+        copying = (copying or word in ("say", "says")) and word != "over"
+        copied = copying and word in DIGIT_WORDS
+        yield TokenLabel(i, "number", ORDINALS[min(place, len(ORDINALS) - 1)] if copied else BLANK)
         place += copied
 
 
-def _choices(question: Sequence[str]) -> Iterator[Hint]:
+def _label_choices(question: Sequence[str]) -> Iterator[TokenLabel]:
     """Label the words of "A. four B. nine" with their letters."""
     letter = None
     for i, word in enumerate(question):
@@ -86,4 +92,4 @@ def _choices(question: Sequence[str]) -> Iterator[Hint]:
         elif word.startswith("<|"):
             letter = None
         elif letter and word != ".":
-            yield Hint(i, "letter", letter)
+            yield TokenLabel(i, "letter", letter)

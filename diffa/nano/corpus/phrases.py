@@ -1,4 +1,4 @@
-"""How the instructions of the nano corpus are put, in training and in held-out words."""
+"""Phrases of the instructions, for training and held out from it, and paraphrases."""
 
 import json
 import re
@@ -21,11 +21,11 @@ CHOICE_PROMPTS = ("", " Choose one.", " Choose the right letter.", " Pick one:",
 
 
 def phrases(task: str, held_out: bool = False) -> tuple[str, ...]:
-    """The phrases of one kind for training, or those held out from it."""
+    """Return the phrases of one task for training, or those held out from it."""
     return PHRASES[task][-NUM_HELD_OUT:] if held_out else PHRASES[task][:-NUM_HELD_OUT]
 
 
-# What may follow a question without changing it, and what of it training phrases have already.
+# Suffixes that do not change a question.
 SUFFIXES = (
     " in the audio", " in the recording", " in this audio", " in this recording", " of the audio",
     " of the recording", " you hear", " that you hear",
@@ -35,10 +35,9 @@ _DROP_SHARE = 0.15  # of the words
 
 
 def paraphrase(phrase: str, task: str, rng: np.random.Generator) -> str:
-    """A training phrase with another tail, with "Please" or without, and now and then a word less.
+    """Return a training phrase with another suffix, "Please" added or removed, or words dropped.
 
-    Of thirty fixed phrases a small language model learns by heart which word goes with which
-    task; of these it has to read more than one word. No held-out phrase comes out.
+    With fixed phrases a small language model keys on single words. No held-out phrase is returned.
     """
     said, mark = phrase[:-1], phrase[-1]
     said = _SUFFIX.sub("", said) or said

@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
 
 
 def number_to_words(number: int) -> str:
-    """A number below 100 in words."""
+    """Return a number below 100 in words."""
     if number < 20:
         return (*DIGIT_WORDS, *TEENS)[number]
     tens = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")[
@@ -75,7 +75,7 @@ def transcript(labels: Labels, silence: str = "nothing") -> str:
 
 
 def true_answer(task: str, labels: Labels, place: int = 0) -> str | None:
-    """The true answer to an open question, or None where it cannot be told by ear."""
+    """Return the true answer to an open question, or None if it cannot be heard."""
     digits = labels.digits
     if task in ("melody", "notes"):
         melody = labels.melody
@@ -103,7 +103,7 @@ def true_answer(task: str, labels: Labels, place: int = 0) -> str | None:
 
 
 def _voice_answer(task: str, labels: Labels) -> str | None:
-    """Answers about how it sounds, not about what is said."""
+    """Answer a question about how an utterance sounds."""
     speech, silent = bool(labels.digits), labels.sound == "silence"
     match task:
         case "same":
@@ -127,7 +127,7 @@ def _voice_answer(task: str, labels: Labels) -> str | None:
 
 
 def write_caption(labels: Labels) -> str | None:
-    """One sentence of at most 23 words; None where a part of it cannot be told by ear."""
+    """Return a sentence of at most 23 words; None if a part of it cannot be heard."""
     if labels.melody:
         return f"A {labels.melody.direction} melody of {DIGIT_WORDS[labels.melody.notes]} notes."
     if not labels.digits:
@@ -151,7 +151,7 @@ def write_caption(labels: Labels) -> str | None:
 
 
 def nano_seed_transcript(labels: Labels) -> str:
-    """The bracketed transcript and attributes from which answers are written (DIFFA, 3.2)."""
+    """Return the bracketed transcript and attributes that answers are written from (DIFFA, 3.2)."""
     lines = []
     for start, stop, digit, accent, gender in zip(
         *zip(*labels.spans, strict=True), labels.digits, labels.accents, labels.genders, strict=True
@@ -172,7 +172,7 @@ def make_instruction(
     held_out: bool = False,
     paraphrase_share: float = 0.0,
 ) -> Instruction | None:
-    """One instruction of a kind, in random words; None where the utterance does not allow it.
+    """Return an instruction of a task in a random phrase; None if the utterance does not allow it.
 
     ``rewording`` is the share of phrases that are changed a little (``phrases.reworded``).
     """
@@ -195,7 +195,7 @@ def make_instruction(
 
 
 def draw_choices(task: str, answer: str, rng: Rng) -> tuple[str, ...]:
-    """Four choices in random order, the answer among them."""
+    """Return four choices in random order, the answer among them."""
     others = (
         [number_to_words(number) for number in range(28)] if task == "sum" else list(CHOICES[task])
     )
@@ -211,7 +211,7 @@ def draw_instruction(
     held_out: bool = False,
     paraphrase_share: float = 0.0,
 ) -> Instruction:
-    """A random instruction that the utterance allows, in 2 of 5 cases with choices.
+    """Return a random instruction that the utterance allows, with choices in 2 of 5 cases.
 
     Raises:
         DataError: it allows none of the kinds.

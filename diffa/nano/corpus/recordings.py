@@ -23,7 +23,7 @@ class Voice(NamedTuple):
 
 
 def fsdd_folder(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of recordings: `path`, else $DIFFA_FSDD; raises AudioError without recordings."""
+    """Return the folder of recordings: ``path`` or $DIFFA_FSDD; raises AudioError without any."""
     place = path or os.environ.get("DIFFA_FSDD")
     for folder in (Path(place), Path(place) / "recordings") if place else ():
         if next(folder.glob("*_*_*.wav"), None):
@@ -55,7 +55,7 @@ class Recordings:
             )
 
     def take(self, voice: Voice, digit: int, fraction: float) -> Wave:
-        """One recording of `digit`; `draw` in [0, 1) chooses which."""
+        """Return a recording of ``digit``; ``fraction`` in [0, 1) chooses which."""
         files = self.files[voice.name, digit]
         return _read(files[int(fraction * len(files))])
 

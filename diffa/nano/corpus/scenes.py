@@ -1,4 +1,4 @@
-"""What an utterance holds, drawn from (seed, index) alone, and which labels are audible."""
+"""Plans of utterances, drawn from (seed, index) alone, and the labels that are audible."""
 
 from typing import Literal, NamedTuple
 
@@ -38,7 +38,7 @@ class Scene(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What can be heard. Every field is None (or empty) where it cannot be told by ear.
+    """The audible labels; a field is None (or empty) if it cannot be heard.
 
     speed: digits per second between the first and the last onset, in bands (SPEEDS).
     loudness: root mean square level of speech, or of a sound alone, in bands (LEVELS).
@@ -58,12 +58,12 @@ class Labels(NamedTuple):
 
     @property
     def voices(self) -> int:
-        """How many people speak."""
+        """Return how many people speak."""
         return len(set(self.speakers))
 
 
 def draw_scene(rng: Rng, voices: list[Voice], max_digits: int = 8) -> Scene:
-    """A random scene with at most `most` digits."""
+    """Draw a scene with at most ``max_digits`` digits."""
     kind = rng.choice(["speech", "behind", "sound", "melody"], p=[0.56, 0.18, 0.1, 0.16])
     loudness = list(LEVELS)[int(rng.integers(3))]
     if kind == "melody":
@@ -83,7 +83,7 @@ def draw_scene(rng: Rng, voices: list[Voice], max_digits: int = 8) -> Scene:
 
 
 def _assign_voices(rng: Rng, voices: list[Voice], count: int, duet: bool) -> tuple[Voice, ...]:
-    """One speaker, or two by turns (for at most 7 digits, to keep captions short)."""
+    """Draw one speaker, or two in turn (for at most 7 digits, to keep captions short)."""
     first, second = _draw_voice(rng, voices), _draw_voice(rng, voices)
     if not duet or count < 2 or count > 7 or rng.random() < 0.7 or not _distinct(first, second):
         return (first,) * count
@@ -92,7 +92,7 @@ def _assign_voices(rng: Rng, voices: list[Voice], count: int, duet: bool) -> tup
 
 
 def _draw_voice(rng: Rng, voices: list[Voice]) -> Voice:
-    """Real people half of the time, the synthesiser's voices otherwise."""
+    """Draw a real person in half of the cases, a synthetic voice otherwise."""
     real = [voice for voice in voices if voice.real] or voices
     made = [voice for voice in voices if not voice.real] or voices
     pool = real if rng.random() < 0.5 else made
@@ -100,12 +100,12 @@ def _draw_voice(rng: Rng, voices: list[Voice]) -> Voice:
 
 
 def _distinct(one: Voice, other: Voice) -> bool:
-    """Two people are surely told apart when both are real, or when their genders differ."""
+    """Return whether two voices sound different: both real, or of different gender."""
     return one.name != other.name and ((one.real and other.real) or one.gender != other.gender)
 
 
 def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple[str | None, ...]:
-    """The accent of each digit's speaker, where that speaker's digits give it away."""
+    """Return the accent of each digit's speaker; None if the speaker's digits do not reveal it."""
     said = {
         voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice)
         for voice in set(voices)
@@ -115,7 +115,7 @@ def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple
 
 
 def speed_band(onsets: list[float]) -> Speed | None:
-    """The band of the rate between the first and last onset, if it lies in one."""
+    """Return the band of the rate between the first and last onset, or None between bands."""
     if len(onsets) < 2:
         return None
     rate = (len(onsets) - 1) / (onsets[-1] - onsets[0])
@@ -123,7 +123,7 @@ def speed_band(onsets: list[float]) -> Speed | None:
 
 
 def scene_labels(scene: Scene) -> Labels:
-    """The labels a scene would have, without its sound: for learning from text alone."""
+    """Return the labels of a scene that is not rendered, for training on text."""
     accents = audible_accents(scene.digits, scene.voices)
     names = tuple(voice.name for voice in scene.voices)
     genders = tuple(voice.gender for voice in scene.voices)

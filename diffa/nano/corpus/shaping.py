@@ -8,7 +8,7 @@ Wave = NDArray[np.float32]
 
 
 def resample(wave: Wave, old: int, new: int) -> Wave:
-    """Band-limited change of sampling rate."""
+    """Change the sample rate (band-limited)."""
     if old == new:
         return wave
     import torch
@@ -18,17 +18,17 @@ def resample(wave: Wave, old: int, new: int) -> Wave:
 
 
 def decibels(wave: Wave) -> float:
-    """Root mean square in dB below full scale."""
+    """Return the root mean square in dBFS."""
     return float(10 * np.log10(np.mean(np.square(wave, dtype=np.float64)) + 1e-12))
 
 
 def at_level(wave: Wave, level: float) -> Wave:
-    """The waveform at a root mean square of `level` dB."""
+    """Scale a waveform to a root mean square of ``level`` dBFS."""
     return np.asarray(wave * 10 ** ((level - decibels(wave)) / 20), dtype=np.float32)
 
 
 def trim(wave: Wave, below: float = 35.0, hop: int = 160) -> Wave:
-    """Cut the ends that lie more than `below` dB under the loudest 10 ms."""
+    """Cut the ends that are more than ``below`` dB softer than the loudest 10 ms."""
     count = len(wave) // hop
     if count < 4:
         return wave
@@ -39,7 +39,7 @@ def trim(wave: Wave, below: float = 35.0, hop: int = 160) -> Wave:
 
 
 def fade(wave: Wave, length: int = 64) -> Wave:
-    """Round off both ends, so that joins do not click."""
+    """Fade both ends, so that joins do not click."""
     length = min(length, len(wave) // 2)
     ramp = np.linspace(0, 1, length, endpoint=False, dtype=np.float32)
     wave = wave.copy()
@@ -49,7 +49,7 @@ def fade(wave: Wave, length: int = 64) -> Wave:
 
 
 def stretch(wave: Wave, tempo: float, frame: int = 480, search: int = 120) -> Wave:
-    """Speak `tempo` times as fast at the same pitch (waveform-similarity overlap-add)."""
+    """Change the tempo at the same pitch (waveform-similarity overlap-add)."""
     hop = frame // 2
     if abs(tempo - 1) < 0.02 or len(wave) < 3 * frame:
         return wave

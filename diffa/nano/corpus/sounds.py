@@ -21,13 +21,13 @@ class Melody(NamedTuple):
 
 
 def tone(seconds: float, rng: Rng) -> Wave:
-    """A steady sine between 250 and 2500 Hz."""
+    """Return a steady sine between 250 and 2500 Hz."""
     time = np.arange(int(seconds * RATE)) / RATE
     return _float32(np.sin(2 * np.pi * _pitch(rng, 250, 2500) * time))
 
 
 def chirp(seconds: float, rng: Rng) -> Wave:
-    """Glides over two octaves, up or down, again and again every half second or so."""
+    """Return glides over two octaves, up or down, of 0.4 to 0.8 s each."""
     low, count = _pitch(rng, 250, 700), int(seconds * RATE)
     period = rng.uniform(0.4, 0.8)
     phase = (np.arange(count) / RATE / period) % 1.0
@@ -36,12 +36,12 @@ def chirp(seconds: float, rng: Rng) -> Wave:
 
 
 def noise(seconds: float, rng: Rng) -> Wave:
-    """White noise."""
+    """Return white noise."""
     return _float32(rng.standard_normal(int(seconds * RATE)))
 
 
 def clicks(seconds: float, rng: Rng) -> Wave:
-    """A regular train of 4 to 10 short clicks per second."""
+    """Return a regular train of 4 to 10 short clicks per second."""
     wave = np.zeros(int(seconds * RATE))
     click = np.exp(-np.arange(160) / 25) * rng.choice([-1.0, 1.0], 160)
     for start in range(0, len(wave) - 160, int(RATE / rng.uniform(4, 10))):
@@ -50,7 +50,7 @@ def clicks(seconds: float, rng: Rng) -> Wave:
 
 
 def silence(seconds: float, rng: Rng) -> Wave:
-    """Nothing."""
+    """Return silence."""
     return np.zeros(int(seconds * RATE), dtype=np.float32)
 
 
@@ -64,13 +64,13 @@ SOUNDS: dict[str, Callable[[float, Rng], Wave]] = {
 
 
 def draw_melody(rng: Rng) -> Melody:
-    """A direction and a number of notes."""
+    """Draw a direction and a number of notes."""
     direction = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
     return Melody(direction, int(rng.choice(NOTES)))
 
 
 def render_melody(melody: Melody, rng: Rng) -> Wave:
-    """The melody: notes of 0.18 to 0.3 s with short rests, steps of 2 to 4 semitones."""
+    """Render notes of 0.18 to 0.3 s with short rests and steps of 2 to 4 semitones."""
     length, rest = rng.uniform(0.18, 0.30), rng.uniform(0.06, 0.12)
     steps = rng.integers(2, 5, melody.notes - 1) * _step_signs(melody, rng)
     pitches = np.concatenate([[0], np.cumsum(steps)])
@@ -85,7 +85,7 @@ def render_melody(melody: Melody, rng: Rng) -> Wave:
 
 
 def _step_signs(melody: Melody, rng: Rng) -> np.ndarray:
-    """Up, down, nowhere, or up and down by turns for each step between notes."""
+    """Return the sign of each step between notes; alternating for mixed melodies."""
     ways = {"rising": 1, "falling": -1, "level": 0}
     if melody.direction in ways:
         return np.full(melody.notes - 1, ways[melody.direction])

@@ -1,4 +1,4 @@
-"""An utterance as text at the pace of audio: what the language model reads before it ever hears."""
+"""Utterances as text at the pace of audio, for training a language model without audio."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class AudioText(NamedTuple):
 
 
 def named_voices() -> list[Voice]:
-    """Every kind of voice there is, by name only: no recordings are needed."""
+    """Return every kind of voice by name; no recordings are needed."""
     made = [
         Voice(f"{accent} {gender}", gender, accent, False)
         for accent in LANGUAGES
@@ -34,12 +34,19 @@ def named_voices() -> list[Voice]:
 
 
 class AudioTexts:
-    """Row `index` is a pure function of (seed, index).
+    """Random access to audio texts; text ``index`` follows from (seed, index) alone.
 
     Words are repeated over several slots with blanks between them, as an adapter that emits 12.5
-    embeddings per second would place them. `pace` in [0, 1] lengthens the blanks: 0 writes every
-    word once with single blanks, 1 imitates speech. `acoustic` is the Q-Former's number of slots;
-    `per` instructions are drawn about every utterance, a share `rewording` of them in other words.
+    embeddings per second would place them.
+
+    Args:
+        seed: Random seed.
+        acoustic_slots: Number of the acoustic adapter's embeddings.
+        pace: Length of the blanks from 0 (every word once, single blanks) to 1 (that of speech).
+        max_digits: Largest number of digits in an utterance.
+        tasks: Kinds of question.
+        questions_per_sample: Instructions about each utterance.
+        paraphrase_share: Share of the instructions that are paraphrased.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class AudioTexts:
         return AudioText(acoustic, self._semantic(labels, rng), instructions, labels)
 
     def _semantic(self, labels: Labels, rng: Rng) -> tuple[str, ...]:
-        """The words at the pace of speech; with no words, blanks for up to three seconds."""
+        """Return the words at the pace of speech, or blanks for up to three seconds."""
         slots = [BLANK] * self._draw_pause(rng)
         for digit in labels.digits:
             # An adapter taught by CTC writes most words into a single slot.
@@ -100,7 +107,7 @@ class AudioTexts:
 
 
 def acoustic_words(labels: Labels) -> list[str]:
-    """What the acoustic adapter should be able to say, in words, in a fixed order."""
+    """Return the attributes that the acoustic adapter should recognise, in a fixed order."""
     words: list[str] = []
     people = dict.fromkeys(zip(labels.speakers, labels.accents, labels.genders, strict=True))
     for _, accent, gender in people:
@@ -113,7 +120,7 @@ def acoustic_words(labels: Labels) -> list[str]:
 
 
 def spread_words(words: list[str], slots: int, rng: Rng) -> tuple[str, ...]:
-    """The words in order over `slots` places, some of them repeated, blanks elsewhere."""
+    """Spread words over ``slots`` places in order, some repeated, with blanks elsewhere."""
     out = [BLANK] * slots
     places = np.sort(rng.choice(slots, len(words), replace=False)).tolist()
     for i, word in enumerate(words):

@@ -1,4 +1,4 @@
-"""From a scene to sound: utterance `index` of a split is a pure function of (seed, index)."""
+"""Utterances: scenes rendered as sound; each follows from (seed, index) alone."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Utterance(NamedTuple):
 class Utterances:
     """Random access to the composed utterances of one split and seed.
 
-    The first ``keep`` that are asked for stay in memory.
+    The first ``cached_utterances`` that are read stay in memory.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Utterances:
         self.voices = self.recordings.voices + (self.espeak.voices if synthetic_voices else [])
 
     def scene(self, index: int) -> Scene:
-        """The plan of utterance `index`."""
+        """Return the plan of utterance ``index``."""
         return draw_scene(np.random.default_rng((self.seed, index)), self.voices, self.max_digits)
 
     def __getitem__(self, index: int) -> Utterance:
@@ -68,7 +68,7 @@ class Utterances:
         return made
 
     def render(self, scene: Scene, rng: Rng) -> Utterance:
-        """The sound of a scene, with its digits' boundaries and audible labels."""
+        """Render a scene as sound, with its digits' boundaries and audible labels."""
         utterance = self._render_speech(scene, rng) if scene.digits else _render_sound(scene, rng)
         wave = utterance.audio
         if rng.random() < 0.5:  # a room's noise floor, in half of the utterances
@@ -96,7 +96,7 @@ class Utterances:
     def _place_digits(
         self, scene: Scene, period: float | None, rng: Rng
     ) -> tuple[list[Wave], tuple[tuple[float, float], ...]]:
-        """The digits in turn with pauses between; those that do not fit are left out."""
+        """Join the digits with pauses between; leave out those that do not fit."""
         pieces = [np.zeros(int(rng.uniform(0.05, 0.5) * RATE), dtype=np.float32)]
         at = len(pieces[0])
         spans: list[tuple[float, float]] = []
@@ -116,7 +116,7 @@ class Utterances:
     def _render_digit(
         self, voice: Voice, digit: int, period: float | None, uneven: bool, rng: Rng
     ) -> Wave:
-        """One digit at its tempo and level."""
+        """Render one digit at its tempo and level."""
         source = self.recordings if voice.real else self.espeak
         wave = source.take(voice, digit, rng.random())
         seconds = len(wave) / RATE
@@ -128,7 +128,7 @@ class Utterances:
 
 
 def _onset_rates(scene: Scene) -> tuple[float, float]:
-    """Rates to aim at, inside the band; eight slow digits must fit the window."""
+    """Return onset rates inside the speed band; eight slow digits must fit the window."""
     aims = {
         "slow": (1.0 if len(scene.digits) < 6 else 1.2, 1.33),
         "medium": (1.7, 2.1),
@@ -146,7 +146,7 @@ def _loudness(wave: Wave, spans: tuple[tuple[float, float], ...]) -> float:
 
 
 def _background(scene: Scene, length: int, rng: Rng) -> Wave:
-    """A sound under the whole utterance, 10 to 18 dB below its speech."""
+    """Render a sound under the whole utterance, 10 to 18 dB below its speech."""
     if scene.melody:
         once = np.concatenate(
             [render_melody(scene.melody, rng), np.zeros(int(0.3 * RATE), dtype=np.float32)]
@@ -158,7 +158,7 @@ def _background(scene: Scene, length: int, rng: Rng) -> Wave:
 
 
 def _render_sound(scene: Scene, rng: Rng) -> Utterance:
-    """A sound or a melody alone, between two short silences."""
+    """Render a sound or a melody alone between two short silences."""
     wave = (
         render_melody(scene.melody, rng)
         if scene.melody

@@ -34,7 +34,7 @@ EXTRA_WORDS = (
 
 
 def build_vocabulary() -> list[str]:
-    """Every word of the corpus in both of its forms where needed, then letters and punctuation."""
+    """Return every word of the corpus, then letters and punctuation."""
     texts = [text for kind in PHRASES.values() for text in kind] + [
         *CHOICE_PROMPTS,
         SYSTEM,

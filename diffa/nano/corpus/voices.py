@@ -38,14 +38,14 @@ RATES: dict[Split, tuple[int, ...]] = {"train": (130, 165), "test": (145,)}
 
 
 def accent_is_audible(accent: str, digits: tuple[int, ...]) -> bool:
-    """Whether these digits alone tell this synthetic accent from every other."""
+    """Return whether these digits tell a synthetic accent from every other."""
     own = [PRONUNCIATIONS[accent][digit] for digit in digits]
     others = (table for name, table in PRONUNCIATIONS.items() if name != accent)
     return all(own != [table[digit] for digit in digits] for table in others)
 
 
 def cache_folder() -> Path:
-    """Where rendered digits are kept: $DIFFA_CACHE or ~/.cache/diffa."""
+    """Return the folder of rendered digits, in $DIFFA_CACHE or ~/.cache/diffa."""
     return Path(os.environ.get("DIFFA_CACHE", Path.home() / ".cache" / "diffa")) / "espeak"
 
 
@@ -66,14 +66,14 @@ class EspeakVoices:
             _warn()
 
     def take(self, voice: Voice, digit: int, fraction: float) -> Wave:
-        """One rendering of `digit`; `draw` in [0, 1) chooses the rate."""
+        """Return a rendering of ``digit``; ``fraction`` in [0, 1) chooses the rate."""
         rate = self.rates[int(fraction * len(self.rates))]
         return _render(str(self.program), self.folder, voice.name, digit, rate)
 
 
 @cache
 def _warn() -> None:
-    """Say it once: what is made without the program is another corpus, of men alone."""
+    """Warn once that the corpus without espeak-ng is another one, of men only."""
     logging.getLogger(__name__).warning(
         "espeak-ng is not installed: the nano corpus has the recorded speakers alone, no women and "
         "hardly an accent. To have all voices: apt-get install espeak-ng"
