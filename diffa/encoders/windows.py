@@ -92,7 +92,8 @@ def _batches(sizes: list[int], masks_padding: bool) -> list[list[int]]:
     by_size: dict[int, list[int]] = {}
     for i, size in enumerate(sizes):
         by_size.setdefault(size, []).append(i)
-    return list(by_size.values())
+    # In order of size: the sum of the groups' gradients depends on the order to the last bit.
+    return [by_size[size] for size in sorted(by_size)]
 
 
 def _join(rows: list[list[Tensor]], frames: list[list[Tensor]]) -> tuple[Tensor, ...]:
