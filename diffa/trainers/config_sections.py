@@ -297,7 +297,7 @@ def fit_options(
         if key not in known:
             report(f"{path}.{key}", f"unknown option{suggest(str(key), known)}")
         else:
-            fitted[key] = coerce(value, known[key].hint, f"{path}.{key}", report)
+            _coerce_option(fitted, key, value, known[key].hint, f"{path}.{key}", report)
     return fitted
 
 
@@ -326,10 +326,19 @@ def _parse_option(
     elif sections and (value is not None or type(None) not in get_args(hint)):
         report(path, f"expected a {'list' if get_origin(hint) is list else 'mapping'}, got {value}")
     elif not sections:
-        faults: list[tuple[str, str]] = []
-        fitted = coerce(value, hint, path, lambda *fault: faults.append(fault))
-        for fault in faults:
-            report(*fault)
+        _coerce_option(values, key, value, hint, path, report)
         limits = [part for part in get_args(hint) if isinstance(part, Range)]
-        if not faults and all(check_range(fitted, one, path, report) for one in limits):
-            values[key] = fitted
+        if key in values and not all(check_range(values[key], r, path, report) for r in limits):
+            del values[key]
+
+
+def _coerce_option(
+    values: dict[str, Any], key: str, value: Any, hint: Any, path: str, report: Report
+) -> None:
+    """Put a value among ``values`` if it fits its type; report why it does not."""
+    faults: list[tuple[str, str]] = []
+    fitted = coerce(value, hint, path, lambda *fault: faults.append(fault))
+    for fault in faults:
+        report(*fault)
+    if not faults:
+        values[key] = fitted
