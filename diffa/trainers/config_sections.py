@@ -292,7 +292,8 @@ def fit_options(
     cls: type[Any], options: Mapping[str, Any], path: str, report: Report
 ) -> dict[str, Any]:
     """Return options as a constructor declares them; faults are reported and left out."""
-    known, fitted = read_schema(cls).options, {}
+    known = read_schema(cls).options
+    fitted: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:
             report(f"{path}.{key}", f"unknown option{suggest(str(key), known)}")

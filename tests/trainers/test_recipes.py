@@ -167,7 +167,7 @@ def test_the_trained_model_is_saved_with_its_pairs(
 def test_pairs_that_only_a_stage_trains_have_all_their_digits(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly, "_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(assembly, "_resolve_dtype", lambda *_: torch.bfloat16)  # as on a GPU
     made = Recipe.read("diffa-2").change(small("diffa-2", world))
     assert made.spec.data["train"] == ["adapters"]
     context = RunContext(
