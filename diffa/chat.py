@@ -1,4 +1,4 @@
-"""Chat prompts: the checkpoint's own template, where the audio goes, tokens to text and back."""
+"""Chat prompts: the tokenizer's chat template, where the audio goes, tokens to text and back."""
 
 from __future__ import annotations
 
@@ -9,107 +9,252 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
+from diffa.spec.validation import PROMPT_DEFAULTS
 
 AUDIO_MARK = "<audio>"
-SYSTEM = "You are a helpful voice assistant."
-USER = f"This is the audio: {AUDIO_MARK}. {{question}}"
+_ANSWER = "DIFFA_ANSWER_PLACEHOLDER"
+_SYSTEM = "DIFFA_SYSTEM_PLACEHOLDER"
 
 
 class Prompt(NamedTuple):
-    """Token ids (L,) and the index before which the audio goes (None without audio)."""
+    """A prompt.
+
+    Attributes:
+        tokens: Token ids (L,).
+        audio_at: Index before which the audio goes. None: no audio.
+    """
 
     tokens: Tensor
     audio_at: int | None
 
 
 class Example(NamedTuple):
-    """A question with its answer: ids (L,), which belong to the answer (L,) bool, audio's index."""
+    """A question with its answer.
+
+    Attributes:
+        tokens: Token ids (L,).
+        answer: Which tokens are targets, (L,) bool.
+        audio_at: Index before which the audio goes. None: no audio.
+    """
 
     tokens: Tensor
     answer: Tensor
     audio_at: int | None
 
 
+class _Turn(NamedTuple):
+    """What a template writes around the assistant's answer, the same for every question."""
+
+    header: str
+    header_ids: list[int]
+    end: str
+
+
 class Chat:
-    """Writes prompts in the chat template of a backbone's tokenizer.
+    """Writes prompts in the chat template of a tokenizer.
+
+    A finished conversation is rendered with a placeholder for the answer: the prompt is what the
+    template writes before it. So prompts and training examples agree, also for templates that
+    ignore ``add_generation_prompt``, trim messages, or add an empty block of thoughts::
+
+        prompt: ... question <|eot_id|> | header: <|start_header_id|>assistant ... | answer | end
+
+    Without a template, a conversation is the system prompt, a blank line, the user's text, a line
+    break, the answer and EOS.
 
     Args:
-        tokenizer: with a chat template, as transformers reads it from the checkpoint.
-        system: the system turn; none where empty.
-        user: the user turn around ``{question}``; ``<audio>`` says where the audio goes and
-            stays in the text (DIFFA keeps it).
+        tokenizer: A tokenizer of transformers.
+        system: System prompt; none where empty. A template without a system turn gets it before
+            the user's text, with a blank line between.
+        user: User turn around ``{question}``. ``<audio>`` says where the audio goes and stays in
+            the text, as in DIFFA.
 
     Raises:
-        SpecError: the tokenizer has no chat template, or ``user`` has no ``{question}``.
+        SpecError: ``user`` has no ``{question}``.
     """
 
-    def __init__(self, tokenizer: Any, *, system: str = SYSTEM, user: str = USER) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        system: str = str(PROMPT_DEFAULTS["system"]),
+        user: str = str(PROMPT_DEFAULTS["user"]),
+    ) -> None:
         if "{question}" not in user:
             raise SpecError(f"prompt.user: has no {{question}} to fill in: {user!r}")
-        if not getattr(tokenizer, "chat_template", None):
-            raise SpecError("the backbone's tokenizer has no chat template; use model.generate")
         self.tokenizer, self.system, self.user = tokenizer, system, user
 
     def encode(self, question: str, *, system: str | None = None, audio: bool = True) -> Prompt:
-        """Return the prompt for a question, ending in the assistant's open header."""
-        turns = self._turns(question, system)
-        text = self._render(turns, open_=True)
+        """Return the prompt for a question, the assistant's header included.
+
+        Args:
+            question: The question.
+            system: Override the system prompt.
+            audio: Whether the prompt is about a recording.
+
+        Raises:
+            SpecError: The template refuses the conversation, or there is no place for the audio.
+        """
+        text, _ = self._split_at_answer(self._messages(question, system))
         tokens = self._ids(text)
         return Prompt(torch.tensor(tokens), self._audio_at(text, tokens) if audio else None)
 
     def encode_example(
-        self, question: str, answer: str, *, system: str | None = None, audio: bool = True
+        self,
+        question: str,
+        answer: str,
+        *,
+        system: str | None = None,
+        audio: bool = True,
+        train_header: bool = True,
     ) -> Example:
-        """Return a training row; the answer begins with the assistant's header, as in DIFFA."""
-        turns = self._turns(question, system)
-        asked = self._ids(self._render(turns, open_=False))
-        text = self._render([*turns, {"role": "assistant", "content": answer}], open_=False)
-        tokens = self._ids(text)
-        if tokens[: len(asked)] != asked:
-            raise SpecError("the chat template rewrites the question once it is answered")
-        mask = torch.arange(len(tokens)) >= len(asked)
+        """Return a training example: the prompt of ``encode``, the answer and the end of its turn.
+
+        Args:
+            question: The question.
+            answer: The answer.
+            system: Override the system prompt.
+            audio: Whether the question is about a recording.
+            train_header: Whether the assistant's header is a target too, as in DIFFA.
+
+        Raises:
+            SpecError: As ``encode``, or the template rewrites the answer.
+        """
+        messages = self._messages(question, system)
+        prompt, rest = self._split_at_answer(messages)
+        text = prompt + self._written_answer(messages, answer, prompt, rest) + self._turn.end
+        prompt_ids, tokens = self._ids(prompt), self._ids(text)
+        if tokens[: len(prompt_ids)] != prompt_ids:
+            # The answer's first characters merge with the header's last: keep the prompt's tokens.
+            tokens = prompt_ids + self._ids(text[len(prompt) :])
+        start = len(prompt_ids)
+        if train_header:
+            before_header = self._ids(prompt[: len(prompt) - len(self._turn.header)])
+            start = _num_equal(before_header, prompt_ids)
+        mask = torch.arange(len(tokens)) >= start
         return Example(torch.tensor(tokens), mask, self._audio_at(text, tokens) if audio else None)
 
     def decode(self, tokens: Tensor) -> str:
-        """Return the text of an answer (L,) up to its first end of turn or of text."""
-        ids = tokens.tolist()
-        ends = [ids.index(end) for end in self._ends if end in ids]
-        kept = ids[: min(ends)] if ends else ids
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        """Return the text of an answer (L,) up to its first end of turn or of text.
+
+        A leading header of the assistant, as in an example's targets, is left out.
+        """
+        ids, header = tokens.tolist(), self._turn.header_ids
+        if header and ids[: len(header)] == header:
+            ids = ids[len(header) :]
+        ends = [ids.index(end) for end in self._end_ids if end in ids]
+        text = str(
+            self.tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=True)
+        )
+        return text.partition(self._turn.end)[0].strip() if self._turn.end else text.strip()
 
     @cached_property
-    def _ends(self) -> set[int]:
-        """Ids that close an answer: the tokenizer's EOS, and what ends a turn of the template."""
-        turn = [{"role": "assistant", "content": "x"}]
-        closed = self._ids(self._render(turn, open_=False))[-1]
-        special = closed in self.tokenizer.all_special_ids
-        return {self.tokenizer.eos_token_id, *([closed] if special else [])} - {None}
+    def _turn(self) -> _Turn:
+        """Find the assistant's header and the end of its turn."""
+        messages = self._messages("question", None)
+        prompt, rest = self._split_at_answer(messages)
+        special = self._special_tokens
+        # The turn ends with the first special token. What follows, such as a line break or the
+        # header that LLaDA's template always adds, belongs to no answer.
+        places = [(rest.index(token), token) for token in special if token in rest]
+        if places:
+            # At one place the longest token wins, as in tokenizers.
+            at, token = min(places, key=lambda place: (place[0], -len(place[1])))
+            end = rest[: at + len(token)]
+        else:
+            end = rest.rstrip() or str(self.tokenizer.eos_token or "")
+        open_turn = self._render(messages, add_generation_prompt=False)
+        if prompt.startswith(open_turn) and prompt != open_turn:
+            header = prompt[len(open_turn) :]
+        else:  # the template ignores the flag, or has no header
+            header = prompt.rpartition(end)[2].lstrip("\n") if end and end in prompt else ""
+        prompt_ids = self._ids(prompt)
+        before = _num_equal(self._ids(prompt[: len(prompt) - len(header)]), prompt_ids)
+        return _Turn(header, prompt_ids[before:], end)
 
-    def _turns(self, question: str, system: str | None) -> list[dict[str, str]]:
-        words = self.system if system is None else system
-        user = {"role": "user", "content": self.user.replace("{question}", question)}
-        return [{"role": "system", "content": words}, user] if words else [user]
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        """Ids that close an answer: the tokenizer's EOS, and the end of a turn of one token."""
+        end = self._ids(self._turn.end)
+        return {self.tokenizer.eos_token_id, *(end if len(end) == 1 else [])} - {None}
 
-    def _render(self, turns: list[dict[str, str]], *, open_: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_
-        )
-        return str(text)
+    @cached_property
+    def _special_tokens(self) -> set[str]:
+        return {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+
+    @cached_property
+    def _has_system_turn(self) -> bool:
+        """Whether the template writes system turns: some refuse them, some leave them out."""
+        system = {"role": "system", "content": _SYSTEM}
+        try:
+            return _SYSTEM in self._render([system, {"role": "user", "content": "question"}])
+        except SpecError:
+            return False
+
+    def _messages(self, question: str, system: str | None) -> list[dict[str, str]]:
+        """Return the turns before the answer."""
+        system = self.system if system is None else system
+        text = self.user.replace("{question}", question)
+        if system and self._has_system_turn:
+            return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        return [{"role": "user", "content": f"{system}\n\n{text}" if system else text}]
+
+    def _split_at_answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """Return what the template writes before and after an answer."""
+        text = self._render([*messages, {"role": "assistant", "content": _ANSWER}])
+        before, found, after = text.rpartition(_ANSWER)
+        if not found:
+            raise SpecError("the tokenizer's chat template leaves out the assistant's answer")
+        # A space at the end of a header is a part of the answer's first token.
+        return before.rstrip(" "), after
+
+    def _written_answer(
+        self, messages: list[dict[str, str]], answer: str, before: str, after: str
+    ) -> str:
+        """Return an answer as the template writes it, which may be trimmed."""
+        text = self._render([*messages, {"role": "assistant", "content": answer}])
+        if not (text.startswith(before) and text.endswith(after)):
+            raise SpecError("the chat template rewrites the question or the answer once it is answered")
+        return text[len(before) : len(text) - len(after)]
+
+    def _render(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+    ) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            # system, blank line, user text, line break, answer, EOS
+            ends = {
+                "system": "\n\n",
+                "user": "\n",
+                "assistant": str(self.tokenizer.eos_token or ""),
+            }
+            return "".join(turn["content"] + ends[turn["role"]] for turn in messages)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # templates raise errors of their own, and Jinja's
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise SpecError(f"the chat template refuses the turns {roles}: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _audio_at(self, text: str, tokens: list[int]) -> int:
-        """Index of the first token that the text before the mark does not settle by itself.
+        """Return the number of tokens that the text before the mark settles by itself.
 
         The last token before ``<audio>`` can merge with it (a space does), so the audio goes after
         the longest beginning that both tokenisations share: DIFFA's "count minus one".
         """
         if AUDIO_MARK not in text:
             raise SpecError(f"prompt.user: has no {AUDIO_MARK} to say where the audio goes")
-        ahead = self._ids(text[: text.index(AUDIO_MARK)])
-        same = (a == b for a, b in zip(ahead, tokens, strict=False))
-        for index, equal in enumerate(same):
-            if not equal:
-                return index
-        return len(ahead)
+        return _num_equal(self._ids(text[: text.index(AUDIO_MARK)]), tokens)
+
+
+def _num_equal(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two lists share at their beginning."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.templates import BOS, CHATML, CLOSE, END, EOS, OPEN, family_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import diffa
 from diffa.chat import Chat
 from diffa.errors import SpecError
 
@@ -85,8 +89,129 @@ def test_a_user_turn_without_its_places_is_refused() -> None:
         Chat(PLAIN, user="hello {question}").encode("Q")
 
 
-def test_a_tokenizer_without_a_template_is_refused() -> None:
-    bare = byte_tokenizer([])
-    bare.chat_template = None
-    with pytest.raises(SpecError, match="no chat template"):
-        Chat(bare)
+# --- templates of published models --------------------------------------------------------------
+
+SYSTEM, USER, ANSWER = [12, 13, 14], [15, 16, 14, 17, 18], [19, 20]
+LLAMA_PROMPT = [BOS, OPEN, 6, CLOSE, 11, *SYSTEM, END, OPEN, 7, CLOSE, 11, *USER, END]
+CHATML_PROMPT = [OPEN, 6, 10, *SYSTEM, END, 10, OPEN, 7, 10, *USER, END, 10]
+MERGED_USER = [*SYSTEM, 11, *USER]  # the system prompt before the user's text
+
+# The prompt without the header, the header, and the answer with the end of its turn.
+CONVERSATIONS = {
+    "llada": (LLAMA_PROMPT, [OPEN, 8, CLOSE, 11], [*ANSWER, END]),
+    "llama3": (LLAMA_PROMPT, [OPEN, 8, CLOSE, 11], [*ANSWER, END]),
+    "sdar": (CHATML_PROMPT, [OPEN, 8, 10], [*ANSWER, END]),
+    "dream": (CHATML_PROMPT, [OPEN, 8, 10], [*ANSWER, END]),
+    "smollm2": (CHATML_PROMPT, [OPEN, 8, 10], [*ANSWER, END]),
+    "gemma": ([BOS, OPEN, 7, 10, *MERGED_USER, END, 10], [OPEN, 9, 10], [*ANSWER, END]),
+    "thinking": (CHATML_PROMPT, [OPEN, 8, 10, 23, 11, 24, 11], [*ANSWER, END]),
+    "silent": ([OPEN, 7, 10, *MERGED_USER, END, 10], [OPEN, 8, 10], [*ANSWER, END]),
+    "spaced": ([OPEN, *SYSTEM, END, OPEN, *USER, END], [], [25, 20, EOS]),
+    "none": ([*MERGED_USER, 10], [], [*ANSWER, EOS]),
+}
+
+
+def family_chat(name: str, system: str = "Be brief.") -> Chat:
+    return Chat(family_tokenizer(name), system=system, user="Hear <audio>. {question}")
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompts_and_examples_of_a_template_have_these_tokens(name: str) -> None:
+    chat = family_chat(name)
+    before, header, answer = CONVERSATIONS[name]
+    prompt = chat.encode("What?")
+    example = chat.encode_example("What?", "three five")
+    assert prompt.tokens.tolist() == [*before, *header]
+    assert example.tokens.tolist() == [*before, *header, *answer]
+    assert prompt.audio_at == example.audio_at == before.index(16)
+    targets = example.tokens[example.answer].tolist()
+    assert targets == [*header, *answer]  # the header is a target, as in DIFFA
+    bare = chat.encode_example("What?", "three five", train_header=False)
+    assert bare.tokens.tolist() == example.tokens.tolist()
+    assert bare.tokens[bare.answer].tolist() == answer
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_an_answer_is_decoded_from_its_tokens_and_from_the_targets(name: str) -> None:
+    chat = family_chat(name)
+    _, header, answer = CONVERSATIONS[name]
+    assert chat.decode(torch.tensor(answer)) == "three five"
+    assert chat.decode(torch.tensor([*header, *answer])) == "three five"
+    assert chat.decode(torch.tensor([*header, *answer, EOS, EOS])) == "three five"
+    assert chat.decode(torch.tensor([*header, *answer, *header, 15])) == "three five"
+    assert chat.decode(torch.tensor(answer[:-1])) == "three five"  # no end yet
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@given(
+    words=st.lists(st.sampled_from(["Hear", "What", "three", "five", "You", "?"]), min_size=1),
+    padded=st.booleans(),
+    system=st.sampled_from(["", "Be brief."]),
+)
+def test_an_example_is_the_prompt_and_a_finished_conversation(
+    name: str, words: list[str], padded: bool, system: str
+) -> None:
+    chat, text = family_chat(name, system), " ".join(words)
+    written = f" {text} " if padded else text
+    prompt, example = chat.encode(written), chat.encode_example(written, written)
+    count = len(prompt.tokens)
+    assert example.tokens[:count].tolist() == prompt.tokens.tolist()
+    assert example.answer[count:].all()
+    assert chat.decode(example.tokens[count:]) == text
+    assert chat.decode(example.tokens[example.answer]) == text
+    if chat.tokenizer.chat_template and not (system and name in ("gemma", "silent")):
+        turns = [{"role": "system", "content": system}] if system else []
+        turns += [
+            {"role": "user", "content": f"Hear <audio>. {written}"},
+            {"role": "assistant", "content": written},
+        ]
+        finished = chat.tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = chat.tokenizer(finished, add_special_tokens=False)["input_ids"]
+        assert ids[: len(example.tokens)] == example.tokens.tolist()
+        assert example.tokens[-1] in (END, EOS)
+
+
+@pytest.mark.parametrize("name", ["dream", "smollm2"])
+def test_a_templates_own_system_turn_stands_in_for_an_empty_one(name: str) -> None:
+    tokens = family_chat(name, system="").encode("What?").tokens.tolist()
+    assert tokens == [OPEN, 6, 10, 21, 22, 14, END, 10, OPEN, 7, 10, *USER, END, 10, OPEN, 8, 10]
+
+
+@pytest.mark.parametrize("name", ["gemma", "none"])
+def test_no_system_prompt_leaves_the_users_text_alone(name: str) -> None:
+    tokens = family_chat(name, system="").encode("What?").tokens.tolist()
+    turn = [BOS, OPEN, 7, 10, *USER, END, 10, OPEN, 9, 10] if name == "gemma" else [*USER, 10]
+    assert tokens == turn
+
+
+def test_an_answer_like_the_header_of_lladas_template_keeps_its_words() -> None:
+    chat = family_chat("llada")
+    example = chat.encode_example("What?", "assistant")
+    assert example.tokens[-2:].tolist() == [8, END]
+    assert chat.decode(example.tokens[example.answer]) == "assistant"
+
+
+def test_a_template_that_rewrites_answers_is_refused() -> None:
+    chat = family_chat("sdar")
+    chat.tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | lower")
+    with pytest.raises(SpecError, match="leaves out the assistant's answer"):
+        chat.encode_example("What?", "three five")
+    chat = family_chat("sdar")
+    chat.tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(SpecError, match="refuses the turns user, assistant: no"):
+        chat.encode("What?")
+
+
+def test_nanos_tokens_are_these() -> None:
+    chat = diffa.build("nano").chat_format
+    prompt = [1, 2, 268, 3, 9, 81, 96, 82, 168, 301, 98, 340, 4, 2, 299, 3, 9, 63, 175, 278, 99]
+    prompt += [342, 8, 340, 37, 189, 128, 96, 264, 347, 4, 2, 98, 3, 9]
+    assert chat.encode("How many digits are spoken?").tokens.tolist() == prompt
+    example = chat.encode_example("How many digits are spoken?", "three five")
+    assert example.tokens.tolist() == [*prompt, 285, 144, 4]
+    assert example.audio_at == 22 and int(example.answer.long().argmax()) == 31
+    assert chat.encode("Q", system="", audio=False).tokens.tolist() == [
+        *[1, 2, 299, 3, 9, 63, 175, 278, 99, 342, 8, 340, 7, 401, 4, 2, 98, 3, 9]
+    ]
