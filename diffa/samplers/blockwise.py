@@ -158,7 +158,7 @@ class Blockwise:
         if self.cfg_scale:
             canvas.add_unconditional(
                 self.cfg_drop
-            )  # doubles the rows: conditional, then unconditional
+            )  # rows, then their unconditional twins
         draft = ~canvas.undecided()  # answer tokens that were given
         blocks = BlockTracker(canvas, self.block_length)
         recompute_slots = RecomputeSlots(self._policies(canvas, denoise))

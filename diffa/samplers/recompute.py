@@ -72,7 +72,7 @@ class SuffixWindow:
         canvas.hide(~near)
         canvas.show(near)
         visible = canvas.valid[: canvas.count]
-        return (recompute | (visible & ~before)) & visible
+        return (recompute | ~before) & visible
 
 
 class AudioRefresh:

@@ -91,7 +91,7 @@ def select_runs(
     2510.08666). ``places`` (B, R) increase along a row wherever it is masked.
     """
     # A run ends where a place is skipped or not masked: places 4 5 6 9 10 are runs 1 1 1 2 2.
-    before = torch.cat([places[:, :1] - 2, places[:, :-1]], dim=1)
+    before = torch.cat([places[:, :1], places[:, :-1]], dim=1)
     masked_before = torch.cat([masked[:, :1], masked[:, :-1]], dim=1)
     run = ((places != before + 1) | ~masked_before).cumsum(dim=1)
     own = scores.masked_fill(~masked, -torch.inf)
