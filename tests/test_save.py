@@ -18,7 +18,10 @@ from diffa.errors import CheckpointError
 def small(**parts: Any) -> dict[str, Any]:
     return {
         "encoder": {"name": "tiny", "width": 32, "heads": 2},
-        "adapters": {"acoustic": {"name": "qformer", "num_queries": 4, "intermediate_size": 32}, "semantic": "conv"},
+        "adapters": {
+            "acoustic": {"name": "qformer", "num_queries": 4, "intermediate_size": 32},
+            "semantic": "conv",
+        },
         "backbone": {
             "name": "llada",
             "config": {

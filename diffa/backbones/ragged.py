@@ -106,7 +106,7 @@ def supports_packing(embeds: Tensor) -> bool:
 
 
 def is_packable(context: AttentionContext) -> bool:
-    """Return whether all slots are computed, attend to their whole row, and the read ones are known.
+    """Return whether all slots are computed, attend to their whole row, and outputs are set.
 
     Without ``output_slots`` the caller may read any state, padding included.
     """

@@ -66,7 +66,7 @@ class WaveformFrontEnd:
 
 
 class Wav2Vec2BertFrontEnd:
-    """Front end of wav2vec2-BERT (w2v-BERT 2.0): pairs of Kaldi filter banks, normalised per bin."""
+    """Front end of wav2vec2-BERT: pairs of Kaldi filter banks, normalised per bin."""
 
     window_samples = None
     masks_padding = True

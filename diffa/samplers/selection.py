@@ -60,7 +60,8 @@ def select_klass(
 ) -> Tensor:
     """Accept scores of at least ``threshold`` and low KL divergence, or the best score.
 
-    ``divergence`` (B, R) of the last steps must be below ``kl_threshold`` (KLASS, arXiv 2511.05664).
+    ``divergence`` (B, R) of the last steps must be below ``kl_threshold`` (KLASS, arXiv
+    2511.05664).
     """
     stable = (scores >= threshold) & (divergence < kl_threshold) & masked
     return torch.where(stable.any(dim=1, keepdim=True), stable, _best(scores, masked))
@@ -87,8 +88,9 @@ def select_runs(
 ) -> Tensor:
     """Accept scores of at least ``threshold``, and the best score of each run.
 
-    A run is adjacent masks; its best score must be at least ``run_threshold``. The best score is always accepted (dInfer's hierarchical rule, arXiv
-    2510.08666). ``places`` (B, R) increase along a row wherever it is masked.
+    A run is adjacent masks; its best score must be at least ``run_threshold``. The best score
+    is always accepted (dInfer's hierarchical rule, arXiv 2510.08666). ``places`` (B, R)
+    increase along a row wherever it is masked.
     """
     # A run ends where a place is skipped or not masked: places 4 5 6 9 10 are runs 1 1 1 2 2.
     before = torch.cat([places[:, :1], places[:, :-1]], dim=1)

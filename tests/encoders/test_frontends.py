@@ -7,10 +7,10 @@ import torch
 import torchaudio
 from helpers.hearing import hear, noise
 
-from diffa.encoders.windows import split_windows
 from diffa.encoders.filterbank import FilterBank
 from diffa.encoders.stack import Stack, resample_frames
 from diffa.encoders.vision import MEAN, STD, Timm
+from diffa.encoders.windows import split_windows
 from diffa.errors import CheckpointError, PluginError, SpecError
 from diffa.testing import EncoderSuite
 from diffa.types import Encoder

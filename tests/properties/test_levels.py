@@ -15,10 +15,10 @@ from torch import nn
 from diffa.errors import SpecError
 from diffa.objectives.cart import cart_weights
 from diffa.objectives.ctc import head_ctc_loss
-from diffa.objectives.time_sampling import sample_times
 from diffa.objectives.likelihood import token_entropy, token_logsumexp
 from diffa.objectives.masked import Masked
 from diffa.objectives.masking import answer_blocks
+from diffa.objectives.time_sampling import sample_times
 from diffa.testing import ObjectiveSuite
 from diffa.types import Embeds, Noised, Vocab
 
