@@ -1,1 +1,1 @@
-"""The server: requests of OpenAI's protocol, answered by one model that shares its forwards."""
+"""The server: requests of OpenAI's protocol, answered by one model in shared forward passes."""

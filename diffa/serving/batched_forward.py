@@ -1,7 +1,7 @@
 """Run calls of several canvases through one backbone in shared forward passes.
 
 A sampler only ever calls ``denoise``, and ``denoise`` calls the backbone once. That call is where
-requests meet: each keeps its own canvas, KV cache and sampler, and only the backbone sees them
+requests meet: each keeps its own canvas, KV cache and sampler, and only the backbone runs them
 together. So a result does not depend on the other requests, beyond the rounding of a larger matrix
 product.
 

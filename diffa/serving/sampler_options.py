@@ -118,12 +118,12 @@ class SamplerCache:
             return dict(self._presets[options])
         name = options.get("name", base["name"])
         validate_sampler_options(name, options, param)
-        kept = dict(base) if name == base["name"] else {}
+        merged = dict(base) if name == base["name"] else {}
         # The rules exclude each other, since each decides how many tokens a pass unmasks: a
         # request that sets one replaces the one of its base, with its refinements.
         if any(options.get(rule) is not None for rule in _RULES):
-            kept = {k: v for k, v in kept.items() if k not in (*_RULES, *_REFINEMENTS)}
-        return {**kept, **options}
+            merged = {k: v for k, v in merged.items() if k not in (*_RULES, *_REFINEMENTS)}
+        return {**merged, **options}
 
 
 def validate_sampler_options(name: object, options: Mapping[str, Any], param: str) -> None:

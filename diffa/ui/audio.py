@@ -73,19 +73,19 @@ def _spectrogram(wave: Tensor, rate: int) -> str:
     from diffa.audio import resample
     from diffa.encoders.mel import LogMelConfig, log_mel
 
-    heard = resample(wave, rate, _RATE)
-    short = max(0, 2 * LogMelConfig().hop_length - len(heard))
-    heard = torch.nn.functional.pad(heard, (0, short))
-    mel = log_mel(heard[None], LogMelConfig(num_mel_bins=_ROWS))
+    audio = resample(wave, rate, _RATE)
+    short = max(0, 2 * LogMelConfig().hop_length - len(audio))
+    audio = torch.nn.functional.pad(audio, (0, short))
+    mel = log_mel(audio[None], LogMelConfig(num_mel_bins=_ROWS))
     mel = torch.nn.functional.adaptive_max_pool1d(mel, min(_COLUMNS, mel.shape[2]))[0].flip(0)
     mel = (mel - mel.min()) / (mel.max() - mel.min()).clamp(min=1e-6)
     ink = torch.tensor(_INKS, dtype=torch.float32)
     place = mel * (len(ink) - 1)
     low = place.floor().long().clamp(max=len(ink) - 2)
     colours = torch.lerp(ink[low], ink[low + 1], (place - low)[..., None])
-    held = io.BytesIO()
-    Image.fromarray(colours.round().to(torch.uint8).numpy()).save(held, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    Image.fromarray(colours.round().to(torch.uint8).numpy()).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _axis(seconds: float, high: int) -> str:

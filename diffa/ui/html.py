@@ -7,8 +7,8 @@ from html import escape
 
 from diffa.ui.steps import Frame, Replay, Token
 
-# From doubtful to sure, and from early to late: light enough for dark letters, told apart by
-# lightness as well as by hue.
+# From doubtful to sure, and from early to late: light enough for dark letters, and distinct in
+# lightness as well as in hue.
 _DOUBT, _SURE = (255, 196, 112), (150, 222, 205)
 _EARLY, _LATE = (68, 1, 84), (94, 201, 98)
 
@@ -25,34 +25,35 @@ def canvas(frame: Frame, forward: int, num_forwards: int) -> str:
     """Draw one canvas: background by confidence, line and number by the step of becoming final."""
     if not frame:
         return ""
-    shown, behind = _cut(frame)
-    inner = "".join(_token(token, num_forwards) for token in shown)
+    visible, behind = _cut(frame)
+    inner = "".join(_token(token, num_forwards) for token in visible)
     rest = f'<span class="d-rest">+ {behind} behind the end</span>' if behind else ""
-    said = f"Canvas after forward {forward} of {num_forwards}"
+    caption = f"Canvas after forward pass {forward} of {num_forwards}"
+    words = escape(_read(visible), quote=True)
     return (
-        f'<div class="d-canvas" role="img" aria-label="{said}: {escape(_read(shown), quote=True)}">'
-        f'{inner}{rest}</div><p class="d-note">{said}</p>{_table(shown)}'
+        f'<div class="d-canvas" role="img" aria-label="{caption}: {words}">'
+        f'{inner}{rest}</div><p class="d-note">{caption}</p>{_table(visible)}'
     )
 
 
 def legend() -> str:
-    """What the colours mean."""
+    """Return the legend of the colours."""
     sure = f"linear-gradient(90deg,{mix(_DOUBT, _SURE, 0)},{mix(_DOUBT, _SURE, 1)})"
     step = f"linear-gradient(90deg,{mix(_EARLY, _LATE, 0)},{mix(_EARLY, _LATE, 1)})"
     return (
         '<p class="d-note d-legend">'
         f'<span>Background: confidence, 0 <i style="background:{sure}"></i> 1</span>'
-        f"<span>Line and number: forward at which it became final, first "
+        f"<span>Line and number: forward pass that made it final, first "
         f'<i style="background:{step}"></i> last</span>'
         '<span><b class="d-mask"></b> undecided</span><span><b class="d-end">·</b> end</span></p>'
     )
 
 
 def numbers(replay: Replay) -> str:
-    """Forwards, tokens per forward and seconds in a line."""
+    """Return forward passes, tokens per pass and seconds in a line."""
     return (
-        f'<p class="d-note"><b>{escape(replay.name)}</b>: {replay.num_forwards} forwards, '
-        f"{replay.pace:.2f} tokens per forward, {replay.seconds:.2f} s</p>"
+        f'<p class="d-note"><b>{escape(replay.name)}</b>: {replay.num_forwards} forward passes, '
+        f"{replay.pace:.2f} tokens per pass, {replay.seconds:.2f} s</p>"
     )
 
 
@@ -63,9 +64,9 @@ def comparison(replays: Sequence[Replay]) -> str:
     first, second = replays
     cells = ""
     for label, values in (
-        ("Forwards", [f"{replay.num_forwards}" for replay in replays]),
+        ("Forward passes", [f"{replay.num_forwards}" for replay in replays]),
         ("Tokens of the answer", [f"{replay.tokens}" for replay in replays]),
-        ("Tokens per forward", [f"{replay.pace:.2f}" for replay in replays]),
+        ("Tokens per pass", [f"{replay.pace:.2f}" for replay in replays]),
         ("Seconds", [f"{replay.seconds:.2f}" for replay in replays]),
     ):
         row = "".join(f"<td>{value}</td>" for value in values)
@@ -111,28 +112,28 @@ def _token(token: Token, num_forwards: int) -> str:
         style += f";border-bottom-color:{mix(_EARLY, _LATE, late)}"
         number = f"<sup>{token.step}</sup>"
     text = escape(token.text) if token.kind == "word" else "·"
-    told = escape(_tell(token), quote=True)
-    return f'<span class="d-{token.kind}" style="{style}" title="{told}">{text}{number}</span>'
+    title = escape(_describe(token), quote=True)
+    return f'<span class="d-{token.kind}" style="{style}" title="{title}">{text}{number}</span>'
 
 
-def _tell(token: Token) -> str:
+def _describe(token: Token) -> str:
     if token.kind == "mask":
         return "undecided"
-    when = f"final at forward {token.step}" if token.step else "may still change"
+    when = f"final at pass {token.step}" if token.step else "may still change"
     return f"confidence {token.confidence:.2f}, {when}"
 
 
-def _read(shown: Frame) -> str:
+def _read(visible: Frame) -> str:
     """The canvas as words, for who cannot see it."""
     words = {"mask": " undecided ", "end": ""}
-    text = "".join(words.get(token.kind, token.text) for token in shown)
+    text = "".join(words.get(token.kind, token.text) for token in visible)
     return " ".join(text.split()) or "nothing decided yet"
 
 
-def _table(shown: Frame) -> str:
+def _table(visible: Frame) -> str:
     """Every token with its numbers, folded away."""
     rows = ""
-    for place, token in enumerate(shown, start=1):
+    for place, token in enumerate(visible, start=1):
         text = {"mask": "undecided", "end": "end"}.get(token.kind, escape(repr(token.text)[1:-1]))
         sure = "" if token.kind == "mask" else f"{token.confidence:.3f}"
         rows += f"<tr><td>{place}</td><td>{text}</td><td>{sure}</td><td>{token.step or ''}</td>"

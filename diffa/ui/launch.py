@@ -62,9 +62,9 @@ def launch(
     theme = gr.themes.Base(
         font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
     ).set(**_READABLE)
-    made = page(model, name)
+    blocks = page(model, name)
     try:
-        _, address, _ = made.queue(default_concurrency_limit=1, max_size=32).launch(
+        _, address, _ = blocks.queue(default_concurrency_limit=1, max_size=32).launch(
             server_name=host, server_port=port, inbrowser=browser, quiet=True, share=False,
             prevent_thread_lock=True, allowed_paths=[str(recordings())], max_file_size=UPLOAD,
             css=CSS, theme=theme, footer_links=[], run_history=False,
@@ -75,5 +75,5 @@ def launch(
         raise DiffaError(f"cannot listen on {place}: {error}") from error
     if block:
         print(f"{name} answers on {address} (Ctrl+C ends it)", flush=True)
-        made.block_thread()
+        blocks.block_thread()
     return str(address)

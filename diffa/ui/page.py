@@ -1,4 +1,4 @@
-"""The page: a recording, a question, and the answer's canvas forward by forward."""
+"""The page: a recording, a question, and the answer's canvas after each forward pass."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ EXAMPLES = {
     "Two speakers": ("two_speakers.flac", TASKS["Describe"]),
     "A melody": ("melody.flac", TASKS["Describe"]),
 }
-LONGEST_ANSWER = 256
-PAUSE = 0.25  # seconds per forward of a replay
-OFTEN = 0.2  # seconds between two drawings of an answer that forms; the replay has every forward
+MAX_TOKENS = 256
+REPLAY_SECONDS = 0.25  # per forward pass of a replay
+UPDATE_SECONDS = 0.2  # between two drawings of a forming answer; the replay has every pass
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-class Shown(NamedTuple):
+class AnswerView(NamedTuple):
     """Where the answer under one sampler preset appears."""
 
     answer: Any
@@ -50,8 +50,8 @@ class Shown(NamedTuple):
     replay: Any
 
 
-class Asked(NamedTuple):
-    """The components that say what is asked."""
+class QuestionForm(NamedTuple):
+    """The components of the question."""
 
     audio: Any
     question: Any
@@ -62,11 +62,11 @@ class Asked(NamedTuple):
 
 
 def page(model: Model, name: str) -> gr.Blocks:
-    """Lay out the page of a model that goes by a name. One thread answers, whoever is told."""
-    hand = ComputeThread()
+    """Build the page of a model. One thread computes the answers of all visitors."""
+    compute = ComputeThread()
     spec, decoding = model.spec, model.backbone.decoding
     known = list(sampler_options.sampler_presets(spec))
-    with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as made:
+    with gr.Blocks(title="diffa", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# diffa\nAsk about a recording. Model **{name}**: {describe_model(model)}.")
         status = gr.HTML(elem_id="status")
         with gr.Row():
@@ -74,7 +74,7 @@ def page(model: Model, name: str) -> gr.Blocks:
                 audio, sound, examples = _recording()
             with gr.Column():
                 question, tasks, button = _question()
-                asked = _options(model, audio, question)
+                form = _options(model, audio, question)
         with gr.Accordion("Sampler and cache", open=False), gr.Row():
             with gr.Column():
                 first = controls(spec, decoding, known[0], "First sampler preset")
@@ -87,22 +87,22 @@ def page(model: Model, name: str) -> gr.Blocks:
             with gr.Column(min_width=300, visible=False) as beside:
                 two = _result("Answer under the second sampler preset", "second")
         table = gr.HTML(elem_id="comparison")
-        asked.compare.change(
-            lambda on: [gr.update(visible=on)] * 2, asked.compare, [column, beside],
+        form.compare.change(
+            lambda on: [gr.update(visible=on)] * 2, form.compare, [column, beside],
             queue=False, **_QUIET,
         )  # fmt: skip
         audio.change(
-            lambda path: hand(_look, model, path), audio, [sound, status], concurrency_id="model",
-            **_QUIET,
+            lambda path: compute(_draw_recording, model, path), audio, [sound, status],
+            concurrency_id="model", **_QUIET,
         )  # fmt: skip
-        run = _runner(model, hand, asked, (first, second), (one, two), status, table)
+        run = _runner(model, compute, form, (first, second), (one, two), status, table)
         for trigger in (button.click, question.submit):
             run(trigger)
         for label, task in tasks.items():
             run(task.click(lambda label=label: TASKS[label], None, question, **_QUIET).then)
         for label, example in examples.items():
             run(example.click(lambda label=label: _example(label), None, [audio, question]).then)
-    return made
+    return blocks
 
 
 def _recording() -> tuple[Any, Any, dict[str, Any]]:
@@ -124,33 +124,35 @@ def _question() -> tuple[Any, dict[str, Any], Any]:
     return question, tasks, gr.Button("Ask", variant="primary", elem_id="ask")
 
 
-def _options(model: Model, audio: Any, question: Any) -> Asked:
+def _options(model: Model, audio: Any, question: Any) -> QuestionForm:
     compare = gr.Checkbox(
         False, label="Two sampler presets side by side", elem_id="compare",
         info="Answers twice: under the first sampler preset, then under the second.",
     )  # fmt: skip
-    length = min(int(model.spec.data["prompt"]["max_tokens"]), LONGEST_ANSWER)
-    with gr.Accordion("Length, seed, system turn", open=False):
+    length = min(int(model.spec.data["prompt"]["max_tokens"]), MAX_TOKENS)
+    with gr.Accordion("Length, seed, system prompt", open=False):
         max_tokens = gr.Slider(
-            1, LONGEST_ANSWER, length, step=1, label="Length of the canvas",
-            info="Places that the answer may fill; what it does not need ends as ·.",
+            1, MAX_TOKENS, length, step=1, label="Answer length",
+            info="Maximum tokens of the answer; unused ones show as ·.",
         )  # fmt: skip
-        seed = gr.Number(0, precision=0, label="Seed", info="For samplers that draw.")
+        seed = gr.Number(
+            0, precision=0, label="Seed", info="Random seed of samplers with randomness."
+        )
         system = gr.Textbox(
-            str(model.spec.data["prompt"]["system"]), label="System turn",
-            info="What the model is told before the question.",
+            str(model.spec.data["prompt"]["system"]), label="System prompt",
+            info="Instructions before the question.",
         )  # fmt: skip
-    return Asked(audio, question, max_tokens, seed, system, compare)
+    return QuestionForm(audio, question, max_tokens, seed, system, compare)
 
 
-def _result(label: str, key: str) -> Shown:
+def _result(label: str, key: str) -> AnswerView:
     answer = gr.Textbox(
         label=label, interactive=False, lines=2, elem_id=f"answer-{key}", elem_classes="d-answer"
     )
     canvas = gr.HTML(elem_id=f"canvas-{key}")
     with gr.Row():
         slider = gr.Slider(
-            1, 2, 1, step=1, label="Replay", info="Forward by forward; arrow keys work.",
+            1, 2, 1, step=1, label="Replay", info="Forward pass to show; arrow keys work.",
             elem_id=f"replay-{key}", min_width=240,
         )  # fmt: skip
         play = gr.Button("Play steps", size="sm", min_width=90, scale=0, elem_id=f"play-{key}")
@@ -160,11 +162,11 @@ def _result(label: str, key: str) -> Shown:
         _frame, [slider, replay], canvas, queue=False, trigger_mode="always_last", **_QUIET
     )
     play.click(_play, replay, [slider, canvas], concurrency_limit=None, **_QUIET)
-    return Shown(answer, canvas, slider, numbers, replay)
+    return AnswerView(answer, canvas, slider, numbers, replay)
 
 
 def _frame(number: float, replay: Replay | None) -> str:
-    """The canvas after a forward of a replay."""
+    """The canvas after one forward pass of a replay."""
     if replay is None:
         return ""
     place = min(max(int(number), 1), replay.num_forwards)
@@ -172,13 +174,13 @@ def _frame(number: float, replay: Replay | None) -> str:
 
 
 def _play(replay: Replay | None) -> Iterator[tuple[Any, Any]]:
-    """Show every forward in its turn."""
+    """Show every forward pass in turn."""
     for number in range(1, (replay.num_forwards if replay else 0) + 1):
         yield number, _frame(number, replay)
-        time.sleep(PAUSE)
+        time.sleep(REPLAY_SECONDS)
 
 
-def _look(model: Model, path: str | None) -> tuple[str, str]:
+def _draw_recording(model: Model, path: str | None) -> tuple[str, str]:
     """Draw a recording, or say what is wrong with it."""
     if path is None:
         return "", ""
@@ -196,33 +198,38 @@ def _example(label: str) -> tuple[str, str]:
 
 def _runner(
     model: Model,
-    hand: ComputeThread,
-    asked: Asked,
-    chosen: tuple[Controls, Controls],
-    shown: tuple[Shown, Shown],
+    compute: ComputeThread,
+    form: QuestionForm,
+    presets: tuple[Controls, Controls],
+    views: tuple[AnswerView, AnswerView],
     status: Any,
     table: Any,
 ) -> Any:
-    """Return what makes a trigger ask the model."""
-    width = len(chosen[0].inputs)
+    """Return a function that connects a trigger to the model."""
+    width = len(presets[0].inputs)
 
-    def run(*given: Any) -> Iterator[dict[Any, Any]]:
-        values, rest = Asked(*given[: len(Asked._fields)]), given[len(Asked._fields) :]
+    def run(*inputs: Any) -> Iterator[dict[Any, Any]]:
+        values, rest = (
+            QuestionForm(*inputs[: len(QuestionForm._fields)]),
+            inputs[len(QuestionForm._fields) :],
+        )
         parts = [rest[:width], rest[width:]] if values.compare else [rest[:width]]
-        yield {status: "", table: "", **_cleared(shown)}
+        yield {status: "", table: "", **_cleared(views)}
         done: list[Replay] = []
         try:
-            request = hand(_request, model, values)
-            for part, place in zip(parts, shown, strict=False):
-                replay, wanted = None, SamplerForm(*part[1:])
-                name = sampler_options.form_title(model.spec, str(part[0]), wanted)
-                told = 0.0
-                for replay in hand.iterate(
-                    ask(model, name, sampler_options.sampler_from_form(wanted), request)
+            request = compute(_request, model, values)
+            for part, place in zip(parts, views, strict=False):
+                replay, sampler_form = None, SamplerForm(*part[1:])
+                name = sampler_options.form_title(model.spec, str(part[0]), sampler_form)
+                last_update = 0.0
+                for replay in compute.iterate(
+                    ask(model, name, sampler_options.sampler_from_form(sampler_form), request)
                 ):
-                    if time.perf_counter() - told > OFTEN:  # the browser shares the cores
+                    if (
+                        time.perf_counter() - last_update > UPDATE_SECONDS
+                    ):  # the browser shares the cores
                         yield _update(place, replay)
-                        told = time.perf_counter()
+                        last_update = time.perf_counter()
                 if replay is not None:
                     done.append(replay)
                     yield _update(place, replay, final=True)
@@ -231,16 +238,16 @@ def _runner(
             yield {status: drawing.complaint(str(error))}
         except Exception as error:
             log.exception("a question failed")
-            text = f"something unexpected went wrong ({type(error).__name__}: {error})"
-            yield {status: drawing.complaint(f"{text}; the terminal shows where")}
+            text = f"an unexpected error occurred ({type(error).__name__}: {error})"
+            yield {status: drawing.complaint(f"{text}; see the terminal")}
 
-    outputs = [status, table, *shown[0], *shown[1]]
-    inputs = [*asked, *chosen[0].inputs, *chosen[1].inputs]
+    outputs = [status, table, *views[0], *views[1]]
+    inputs = [*form, *presets[0].inputs, *presets[1].inputs]
     return lambda trigger: trigger(run, inputs, outputs, concurrency_id="model", **_QUIET)
 
 
-def _request(model: Model, values: Asked) -> Request:
-    """Check and gather what is asked; raises SpecError and AudioError."""
+def _request(model: Model, values: QuestionForm) -> Request:
+    """Validate the form's values; raise SpecError or AudioError."""
     wave = load_recording(values.audio, model.encoder.sample_rate)
     if not str(values.question or "").strip():
         raise SpecError("there is no question yet: type one or take one of the tasks")
@@ -249,22 +256,22 @@ def _request(model: Model, values: Asked) -> Request:
     )
 
 
-def _cleared(shown: tuple[Shown, Shown]) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for place in shown:
-        made |= {place.answer: "", place.canvas: "", place.numbers: "", place.replay: None}
-        made[place.slider] = gr.update(value=1, maximum=2)
-    return made
+def _cleared(views: tuple[AnswerView, AnswerView]) -> dict[Any, Any]:
+    updates: dict[Any, Any] = {}
+    for place in views:
+        updates |= {place.answer: "", place.canvas: "", place.numbers: "", place.replay: None}
+        updates[place.slider] = gr.update(value=1, maximum=2)
+    return updates
 
 
-def _update(place: Shown, replay: Replay, *, final: bool = False) -> dict[Any, Any]:
+def _update(place: AnswerView, replay: Replay, *, final: bool = False) -> dict[Any, Any]:
     count = replay.num_forwards
-    made: dict[Any, Any] = {
+    updates: dict[Any, Any] = {
         place.answer: replay.text,
         place.canvas: drawing.canvas(replay.frames[-1], count, count),
     }
     if final:
-        made[place.numbers] = drawing.numbers(replay)
-        made[place.slider] = gr.update(value=count, maximum=max(count, 2))
-        made[place.replay] = replay
-    return made
+        updates[place.numbers] = drawing.numbers(replay)
+        updates[place.slider] = gr.update(value=count, maximum=max(count, 2))
+        updates[place.replay] = replay
+    return updates

@@ -37,15 +37,15 @@ class SamplerForm(NamedTuple):
 
 def installed_samplers(decoding: str) -> dict[str, str]:
     """Return the installed samplers for a kind of backbone, by name, with their summaries."""
-    found: dict[str, str] = {}
+    summaries: dict[str, str] = {}
     for name in registry.available("sampler"):
         try:
             cls = registry.load_part("sampler", name)
         except DiffaError:  # a broken package is no reason not to show the others
             continue
         if cls.decoding == decoding:
-            found[name] = docstring_summary(cls)
-    return found
+            summaries[name] = docstring_summary(cls)
+    return summaries
 
 
 def sampler_presets(spec: Spec) -> dict[str, dict[str, Any]]:
@@ -74,34 +74,34 @@ def form_from_sampler(spec: Spec, sampler: Mapping[str, Any] | str) -> SamplerFo
     return SamplerForm(sampler=name, rule=rule, value=value, others=_write(others), **plain)
 
 
-def sampler_from_form(chosen: SamplerForm) -> dict[str, Any]:
+def sampler_from_form(form: SamplerForm) -> dict[str, Any]:
     """Return the ``sampler`` of a spec for the controls' values.
 
     Raises:
         SpecError: the text for further options is no ``name: value`` list, a number is
             missing, or a rule is chosen that the sampler does not have.
     """
-    offered = _schema(chosen.sampler).options
-    made: dict[str, Any] = {"name": chosen.sampler}
+    offered = _schema(form.sampler).options
+    options: dict[str, Any] = {"name": form.sampler}
     for key in PLAIN:
         if key in offered:
-            made[key] = _filled(key, getattr(chosen, key))
-    if "block_length" in made:
-        made["block_length"] = int(made["block_length"])
-    if chosen.rule != ONE:
-        if chosen.rule not in offered:
-            raise SpecError(f"the sampler {chosen.sampler!r} has no rule {chosen.rule!r}")
-        value = _filled(f"the rule {chosen.rule!r}", chosen.value)
-        made[chosen.rule] = int(value) if chosen.rule == "steps" else float(value)
-    return made | _parse(chosen.others)
+            options[key] = _filled(key, getattr(form, key))
+    if "block_length" in options:
+        options["block_length"] = int(options["block_length"])
+    if form.rule != ONE:
+        if form.rule not in offered:
+            raise SpecError(f"the sampler {form.sampler!r} has no rule {form.rule!r}")
+        value = _filled(f"the rule {form.rule!r}", form.value)
+        options[form.rule] = int(value) if form.rule == "steps" else float(value)
+    return options | _parse(form.others)
 
 
-def form_title(spec: Spec, name: str, chosen: SamplerForm) -> str:
+def form_title(spec: Spec, name: str, form: SamplerForm) -> str:
     """Return the preset's name, with "changed" if the controls differ from it."""
     start = sampler_presets(spec).get(name)
     same = start is not None and sampler_from_form(
         form_from_sampler(spec, start)
-    ) == sampler_from_form(chosen)
+    ) == sampler_from_form(form)
     return name if same else f"{name}, changed"
 
 
@@ -131,8 +131,8 @@ def describe_further_options(sampler: str) -> str:
     further = {key: option for key, option in options.items() if key not in (*PLAIN, *RULES)}
     if not further:
         return "This sampler has no further options."
-    shown = ", ".join(f"{key} ({describe_type(option.hint)})" for key, option in further.items())
-    return f"Options as NAME: VALUE, separated by commas: {shown}."
+    names = ", ".join(f"{key} ({describe_type(option.hint)})" for key, option in further.items())
+    return f"Options as NAME: VALUE, separated by commas: {names}."
 
 
 def describe_rule(sampler: str, rule: str) -> str:
@@ -156,16 +156,16 @@ def _parse(text: str) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        made = parse_yaml("{" + text.replace("\n", ", ") + "}")
+        options = parse_yaml("{" + text.replace("\n", ", ") + "}")
     except SpecError as error:
         raise SpecError(
             f"further options: {error}; write them as suffix_window: 64, stop_at_eos: false"
         ) from error
-    if not isinstance(made, dict) or any(
-        value is None and f"{key}: null" not in text for key, value in made.items()
+    if not isinstance(options, dict) or any(
+        value is None and f"{key}: null" not in text for key, value in options.items()
     ):
         raise SpecError("further options are written as NAME: VALUE, separated by commas")
-    return made
+    return options
 
 
 def _write(options: Mapping[str, Any]) -> str:

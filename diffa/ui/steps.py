@@ -1,4 +1,4 @@
-"""What the page shows of an answer: its canvas after every forward, and what it took."""
+"""Records of an answer for the page: its canvas after every forward pass, and its cost."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Token(NamedTuple):
     Attributes:
         text: as it is written; "" where the place is undecided or behind the end.
         kind: ``mask`` while undecided, ``end`` for the end of the text, else ``word``.
-        confidence: probability of the token when it was chosen, 0 to 1.
-        step: the forward, counted from 1, at which it became final; 0 while it may change.
+        confidence: Probability of the token when it was accepted, 0 to 1.
+        step: Forward pass, counted from 1, that made it final; 0 while it may change.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Replay(NamedTuple):
     Attributes:
         name: of the sampler preset.
         text: the answer so far.
-        frames: the canvas after each forward.
+        frames: The canvas after each forward pass.
         tokens: tokens of the answer up to its end, the end included.
         seconds: spent in the model so far, without the page's own work.
     """
@@ -51,17 +51,17 @@ class Replay(NamedTuple):
 
     @property
     def num_forwards(self) -> int:
-        """Calls of the backbone so far."""
+        """Forward passes so far."""
         return len(self.frames)
 
     @property
     def pace(self) -> float:
-        """Tokens of the answer per forward."""
+        """Tokens of the answer per forward pass."""
         return self.tokens / max(1, self.num_forwards)
 
 
 class Request(NamedTuple):
-    """What is asked: a waveform at the encoder's rate, a question, and how the answer is made."""
+    """A waveform at the encoder's rate, a question, and the settings of the answer."""
 
     wave: Any
     question: str
@@ -73,7 +73,7 @@ class Request(NamedTuple):
 def ask(
     model: Model, name: str, sampler: Mapping[str, Any] | str, request: Request
 ) -> Iterator[Replay]:
-    """Answer under a sampler, yielding what there is to show after every forward.
+    """Answer with a sampler and yield a replay after every forward pass.
 
     Raises:
         SpecError: the sampler's options are wrong.
@@ -81,10 +81,10 @@ def ask(
     """
     from diffa.build import swap
 
-    begun = time.perf_counter()
-    asked = swap(model, sampler=sampler)
-    prompt = asked.chat_format.encode(request.question, system=request.system)
-    steps = asked.stream(
+    start = time.perf_counter()
+    candidate = swap(model, sampler=sampler)
+    prompt = candidate.chat_format.encode(request.question, system=request.system)
+    steps = candidate.stream(
         prompt.tokens,
         request.wave,
         audio_at=prompt.audio_at or 0,
@@ -93,42 +93,42 @@ def ask(
     )
     frames: list[Frame] = []
     since: list[int] = [0] * request.max_tokens
-    spent = time.perf_counter() - begun
+    spent = time.perf_counter() - start
     while True:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step = next(steps, None)
-        spent += time.perf_counter() - begun  # not while the browser is being told
+        spent += time.perf_counter() - start  # the time that the browser takes does not count
         if step is None:
             return
-        frames.append(frame(step, len(frames) + 1, since, asked))
-        text = _text(asked, step.tokens[0])
+        frames.append(frame(step, len(frames) + 1, since, candidate))
+        text = _text(candidate, step.tokens[0])
         yield Replay(name, text, tuple(frames), length(frames[-1]), spent)
 
 
 def frame(step: Step, number: int, since: list[int], model: Model) -> Frame:
-    """Return the canvas of a step; ``since`` is told which places became final at it."""
+    """Return the canvas of a step; record in ``since`` which places became final."""
     vocab, tokenizer = model.backbone.vocab, model.backbone.tokenizer
     tokens: list[int] = step.tokens[0].tolist()
-    shown: list[Token] = []
+    entries: list[Token] = []
     for place, token in enumerate(tokens):
         settled = bool(step.final[0, place])
         since[place] = (since[place] or number) if settled else 0
         if token == vocab.mask:
-            shown.append(Token("", "mask", 0.0, 0))
+            entries.append(Token("", "mask", 0.0, 0))
             continue
         sure = float(step.confidence[0, place])
         if token in (vocab.eos, vocab.pad):
-            shown.append(Token("", "end", sure, since[place]))
+            entries.append(Token("", "end", sure, since[place]))
         else:
             text = token_text(token, tokens, place, tokenizer)
-            shown.append(Token(text, "word" if text else "end", sure, since[place]))
-    return tuple(shown)
+            entries.append(Token(text, "word" if text else "end", sure, since[place]))
+    return tuple(entries)
 
 
 def _text(model: Model, tokens: Any) -> str:
     """The text decided so far: masks are left out."""
-    kept = tokens[tokens != model.backbone.vocab.mask]
-    return str(model.chat_format.decode(kept.cpu()))
+    decided = tokens[tokens != model.backbone.vocab.mask]
+    return str(model.chat_format.decode(decided.cpu()))
 
 
 def length(frame: Frame) -> int:

@@ -76,9 +76,9 @@ def answered(page: Any, key: str = "first") -> str:
 
 
 def forward(page: Any) -> tuple[int, int]:
-    """Which forward the canvas shows, of how many."""
+    """Which forward pass the canvas shows, of how many."""
     told = page.locator("#canvas-first .d-note").inner_text()
-    found = re.search(r"forward (\d+) of (\d+)", told)
+    found = re.search(r"forward pass (\d+) of (\d+)", told)
     assert found, told
     return int(found[1]), int(found[2])
 
@@ -101,16 +101,16 @@ def test_a_file_is_uploaded_asked_about_and_replayed_by_keyboard(page: Any) -> N
     slider = page.locator("#replay-first input[type=range]")
     slider.focus()
     slider.press("Home")
-    page.get_by_text(f"after forward 1 of {plain.num_forwards}").wait_for()
+    page.get_by_text(f"after forward pass 1 of {plain.num_forwards}").wait_for()
     assert masks.count() > 0  # early on most is undecided
     slider.press("ArrowRight")
-    page.get_by_text(f"after forward 2 of {plain.num_forwards}").wait_for()
+    page.get_by_text(f"after forward pass 2 of {plain.num_forwards}").wait_for()
     for _ in range(6):
         slider.press("ArrowRight")  # faster than the page can draw: the last one counts
     last = min(8, plain.num_forwards)
-    page.get_by_text(f"after forward {last} of {plain.num_forwards}").wait_for()
+    page.get_by_text(f"after forward pass {last} of {plain.num_forwards}").wait_for()
     page.get_by_role("button", name="Play steps").click()
-    page.get_by_text(f"after forward {plain.num_forwards} of {plain.num_forwards}").wait_for()
+    page.get_by_text(f"after forward pass {plain.num_forwards} of {plain.num_forwards}").wait_for()
 
 
 @pytest.mark.slow
@@ -120,12 +120,12 @@ def test_an_example_answers_at_once_and_two_settings_compare(page: Any) -> None:
     page.locator("#comparison table").wait_for()
     first, second = (page.locator(f"#numbers-{key}").inner_text() for key in ("first", "second"))
     names = list(sampler_presets(Spec.read("nano").resolve()))
-    assert re.match(rf"{names[0]}: \d+ forwards", first)
-    assert re.match(rf"{names[-1]}: \d+ forwards", second)
+    assert re.match(rf"{names[0]}: \d+ forward passes", first)
+    assert re.match(rf"{names[-1]}: \d+ forward passes", second)
     heads = page.locator("#comparison thead th").all_inner_texts()
     rows = page.locator("#comparison tbody th").all_inner_texts()
     assert heads == [names[0], names[-1]]
-    assert rows == ["Forwards", "Tokens of the answer", "Tokens per forward", "Seconds"]
+    assert rows == ["Forward passes", "Tokens of the answer", "Tokens per pass", "Seconds"]
     assert answered(page, "second")
 
 
