@@ -29,10 +29,10 @@ class FeatureSpec(NamedTuple):
     last one is taken after the final normalisation.
 
     Attributes:
-        width: of one frame.
+        width: Width of one frame.
         layers: Transformer layers.
-        rate: frames per second.
-        heads: attention heads.
+        rate: Frames per second.
+        heads: Attention heads.
     """
 
     width: int
@@ -45,9 +45,9 @@ class Features(NamedTuple):
     """An encoder's hidden states.
 
     Attributes:
-        states: frames of every layer, each (B, T, width); zero past ``extents``.
-        lengths: frames of real audio, (B,).
-        extents: frames that the encoder produced, padding of its window included, (B,).
+        states: Frames of every layer, each (B, T, width); zero past ``extents``.
+        lengths: Frames of real audio, (B,).
+        extents: Frames that the encoder produced, padding of its window included, (B,).
     """
 
     states: tuple[Tensor, ...]
@@ -60,7 +60,7 @@ class Embeds(NamedTuple):
 
     Attributes:
         values: (B, N, W), zero past ``lengths``.
-        lengths: embeddings of each row, (B,).
+        lengths: Embeddings of each row, (B,).
         content: (B, N, W) ``values`` before the adapter added embeddings of word numbers, for
             auxiliary losses. None: the adapter adds none.
     """
@@ -74,10 +74,10 @@ class Vocab(NamedTuple):
     """Size and special token ids of a backbone's vocabulary.
 
     Attributes:
-        size: rows of the embedding.
-        eos: id of the end-of-sequence token.
-        pad: id of the padding token.
-        mask: id of the mask token. None for a causal backbone.
+        size: Rows of the embedding.
+        eos: Id of the end-of-sequence token.
+        pad: Id of the padding token.
+        mask: Id of the mask token. None for a causal backbone.
     """
 
     size: int
@@ -90,10 +90,10 @@ class Noised(NamedTuple):
     """A corrupted answer.
 
     Attributes:
-        tokens: token ids with masks written in, (B, L).
-        masked: tokens to be predicted, (B, L) bool.
-        weights: loss weight of each token, (B, L); zero where not ``masked``.
-        answer: tokens of the answer, (B, L) bool.
+        tokens: Token ids with masks written in, (B, L).
+        masked: Tokens to be predicted, (B, L) bool.
+        weights: Loss weight of each token, (B, L); zero where not ``masked``.
+        answer: Tokens of the answer, (B, L) bool.
     """
 
     tokens: Tensor
@@ -103,12 +103,12 @@ class Noised(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a sampler yields after each call of ``denoise``.
+    """The state of the answers after one call of ``denoise``.
 
     Attributes:
-        tokens: the current answers, (B, A), with the mask id where undecided.
-        final: tokens that will not change any more, (B, A) bool.
-        confidence: probability of each token when it was written, (B, A); 0 where undecided.
+        tokens: The current answers, (B, A), with the mask id where undecided.
+        final: Tokens that will not change any more, (B, A) bool.
+        confidence: Probability of each token when it was written, (B, A); 0 where undecided.
     """
 
     tokens: Tensor
@@ -120,8 +120,8 @@ class Generation(NamedTuple):
     """Answers of a batch.
 
     Attributes:
-        tokens: token ids of each row, (A,) int64.
-        num_forwards: forward passes of the backbone.
+        tokens: Token ids of each row, (A,) int64.
+        num_forwards: Forward passes of the backbone.
     """
 
     tokens: list[Tensor]
@@ -132,9 +132,9 @@ class Answer(NamedTuple):
     """An answer, or the answers of a batch.
 
     Attributes:
-        text: the answer; a list of them for a batch.
-        tokens: its token ids, (A,); a list of them for a batch.
-        num_forwards: forward passes of the backbone.
+        text: The answer; a list of them for a batch.
+        tokens: Its token ids, (A,); a list of them for a batch.
+        num_forwards: Forward passes of the backbone.
     """
 
     text: Any
@@ -146,12 +146,12 @@ class Loss(NamedTuple):
     """A summed loss.
 
     Attributes:
-        sum: of the weighted token losses.
-        weight: the mean is ``sum / weight``.
-        hidden: hidden states that the loss was computed from, (B, L, W).
-        noised: the corrupted rows.
-        num_correct: number of restored tokens. None: the objective is no ``CountingObjective``.
-        num_tokens: number of masked tokens. None: as for ``num_correct``.
+        sum: Sum of the weighted token losses.
+        weight: Divisor of the sum; the mean is ``sum / weight``.
+        hidden: Hidden states that the loss was computed from, (B, L, W).
+        noised: The corrupted rows.
+        num_correct: Number of restored tokens. None: the objective is no ``CountingObjective``.
+        num_tokens: Number of masked tokens. None: as for ``num_correct``.
     """
 
     sum: Tensor
@@ -192,7 +192,7 @@ class Denoise(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Audio (B, S) at ``sample_rate`` with true lengths (B,) in samples -> ``Features``."""
+    """Maps audio (B, S) at ``sample_rate``, with lengths (B,) in samples, to ``Features``."""
 
     sample_rate: int
     out: FeatureSpec
@@ -204,7 +204,7 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Adapter(Protocol):
-    """``Features`` -> ``Embeds``; ``out_lengths`` maps frame counts (B,) to embedding counts."""
+    """Maps ``Features`` to ``Embeds``; ``out_lengths`` maps frame counts to embedding counts."""
 
     def __call__(self, features: Features) -> Embeds:
         """Return the embeddings of each row's true audio."""
@@ -217,7 +217,7 @@ class Adapter(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Embeddings (B, S, W), positions (B, S) and a context -> hidden states (B, S, W)."""
+    """Maps embeddings (B, S, W), positions (B, S) and a context to hidden states (B, S, W)."""
 
     width: int
     vocab: Vocab
@@ -225,11 +225,11 @@ class Backbone(Protocol):
     tokenizer: Any
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> embeddings (..., W)."""
+        """Return the embeddings (..., W) of token ids (...)."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., W) -> logits (..., V)."""
+        """Return the logits (..., V) of hidden states (..., W)."""
         ...
 
     def __call__(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
@@ -239,18 +239,18 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Writes an answer into a canvas, yielding a ``Step`` after each call of ``denoise``."""
+    """Decodes the answers of a canvas, step by step."""
 
     decoding: Decoding
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
-        """Write the answers, yielding after each call of ``denoise``."""
+        """Write the answers, yielding a ``Step`` after each call of ``denoise``."""
         ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """Corrupts answers and measures how well hidden states restore them."""
+    """Corrupts answers and computes the loss of restoring them."""
 
     decoding: Decoding
 
