@@ -214,7 +214,9 @@ class Chat:
         """Return an answer as the template writes it, which may be trimmed."""
         text = self._render([*messages, {"role": "assistant", "content": answer}])
         if not (text.startswith(before) and text.endswith(after)):
-            raise SpecError("the chat template rewrites the question or the answer once it is answered")
+            raise SpecError(
+                "the chat template rewrites the question or the answer once it is answered"
+            )
         return text[len(before) : len(text) - len(after)]
 
     def _render(

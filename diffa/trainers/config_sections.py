@@ -70,6 +70,8 @@ class OptimizerConfig:
         name: ``adamw``, or ``muon`` for matrices with AdamW for all other parameters.
         lr: Learning rate.
         weight_decay: Decoupled weight decay of matrices and embeddings.
+        decay_norms_and_biases: Also decay norms, biases and other vectors, as DeepSpeed does when
+            its configuration names the optimizer.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
         matrix_lr: Muon's learning rate.
@@ -79,6 +81,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, NOT_NEGATIVE] = 1e-4
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    decay_norms_and_biases: bool = False
     betas: Annotated[list[float], BELOW_1] = field(default_factory=lambda: [0.9, 0.999])
     eps: Annotated[float, POSITIVE] = 1e-8
     matrix_lr: Annotated[float, NOT_NEGATIVE] = 0.02
@@ -91,13 +94,16 @@ class ScheduleConfig:
 
     Args:
         name: Shape of the decay.
-        warmup_steps: Steps of linear warm-up; below 1, a share of all steps.
+        warmup_steps: Steps of warm-up; below 1, a share of all steps.
+        warmup_type: Shape of the warm-up. ``log``: log(step + 1) / log(warmup_steps), the default
+            of DeepSpeed's WarmupLR and WarmupDecayLR.
         stable_ratio: Share of the steps after warm-up that keep the full rate.
         min_lr_ratio: Final rate, as a share of the full rate.
     """
 
     name: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[float, NOT_NEGATIVE] = 0.0
+    warmup_type: Literal["linear", "log"] = "linear"
     stable_ratio: Annotated[float, SHARE] = 0.0
     min_lr_ratio: Annotated[float, SHARE] = 0.0
 
@@ -173,6 +179,8 @@ class StageConfig:
         schedule: Learning-rate schedule.
         batch_size: Samples per device and forward pass (pairs for ``preferences``).
         gradient_accumulation_steps: Forward passes per optimizer step.
+        devices: Devices that the batch size is meant for; a dry run assumes them, and a run on
+            another number says so. Default: the recipe's.
         epochs: Passes over the data; excludes ``max_steps``.
         max_steps: Optimizer steps; excludes ``epochs``.
         answer_length: Tokens that an answer is padded to, or several lengths to choose from.
@@ -198,6 +206,7 @@ class StageConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch_size: Annotated[int, AT_LEAST_1] = 8
     gradient_accumulation_steps: Annotated[int, AT_LEAST_1] = 1
+    devices: Annotated[int | None, AT_LEAST_1] = None
     epochs: Annotated[float | None, POSITIVE] = None
     max_steps: Annotated[int | None, AT_LEAST_1] = None
     answer_length: Annotated[int | list[int] | None, AT_LEAST_1] = None
@@ -229,7 +238,7 @@ class RecipeConfig:
         precision: Number format of the forward pass. ``auto``: bf16 on GPUs that have it.
         gradient_checkpointing: Recompute the backbone's activations in the backward pass.
         num_workers: Data-loading processes per device.
-        devices: Devices that a dry run assumes. Default: those of torchrun, else 1.
+        devices: Devices that the batch sizes are meant for; see the stage's option.
         loggers: Loggers besides the progress bar and ``log.jsonl``.
         save_total_limit: Checkpoints kept per stage.
     """

@@ -13,17 +13,15 @@ from diffa.trainers.muon import Muon
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a module's trained parameters.
-
-    Norms, biases and other vectors have no weight decay.
-    """
+    """Return the optimizer of a module's trained parameters."""
     trained = [p for p in module.parameters() if p.requires_grad]
     hidden = _hidden_matrices(module) if config.name == "muon" else set()
     matrices = [p for p in trained if id(p) in hidden]
     rest = [p for p in trained if id(p) not in hidden]
+    vector_decay = config.weight_decay if config.decay_norms_and_biases else 0.0
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": vector_decay},
     ]
     groups = [group | {"lr": config.lr} for group in groups if group["params"]]
     betas = (config.betas[0], config.betas[1])
@@ -55,6 +53,8 @@ def build_schedule(
     warmup = config.warmup_steps * steps if 0 < config.warmup_steps < 1 else config.warmup_steps
 
     def factor(step: int) -> float:
+        if step < warmup and config.warmup_type == "log":
+            return min(1.0, math.log(step + 1) / math.log(max(2.0, warmup)))
         if step < warmup:
             return (step + 1) / (warmup + 1)
         decay_start = warmup + config.stable_ratio * (steps - warmup)

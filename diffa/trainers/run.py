@@ -180,7 +180,7 @@ def _plan(context: RunContext, model: Model) -> list[StageReport]:
         if stage.evaluate is not None:
             paired = stage.learner.load().paired
             open_data(stage.evaluate.data, context, paired=paired, planning=True)
-        devices = context.planned_devices
+        devices = context.planned_devices(stage)
         rows_per_step = stage.batch_size * stage.gradient_accumulation_steps * devices
         view = stage_model(model, stage)
         half = context.recipe.config.precision != "float32"
@@ -240,6 +240,12 @@ def _run_stage(
 
 def _train_stage(context: RunContext, model: Model, number: int, start: Path | None) -> StageReport:
     stage, folder = context.recipe.stages[number], context.stage_folder(number)
+    devices = stage.devices or context.recipe.config.devices
+    if devices is not None and devices != context.num_devices:
+        context.console.print(
+            f"{stage.name}: batch_size is meant for {devices} devices, this run has "
+            f"{context.num_devices}: the global batch differs"
+        )
     trainer = build_trainer(model, stage, number, context, resume=start is not None)
     if start is not None:
         context.console.print(f"{stage.name}: going on from step {step_of(start)}")

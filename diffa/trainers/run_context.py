@@ -41,10 +41,10 @@ class RunContext:
         """Devices that train together, as torchrun says."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
-    @property
-    def planned_devices(self) -> int:
-        """Devices that a dry run assumes: torchrun's, or those the recipe is written for."""
-        return int(os.environ.get("WORLD_SIZE", self.recipe.config.devices or 1))
+    def planned_devices(self, stage: StageConfig) -> int:
+        """Devices that a dry run assumes: torchrun's, or those the stage is written for."""
+        devices = stage.devices or self.recipe.config.devices or 1
+        return int(os.environ.get("WORLD_SIZE", devices))
 
     @property
     def bf16(self) -> bool:
@@ -130,7 +130,7 @@ def stage_mixture(
     """Return a stage's samples in the order in which they are drawn."""
     paired = stage.learner.load().paired
     sources, weights = open_data(stage.data, context, paired=paired, planning=planning)
-    devices = context.planned_devices if planning else context.num_devices
+    devices = context.planned_devices(stage) if planning else context.num_devices
     return Mixture(
         sources,
         weights,

@@ -53,6 +53,7 @@ def small(name: str, world: Path) -> list[str]:
             changes[f"stages.{number}.data.{entry}.path"] = str(world / file)
         # a second entry would repeat the first one's few rows
         sizes = {
+            "devices": None,
             "batch_size": 2,
             "gradient_accumulation_steps": 1,
             "epochs": 1,
@@ -244,6 +245,7 @@ def test_a_dry_run_of_the_full_scale_says_what_it_takes() -> None:
     hours = [stage.estimate.hours for stage in first if stage.estimate]
     assert hours == pytest.approx([960, 127], rel=1e-2)
     stages = train("diffa-2", out="nowhere", dry_run=True, console=QUIET).stages
+    assert stages[3].steps == 1880  # 3,000 pairs in whole steps of 16 GPUs x 1, 10 epochs
     learning = [stage.trained for stage in stages]
     assert learning == [36_474_368, 84_285_440, 98_965_504, 98_965_504]
     estimates = [stage.estimate for stage in stages if stage.estimate]
@@ -367,3 +369,15 @@ def test_a_plan_says_which_manifests_it_took_on_trust(capsys: pytest.CaptureFixt
 def test_expectations_are_checked(world: Path) -> None:
     with pytest.raises(SpecError, match=r"stages.0.data.0.expects: give rows and hours"):
         Recipe.read("diffa-2").change(["stages.0.data.0.expects={rows: 0, hours: 1}"])
+
+
+def test_shipped_recipes_take_the_released_settings_where_sources_differ() -> None:
+    first, second = Recipe.read("diffa-1").config, Recipe.read("diffa-2").config
+    warmup = [(s.schedule.warmup_steps, s.schedule.warmup_type) for s in first.stages]
+    assert warmup == [(1000, "log"), (2000, "log")]  # DeepSpeed's WarmupDecayLR
+    assert [s.schedule.warmup_steps for s in second.stages] == [1000] * 4
+    devices = [s.devices or second.devices for s in second.stages]
+    batches = [s.batch_size * d for s, d in zip(second.stages, devices, strict=True)]
+    assert batches == [20 * 64, 3 * 64, 3 * 64, 1 * 16]
+    stages = [*first.stages, *second.stages]
+    assert not any(s.optimizer.decay_norms_and_biases for s in stages)

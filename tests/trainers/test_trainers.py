@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -218,6 +219,27 @@ def test_a_dry_run_plans_and_writes_nothing(world: Path, tmp_path: Path) -> None
     assert stage.trained > 1000
     assert report.model is None
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_with_the_devices_of_each_stage(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(world, max_steps=None, epochs=2, devices=2)
+    second = {**made["stages"][0], "name": "second", "devices": None}
+    plan = made | {"devices": 1, "stages": [*made["stages"], second]}
+    stages = go(plan, tmp_path, dry_run=True).stages
+    assert [stage.steps for stage in stages] == [4, 8]  # 8 rows, 2 per device
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    stages = go(plan, tmp_path, dry_run=True).stages
+    assert [stage.steps for stage in stages] == [2, 2]  # torchrun decides
+
+
+def test_a_run_on_other_devices_than_the_recipe_is_for_says_so(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(stderr=True, width=200)
+    go(recipe(world, max_steps=1, devices=16), tmp_path, console=console)
+    assert "align: batch_size is meant for 16 devices, this run has 1" in capsys.readouterr().err
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -830,6 +852,31 @@ def test_a_schedule_can_hold_its_top() -> None:
     ).lr_lambdas[0]
     expected = [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]
     assert [factor(i) for i in range(11)] == pytest.approx(expected)
+
+
+def test_log_warmup_follows_deepspeeds_formula() -> None:
+    made = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = ScheduleConfig(warmup_steps=4, warmup_type="log")
+    factor = build_schedule(made, config, 8).lr_lambdas[0]
+    rise = [math.log(step + 1) / math.log(4) for step in range(4)]
+    assert [factor(i) for i in range(9)] == pytest.approx([*rise, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert rise[0] == 0.0 and rise[-1] == 1.0
+    one = ScheduleConfig(warmup_steps=1, warmup_type="log")  # DeepSpeed divides by log 2 at least
+    assert build_schedule(made, one, 4).lr_lambdas[0](0) == 0.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("decays", [False, True])
+def test_norms_and_biases_decay_only_on_request(name: str, decays: bool) -> None:
+    layers = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    config = OptimizerConfig(
+        name=name,  # type: ignore[arg-type]
+        weight_decay=0.1,
+        decay_norms_and_biases=decays,
+    )
+    groups = build_optimizer(layers, config).param_groups
+    decay = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay == {2: 0.1, 1: 0.1 if decays else 0.0}
 
 
 def test_muon_resumes_from_its_state() -> None:
