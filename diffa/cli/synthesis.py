@@ -256,7 +256,7 @@ def _write(
             f"nothing to write: no row of {manifest} is left\n{format_faults(faults, 3)}"
         )
     print(write_rows(out, rows))
-    replies = f", {cached.found} replies from {cached.folder}" if cached else ""
+    replies = f", {cached.num_cached} replies from {cached.folder}" if cached else ""
     print_note(f"{len(rows)} rows{replies}")
 
 

@@ -144,25 +144,25 @@ def layers_used_by(adapters: Iterable[Any], source: FeatureSpec) -> tuple[int, .
         with torch.no_grad():
             adapter.eval()(Features(watched, count, count))
         adapter.train(training)
-    return tuple(sorted(watched.seen))
+    return tuple(sorted(watched.indices_read))
 
 
 class _Watched(tuple[Tensor, ...]):
     """A tuple of states that records which of them are read."""
 
     state: Tensor
-    seen: set[int]
+    indices_read: set[int]
 
     def __new__(cls, size: int) -> _Watched:
-        made = super().__new__(cls, [torch.empty(0)] * size)
-        made.seen = set()
-        return made
+        watched = super().__new__(cls, [torch.empty(0)] * size)
+        watched.indices_read = set()
+        return watched
 
     def __getitem__(self, index: Any) -> Any:
         places = range(len(self))[index]
-        chosen = places if isinstance(places, range) else [places]
-        self.seen.update(chosen)
-        return self.state if isinstance(places, int) else tuple(self.state for _ in chosen)
+        indices = places if isinstance(places, range) else [places]
+        self.indices_read.update(indices)
+        return self.state if isinstance(places, int) else tuple(self.state for _ in indices)
 
     def __iter__(self) -> Any:
         return iter([self[i] for i in range(len(self))])

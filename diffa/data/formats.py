@@ -38,9 +38,9 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[ManifestRow], list[Fau
     Relative audio paths are made to start from the file's folder. Rows of the ``messages`` form
     are turned into rows of the published one. Raises DataError for a file that cannot be read.
     """
-    found = list(numbered_rows(path))
-    rows = [row for _, row in found if not isinstance(row, Fault)]
-    return rows, [row for _, row in found if isinstance(row, Fault)]
+    numbered = list(numbered_rows(path))
+    rows = [row for _, row in numbered if not isinstance(row, Fault)]
+    return rows, [row for _, row in numbered if isinstance(row, Fault)]
 
 
 def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, ManifestRow | Fault]]:

@@ -76,16 +76,17 @@ def find_duplicates(rows: Sequence[ManifestRow], *, listen: bool = True) -> Leak
     notes: list[str] = []
     groups = [("id", _group(rows, _row_key)), ("question", _group(rows, _question_row_key))]
     if listen:
-        heard = _grouped_audio(rows, notes)
+        digests = _grouped_audio(rows, notes)
         files = {
-            key: [rows[n - 1]["audio_filepath"] for n in found] for key, found in heard.items()
+            key: [rows[n - 1]["audio_filepath"] for n in numbers]
+            for key, numbers in digests.items()
         }
-        groups.append(("audio", {key: heard[key] for key in heard if len(set(files[key])) > 1}))
+        groups.append(("audio", {key: digests[key] for key in digests if len(set(files[key])) > 1}))
     shared = [
-        SharedItem(kind, what, tuple(found[:1]), tuple(found[1:6]))
+        SharedItem(kind, what, tuple(numbers[:1]), tuple(numbers[1:6]))
         for kind, group in groups
-        for what, found in group.items()
-        if len(found) > 1
+        for what, numbers in group.items()
+        if len(numbers) > 1
     ]
     return LeakReport(shared, notes)
 
@@ -114,8 +115,8 @@ def _question_row_key(row: ManifestRow) -> str:
 
 
 def _question_key(row: ManifestRow) -> str:
-    said = _text_key(row)
-    return f"{said} | {row.get('input', '')}" if said else ""
+    text = _text_key(row)
+    return f"{text} | {row.get('input', '')}" if text else ""
 
 
 KEYS: dict[str, Callable[[ManifestRow], str]] = {
@@ -127,12 +128,12 @@ KEYS: dict[str, Callable[[ManifestRow], str]] = {
 
 
 def _group(rows: Sequence[ManifestRow], key: Callable[[ManifestRow], str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = defaultdict(list)
+    groups: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows, start=1):
         name = key(row)
         if name:
-            found[name].append(number)
-    return found
+            groups[name].append(number)
+    return groups
 
 
 def _intersect(
@@ -195,25 +196,25 @@ def _similar(
         return []
     (names, prints), (others, against) = sides
     rows = [_group(side, lambda row: row.get("audio_filepath", "")) for side in (left, right)]
-    found = []
+    shared = []
     for first in range(0, len(names), 1024):
         close = np.argwhere(prints[first : first + 1024] @ against.T >= SAME_SOUND)
         for i, j in close.tolist():
             pair = (names[first + i], others[j])
             numbers = [tuple(rows[side][pair[side]][:5]) for side in (0, 1)]
-            found.append(SharedItem("sound", " ~ ".join(pair), numbers[0], numbers[1]))
-    return found
+            shared.append(SharedItem("sound", " ~ ".join(pair), numbers[0], numbers[1]))
+    return shared
 
 
 def _fingerprints(
     rows: Sequence[ManifestRow], notes: list[str]
 ) -> tuple[list[str], NDArray[np.float32]]:
-    names, found = [], []
+    names, vectors = [], []
     for name in _files(rows):
         try:
-            found.append(fingerprint(name))
+            vectors.append(fingerprint(name))
         except AudioError as error:
             notes.append(f"not compared: {error}")
         else:
             names.append(name)
-    return names, np.stack(found) if found else np.zeros((0, 1), dtype=np.float32)
+    return names, np.stack(vectors) if vectors else np.zeros((0, 1), dtype=np.float32)

@@ -105,9 +105,9 @@ class Manifest:
 
     def _scan(self) -> None:
         """Find where the usable rows are and what is wrong with the others."""
-        seen: dict[str, int] = {}
+        first_rows: dict[str, int] = {}
         for number, span in enumerate(iter_spans(self.path), start=1):
-            reason, seconds = self._check(span.value, seen, number)
+            reason, seconds = self._check(span.value, first_rows, number)
             if reason:
                 self.faults.append(Fault(number, reason))
                 continue
@@ -115,7 +115,7 @@ class Manifest:
             self._numbers.append(number)
             self._seconds.append(seconds)
 
-    def _check(self, row: Any, seen: dict[str, int], number: int) -> tuple[str, float]:
+    def _check(self, row: Any, first_rows: dict[str, int], number: int) -> tuple[str, float]:
         """Return what is wrong with a row (nothing: ``""``) and its duration in seconds."""
         if isinstance(row, BrokenRow):
             return str(row), 0.0
@@ -123,18 +123,18 @@ class Manifest:
             return f"is {type(row).__name__}, not a mapping", 0.0
         if "messages" in row:
             return "is a conversation (messages): `diffa data convert` makes rows of it", 0.0
-        name, answer, given = (row.get(k) for k in ("audio_filepath", self.target, "audio_id"))
+        name, answer, audio_id = (row.get(k) for k in ("audio_filepath", self.target, "audio_id"))
         if not isinstance(name, str) or not name:
             return "has no audio_filepath", 0.0
         if not isinstance(answer, str) or not answer.strip():
             return f"has an empty answer ({self.target})", 0.0
         if self.pairs and (reason := _unpaired(row.get("rejected"), answer)):
             return reason, 0.0
-        if given is not None:
-            key = json.dumps(given if self.unique else [given, row.get("input"), answer])
-            if key in seen:
-                return f"repeats audio_id {given!r} of row {seen[key]}", 0.0
-            seen[key] = number
+        if audio_id is not None:
+            key = json.dumps(audio_id if self.unique else [audio_id, row.get("input"), answer])
+            if key in first_rows:
+                return f"repeats audio_id {audio_id!r} of row {first_rows[key]}", 0.0
+            first_rows[key] = number
         return self._check_audio(self._audio(row), row.get("duration"))
 
     def _check_audio(self, path: Path, duration: Any) -> tuple[str, float]:
@@ -143,15 +143,15 @@ class Manifest:
             return f"audio file {path} is missing", seconds
         if not self.probe:
             return "", seconds
-        reason, found = probe_audio(path)
-        return reason, seconds or found
+        reason, measured = probe_audio(path)
+        return reason, seconds or measured
 
 
-def _unpaired(rejected: Any, chosen: str) -> str:
+def _unpaired(rejected: Any, answer: str) -> str:
     """Return what is wrong with a rejected answer; nothing: ``""``."""
     if not isinstance(rejected, str) or not rejected.strip():
         return "has no rejected answer"
-    same = " ".join(rejected.split()) == " ".join(chosen.split())
+    same = " ".join(rejected.split()) == " ".join(answer.split())
     return "rejects the answer that it prefers" if same else ""
 
 
@@ -162,14 +162,14 @@ def probe_audio(path: Path) -> tuple[str, float]:
     if path.stat().st_size == 0:
         return f"audio file {path} is empty", 0.0
     try:
-        found = soundfile.info(path)
+        header = soundfile.info(path)
     except soundfile.LibsndfileError:
         if path.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".opus", ".mka"):
             return "", 0.0  # PyAV's formats are opened only when they are read
         return f"audio file {path} is not readable audio", 0.0
-    if not found.frames:
+    if not header.frames:
         return f"audio file {path} holds no samples", 0.0
-    return "", found.frames / found.samplerate
+    return "", header.frames / header.samplerate
 
 
 def check_manifest_suffix(path: Path) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 from diffa.chat import AUDIO_MARK
 from diffa.data.samples import DataError, ManifestRow
 
-_SAID = ("input", "target", "audio_filepath", "chosen", "rejected")  # stand elsewhere in messages
+_IN_MESSAGES = (
+    "input",
+    "target",
+    "audio_filepath",
+    "chosen",
+    "rejected",
+)  # stand elsewhere in messages
 
 
 def is_messages(row: ManifestRow) -> bool:
@@ -22,15 +28,15 @@ def to_messages(row: ManifestRow, *, system: str = "") -> ManifestRow:
     its own name: trainers ignore it, and ``from_messages`` gives the row back.
     """
     turns = [{"role": "system", "content": system}] if system else []
-    heard = [row["audio_filepath"]] if row.get("audio_filepath") else []
+    audios = [row["audio_filepath"]] if row.get("audio_filepath") else []
     turns += [
-        {"role": "user", "content": AUDIO_MARK * len(heard) + row.get("input", "")},
+        {"role": "user", "content": AUDIO_MARK * len(audios) + row.get("input", "")},
         {"role": "assistant", "content": row.get("target", "")},
     ]
-    made: ManifestRow = {"messages": turns, "audios": heard}
+    conversation: ManifestRow = {"messages": turns, "audios": audios}
     if "rejected" in row:
-        made["rejected_response"] = row["rejected"]
-    return made | {name: value for name, value in row.items() if name not in _SAID}
+        conversation["rejected_response"] = row["rejected"]
+    return conversation | {name: value for name, value in row.items() if name not in _IN_MESSAGES}
 
 
 def from_messages(row: ManifestRow) -> ManifestRow:
@@ -42,8 +48,8 @@ def from_messages(row: ManifestRow) -> ManifestRow:
     turns = _turns(row["messages"])
     roles = [role for role, _ in turns if role != "system"]
     if roles != ["user", "assistant"]:
-        found = ", ".join(roles) or "nobody"
-        raise DataError(f"is a conversation of {found}; a question and its answer are expected")
+        speakers = ", ".join(roles) or "nobody"
+        raise DataError(f"is a conversation of {speakers}; a question and its answer are expected")
     (_, question), (_, answer) = [turn for turn in turns if turn[0] != "system"]
     audios = row.get("audios") or []
     if len(audios) > 1 or question.count(AUDIO_MARK) > 1:
@@ -52,21 +58,21 @@ def from_messages(row: ManifestRow) -> ManifestRow:
         raise DataError(
             f"has {len(audios)} recordings but {question.count(AUDIO_MARK)} {AUDIO_MARK} marks"
         )
-    made: ManifestRow = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
+    fields: ManifestRow = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
     if audios:
-        made["audio_filepath"] = _path(audios[0])
+        fields["audio_filepath"] = _path(audios[0])
     if "rejected_response" in row:
-        made |= {"chosen": answer, "rejected": row["rejected_response"]}
-    gone = ("messages", "audios", "rejected_response")
-    return {k: v for k, v in row.items() if k not in gone} | made
+        fields |= {"chosen": answer, "rejected": row["rejected_response"]}
+    replaced = ("messages", "audios", "rejected_response")
+    return {k: v for k, v in row.items() if k not in replaced} | fields
 
 
-def _turns(given: Any) -> list[tuple[str, str]]:
+def _turns(messages: Any) -> list[tuple[str, str]]:
     """Read turns as role and content; ``from``/``value`` are other names of the same."""
-    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise DataError("has messages that are not a list of turns")
     names = {"human": "user", "gpt": "assistant"}
-    turns = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in given]
+    turns = [(t.get("role", t.get("from")), t.get("content", t.get("value"))) for t in messages]
     if not all(isinstance(part, str) for turn in turns for part in turn):
         raise DataError("has a turn without role or without text")
     return [(names.get(role, role), text) for role, text in turns]

@@ -210,12 +210,12 @@ class PreferenceTransform:
         if sample.audio_text is not None or sample.extra_questions:
             raise DataError(f"{name}: preferences are about one question and real audio")
         sample = sample._replace(audio=self.audio(sample, seed), rate=None)
-        chosen = self.answer(sample, seed)
+        preferred = self.answer(sample, seed)
         rejected = self.answer(sample._replace(target=str(sample.rejected)), seed)
         rejected = rejected._replace(
             seed=derive_seed(seed, "rejected"), audio=None, ctc_targets=None
         )
-        return chosen._replace(extra_rows=(rejected,))
+        return preferred._replace(extra_rows=(rejected,))
 
 
 class TrainingDataset(Dataset[TrainingRow]):

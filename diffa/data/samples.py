@@ -107,11 +107,11 @@ class Fault(NamedTuple):
         return f"row {self.row}: {self.reason}"
 
 
-def format_faults(faults: list[Fault], shown: int = 20) -> str:
-    """Return faults one per line, the first ``shown`` of them."""
-    lines = [f"  {fault}" for fault in faults[:shown]]
-    if len(faults) > shown:
-        lines.append(f"  and {len(faults) - shown} more")
+def format_faults(faults: list[Fault], limit: int = 20) -> str:
+    """Return faults one per line, the first ``limit`` of them."""
+    lines = [f"  {fault}" for fault in faults[:limit]]
+    if len(faults) > limit:
+        lines.append(f"  and {len(faults) - limit} more")
     return "\n".join(lines)
 
 

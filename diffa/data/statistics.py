@@ -65,8 +65,8 @@ def _count_dataset(name: str, rows: Sequence[ManifestRow]) -> DatasetStatistics:
 
 
 def _seconds(row: ManifestRow) -> float:
-    said = row.get("duration")
-    return float(said) if isinstance(said, int | float) else 0.0
+    duration = row.get("duration")
+    return float(duration) if isinstance(duration, int | float) else 0.0
 
 
 def attribute_counts(rows: Sequence[ManifestRow]) -> dict[str, dict[str, int]]:

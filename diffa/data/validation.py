@@ -41,7 +41,7 @@ def validate_manifest(path: str | os.PathLike[str], *, listen: bool = True) -> M
         DataError: the file as a whole cannot be read, or holds no row.
     """
     count, faults, warnings = 0, list[Fault](), list[Fault]()
-    seen: dict[tuple[str, ...], int] = {}
+    first_rows: dict[tuple[str, ...], int] = {}
     named: dict[str, int] = {}
     for number, row in numbered_rows(path):
         count += 1
@@ -54,13 +54,14 @@ def validate_manifest(path: str | os.PathLike[str], *, listen: bool = True) -> M
             wrong, seconds = _check_recording(Path(row["audio_filepath"]), listen)
             odd += _check_duration(row, seconds)
         identity = tuple(str(row.get(k)) for k in ("audio_id", "audio_filepath", "input", "target"))
-        if not wrong and identity in seen:
-            wrong = f"repeats row {seen[identity]}"
-        seen.setdefault(identity, number)
-        given = row.get("audio_id")
-        if given is not None and named.setdefault(str(given), number) != number:
+        if not wrong and identity in first_rows:
+            wrong = f"repeats row {first_rows[identity]}"
+        first_rows.setdefault(identity, number)
+        audio_id = row.get("audio_id")
+        if audio_id is not None and named.setdefault(str(audio_id), number) != number:
             odd.append(
-                f"has the audio_id of row {named[str(given)]}: recipes need unique: false for that"
+                f"has the audio_id of row {named[str(audio_id)]}: "
+                "recipes need unique: false for that"
             )
         faults += [Fault(number, wrong)] if wrong else []
         warnings += [Fault(number, reason) for reason in odd] if not wrong else []
@@ -92,13 +93,13 @@ def _check_fields(row: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _check_preference(row: dict[str, Any]) -> str:
-    rejected, chosen = row["rejected"], row.get("chosen", row["target"])
+    rejected, preferred = row["rejected"], row.get("chosen", row["target"])
     if not isinstance(rejected, str) or not rejected.strip():
         return "has no rejected answer"
     if rejected.strip() == row["target"].strip():
         return "rejects the answer that it chooses"
     # DIFFA-2's loader takes target, whatever chosen says
-    return "has a chosen answer that is not its target" if chosen != row["target"] else ""
+    return "has a chosen answer that is not its target" if preferred != row["target"] else ""
 
 
 def _check_recording(path: Path, listen: bool) -> tuple[str, float]:
@@ -109,12 +110,12 @@ def _check_recording(path: Path, listen: bool) -> tuple[str, float]:
 
 def _check_duration(row: dict[str, Any], seconds: float) -> list[str]:
     odd: list[str] = []
-    said = row.get("duration")
-    if "duration" in row and not (isinstance(said, int | float) and said > 0):
-        odd.append(f"has the duration {said!r}")
-    elif seconds and said is not None and abs(seconds - float(said)) > _TOLERANCE:
-        odd.append(f"says {float(said):.2f} s, but its file holds {seconds:.2f} s")
-    longest = max(seconds, float(said) if isinstance(said, int | float) else 0.0)
+    duration = row.get("duration")
+    if "duration" in row and not (isinstance(duration, int | float) and duration > 0):
+        odd.append(f"has the duration {duration!r}")
+    elif seconds and duration is not None and abs(seconds - float(duration)) > _TOLERANCE:
+        odd.append(f"says {float(duration):.2f} s, but its file holds {seconds:.2f} s")
+    longest = max(seconds, float(duration) if isinstance(duration, int | float) else 0.0)
     if longest > ENCODER_SECONDS:
         odd.append(
             f"is {longest:.1f} s long; encoders of one Whisper window hear {ENCODER_SECONDS:g}"

@@ -111,11 +111,11 @@ def answer(model: Model, ask: DemoQuestion, console: Console) -> list[str]:
     begin = time.perf_counter()
     loop = slow.answer(recordings() / ask.recording, ask.question, max_tokens=ask.tokens)
     slow_seconds = time.perf_counter() - begin
-    told = text if text == loop.text else f"{text}\n(reference: {loop.text})"
+    both_texts = text if text == loop.text else f"{text}\n(reference: {loop.text})"
     return [
         ask.recording,
         ask.question,
-        told,
+        both_texts,
         str(num_forwards),
         f"{seconds:.2f}",
         str(loop.num_forwards),
@@ -127,15 +127,15 @@ def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tup
     """Show the canvas after every pass; return text, number of passes and seconds."""
     tokenizer, vocab = model.backbone.tokenizer, model.backbone.vocab
     with Live(Text(), console=console, auto_refresh=False, transient=console.is_terminal) as live:
-        shown: list[Text] = []
+        frames: list[Text] = []
 
         def show(step: Step) -> None:
-            count = Text(f"{len(shown) + 1:3d}  ", style="dim")
-            shown.append(count + render_step(step, 0, tokenizer, vocab))
+            count = Text(f"{len(frames) + 1:3d}  ", style="dim")
+            frames.append(count + render_step(step, 0, tokenizer, vocab))
             if console.is_terminal:
-                live.update(shown[-1], refresh=True)
+                live.update(frames[-1], refresh=True)
             else:
-                console.print(shown[-1])
+                console.print(frames[-1])
 
         begin = time.perf_counter()
         answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)

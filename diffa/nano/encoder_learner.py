@@ -35,7 +35,7 @@ class EncoderLearner(Learner):
     Args:
         ctc_weight: Weight of CTC on the words.
         init_local: Initialise the attention to small fixed offsets in time.
-        full_window_share: Last share of the stage that sees whole windows. Before it, clips stand
+        full_window_share: Last share of the stage trained on whole windows. Before it, clips stand
             alone at a random position of the window, which is several times cheaper.
         band_mask_share: Share of the clips that lose a band of mel bins.
         band_mask_bins: Largest number of mel bins in such a band.

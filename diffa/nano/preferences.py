@@ -56,8 +56,8 @@ def corrupt_example(example: Example, seed: int = 0) -> Corruption | None:
         return Corruption(wrong, example.task, _reason(example.task, wrong, example.answer))
     choices = _choices(example.question)
     wrong = draw_other(letter, tuple(choices), rng)
-    told = _reason(example.task, choices[wrong], text)
-    return Corruption(f"{wrong}. {choices[wrong]}", example.task, told)
+    reason = _reason(example.task, choices[wrong], text)
+    return Corruption(f"{wrong}. {choices[wrong]}", example.task, reason)
 
 
 def _values(example: Example) -> tuple[str, ...]:
@@ -79,12 +79,12 @@ def _values(example: Example) -> tuple[str, ...]:
 
 def _choices(question: str) -> dict[str, str]:
     """Letters and texts of ``... A. one B. two C. three D. four``."""
-    found: dict[str, str] = {}
+    choices: dict[str, str] = {}
     rest = question
     for letter, after in zip("ABCD", "BCD ", strict=True):
         rest = rest.partition(f" {letter}. ")[2]
-        found[letter] = rest.partition(f" {after}. ")[0].strip()
-    return found
+        choices[letter] = rest.partition(f" {after}. ")[0].strip()
+    return choices
 
 
 def _reason(attribute: str, wrong: str, right: str) -> str:
@@ -165,9 +165,9 @@ def pairs(examples: Examples, seed: int = 0) -> Iterator[Pair]:
     """Yield the examples that have something to get wrong, each with its corruption."""
     for index in range(len(examples)):
         example = examples[index]
-        made = corrupt_example(example, seed)
-        if made is not None:
-            yield Pair(example, made)
+        corruption = corrupt_example(example, seed)
+        if corruption is not None:
+            yield Pair(example, corruption)
 
 
 def write_preferences(

@@ -1,4 +1,4 @@
-"""nano-suite: a small real benchmark of spoken digits in MMSU's shape."""
+"""The benchmark nano-suite: a small real benchmark of spoken digits in MMSU's shape."""
 
 from __future__ import annotations
 

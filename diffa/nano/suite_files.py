@@ -94,19 +94,19 @@ def make_item(
 ) -> tuple[Utterance, str, str, tuple[str, ...]]:
     """Return an item: sound, question, answer and four choices; raises EvaluationError."""
     task = TASKS[name]
-    wanted = task.answers[number % len(task.answers)] if task.answers else None
+    target = task.answers[number % len(task.answers)] if task.answers else None
     for _ in range(_TRIES):
-        scene = _scene(task, wanted, speech.recordings.voices, rng)
+        scene = _scene(task, target, speech.recordings.voices, rng)
         utterance = speech.render(scene, rng)
         place = int(rng.integers(len(utterance.labels.digits)))
         answer = true_answer(task.question_task, utterance.labels, place)
         whole = len(utterance.labels.digits) == len(scene.digits)
-        if whole and answer is not None and wanted in (None, answer):
+        if whole and answer is not None and target in (None, answer):
             stems = phrases(task.question_task)
             question = stems[int(rng.integers(len(stems)))].format(nth=ORDINALS[place])
             return utterance, question, answer, draw_choices(task.question_task, answer, rng)
     raise EvaluationError(
-        f"no {name} item with the answer {wanted!r} in {_TRIES} tries: are all six speakers there?"
+        f"no {name} item with the answer {target!r} in {_TRIES} tries: are all six speakers there?"
     )
 
 
@@ -130,21 +130,21 @@ def suite_row(
     }
 
 
-def _scene(task: SuiteTask, wanted: str | None, voices: list[Voice], rng: Rng) -> Scene:
+def _scene(task: SuiteTask, target: str | None, voices: list[Voice], rng: Rng) -> Scene:
     """Draw a scene of real speech that may have the wanted answer."""
     count = int(rng.integers(task.digits[0], task.digits[1] + 1))
     digits = tuple(int(digit) for digit in rng.integers(0, 10, count))
     pool = [
-        voice for voice in voices if task.question_task != "accent" or voice.accent == wanted
+        voice for voice in voices if task.question_task != "accent" or voice.accent == target
     ] or voices
     first = pool[int(rng.integers(len(pool)))]
     cast = (first,) * count
-    if wanted == "different":
+    if target == "different":
         others = [voice for voice in voices if voice != first]
         turn = int(rng.integers(1, count))
         cast = (first,) * turn + (others[int(rng.integers(len(others)))],) * (count - turn)
-    speed = next((name for name in SPEEDS if name == wanted), None)
-    level = next((name for name in LEVELS if name == wanted), None)
+    speed = next((name for name in SPEEDS if name == target), None)
+    level = next((name for name in LEVELS if name == target), None)
     speed = speed or tuple(SPEEDS)[int(rng.integers(len(SPEEDS)))]
     level = level or tuple(LEVELS)[int(rng.integers(len(LEVELS)))]
     return Scene(digits, cast, speed, level, None, None)

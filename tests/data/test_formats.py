@@ -208,6 +208,6 @@ def test_the_table_counts_rows_clips_and_hours(tmp_path: Path) -> None:
 
 
 def test_extra_fields_are_the_only_ones_besides_the_published(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.jsonl", [a_row(tmp_path) | {"secret": "x"}])
+    write_rows(tmp_path / "a.jsonl", [a_row(tmp_path) | {"transcribed_by": "nano", "secret": "x"}])
     row = json.loads((tmp_path / "a.jsonl").read_text("utf-8"))
     assert set(row) == {*MANIFEST_FIELDS, *EXTRA_FIELDS}

@@ -54,10 +54,10 @@ ClipReader = Callable[[Path, list[str]], Iterator[Clip]]
 
 def clean_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """Leave out labels that say nothing; genders are written alike everywhere."""
-    kept = {name: value.strip() for name, value in labels.items() if value and value.strip()}
-    if "gender" in kept:
-        kept["gender"] = GENDERS.get(kept["gender"].lower(), kept["gender"].lower())
-    return kept
+    cleaned = {name: value.strip() for name, value in labels.items() if value and value.strip()}
+    if "gender" in cleaned:
+        cleaned["gender"] = GENDERS.get(cleaned["gender"].lower(), cleaned["gender"].lower())
+    return cleaned
 
 
 def subfolder(root: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ EMOTIONS = {
 }
 """IEMOCAP's codes; ``xxx`` (raters disagree) and ``oth`` say nothing and are left out."""
 
-_SAID = re.compile(r"^(\S+)\s+\[[\d.]+-[\d.]+\]:\s*(.*)$")
+_TRANSCRIPT = re.compile(r"^(\S+)\s+\[[\d.]+-[\d.]+\]:\s*(.*)$")
 _RATED = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(\S+)\t(\w+)\t", re.MULTILINE)
 
 
@@ -36,31 +36,35 @@ def iemocap(root: Path, problems: list[str]) -> Iterator[Clip]:
             if not folder.is_dir() or folder.name.startswith("."):
                 continue
             about = session / "dialog"
-            said = _iemocap_said(about / "transcriptions" / f"{folder.name}.txt", problems)
-            felt = _iemocap_felt(about / "EmoEvaluation" / f"{folder.name}.txt", problems)
+            transcripts = _iemocap_transcripts(
+                about / "transcriptions" / f"{folder.name}.txt", problems
+            )
+            emotions = _iemocap_emotions(about / "EmoEvaluation" / f"{folder.name}.txt", problems)
             for path in sorted(folder.glob("Ses*.wav")):
-                if path.stem not in said:
+                if path.stem not in transcripts:
                     problems.append(f"{path} has no transcript")
                     continue
-                yield _iemocap_clip(path, session.name, said[path.stem], felt.get(path.stem, ""))
+                yield _iemocap_clip(
+                    path, session.name, transcripts[path.stem], emotions.get(path.stem, "")
+                )
 
 
-def _iemocap_clip(path: Path, session: str, said: str, emotion: str) -> Clip:
+def _iemocap_clip(path: Path, session: str, transcript: str, emotion: str) -> Clip:
     """Ses01F_impro01_M003: session 1, whose speaker of this turn is its man."""
     gender = path.stem.rpartition("_")[2][:1]
     labels = clean_labels({"gender": gender, "emotion": EMOTIONS.get(emotion, "")})
-    return Clip(path, path.stem, "IEMOCAP", said, f"{path.stem[:5]}{gender}", session, labels)
+    return Clip(path, path.stem, "IEMOCAP", transcript, f"{path.stem[:5]}{gender}", session, labels)
 
 
-def _iemocap_said(table: Path, problems: list[str]) -> dict[str, str]:
+def _iemocap_transcripts(table: Path, problems: list[str]) -> dict[str, str]:
     if not table.is_file():
         problems.append(f"{table} is missing")
         return {}
-    found = (_SAID.match(line) for line in read_table(table).splitlines())
-    return {match[1]: match[2].strip() for match in found if match}
+    matches = (_TRANSCRIPT.match(line) for line in read_table(table).splitlines())
+    return {match[1]: match[2].strip() for match in matches if match}
 
 
-def _iemocap_felt(table: Path, problems: list[str]) -> dict[str, str]:
+def _iemocap_emotions(table: Path, problems: list[str]) -> dict[str, str]:
     if not table.is_file():
         problems.append(f"{table} is missing")
         return {}
@@ -76,9 +80,11 @@ def dailytalk(root: Path, problems: list[str]) -> Iterator[Clip]:
     for path in sorted(folder.glob("*/*_d*.wav")):
         turn, speaker, dialog = path.stem.split("_")[:3]
         about = dialogs.get(dialog.removeprefix("d"), {}).get(turn, {})
-        beside_it = path.with_suffix(".txt")
-        said = read_table(beside_it).strip() if beside_it.is_file() else str(about.get("text", ""))
-        if not said:
+        text_file = path.with_suffix(".txt")
+        transcript = (
+            read_table(text_file).strip() if text_file.is_file() else str(about.get("text", ""))
+        )
+        if not transcript:
             problems.append(f"{path} has no transcript")
             continue
         emotion = str(about.get("emotion", ""))
@@ -88,7 +94,7 @@ def dailytalk(root: Path, problems: list[str]) -> Iterator[Clip]:
                 "intent": str(about.get("act", "")),
             }
         )
-        yield Clip(path, path.stem, "DailyTalk", said, speaker, "", labels)
+        yield Clip(path, path.stem, "DailyTalk", transcript, speaker, "", labels)
 
 
 def _dailytalk_table(root: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -97,11 +103,11 @@ def _dailytalk_table(root: Path, problems: list[str]) -> dict[str, dict[str, Any
         problems.append(f"{root} has no metadata.json: emotions and intents are unknown")
         return {}
     try:
-        found = json.loads(read_table(table))
+        dialogs = json.loads(read_table(table))
     except json.JSONDecodeError as error:
         problems.append(f"{table} is broken JSON ({error}): emotions and intents are unknown")
         return {}
-    return found if isinstance(found, dict) else {}
+    return dialogs if isinstance(dialogs, dict) else {}
 
 
 def voxceleb1(root: Path, problems: list[str]) -> Iterator[Clip]:

@@ -15,14 +15,18 @@ def librispeech(root: Path, problems: list[str]) -> Iterator[Clip]:
     speakers = _librispeech_speakers(root)
     for table in sorted(root.rglob("*-*.trans.txt")):
         lines = [line.partition(" ") for line in read_table(table).splitlines() if line.strip()]
-        said = {name: text.strip() for name, _, text in lines}
-        found = {path.stem: path for path in sorted(table.parent.glob("*.flac"))}
-        problems += [f"{table}: there is no recording {name}" for name in said if name not in found]
-        problems += [f"{found[name]} has no transcript" for name in found if name not in said]
+        transcripts = {name: text.strip() for name, _, text in lines}
+        files = {path.stem: path for path in sorted(table.parent.glob("*.flac"))}
+        problems += [
+            f"{table}: there is no recording {name}" for name in transcripts if name not in files
+        ]
+        problems += [
+            f"{files[name]} has no transcript" for name in files if name not in transcripts
+        ]
         speaker, subset = table.parent.parent.name, table.parents[2].name
-        for name in sorted(found.keys() & said.keys()):
+        for name in sorted(files.keys() & transcripts.keys()):
             labels = clean_labels({"gender": speakers.get(speaker, "")})
-            yield Clip(found[name], name, "LibriSpeech", said[name], speaker, subset, labels)
+            yield Clip(files[name], name, "LibriSpeech", transcripts[name], speaker, subset, labels)
 
 
 def _librispeech_speakers(root: Path) -> dict[str, str]:
@@ -40,18 +44,18 @@ def vctk(root: Path, problems: list[str]) -> Iterator[Clip]:
     """
     top = next((path.parent for path in _named(root, "wav48*")), root)
     people = _vctk_speakers(top / "speaker-info.txt")
-    taken: set[str] = set()
+    names: set[str] = set()
     for path in sorted(path for path in top.glob("wav48*/*/*") if path.suffix in (".flac", ".wav")):
         name, speaker = re.sub(r"_mic\d$", "", path.stem), path.parent.name
-        if name in taken:
+        if name in names:
             continue
-        taken.add(name)
+        names.add(name)
         transcript = top / "txt" / speaker / f"{name}.txt"
         if not transcript.is_file():  # p315's are lost
             problems.append(f"{path} has no transcript {transcript.name}")
             continue
-        said, labels = read_table(transcript).strip(), people.get(speaker, {})
-        yield Clip(path, name, "VCTK", said, speaker, "", labels)
+        text, labels = read_table(transcript).strip(), people.get(speaker, {})
+        yield Clip(path, name, "VCTK", text, speaker, "", labels)
 
 
 def _named(root: Path, pattern: str) -> list[Path]:

@@ -86,8 +86,8 @@ def read_corpus(name: str, root: str | Path, split: str = "") -> CorpusClips:
         )
     if not split:
         return CorpusClips(clips, problems)
-    kept = [clip for clip in clips if clip.split == split or clip.split.startswith(f"{split}-")]
-    if not kept:
+    selected = [clip for clip in clips if clip.split == split or clip.split.startswith(f"{split}-")]
+    if not selected:
         parts = sorted({clip.split for clip in clips} - {""})
         raise DataError(f"{folder} has no part {split!r}{suggest(split, parts)}")
-    return CorpusClips(kept, problems)
+    return CorpusClips(selected, problems)

@@ -54,7 +54,7 @@ def describe_attributes(
 
     A label wins over a measure of the same name (a corpus that says how loud it is knows better).
     """
-    given, bands = {**labels, "text": text}, bands or Bands()
+    attributes, bands = {**labels, "text": text}, bands or Bands()
     if measures is not None:
         pitch = {"male": bands.man, "female": bands.woman}.get(labels.get("gender", ""))
         measured = {
@@ -63,8 +63,8 @@ def describe_attributes(
             "speed": band_word(measures.rate, bands.speed, ("slow", "normal", "fast")),
             "duration": f"{measures.duration:.1f} seconds",
         }
-        given = {**measured, **{name: value for name, value in given.items() if value}}
-    return {name: given[name] for name in ATTRIBUTES if given.get(name)}
+        attributes = {**measured, **{name: value for name, value in attributes.items() if value}}
+    return {name: attributes[name] for name in ATTRIBUTES if attributes.get(name)}
 
 
 def seed_transcript(attributes: Mapping[str, str], seconds: float) -> str:

@@ -68,23 +68,23 @@ def answer_rows(
     Raises:
         DataError: the writer as a whole fails.
     """
-    made: list[ManifestRow] = []
-    asked: list[tuple[int, ManifestRow]] = []
+    answered: list[ManifestRow] = []
+    askable: list[tuple[int, ManifestRow]] = []
     for number, row in enumerate(rows, start=1):
         absent = [name for name in needs if not str(row.get(name) or "").strip()]
         if absent:
             faults.append(Fault(number, f"has no {' and no '.join(absent)} to write from"))
         else:
-            asked.append((number, row))
-    replies = write_all(writer, [turns(row) for _, row in asked])
-    for (number, row), reply in zip(asked, replies, strict=True):
+            askable.append((number, row))
+    replies = write_all(writer, [turns(row) for _, row in askable])
+    for (number, row), reply in zip(askable, replies, strict=True):
         text = strip_thinking(reply.text)
         reason = reply.fault or answer_fault(text)
         if reason:
             faults.append(Fault(number, f"the answer of {writer.name} {reason}: {text[:80]!r}"))
         else:
-            made.append({**row, "target": text})
-    return made
+            answered.append({**row, "target": text})
+    return answered
 
 
 def caption_rows(
@@ -94,13 +94,13 @@ def caption_rows(
 
     Rows are numbered in ``faults`` as they would be written: row by row, question by question.
     """
-    asked = [{**row, "input": question} for row in rows for question in questions]
+    entries = [{**row, "input": question} for row in rows for question in questions]
     if len(questions) > 1:
-        for index, row in enumerate(asked):
+        for index, row in enumerate(entries):
             if row.get("audio_id") is not None:  # which no two rows may share
                 row["audio_id"] = f"{row['audio_id']}-{index % len(questions)}"
     needs = ("seed_transcript", "input")
-    return answer_rows(asked, writer, lambda row: caption_turns(row, row["input"]), faults, needs)
+    return answer_rows(entries, writer, lambda row: caption_turns(row, row["input"]), faults, needs)
 
 
 def rewrite_rows(

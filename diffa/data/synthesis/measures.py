@@ -80,9 +80,9 @@ def _pitches(samples: Array, sounding: NDArray[np.bool_]) -> Array:
     places = np.flatnonzero(sounding)
     result = np.full(len(sounding), np.nan)
     for first in range(0, len(places), 2000):  # 20 s at once
-        chosen = places[first : first + 2000]
-        pieces = padded[chosen[:, None] * (_HOP // 2) + np.arange(_WINDOW + longest + 1)]
-        result[chosen] = _periods(pieces, shortest, longest)
+        frames = places[first : first + 2000]
+        pieces = padded[frames[:, None] * (_HOP // 2) + np.arange(_WINDOW + longest + 1)]
+        result[frames] = _periods(pieces, shortest, longest)
     return result
 
 

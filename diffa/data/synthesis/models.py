@@ -72,15 +72,15 @@ class TransformersWriter:
         batch = {k: batch[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
         most = self.settings["max_tokens"]
         with torch.no_grad():
-            made = self.model.generate(
+            output = self.model.generate(
                 **batch,
                 max_new_tokens=most,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        new = made[:, batch["input_ids"].shape[1] :]
-        said = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Reply(text) if (text := one.strip()) else _nothing() for one in said]
+        tokens = output[:, batch["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [Reply(text) if (text := one.strip()) else _nothing() for one in texts]
 
 
 class DiffusionWriter:
@@ -108,17 +108,17 @@ class DiffusionWriter:
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Reply]]:
         """Yield replies batch by batch, drawn (where the sampler draws) from seed 0."""
         for first in range(0, len(conversations), self.batch):
-            asked = [self._prompt(turns) for turns in conversations[first : first + self.batch]]
-            made = self.model.generate(asked, max_tokens=self.settings["max_tokens"])
-            for place, tokens in enumerate(made.tokens):
+            prompts = [self._prompt(turns) for turns in conversations[first : first + self.batch]]
+            generation = self.model.generate(prompts, max_tokens=self.settings["max_tokens"])
+            for place, tokens in enumerate(generation.tokens):
                 text = self.chat.decode(tokens)
                 yield first + place, Reply(text) if text else _nothing()
 
     def _prompt(self, turns: Conversation) -> Any:
-        said = {turn["role"]: turn["content"] for turn in turns}
-        if len(said) != len(turns) or set(said) - {"system", "user"}:
+        texts = {turn["role"]: turn["content"] for turn in turns}
+        if len(texts) != len(turns) or set(texts) - {"system", "user"}:
             raise DataError("a backbone is asked one question, with at most a system turn before")
-        return self.chat.encode(said["user"], system=said.get("system", ""), audio=False).tokens
+        return self.chat.encode(texts["user"], system=texts.get("system", ""), audio=False).tokens
 
 
 def model_name(model: Model) -> str:

@@ -55,13 +55,13 @@ class Corruption(NamedTuple):
     explanation: str
 
 
-def preference_row(row: ManifestRow, made: Corruption, source: str) -> ManifestRow:
+def preference_row(row: ManifestRow, corruption: Corruption, source: str) -> ManifestRow:
     """Add the published preference keys to a row; ``chosen`` is its ``target``."""
     return {
         **row,
         "chosen": row["target"],
-        "rejected": made.rejected,
-        "dpo_explanation": made.explanation,
+        "rejected": corruption.rejected,
+        "dpo_explanation": corruption.explanation,
         "dpo_source": source,
     }
 
@@ -90,17 +90,19 @@ def corrupt_row(row: ManifestRow, values: AttributeValues, seed: int = 0) -> Cor
         (seed, derive_seed(str(row.get("audio_id")), row.get("input") or ""))
     )
     known: Mapping[str, str] = row.get("attributes") or {}
-    found = []
+    corruptions = []
     for name, value in known.items():
         if name == "gender":
-            made = _other_gender(row["target"])
+            corruption = _other_gender(row["target"])
         elif name == "text":
-            made = _other_word(row["target"], str(row.get("transcription") or ""), values, rng)
+            corruption = _other_word(
+                row["target"], str(row.get("transcription") or ""), values, rng
+            )
         else:
-            made = _other_value(row["target"], name, value, values, rng)
-        if made:
-            found.append(made)
-    return found[int(rng.integers(len(found)))] if found else None
+            corruption = _other_value(row["target"], name, value, values, rng)
+        if corruption:
+            corruptions.append(corruption)
+    return corruptions[int(rng.integers(len(corruptions)))] if corruptions else None
 
 
 def _other_gender(text: str) -> Corruption | None:
@@ -108,7 +110,7 @@ def _other_gender(text: str) -> Corruption | None:
     pattern = re.compile(rf"\b({'|'.join(swap)})\b", re.IGNORECASE)
     if not (first := pattern.search(text)):
         return None
-    changed = pattern.sub(lambda found: _cased(swap[found[0].lower()], found[0]), text)
+    changed = pattern.sub(lambda match: _cased(swap[match[0].lower()], match[0]), text)
     return Corruption(changed, "gender", f"gender: {swap[first[0].lower()]}, not {first[0]}")
 
 
@@ -120,15 +122,15 @@ def _other_value(
     if not others or len(pattern.findall(text)) != 1:  # twice: it may stand for something else
         return None
     other = others[int(rng.integers(len(others)))]
-    changed = pattern.sub(lambda found: _cased(other, found[0]), text)
+    changed = pattern.sub(lambda match: _cased(other, match[0]), text)
     return Corruption(changed, name, f"{name}: {other}, not {value}")
 
 
-def _other_word(text: str, said: str, values: AttributeValues, rng: Rng) -> Corruption | None:
+def _other_word(text: str, transcript: str, values: AttributeValues, rng: Rng) -> Corruption | None:
     """Change one word of the transcript where the answer repeats it whole."""
-    at = text.lower().find(said.lower()) if said else -1
-    words = list(re.finditer(r"[\w']+", said))
-    others = [word for word in values.words if word not in said.lower().split()]
+    at = text.lower().find(transcript.lower()) if transcript else -1
+    words = list(re.finditer(r"[\w']+", transcript))
+    others = [word for word in values.words if word not in transcript.lower().split()]
     if at < 0 or not words or not others:
         return None
     word = words[int(rng.integers(len(words)))]
@@ -147,14 +149,14 @@ def pairs_from_labels(
     rows: Sequence[ManifestRow], faults: list[Fault], seed: int = 0
 ) -> list[ManifestRow]:
     """Pair every row's answer with a corrupted one, by its attributes alone, without a model."""
-    values, made = AttributeValues(rows), []
+    values, pairs = AttributeValues(rows), []
     for number, row in enumerate(rows, start=1):
-        found = corrupt_row(row, values, seed)
-        if found is None:
+        corruption = corrupt_row(row, values, seed)
+        if corruption is None:
             faults.append(Fault(number, "has an answer that names none of its attributes"))
         else:
-            made.append(preference_row(row, found, f"labels_{found.attribute}_v1"))
-    return made
+            pairs.append(preference_row(row, corruption, f"labels_{corruption.attribute}_v1"))
+    return pairs
 
 
 def pairs_from_writer(
@@ -178,15 +180,15 @@ def pairs_from_writer(
     for number, (_, name) in named.items():
         if not name:
             faults.append(Fault(number, "knows no attribute to get wrong"))
-    kept = {n: (row, name) for n, (row, name) in named.items() if name}
-    replies = write_all(writer, [_corruption_turns(row, name) for row, name in kept.values()])
+    usable = {n: (row, name) for n, (row, name) in named.items() if name}
+    replies = write_all(writer, [_corruption_turns(row, name) for row, name in usable.values()])
     pairs: dict[int, ManifestRow] = {}
-    for (number, (row, name)), reply in zip(kept.items(), replies, strict=True):
-        made = reply.fault or _parsed(strip_thinking(reply.text), row["target"], name)
-        if isinstance(made, str):
-            faults.append(Fault(number, made))
+    for (number, (row, name)), reply in zip(usable.items(), replies, strict=True):
+        corruption = reply.fault or _parsed(strip_thinking(reply.text), row["target"], name)
+        if isinstance(corruption, str):
+            faults.append(Fault(number, corruption))
         else:
-            pairs[number] = preference_row(row, made, f"openqa_{writer.name}_v1")
+            pairs[number] = preference_row(row, corruption, f"openqa_{writer.name}_v1")
     if judged:
         pairs = _keep_clear_pairs(pairs, writer, faults, seed)
     faults.sort()
@@ -207,18 +209,18 @@ def _row_notes(row: ManifestRow) -> str:
 
 def _corruption_turns(row: ManifestRow, attribute: str) -> Conversation:
     what = "one word of what is said" if attribute == "text" else f"the {attribute}"
-    asked = f"{_row_notes(row)}Right answer: {row['target']}"
-    return conversation(asked, CORRUPTION_PROMPT.format(attribute=what))
+    prompt = f"{_row_notes(row)}Right answer: {row['target']}"
+    return conversation(prompt, CORRUPTION_PROMPT.format(attribute=what))
 
 
 def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
     """Read a forger's JSON, fenced or not; a text says why the pair is of no use."""
     inner = re.search(r"\{.*\}", text, flags=re.DOTALL)
     try:
-        found = json.loads(inner[0]) if inner else {}
+        fields = json.loads(inner[0]) if inner else {}
     except json.JSONDecodeError:
-        found = {}
-    rejected = found.get("rejected")  # what is between braces is a mapping
+        fields = {}
+    rejected = fields.get("rejected")  # what is between braces is a mapping
     if not isinstance(rejected, str):
         return f"the reply is not the JSON asked for: {text[:80]!r}"
     if reason := answer_fault(rejected):
@@ -228,7 +230,7 @@ def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
     longer = len(rejected.split()) / max(len(target.split()), 1)
     if not 0.5 <= longer <= 2:  # length alone would tell the two apart
         return f"the rejected answer is {longer:.1f} times as long as the chosen one"
-    return Corruption(rejected.strip(), attribute, str(found.get("explanation") or attribute))
+    return Corruption(rejected.strip(), attribute, str(fields.get("explanation") or attribute))
 
 
 def _keep_clear_pairs(
@@ -238,16 +240,16 @@ def _keep_clear_pairs(
     for row in pairs.values():
         first = derive_seed(seed, "order", str(row.get("audio_id"))) % 2  # no side is always right
         answers = (row["chosen"], row["rejected"])[:: -1 if first else 1]
-        asked = f"{_row_notes(row)}A: {answers[0]}\nB: {answers[1]}"
-        turns.append(conversation(asked, JUDGE_PROMPT))
+        prompt = f"{_row_notes(row)}A: {answers[0]}\nB: {answers[1]}"
+        turns.append(conversation(prompt, JUDGE_PROMPT))
         right.append("B" if first else "A")
-    kept: dict[int, ManifestRow] = {}
+    clear: dict[int, ManifestRow] = {}
     replies = write_all(writer, turns)
     for (number, row), reply, letter in zip(pairs.items(), replies, right, strict=True):
-        said = re.match(r"\W*([ABC])\b", strip_thinking(reply.text))
-        if said and said[1] == letter:
-            kept[number] = row
+        verdict = re.match(r"\W*([ABC])\b", strip_thinking(reply.text))
+        if verdict and verdict[1] == letter:
+            clear[number] = row
         else:
-            told = reply.fault or f"the judge said {reply.text[:20]!r}"
-            faults.append(Fault(number, f"the chosen answer is not clearly better: {told}"))
-    return kept
+            reason = reply.fault or f"the judge said {reply.text[:20]!r}"
+            faults.append(Fault(number, f"the chosen answer is not clearly better: {reason}"))
+    return clear

@@ -43,9 +43,11 @@ class EndpointWriter:
         cancel = threading.Event()
         failure: DataError | None = None
         with ThreadPoolExecutor(self.workers) as pool:
-            asked = {pool.submit(self._ask, one, cancel): i for i, one in enumerate(conversations)}
+            futures = {
+                pool.submit(self._ask, one, cancel): i for i, one in enumerate(conversations)
+            }
             try:
-                for future in as_completed(asked):
+                for future in as_completed(futures):
                     try:
                         reply = future.result()
                     except DataError as error:
@@ -53,7 +55,7 @@ class EndpointWriter:
                         cancel.set()
                     else:
                         if reply is not None:
-                            yield asked[future], reply
+                            yield futures[future], reply
             finally:  # the caller may leave early: what has not begun need not
                 cancel.set()
         if failure:

@@ -38,10 +38,10 @@ def measure_clip(path: Path, measured: bool = True) -> Measurement:
     from diffa.audio import prepare
 
     try:
-        found = measure_speech(prepare(path, RATE).numpy())
+        measures = measure_speech(prepare(path, RATE).numpy())
     except AudioError as error:
         return Measurement(0.0, None, str(error))
-    return Measurement(found.duration, found)
+    return Measurement(measures.duration, measures)
 
 
 def measure_clips(clips: Sequence[Clip], *, measured: bool, workers: int) -> Iterator[Measurement]:
@@ -146,8 +146,8 @@ def _transcribe(clips: Sequence[Clip], transcriber: Transcriber | None) -> list[
 
 def sample_clips(clips: Sequence[Clip], count: int, seed: int = 0) -> list[Clip]:
     """Choose ``count`` clips at random, the same whatever order they come in; in file order."""
-    chosen = sorted(clips, key=lambda clip: derive_seed(seed, clip.audio_id))[:count]
-    return sorted(chosen, key=lambda clip: str(clip.path))
+    sampled = sorted(clips, key=lambda clip: derive_seed(seed, clip.audio_id))[:count]
+    return sorted(sampled, key=lambda clip: str(clip.path))
 
 
 def read_instructions(path: Path) -> list[str]:
@@ -160,8 +160,8 @@ def read_instructions(path: Path) -> list[str]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"instructions: {path} cannot be read: {error}") from error
-    kept: Iterable[str] = (line.strip() for line in text.splitlines())
-    found = [line for line in kept if line and not line.startswith("#")]
-    if not found:
+    lines: Iterable[str] = (line.strip() for line in text.splitlines())
+    instructions = [line for line in lines if line and not line.startswith("#")]
+    if not instructions:
         raise DataError(f"instructions: {path} holds none; write one per line")
-    return found
+    return instructions

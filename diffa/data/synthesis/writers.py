@@ -55,30 +55,30 @@ class CachedWriter:
     def __init__(self, writer: Writer, folder: str | os.PathLike[str]) -> None:
         self.writer, self._replies = writer, ReplyCache(folder)
         self.name, self.settings, self.folder = writer.name, writer.settings, self._replies.folder
-        self.found = 0
+        self.num_cached = 0
 
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Reply]]:
         """Yield the replies that are kept, then those of the model, which are kept at once."""
         missing: list[int] = []
         for index, turns in enumerate(conversations):
-            text = (self._replies.get(self._asked(turns)) or {}).get("text")
+            text = (self._replies.get(self._request(turns)) or {}).get("text")
             if text is None:
                 missing.append(index)
             else:
-                self.found += 1
+                self.num_cached += 1
                 yield index, Reply(text)
         for place, reply in self.writer.write([conversations[index] for index in missing]):
             if not reply.fault:
                 self._keep(conversations[missing[place]], reply.text)
             yield missing[place], reply
 
-    def _asked(self, turns: Conversation) -> list[Any]:
+    def _request(self, turns: Conversation) -> list[Any]:
         return [self.name, self.settings, [dict(turn) for turn in turns]]
 
     def _keep(self, turns: Conversation, text: str) -> None:
         whole = {"model": self.name, "messages": [dict(turn) for turn in turns], "text": text}
         try:
-            self._replies.put(self._asked(turns), whole)
+            self._replies.put(self._request(turns), whole)
         except OSError as error:
             raise DataError(f"a reply cannot be kept in {self.folder}: {error}") from error
 

@@ -31,17 +31,17 @@ class TokenLabel(NamedTuple):
     source: int | None = None
 
 
-def transcript_words(words: Sequence[str], spoken: int) -> list[str]:
-    """Return the spoken words of an audio text from token ``spoken`` on, every word once."""
+def transcript_words(words: Sequence[str], start: int) -> list[str]:
+    """Return the spoken words of an audio text from token ``start`` on, every word once."""
     return [
         words[i]
-        for i in range(spoken, len(words))
-        if words[i] != BLANK and (i == spoken or words[i - 1] != words[i])
+        for i in range(start, len(words))
+        if words[i] != BLANK and (i == start or words[i - 1] != words[i])
     ]
 
 
-def label_tokens(words: Sequence[str], said: Sequence[str]) -> list[TokenLabel]:
-    """Label the tokens of a prompt and its answer about a recording in which ``said`` is spoken.
+def label_tokens(words: Sequence[str], transcript: Sequence[str]) -> list[TokenLabel]:
+    """Label the tokens of a prompt and its answer about a recording with this transcript.
 
     Fields: ``number`` names an answer's word by its place in the recording, from "first", and is
     BLANK for a word that repeats none; ``letter`` stands beside the words of choices; ``word`` is
@@ -55,25 +55,25 @@ def label_tokens(words: Sequence[str], said: Sequence[str]) -> list[TokenLabel]:
         right = [choice.place for choice in choices if choice.word == answer[0]]
         meant = [TokenLabel(begin, "word", answer[2], right[0])] if right else []
         return [*choices, *meant, *_label_place(words, begin)]
-    return [*_label_place(words, begin)] or [*_label_transcript(answer, begin, said)]
+    return [*_label_place(words, begin)] or [*_label_transcript(answer, begin, transcript)]
 
 
 def _label_place(words: Sequence[str], begin: int) -> Iterator[TokenLabel]:
     """Label the one digit of an answer to a question for the digit at a place."""
-    asked = [name for name in ORDINALS if name in words[:begin]]
+    ordinals = [name for name in ORDINALS if name in words[:begin]]
     digits = [i for i in range(begin, len(words)) if words[i] in DIGIT_WORDS]
-    if len(asked) == 1 and len(digits) == 1:
-        yield TokenLabel(digits[0], "number", asked[0])
+    if len(ordinals) == 1 and len(digits) == 1:
+        yield TokenLabel(digits[0], "number", ordinals[0])
 
 
 def _label_transcript(
-    answer: Sequence[str], begin: int, said: Sequence[str]
+    answer: Sequence[str], begin: int, transcript: Sequence[str]
 ) -> Iterator[TokenLabel]:
     """Label a transcript, or a caption, which tells what is said from "says" to "over"."""
     digits = [word for word in answer if word in DIGIT_WORDS]
     caption = any(word in ("say", "says") for word in answer)
     only_digits = all(word in DIGIT_WORDS or word.startswith("<|") for word in answer)
-    if not caption and not (only_digits and digits == list(said)):
+    if not caption and not (only_digits and digits == list(transcript)):
         return
     copying, place = not caption, 0
     for i, word in enumerate(answer, start=begin):

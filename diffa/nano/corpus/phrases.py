@@ -39,16 +39,16 @@ def paraphrase(phrase: str, task: str, rng: np.random.Generator) -> str:
 
     With fixed phrases a small language model keys on single words. No held-out phrase is returned.
     """
-    said, mark = phrase[:-1], phrase[-1]
-    said = _SUFFIX.sub("", said) or said
+    stem, mark = phrase[:-1], phrase[-1]
+    stem = _SUFFIX.sub("", stem) or stem
     if rng.random() < 0.6:
-        said += SUFFIXES[int(rng.integers(len(SUFFIXES)))]
+        stem += SUFFIXES[int(rng.integers(len(SUFFIXES)))]
     if mark == "." and rng.random() < 0.5:
-        polite = said.startswith("Please ")
-        said = said[7].upper() + said[8:] if polite else f"Please {said[0].lower()}{said[1:]}"
+        polite = stem.startswith("Please ")
+        stem = stem[7].upper() + stem[8:] if polite else f"Please {stem[0].lower()}{stem[1:]}"
     if rng.random() < 0.3:
-        words = said.split(" ")
-        kept = [word for word in words if "{" in word or rng.random() >= _DROP_SHARE]
-        said = " ".join(kept if len(kept) > 1 else words)
-    made = said + mark
-    return phrase if made in phrases(task, held_out=True) else made
+        words = stem.split(" ")
+        remaining = [word for word in words if "{" in word or rng.random() >= _DROP_SHARE]
+        stem = " ".join(remaining if len(remaining) > 1 else words)
+    result = stem + mark
+    return phrase if result in phrases(task, held_out=True) else result

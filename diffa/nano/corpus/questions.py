@@ -75,7 +75,7 @@ def transcript(labels: Labels, silence: str = "nothing") -> str:
 
 
 def true_answer(task: str, labels: Labels, place: int = 0) -> str | None:
-    """Return the true answer to an open question, or None if it cannot be heard."""
+    """Return the true answer to an open question, or None if it is not audible."""
     digits = labels.digits
     if task in ("melody", "notes"):
         melody = labels.melody
@@ -127,7 +127,7 @@ def _voice_answer(task: str, labels: Labels) -> str | None:
 
 
 def write_caption(labels: Labels) -> str | None:
-    """Return a sentence of at most 23 words; None if a part of it cannot be heard."""
+    """Return a sentence of at most 23 words; None if a part of it is not audible."""
     if labels.melody:
         return f"A {labels.melody.direction} melody of {DIGIT_WORDS[labels.melody.notes]} notes."
     if not labels.digits:
@@ -222,6 +222,6 @@ def draw_instruction(
     weights = np.array([TASK_WEIGHTS[task] for task in open_to])
     task = open_to[int(rng.choice(len(open_to), p=weights / weights.sum()))]
     choice = task not in ("transcribe", "caption") and rng.random() < 0.4
-    made = make_instruction(task, labels, rng, choice, held_out, paraphrase_share)
-    assert made is not None
-    return made
+    instruction = make_instruction(task, labels, rng, choice, held_out, paraphrase_share)
+    assert instruction is not None
+    return instruction

@@ -38,7 +38,7 @@ class Scene(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The audible labels; a field is None (or empty) if it cannot be heard.
+    """The audible labels; a field is None (or empty) if it is not audible.
 
     speed: digits per second between the first and the last onset, in bands (SPEEDS).
     loudness: root mean square level of speech, or of a sound alone, in bands (LEVELS).
@@ -94,8 +94,8 @@ def _assign_voices(rng: Rng, voices: list[Voice], count: int, duet: bool) -> tup
 def _draw_voice(rng: Rng, voices: list[Voice]) -> Voice:
     """Draw a real person in half of the cases, a synthetic voice otherwise."""
     real = [voice for voice in voices if voice.real] or voices
-    made = [voice for voice in voices if not voice.real] or voices
-    pool = real if rng.random() < 0.5 else made
+    synthetic = [voice for voice in voices if not voice.real] or voices
+    pool = real if rng.random() < 0.5 else synthetic
     return pool[int(rng.integers(len(pool)))]
 
 
@@ -106,12 +106,15 @@ def _distinct(one: Voice, other: Voice) -> bool:
 
 def audible_accents(digits: tuple[int, ...], voices: tuple[Voice, ...]) -> tuple[str | None, ...]:
     """Return the accent of each digit's speaker; None if the speaker's digits do not reveal it."""
-    said = {
+    spoken_digits = {
         voice: tuple(d for d, v in zip(digits, voices, strict=True) if v == voice)
         for voice in set(voices)
     }
-    heard = {v: v.accent if v.real or accent_is_audible(v.accent, said[v]) else None for v in said}
-    return tuple(heard[voice] for voice in voices)
+    accents = {
+        v: v.accent if v.real or accent_is_audible(v.accent, spoken_digits[v]) else None
+        for v in spoken_digits
+    }
+    return tuple(accents[voice] for voice in voices)
 
 
 def speed_band(onsets: list[float]) -> Speed | None:

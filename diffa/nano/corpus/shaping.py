@@ -33,8 +33,8 @@ def trim(wave: Wave, below: float = 35.0, hop: int = 160) -> Wave:
     if count < 4:
         return wave
     power = np.square(wave[: count * hop]).reshape(count, hop).mean(1)
-    heard = np.flatnonzero(power > power.max() * 10 ** (-below / 10))
-    start, stop = max(heard[0] - 1, 0) * hop, min(heard[-1] + 2, count) * hop
+    audible = np.flatnonzero(power > power.max() * 10 ** (-below / 10))
+    start, stop = max(audible[0] - 1, 0) * hop, min(audible[-1] + 2, count) * hop
     return fade(wave[start:stop])
 
 

@@ -25,12 +25,12 @@ class AudioText(NamedTuple):
 
 def named_voices() -> list[Voice]:
     """Return every kind of voice by name; no recordings are needed."""
-    made = [
+    synthetic = [
         Voice(f"{accent} {gender}", gender, accent, False)
         for accent in LANGUAGES
         for gender in VARIANTS
     ]
-    return [Voice(name, "man", accent, True) for name, accent in ACCENTS.items()] + made
+    return [Voice(name, "man", accent, True) for name, accent in ACCENTS.items()] + synthetic
 
 
 class AudioTexts:
@@ -76,16 +76,24 @@ class AudioTexts:
     def __getitem__(self, index: int) -> AudioText:
         rng = np.random.default_rng((self.seed, index))
         labels = scene_labels(draw_scene(rng, self.named_voices, self.max_digits))
-        said = tuple(task for task in self.tasks if task in TRANSCRIPT_TASKS)
+        transcript_tasks = tuple(task for task in self.tasks if task in TRANSCRIPT_TASKS)
         # Stage 1 and the semantic-only ablation have no acoustic slots.
-        deaf = bool(said) and (rng.random() < 0.25 or said == self.tasks)
-        deaf = deaf and any(true_answer(task, labels) for task in said)
-        tasks = said if deaf else self.tasks
+        without_acoustics = bool(transcript_tasks) and (
+            rng.random() < 0.25 or transcript_tasks == self.tasks
+        )
+        without_acoustics = without_acoustics and any(
+            true_answer(task, labels) for task in transcript_tasks
+        )
+        tasks = transcript_tasks if without_acoustics else self.tasks
         instructions = tuple(
             draw_instruction(labels, rng, tasks, paraphrase_share=self.paraphrase_share)
             for _ in range(self.questions_per_sample)
         )
-        acoustic = () if deaf else spread_words(acoustic_words(labels), self.acoustic_slots, rng)
+        acoustic = (
+            ()
+            if without_acoustics
+            else spread_words(acoustic_words(labels), self.acoustic_slots, rng)
+        )
         return AudioText(acoustic, self._semantic(labels, rng), instructions, labels)
 
     def _semantic(self, labels: Labels, rng: Rng) -> tuple[str, ...]:
@@ -93,11 +101,11 @@ class AudioTexts:
         slots = [BLANK] * self._draw_pause(rng)
         for digit in labels.digits:
             # An adapter taught by CTC writes most words into a single slot.
-            heard = 1 + int(rng.random() < 0.1 * self.pace)
-            length = heard + int(rng.integers(0, 6) * self.pace)
-            before = int(rng.integers(0, length - heard + 1))
-            slots += [BLANK] * before + [DIGIT_WORDS[digit]] * heard
-            slots += [BLANK] * (length - heard - before + self._draw_pause(rng))
+            repeats = 1 + int(rng.random() < 0.1 * self.pace)
+            length = repeats + int(rng.integers(0, 6) * self.pace)
+            before = int(rng.integers(0, length - repeats + 1))
+            slots += [BLANK] * before + [DIGIT_WORDS[digit]] * repeats
+            slots += [BLANK] * (length - repeats - before + self._draw_pause(rng))
         if not labels.digits:
             slots += [BLANK] * int(rng.integers(10, 40))
         return tuple(slots)

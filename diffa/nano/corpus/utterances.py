@@ -57,15 +57,15 @@ class Utterances:
         return draw_scene(np.random.default_rng((self.seed, index)), self.voices, self.max_digits)
 
     def __getitem__(self, index: int) -> Utterance:
-        kept = self._cache.get((index, self.max_digits))
-        if kept is not None:
-            return kept
+        cached = self._cache.get((index, self.max_digits))
+        if cached is not None:
+            return cached
         rng = np.random.default_rng((self.seed, index))
         scene = draw_scene(rng, self.voices, self.max_digits)
-        made = self.render(scene, rng)
+        utterance = self.render(scene, rng)
         if len(self._cache) < self.cached_utterances:
-            self._cache[index, self.max_digits] = made
-        return made
+            self._cache[index, self.max_digits] = utterance
+        return utterance
 
     def render(self, scene: Scene, rng: Rng) -> Utterance:
         """Render a scene as sound, with its digits' boundaries and audible labels."""
@@ -79,8 +79,8 @@ class Utterances:
     def _render_speech(self, scene: Scene, rng: Rng) -> Utterance:
         period = 1 / rng.uniform(*_onset_rates(scene)) if scene.speed else None
         pieces, spans = self._place_digits(scene, period, rng)
-        kept = len(spans)
-        digits, voices = scene.digits[:kept], scene.voices[:kept]
+        count = len(spans)
+        digits, voices = scene.digits[:count], scene.voices[:count]
         wave = np.concatenate(pieces)
         if scene.sound:
             wave = wave + _background(scene, len(wave), rng) * 10 ** (_loudness(wave, spans) / 20)

@@ -1,4 +1,4 @@
-"""nano's closed vocabulary and its tokenizer in Hugging Face's files."""
+"""The closed vocabulary of nano and its tokenizer in Hugging Face's files."""
 
 import json
 import re

@@ -90,5 +90,5 @@ def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wav
         with atomic_write(path, sync=False) as file:
             options = ["-v", voice, "-p", pitch, "-s", str(rate), "-w", str(file)]
             subprocess.run([program, *options, DIGIT_WORDS[digit]], check=True, capture_output=True)
-    wave, found = soundfile.read(path, dtype="float32")
-    return trim(resample(np.asarray(wave, dtype=np.float32), found, RATE))
+    wave, found_rate = soundfile.read(path, dtype="float32")
+    return trim(resample(np.asarray(wave, dtype=np.float32), found_rate, RATE))

@@ -104,7 +104,7 @@ def test_kept_replies_are_not_asked_for_again(tmp_path: Path) -> None:
         second = CachedWriter(remote(server), tmp_path)
         replies = write_all(second, [conversation("b"), conversation("c"), conversation("a")])
     assert [reply.text for reply in replies] == ["<b>", "<c>", "<a>"]
-    assert len(server.asked) == 3 and second.found == 2
+    assert len(server.asked) == 3 and second.num_cached == 2
 
 
 def test_other_sampling_is_another_reply(tmp_path: Path) -> None:
