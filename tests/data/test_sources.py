@@ -65,9 +65,9 @@ def test_a_source_of_a_third_party_feeds_a_recipe_with_its_own_options(tones, wo
                 "name": "align",
                 "data": [{"source": "tones", "options": {"count": 6, "answers": ["low", "two"]}}],
                 "train": ["adapters"],
-                "steps": 2,
-                "batch": 2,
-                "save": 2,
+                "max_steps": 2,
+                "batch_size": 2,
+                "save_steps": 2,
             }
         ],
     }
