@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -58,7 +59,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Put measured tables, and options of recipes, where a page asks for them."""
-    markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda found: table(found[1]), markdown)
+    markdown = re.sub(r"<!-- table: ([\w-]+) -->", lambda match: table(match[1]), markdown)
     if "<!-- recipe options -->" in markdown:
         markdown = markdown.replace("<!-- recipe options -->", "\n".join(sections()))
     return markdown.replace("<!-- scale: assumptions -->", assumptions())
@@ -110,7 +111,7 @@ def part_section(kind: str, part: Any) -> Iterator[str]:
     yield prose(cls) + "\n"
     if part.extras:
         yield f"Needs `pip install '{part.dist}[{','.join(part.extras)}]'`.\n"
-    told, options = option_descriptions(cls), read_schema(cls).options
+    meanings, options = option_descriptions(cls), read_schema(cls).options
     if not options:
         yield "It has no options.\n"
         return
@@ -121,7 +122,7 @@ def part_section(kind: str, part: Any) -> Iterator[str]:
             cell(describe_type(option.hint)),
             f"`{json.dumps(plain(option.default))}`",
         ]
-        yield f"| {' | '.join(cells)} | {cell(told.get(name, ''))} |"
+        yield f"| {' | '.join(cells)} | {cell(meanings.get(name, ''))} |"
     yield ""
 
 
@@ -138,7 +139,9 @@ def cell(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A default as JSON would hold it."""
+    """Return a default as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, tuple | list) else value
@@ -146,11 +149,10 @@ def plain(value: Any) -> Any:
 
 def sections() -> Iterator[str]:
     """The sections of a recipe with their options, as their classes declare them."""
-    import dataclasses
     import typing
 
     from diffa.spec.schema import describe_type
-    from diffa.trainers import config_sections as held
+    from diffa.trainers import config_sections
 
     titles = {
         "RecipeConfig": "Recipe", "StageConfig": "Stage", "DataConfig": "Data",
@@ -158,15 +160,15 @@ def sections() -> Iterator[str]:
         "EvaluationConfig": "Evaluation", "CacheConfig": "Feature cache",
     }  # fmt: skip
     for name, title in titles.items():
-        cls = getattr(held, name)
+        cls = getattr(config_sections, name)
         hints = typing.get_type_hints(cls)
         yield f"### {title}\n\n{prose(cls)}\n\n| option | type | default |\n|---|---|---|"
         for field in dataclasses.fields(cls):
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            shown = json.dumps(plain(default))
-            yield f"| `{field.name}` | {cell(describe_type(hints[field.name]))} | `{shown}` |"
+            text = json.dumps(plain(default))
+            yield f"| `{field.name}` | {cell(describe_type(hints[field.name]))} | `{text}` |"
         yield ""
 
 
@@ -175,11 +177,11 @@ def assumptions() -> str:
     path = ROOT / "benchmarks" / "results" / "scale.json"
     if not path.is_file():
         return ""
-    held = json.loads(path.read_text())
-    reached = held["tflops"] * held["mfu"]
+    figures = json.loads(path.read_text())
+    reached = figures["tflops"] * figures["mfu"]
     return (
-        f"Assumed: {held['gpu']}, {held['tflops']:g} TFLOP/s in dense bfloat16, of which "
-        f"{held['mfu']:.0%} is reached ({reached:.0f} TFLOP/s)."
+        f"Assumed: {figures['gpu']}, {figures['tflops']:g} TFLOP/s in dense bfloat16, of which "
+        f"{figures['mfu']:.0%} is reached ({reached:.0f} TFLOP/s)."
     )
 
 
@@ -208,18 +210,18 @@ def command_sections(command: Any, name: str) -> Iterator[str]:
 
 def parameter_table(command: Any) -> Iterator[str]:
     """The arguments and options of a command."""
-    shown = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
-    if not shown:
+    visible = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
+    if not visible:
         return
     yield "| argument or option | default | meaning |\n|---|---|---|"
-    for parameter in shown:
+    for parameter in visible:
         names = ", ".join(f"`{o}`" for o in [*parameter.opts, *parameter.secondary_opts])
         if parameter.param_type_name == "argument":
             names = f"`{(parameter.metavar or parameter.name).upper()}`"
         default = parameter.default
-        said = "" if default is None or callable(default) or default == "" else f"`{default}`"
-        said = "" if "Sentinel" in said else said
-        yield f"| {names} | {said} | {cell(getattr(parameter, 'help', '') or '')} |"
+        text = "" if default is None or callable(default) or default == "" else f"`{default}`"
+        text = "" if "Sentinel" in text else text
+        yield f"| {names} | {text} | {cell(getattr(parameter, 'help', '') or '')} |"
     yield ""
 
 
@@ -228,8 +230,8 @@ def table(name: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not path.is_file():
         return f"*Not measured yet: `benchmarks/results/{name}.json` is missing.*"
-    held = json.loads(path.read_text())
-    rows = held["rows"] if isinstance(held, dict) else held
+    data = json.loads(path.read_text())
+    rows = data["rows"] if isinstance(data, dict) else data
     heads = [head for head, value in rows[0].items() if not isinstance(value, dict)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]

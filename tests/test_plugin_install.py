@@ -88,24 +88,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_installed_adapter_is_used_by_name_beside_a_broken_plugin(site: Path) -> None:
-    found = json.loads(run("-c", USE, site=site, cwd=site.parent))
-    assert found["embeds"] == [1, 10, 64]  # 50 frames, five at a time
-    assert found["tokens"] == 4
-    assert Path(found["home"]).is_relative_to(site)
-    assert found["broken"] == []
-    assert found["conv"] == "diffa.adapters.conv"  # diffa's own name always means diffa's
+    result = json.loads(run("-c", USE, site=site, cwd=site.parent))
+    assert result["embeds"] == [1, 10, 64]  # 50 frames, five at a time
+    assert result["tokens"] == 4
+    assert Path(result["home"]).is_relative_to(site)
+    assert result["broken"] == []
+    assert result["conv"] == "diffa.adapters.conv"  # diffa's own name always means diffa's
 
 
 def test_a_plugins_own_tests_pass_where_it_is_installed(site: Path, tmp_path: Path) -> None:
     shutil.copytree(PLUGIN / "tests", tmp_path / "tests")
     shutil.copy(PLUGIN / "pyproject.toml", tmp_path)
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", site=site, cwd=tmp_path)
-    assert "passed" in said and "failed" not in said
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", site=site, cwd=tmp_path)
+    assert "passed" in output and "failed" not in output
 
 
 def test_plugins_lists_what_is_broken_and_why(site: Path) -> None:
-    said = run("-m", "diffa", "plugins", "--json", site=site, cwd=site.parent)
-    health = {(row["kind"], row["name"]): row["health"] for row in json.loads(said)}
+    output = run("-m", "diffa", "plugins", "--json", site=site, cwd=site.parent)
+    health = {(row["kind"], row["name"]): row["health"] for row in json.loads(output)}
     assert health["adapter", "average"] == "works"
     assert health["adapter", "conv"] == "works"
     assert "a_package_that_nobody_has" in health["adapter", "missing"]
@@ -117,6 +117,6 @@ def test_plugins_lists_what_is_broken_and_why(site: Path) -> None:
 
 
 def test_naming_a_broken_part_says_whose_it_is(site: Path) -> None:
-    said = run("-c", FAIL, site=site, cwd=site.parent).strip().splitlines()
-    assert len(said) == 5, said
-    assert all("broken-diffa" in line for line in said), said
+    output = run("-c", FAIL, site=site, cwd=site.parent).strip().splitlines()
+    assert len(output) == 5, output
+    assert all("broken-diffa" in line for line in output), output

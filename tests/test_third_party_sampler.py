@@ -76,11 +76,11 @@ def test_it_conforms_and_answers(package, tmp_path):
     model = diffa.build({**spec, "sampler": {"name": "acme-backwards", "sure": False}})
     assert type(model.sampler).__name__ == "Backwards" and model.sampler.sure is False
     steps: list[list[bool]] = []
-    made = model.generate(
+    model = model.generate(
         torch.tensor([7, 8, 9]), torch.zeros(16000), max_tokens=4,
         on_step=lambda step: steps.append(step.final[0].tolist()),
     )  # fmt: skip
-    assert made.num_forwards == 4
+    assert model.num_forwards == 4
     assert steps == [[column >= 3 - n for column in range(4)] for n in range(4)]
     with pytest.raises(SpecError, match="shure: unknown option, did you mean 'sure'"):
         diffa.build({**spec, "sampler": {"name": "acme-backwards", "shure": 1}})

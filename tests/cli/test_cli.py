@@ -86,9 +86,9 @@ def test_ask_in_json_names_the_spec_that_answered(diffa_, fake, mine):
     done = diffa_(
         "ask", "a.wav", "Who?", "--spec", mine, "--json", "--set", "sampler.block_length=4"
     )
-    found = json.loads(done.out)
-    assert found["text"] == "a.wav: Who?" and found["tokens"] == [1, 2]
-    assert found["digest"] == fake["spec"].digest() != diffa.Spec.read(mine).digest()
+    result = json.loads(done.out)
+    assert result["text"] == "a.wav: Who?" and result["tokens"] == [1, 2]
+    assert result["digest"] == fake["spec"].digest() != diffa.Spec.read(mine).digest()
     assert fake["spec"].resolve().data["sampler"]["block_length"] == 4
 
 
@@ -207,9 +207,9 @@ def test_spec_show_prints_what_can_be_read_back(diffa_, mine):
     done = diffa_(
         "spec", "show", mine, "--sampler-preset", "slow", "--set", "train=[adapters, backbone]"
     )
-    shown = diffa.Spec.read(yaml.safe_load(done.out))
-    assert shown.data["train"] == ["adapters", "backbone"]
-    assert shown.digest() in done.err and shown.data["sampler"]["block_length"] == 32
+    printed = diffa.Spec.read(yaml.safe_load(done.out))
+    assert printed.data["train"] == ["adapters", "backbone"]
+    assert printed.digest() in done.err and printed.data["sampler"]["block_length"] == 32
     assert (
         json.loads(diffa_("spec", "show", mine, "--json").out)["sampler_presets"]["slow"][
             "block_length"
@@ -221,17 +221,17 @@ def test_spec_show_prints_what_can_be_read_back(diffa_, mine):
 def test_spec_check_tells_good_from_bad(diffa_, mine):
     done = diffa_("spec", "check", mine)
     assert done.code == 0 and diffa.Spec.read(mine).digest() in done.out
-    found = json.loads(diffa_("spec", "check", mine, "--json").out)
-    assert found["ok"] is True
+    result = json.loads(diffa_("spec", "check", mine, "--json").out)
+    assert result["ok"] is True
     done = diffa_(
         "spec", "check", mine, "--json", "--set", "sampler.block_length=x", "--set", "train=3"
     )
     assert done.code == 2
-    found = json.loads(done.out)
+    result = json.loads(done.out)
     assert (
-        found["ok"] is False
-        and "sampler.block_length" in found["error"]
-        and "train" in found["error"]
+        result["ok"] is False
+        and "sampler.block_length" in result["error"]
+        and "train" in result["error"]
     )
 
 
@@ -241,14 +241,14 @@ def test_spec_list_names_every_preset(diffa_):
 
 def test_spec_show_counts_parameters_without_weights(diffa_):
     rows = json.loads(diffa_("spec", "show", "diffa-1", "--parameters", "--json").out)
-    found = {row["part"]: row for row in rows}
-    assert found["adapters.acoustic"]["parameters"] == 22_251_776  # facts/diffa.md 2.8
-    assert found["adapters.semantic"]["parameters"] == 14_369_280
-    assert found["backbone"]["parameters"] == 8_015_581_184
-    assert found["adapters.semantic"]["rate"] == "12.5/s"
-    assert found["adapters.acoustic"]["rate"] == "64 in all"
-    assert (found["encoder"]["width"], found["backbone"]["width"]) == (768, 4096)
-    assert found["sum"]["trained"] == 22_251_776 + 14_369_280
+    result = {row["part"]: row for row in rows}
+    assert result["adapters.acoustic"]["parameters"] == 22_251_776  # facts/diffa.md 2.8
+    assert result["adapters.semantic"]["parameters"] == 14_369_280
+    assert result["backbone"]["parameters"] == 8_015_581_184
+    assert result["adapters.semantic"]["rate"] == "12.5/s"
+    assert result["adapters.acoustic"]["rate"] == "64 in all"
+    assert (result["encoder"]["width"], result["backbone"]["width"]) == (768, 4096)
+    assert result["sum"]["trained"] == 22_251_776 + 14_369_280
     table = diffa_("spec", "show", "tiny", "--parameters").out
     assert "adapters.semantic" in table and "rate" in table.splitlines()[0]
 
@@ -276,9 +276,9 @@ def test_plugins_lists_a_broken_part_with_the_reason_and_the_rest(diffa_, site):
 def test_plugins_check_shows_the_schema(diffa_, site):
     install(site, "beta-diffa", {"adapter": {"puddle": "beta:Pool"}}, {"beta": POOL})
     registry.clear_scan()
-    found = json.loads(diffa_("plugins", "check", "adapter:beta-diffa:puddle", "--json").out)
-    assert found["wires"] == ["source", "width"]
-    assert found["options"][0] == {"option": "stride", "type": "int", "default": 4}
+    result = json.loads(diffa_("plugins", "check", "adapter:beta-diffa:puddle", "--json").out)
+    assert result["wires"] == ["source", "width"]
+    assert result["options"][0] == {"option": "stride", "type": "int", "default": 4}
     assert "stride" in diffa_("plugins", "check", "adapter:puddle").out
 
 
@@ -297,15 +297,15 @@ def test_doctor_judges_every_library_by_itself(site, monkeypatch):
     }.items():
         (site / f"{name}.py").write_text(code)
     monkeypatch.setattr("importlib.util.find_spec", _find_spec_without("peft"))
-    found = {f.name: f for f in examine(["einops", "timm", "peft", "huggingface_hub", "python"])}
-    assert found["einops"].state == "broken: OSError: libbroken.so" and found["einops"].blocks
-    assert found["timm"].state == "broken: the process was killed by signal 6"
-    assert not found["timm"].blocks  # optional
-    assert (found["peft"].state, found["peft"].note) == (
+    result = {f.name: f for f in examine(["einops", "timm", "peft", "huggingface_hub", "python"])}
+    assert result["einops"].state == "broken: OSError: libbroken.so" and result["einops"].blocks
+    assert result["timm"].state == "broken: the process was killed by signal 6"
+    assert not result["timm"].blocks  # optional
+    assert (result["peft"].state, result["peft"].note) == (
         "absent",
         "pip install 'diffa-audio[train]'",
     )
-    assert found["huggingface_hub"].state == found["python"].state == "works"
+    assert result["huggingface_hub"].state == result["python"].state == "works"
 
 
 def test_doctor_names_the_strangers_package_that_overwrites_diffa(site):
@@ -377,7 +377,7 @@ def test_ask_runs_from_file_to_text(diffa_, tmp_path):
     path = tmp_path / "noise.wav"
     soundfile.write(path, numpy.random.default_rng(0).normal(0, 0.1, 16000), 16000)
     done = diffa_("ask", path, "What?", "--spec", "tiny", "--max-tokens", 8, "--json")
-    found = json.loads(done.out)
-    assert len(found["tokens"]) == 8 and isinstance(found["text"], str)
+    result = json.loads(done.out)
+    assert len(result["tokens"]) == 8 and isinstance(result["text"], str)
     done = diffa_("transcribe", tmp_path / "none.wav", "--spec", "tiny")
     assert done.code == 1 and "none.wav" in done.err and done.out == ""
