@@ -18,7 +18,7 @@ from diffa.spec.docstrings import option_descriptions
 from diffa.spec.schema import read_schema
 
 # Packages that are still being rewritten. Empty at the end.
-PENDING = frozenset({"chat", })
+PENDING = frozenset({"chat"})
 
 MAX_WORDS = 25
 
