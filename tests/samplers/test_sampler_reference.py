@@ -161,6 +161,13 @@ def test_sampling_inverts_the_cumulative_probability() -> None:
     assert int(sample_categorical(even, 1.0, torch.full((1, 1), 0.5, dtype=torch.float64))) == 2
 
 
+def test_sampling_never_draws_an_excluded_token() -> None:
+    """Sums of float32 probabilities end a little below or above 1: draws follow the sum."""
+    logits = exclude_mask(raw_logits(9, (8, 50, 7)), 6)
+    draws = torch.full((8, 50), 1 - 1e-12, dtype=torch.float64)
+    assert bool((sample_categorical(logits, 1.0, draws) < 6).all())
+
+
 def test_guidance_moves_away_from_the_unconditional_logits() -> None:
     logits = raw_logits(8, (6, 3, 5))
     for scale in (0.0, 0.5, 2.0):
@@ -467,6 +474,7 @@ def test_padding_is_dropped_and_moved_to_the_right() -> None:
     slots = torch.tensor([[-1, 4, -1, 6], [2, -1, -1, -1], [-1, -1, -1, -1]])
     assert drop_padding(slots).tolist() == [[4, 6], [2, -1], [-1, -1]]
     assert drop_padding(torch.tensor([[3, 1, 2]])).tolist() == [[3, 1, 2]]
+    assert drop_padding(torch.tensor([[-1, 0, 4], [0, -1, -1]])).tolist() == [[0, 4], [0, -1]]
 
 
 def test_an_eos_fills_the_rest_once_no_mask_is_left_before_it() -> None:
@@ -531,9 +539,10 @@ class Keys:
     """A KV cache whose keys have moved by a known distance per slot."""
 
     def __init__(self, distance: Tensor) -> None:
-        self.distance, self.probe = distance, 0
+        self.distance, self.probe, self.calls = distance, 0, 0
 
     def drift(self, slots: Tensor) -> Tensor:
+        self.calls += 1
         return self.distance.gather(1, slots)
 
 
@@ -622,13 +631,16 @@ def test_drift_refreshes_the_prompt_where_its_keys_have_moved() -> None:
     for seed, probes in itertools.product(range(12), (1, 3, 16)):
         canvas, g = drafted_canvas(seed), generator(seed)
         keys = Keys(torch.rand(3, canvas.size, generator=g))
-        threshold = 0.5 if seed else float(keys.distance[0, 1])
+        threshold = 0.5 if seed else float(keys.distance[1, 0])
         policy = DriftRefresh(threshold, canvas, keys, probes)  # type: ignore[arg-type]
         assert keys.probe == -1
         tracker, narrow, probed = BlockTracker(canvas, 2), BlockCache("dual", 0), [False] * 3
+        called = 0
         while (state := tracker.current()) is not None:
             chosen = narrow(canvas.valid[:3] & state.active[:, None], canvas, state)
             found = as_sets(policy(chosen, canvas, state))
+            assert keys.calls == called + any(probed)
+            called = keys.calls
             for row, prompt in enumerate(PROMPTS):
                 own, expected = set(range(len(prompt))), as_sets(chosen)[row]
                 at = [int((i + 0.5) / probes * len(prompt)) for i in range(probes)]

@@ -47,17 +47,17 @@ class TestAudioRefresh(SamplerSuite):
     name, options, exact = "blockwise", {"block_length": 4, "audio_refresh_interval": 3}, RANDOM
 
 
-class TestLeap(SamplerSuite):
+class TestLocalLeap(SamplerSuite):
     name, options = "blockwise", {"block_length": 4, "threshold": 0.7, "neighbor_threshold": 0.3}
     exact: ClassVar = {"threshold": None, "neighbor_threshold": None, **RANDOM}
 
 
-class TestSpread(SamplerSuite):
+class TestRunThreshold(SamplerSuite):
     name, options = "blockwise", {"block_length": 4, "threshold": 0.7, "run_threshold": 0.3}
     exact: ClassVar = {"threshold": None, "run_threshold": None, **RANDOM}
 
 
-class TestStable(SamplerSuite):
+class TestKLASS(SamplerSuite):
     name, options = "blockwise", {"block_length": 4, "threshold": 0.3, "kl_threshold": 0.5}
     exact: ClassVar = {"threshold": None, "kl_threshold": None, **RANDOM}
 
@@ -111,12 +111,12 @@ def test_speculation_writes_the_tokens_of_the_decoder_it_speeds_up(options, law)
     assert len(steps) <= len(more)
 
 
-def test_speculation_needs_fewer_forwards_where_nothing_is_in_doubt():
+def test_speculation_needs_fewer_passes_when_predictions_are_certain():
     assert len(decode(Speculative(MASKED, block_length=12, draft_steps=4), Sure())[1]) == 1 + 3
     assert len(decode(Speculative(MASKED, block_length=12, draft_steps=1), Sure())[1]) == 12
 
 
-def test_a_confident_model_is_committed_to_at_once():
+def test_prophet_commits_the_whole_block_of_a_certain_model():
     assert len(decode(Prophet(MASKED, block_length=12), Sure())[1]) == 1
     assert (
         len(
@@ -128,7 +128,7 @@ def test_a_confident_model_is_committed_to_at_once():
     )
 
 
-def test_wino_takes_back_what_leave_one_out_denies():
+def test_wino_masks_tokens_again_that_leave_one_out_refutes():
     answer, steps = decode(
         Wino(MASKED, block_length=12, threshold=0.2, remask_threshold=0.9), Chaos(end=False)
     )
@@ -155,7 +155,7 @@ def test_a_wino_shadow_sees_everything_but_the_token_it_checks():
 
 
 @pytest.mark.parametrize("scale", ["cap", "rescale", "confidence"])
-def test_remasking_takes_back_tokens_and_still_ends(scale):
+def test_remdm_masks_tokens_again_and_still_ends(scale):
     sampler = ReMDM(MASKED, block_length=12, eta=0.5, remasking_schedule=scale, steps=24)
     _, steps = decode(sampler, Chaos(end=False))
     masks = [int((step.tokens == MASKED.mask).sum()) for step in steps]
@@ -164,7 +164,7 @@ def test_remasking_takes_back_tokens_and_still_ends(scale):
     assert len(steps) <= 24
 
 
-def test_revision_changes_what_is_doubted_and_keeps_the_rest():
+def test_revise_changes_doubtful_tokens_and_keeps_the_rest():
     truth, _ = decode(Blockwise(MASKED), Sure())
     draft = truth.clone()
     draft[:, 3] = (draft[:, 3] + 1) % 5
@@ -173,7 +173,7 @@ def test_revision_changes_what_is_doubted_and_keeps_the_rest():
     assert len(steps) == 2
 
 
-def test_the_canvas_grows_until_its_tail_expects_the_end():
+def test_growing_stops_when_the_tail_expects_eos():
     def ends(known, place, prompt):
         wanted = torch.where(place >= 5, MASKED.eos, 1)
         return 30.0 * torch.nn.functional.one_hot(wanted, MASKED.size).float()
@@ -188,7 +188,7 @@ def test_the_canvas_grows_until_its_tail_expects_the_end():
     assert used[0] == 3 * 6  # one slot for the EOS itself
 
 
-def test_an_uncertain_model_is_given_more_room():
+def test_growing_inserts_masks_for_an_uncertain_model():
     def unsure(known, place, prompt):
         return torch.zeros(len(place), MASKED.size)
 
@@ -261,7 +261,7 @@ def test_a_suffix_window_keeps_the_next_slots_and_the_last():
     assert (~canvas.valid[0]).nonzero()[:, 0].tolist() == [9, 10, 11, 12, 13]
 
 
-def test_audio_is_recomputed_once_in_so_many_forwards():
+def test_audio_is_recomputed_every_third_pass():
     canvas = toy_canvas([[-1, -1, 2]], 6)
     policy, blocks, heard = AudioRefresh(3, canvas), BlockTracker(canvas, 6), []
     for _ in range(7):
@@ -280,7 +280,7 @@ def scores(count=40, width=9):
     return values, masked, torch.arange(width).expand(count, -1)
 
 
-def test_leap_is_its_definition():
+def test_local_leap_accepts_neighbors_of_confident_tokens():
     values, masked, places = scores()
     taken = selection.select_local_leap(values, masked, places, 0.9, 0.6, reach=2)
     for row in range(len(values)):
@@ -291,7 +291,7 @@ def test_leap_is_its_definition():
         assert taken[row].nonzero()[:, 0].tolist() == sorted({*anchors, *near, best})
 
 
-def test_spread_is_its_definition():
+def test_run_threshold_accepts_the_best_of_each_run_of_masks():
     values, masked, places = scores()
     taken = selection.select_runs(values, masked, places, 0.9, 0.4)
     for row in range(len(values)):
@@ -307,7 +307,7 @@ def test_spread_is_its_definition():
         assert taken[row].nonzero()[:, 0].tolist() == sorted(wanted)
 
 
-def test_stable_is_its_definition():
+def test_klass_accepts_only_confident_tokens_that_have_not_moved():
     values, masked, _ = scores()
     moved = torch.rand(values.shape, generator=torch.Generator().manual_seed(2))
     taken = selection.select_klass(values, masked, moved, 0.8, 0.3)
@@ -318,7 +318,7 @@ def test_stable_is_its_definition():
         assert taken[row].nonzero()[:, 0].tolist() == (calm or [best])
 
 
-def test_capped_takes_no_more_than_it_may():
+def test_a_capped_rule_accepts_at_most_its_cap():
     values, masked, _ = scores()
     taken = selection.select_capped(values, masked, 0.5, torch.full((len(values),), 2))
     assert ((taken.sum(1) <= 2) & (taken.sum(1) >= 1)).all()
@@ -334,7 +334,7 @@ def test_divergence_is_kullback_leibler_where_all_tokens_are_kept():
     assert (coarse_kl_divergence(now[:, :3], before[:, :3]) <= exact + 1e-9).all()
 
 
-def test_credit_is_its_definition():
+def test_credit_decays_and_grows_where_a_token_ranks_first():
     canvas = toy_canvas([[1]], 4)
     credit = Credit(canvas, strength=0.7, tokens_per_slot=8)
     place = BlockTracker(canvas, 4).current()
@@ -349,7 +349,7 @@ def test_credit_is_its_definition():
         assert torch.allclose(credit.boost(logits.clone(), place), expected, atol=1e-5)
 
 
-def test_steps_are_spread_over_blocks_by_width():
+def test_steps_are_divided_among_blocks_by_length():
     assert steps_per_block(None, 32, 8) == [8, 8, 8, 8]
     assert steps_per_block(15, 24, 8) == [5, 5, 5]
     assert steps_per_block(2, 10, 4) == [1, 1, 1]
@@ -357,7 +357,7 @@ def test_steps_are_spread_over_blocks_by_width():
 
 
 @pytest.mark.parametrize("ranking", ["random", "entropy", "margin"])
-def test_marginals_at_temperature_one_are_the_models(ranking):
+def test_samples_at_temperature_one_follow_the_joint_distribution(ranking):
     law, count = Joint(), 3000
     canvas = toy_canvas([[1]] * count, 3, seeds=range(count))
     for _ in Blockwise(MASKED, temperature=1.0, ranking=ranking)(canvas, ToyDenoise(canvas, law)):
@@ -382,6 +382,6 @@ def test_marginals_at_temperature_one_are_the_models(ranking):
         ({"cache": "dual", "drift_threshold": 0.1, "cfg_scale": 1.0}, "do not combine"),
     ],
 )
-def test_options_that_make_no_sense_say_so(options, message):
+def test_invalid_options_are_named(options, message):
     with pytest.raises(SpecError, match=message):
         Blockwise(MASKED, **options)
