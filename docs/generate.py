@@ -151,6 +151,7 @@ def sections() -> Iterator[str]:
     """The sections of a recipe with their options, as their classes declare them."""
     import typing
 
+    from diffa.spec.docstrings import option_descriptions
     from diffa.spec.schema import describe_type
     from diffa.trainers import config_sections
 
@@ -161,14 +162,20 @@ def sections() -> Iterator[str]:
     }  # fmt: skip
     for name, title in titles.items():
         cls = getattr(config_sections, name)
-        hints = typing.get_type_hints(cls)
-        yield f"### {title}\n\n{prose(cls)}\n\n| option | type | default |\n|---|---|---|"
+        hints, meanings = typing.get_type_hints(cls), option_descriptions(cls)
+        yield f"### {title}\n\n{prose(cls)}\n"
+        yield "| option | type | default | meaning |\n|---|---|---|---|"
         for field in dataclasses.fields(cls):
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            text = json.dumps(plain(default))
-            yield f"| `{field.name}` | {cell(describe_type(hints[field.name]))} | `{text}` |"
+            if isinstance(default, config_sections.LearnerConfig):
+                default = default.name
+            elif dataclasses.is_dataclass(default):
+                default = {}  # a section of its own, all at its defaults
+            kind = describe_type(hints[field.name]).replace("Config", " section")
+            cells = [f"`{field.name}`", cell(kind), f"`{json.dumps(plain(default))}`"]
+            yield f"| {' | '.join(cells)} | {cell(meanings.get(field.name, ''))} |"
         yield ""
 
 
