@@ -64,7 +64,7 @@ class Chat:
 
     Args:
         tokenizer: A tokenizer of transformers.
-        system: System prompt; none where empty. A template without a system turn gets it before
+        system: System prompt; none where empty. A template without a system prompt gets it before
             the user's text, with a blank line between.
         user: User turn around ``{question}``. ``<audio>`` says where the audio goes and stays in
             the text, as in DIFFA.
@@ -184,7 +184,7 @@ class Chat:
 
     @cached_property
     def _has_system_turn(self) -> bool:
-        """Whether the template writes system turns: some refuse them, some leave them out."""
+        """Whether the template writes system prompts: some refuse them, some leave them out."""
         system = {"role": "system", "content": _SYSTEM}
         try:
             return _SYSTEM in self._render([system, {"role": "user", "content": "question"}])
@@ -202,8 +202,8 @@ class Chat:
     def _split_at_answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
         """Return what the template writes before and after an answer."""
         text = self._render([*messages, {"role": "assistant", "content": _ANSWER}])
-        before, found, after = text.rpartition(_ANSWER)
-        if not found:
+        before, separator, after = text.rpartition(_ANSWER)
+        if not separator:
             raise SpecError("the tokenizer's chat template leaves out the assistant's answer")
         # A space at the end of a header is a part of the answer's first token.
         return before.rstrip(" "), after

@@ -17,9 +17,6 @@ from diffa.spec import registry
 from diffa.spec.docstrings import option_descriptions
 from diffa.spec.schema import read_schema
 
-# Packages that are still being rewritten. Empty at the end.
-PENDING = frozenset({"chat"})
-
 MAX_WORDS = 25
 
 # Words of this project's past that its readers do not know, and what to write instead.
@@ -104,8 +101,8 @@ def help_texts() -> Iterator[Text]:
     yield from walk(typer.main.get_command(app), "diffa")
 
 
-def option_texts() -> Iterator[tuple[str, Text]]:
-    """Every option of every built-in part, with the package that owns the part."""
+def option_texts() -> Iterator[Text]:
+    """Every option of every built-in part."""
     for kind in registry.PLUGIN_KINDS:
         for part in registry.list_parts(kind):
             if part.is_builtin:
@@ -113,19 +110,13 @@ def option_texts() -> Iterator[tuple[str, Text]]:
                 texts = option_descriptions(cls)
                 for option in read_schema(cls).options:
                     where = f"{kind} {part.name}, option {option}"
-                    yield package_of(part.target), Text(where, texts.get(option, ""))
+                    yield Text(where, texts.get(option, ""))
 
 
-def package_of(dotted: str) -> str:
-    """The package of ``diffa.samplers.greedy:Greedy``: samplers."""
-    return dotted.partition(":")[0].split(".")[1]
-
-
-def modules() -> Iterator[tuple[str, Path, ast.Module]]:
-    """Every module of the package: its first folder or its stem, its path, its syntax tree."""
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    """Every module of the package: its path and its syntax tree."""
     for path in sorted((ROOT / "diffa").rglob("*.py")):
-        relative = path.relative_to(ROOT / "diffa")
-        yield relative.parts[0].removesuffix(".py"), relative, ast.parse(path.read_text("utf-8"))
+        yield path.relative_to(ROOT / "diffa"), ast.parse(path.read_text("utf-8"))
 
 
 def docstrings(path: Path, tree: ast.Module) -> Iterator[Text]:
@@ -170,8 +161,7 @@ def test_help_text_is_a_plain_sentence(entry: Text) -> None:
 def test_options_of_parts_are_described_in_plain_sentences() -> None:
     faults = [
         f"{entry.where}: {fault}"
-        for package, entry in option_texts()
-        if package not in PENDING
+        for entry in option_texts()
         for fault in sentence_faults(entry.text)
     ]
     assert not faults, "\n".join(faults)
@@ -179,8 +169,8 @@ def test_options_of_parts_are_described_in_plain_sentences() -> None:
 
 def test_public_docstrings_begin_with_a_plain_sentence() -> None:
     faults = []
-    for package, path, tree in modules():
-        for where, text in docstrings(path, tree) if package not in PENDING else ():
+    for path, tree in modules():
+        for where, text in docstrings(path, tree):
             first = text.split("\n\n")[0]
             rest = text[len(first) :]
             faults += [f"{where}: {fault}" for fault in sentence_faults(first) + word_faults(rest)]
@@ -190,8 +180,7 @@ def test_public_docstrings_begin_with_a_plain_sentence() -> None:
 def test_names_are_nouns_that_say_what_a_value_is() -> None:
     faults = [
         f"diffa/{path}:{line} {name}"
-        for package, path, tree in modules()
-        if package not in PENDING
+        for path, tree in modules()
         for line, name in assigned_names(tree)
         if name.strip("_").lower() in NAMES and (path.as_posix(), name) not in ALLOWED
     ]
@@ -210,7 +199,3 @@ def test_names_are_nouns_that_say_what_a_value_is() -> None:
 )
 def test_the_check_of_a_sentence_finds_the_fault(text: str, fault: str) -> None:
     assert any(fault in found for found in sentence_faults(text))
-
-
-def test_every_pending_package_exists() -> None:
-    assert {package for package, _, _ in modules()} >= PENDING

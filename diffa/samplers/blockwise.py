@@ -156,9 +156,7 @@ class Blockwise:
             accept: Returns which masked slots (B, R) to accept now.
         """
         if self.cfg_scale:
-            canvas.add_unconditional(
-                self.cfg_drop
-            )  # rows, then their unconditional twins
+            canvas.add_unconditional(self.cfg_drop)  # rows, then their unconditional twins
         draft = ~canvas.undecided()  # answer tokens that were given
         blocks = BlockTracker(canvas, self.block_length)
         recompute_slots = RecomputeSlots(self._policies(canvas, denoise))

@@ -117,7 +117,7 @@ class DiffusionWriter:
     def _prompt(self, turns: Conversation) -> Any:
         texts = {turn["role"]: turn["content"] for turn in turns}
         if len(texts) != len(turns) or set(texts) - {"system", "user"}:
-            raise DataError("a backbone is asked one question, with at most a system turn before")
+            raise DataError("a backbone is asked one question, with at most a system prompt before")
         return self.chat.encode(texts["user"], system=texts.get("system", ""), audio=False).tokens
 
 
