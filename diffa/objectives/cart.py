@@ -23,6 +23,6 @@ def cart_weights(masked: Tensor, answer: Tensor, p: float) -> Tensor:
     visible = visible.scatter_add(1, place, (answer & ~masked).float())
     index = torch.arange(size, device=answer.device)
     gap = (index[:, None] - index).abs()
-    kernel = torch.where(gap > 0, p * (1 - p) ** (gap - 1).clamp(min=0), 0.0)
+    kernel = torch.where(gap > 0, p * (1 - p) ** (gap - 1), 0.0)
     total = visible @ kernel + (1 - p) ** index
     return 0.5 * total.gather(1, place)

@@ -68,13 +68,13 @@ def mask_complementary(
         The masks of the first copy, and the weights (A + 1) / l and (A + 1) / (A - l).
     """
     count = torch.floor(level * (blocks.size + 1)).clamp(max=blocks.size)
-    masked = answer & (rank_in_block(draws, answer, blocks) < count)
+    masked = rank_in_block(draws, answer, blocks) < count  # other tokens rank after the answer's
     whole = blocks.size + 1
     return masked, whole / count.clamp(min=1), whole / (blocks.size - count).clamp(min=1)
 
 
 def rank_in_block(draws: Tensor, answer: Tensor, blocks: AnswerBlocks) -> Tensor:
     """Return the rank of each answer token among the draws of its block, from 0, (B, L)."""
-    # Keys of block k lie in (2k, 2k + 1): one sort of the row sorts every block in its place.
-    keys = (draws.double() + 2.0 * blocks.number).masked_fill(~answer, torch.inf)
+    # Keys of block k lie in (k, k + 1): one sort of the row sorts every block in its place.
+    keys = (draws.double() + blocks.number).masked_fill(~answer, torch.inf)
     return keys.argsort(stable=True, dim=1).argsort(dim=1) - blocks.first
