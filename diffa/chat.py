@@ -13,6 +13,7 @@ from diffa.spec.validation import PROMPT_DEFAULTS
 
 AUDIO_MARK = "<audio>"
 _ANSWER = "DIFFA_ANSWER_PLACEHOLDER"
+_GUARD = "\ue000"  # of Unicode's private use area
 _SYSTEM = "DIFFA_SYSTEM_PLACEHOLDER"
 
 
@@ -84,18 +85,26 @@ class Chat:
             raise SpecError(f"prompt.user: has no {{question}} to fill in: {user!r}")
         self.tokenizer, self.system, self.user = tokenizer, system, user
 
-    def encode(self, question: str, *, system: str | None = None, audio: bool = True) -> Prompt:
+    def encode(
+        self, question: str, *, system: str | None = None, audio: bool = True, trim: bool = True
+    ) -> Prompt:
         """Return the prompt for a question, the assistant's header included.
 
         Args:
             question: The question.
             system: Override the system prompt.
             audio: Whether the prompt is about a recording.
+            trim: Let the template strip the user's text, as LLaDA's does. DIFFA's own prompt
+                builder keeps the text as it is (False).
 
         Raises:
             SpecError: The template refuses the conversation, or there is no place for the audio.
         """
-        text, _ = self._split_at_answer(self._messages(question, system))
+        messages = self._messages(question, system)
+        if not trim:
+            # A character that no template strips protects both ends of the text.
+            messages[-1]["content"] = f"{_GUARD}{messages[-1]['content']}{_GUARD}"
+        text = self._split_at_answer(messages)[0].replace(_GUARD, "")
         tokens = self._ids(text)
         return Prompt(torch.tensor(tokens), self._audio_at(text, tokens) if audio else None)
 

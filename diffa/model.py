@@ -183,6 +183,7 @@ class Model(nn.Module):
         *,
         system: str | None = None,
         max_tokens: int | None = None,
+        trim: bool = True,
         on_step: Callable[[Step], None] | None = None,
     ) -> Answer:
         """Answer a question about a recording, or a list of questions about a list of them.
@@ -193,6 +194,7 @@ class Model(nn.Module):
             question: One question, or one per recording.
             system: Override the spec's system prompt.
             max_tokens: Length of the answers. Default: the spec's ``prompt.max_tokens``.
+            trim: Let the chat template strip whitespace around the question.
             on_step: Called with every ``Step`` as the answers form.
 
         Raises:
@@ -207,7 +209,7 @@ class Model(nn.Module):
         waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in recordings]
         chat = self.chat_format
         prompts = [
-            chat.encode(q, system=system, audio=wave is not None)
+            chat.encode(q, system=system, audio=wave is not None, trim=trim)
             for q, wave in zip(questions, waves, strict=True)
         ]
         generation = self.generate(
@@ -229,6 +231,7 @@ class Model(nn.Module):
         choices: Sequence[str],
         *,
         system: str | None = None,
+        trim: bool = True,
         samples: int = 128,
         seed: int = 0,
         batch: int = 16,
@@ -240,6 +243,7 @@ class Model(nn.Module):
             question: Question about the recording.
             choices: Answers to compare; ``best`` of the result is the likeliest.
             system: Override the spec's system prompt.
+            trim: Let the chat template strip whitespace around the question.
             samples: Draws per answer of more than one token, the same for all of them.
             seed: Seed of the draws.
             batch: Rows per forward pass.
@@ -249,7 +253,7 @@ class Model(nn.Module):
             SpecError: The backbone has no tokenizer, or there is nothing to score.
         """
         wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
-        prompt = self.chat_format.encode(question, system=system, audio=wave is not None)
+        prompt = self.chat_format.encode(question, system=system, audio=wave is not None, trim=trim)
         ids = [self.backbone.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
         with torch.no_grad():
             return score_choices(

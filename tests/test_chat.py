@@ -215,3 +215,26 @@ def test_nanos_tokens_are_these() -> None:
     assert chat.encode("Q", system="", audio=False).tokens.tolist() == [
         *[1, 2, 299, 3, 9, 63, 175, 278, 99, 342, 8, 340, 7, 401, 4, 2, 98, 3, 9]
     ]
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, TEMPLATE.replace("m['content'] +", "m['content'] | trim +")]
+)
+def test_an_untrimmed_question_keeps_its_outer_line_breaks_in_every_template(template: str) -> None:
+    tokenizer = byte_tokenizer([("Ġ", "<")])
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer, user="<audio>. {question}")
+    exact = chat.encode("\nAnswer:\n", trim=False)
+    assert tokenizer.decode(exact.tokens).endswith(
+        "<audio>. \nAnswer:\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    same = chat.encode("Answer:", trim=False), chat.encode("Answer:")
+    assert same[0].tokens.tolist() == same[1].tokens.tolist()
+    assert same[0].audio_at == same[1].audio_at
+
+
+def test_a_template_that_trims_removes_the_outer_line_breaks_of_a_question() -> None:
+    tokenizer = byte_tokenizer([])
+    tokenizer.chat_template = TEMPLATE.replace("m['content'] +", "m['content'] | trim +")
+    text = tokenizer.decode(Chat(tokenizer).encode("Answer:\n").tokens)
+    assert "Answer:<|eot_id|>" in text

@@ -204,6 +204,7 @@ class BatchedModel:
             [question.text for question, _ in rows],
             system=first.system,
             max_tokens=first.max_tokens,
+            trim=first.trim,
             on_step=counter,
         )
         columns = zip(answer.text, answer.tokens, counter.counts, strict=True)
@@ -217,6 +218,7 @@ class BatchedModel:
             question.text,
             question.choices,
             system=question.system,
+            trim=question.trim,
             samples=self.num_samples,
             seed=self.seed,
         )

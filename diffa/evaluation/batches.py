@@ -28,7 +28,7 @@ def make_batches(
             audio comes first, memory is exceeded in the first batch or never.
 
     Returns:
-        Batches whose rows share answer length, block length and system prompt.
+        Batches whose rows share every option of their questions except the text.
     """
     order = sorted(rows, key=lambda row: (_options(row), -row.seconds, row.number))
     batches: list[list[BatchRow]] = []
@@ -54,6 +54,6 @@ def unfinished_batches(
     return [batch for batch in batches if any(row.number not in done for row in batch)]
 
 
-def _options(row: BatchRow) -> tuple[int, int, str]:
+def _options(row: BatchRow) -> tuple[int, int, str, bool]:
     question = row.question
-    return question.max_tokens, question.block_length or 0, question.system or ""
+    return question.max_tokens, question.block_length or 0, question.system or "", question.trim

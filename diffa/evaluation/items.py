@@ -42,6 +42,7 @@ class Question(NamedTuple):
         max_tokens: Answer length. Default of a suite: the papers' length.
         block_length: Block length of the sampler. None: as in the spec.
         system: System prompt. None: as in the spec.
+        trim: Whether the chat template may strip whitespace around the text.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Question(NamedTuple):
     max_tokens: int = 16
     block_length: int | None = None
     system: str | None = None
+    trim: bool = True
 
 
 class ItemScore(NamedTuple):
@@ -109,6 +111,10 @@ class Suite:
     def score(self, fields: Fields, rng: random.Random) -> ItemScores:
         """Score the response of an item; ``rng`` feeds the official scripts' random fallbacks."""
         raise NotImplementedError
+
+    def answered_fields(self, fields: Fields, response: str, prompt: str) -> dict[str, Any]:
+        """Return an item's columns with a response to the prompt of an id."""
+        return {**fields, self.response_column: response}
 
     def score_missing(self, fields: Fields) -> ItemScores:
         """Return the scores of an item that cannot be asked or read: wrong for every parser."""

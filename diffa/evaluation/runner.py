@@ -204,15 +204,11 @@ def _write_results(
     header: dict[str, Any],
 ) -> dict[str, Any]:
     """Write records, official files and scores from all answers; return the report."""
-    answered = [
-        item._replace(
-            fields={
-                **item.fields,
-                suite.response_column: answers.get(item.number, {}).get("response") or "",
-            }
-        )
-        for item in items
-    ]
+    answered = []
+    for item in items:
+        response = answers.get(item.number, {}).get("response") or ""
+        fields = suite.answered_fields(item.fields, response, header["prompt"])
+        answered.append(item._replace(fields=fields))
     report, scores = score_items(suite, answered, seed=header["seed"])
     records = []
     for item, score in zip(items, scores, strict=True):

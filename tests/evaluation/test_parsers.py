@@ -76,6 +76,31 @@ class TestMMSU:
         )
         assert report["official"]["correct"] == report["fixed"]["correct"] == 1
 
+    PADDED = {"choice_a": None, "choice_b": "seven", "choice_c": None, "choice_d": "nine"}
+
+    @pytest.mark.parametrize(("prompt", "length"), [("mmsu@diffa", 4), ("mmsu@diffa-2", 16)])
+    def test_diffas_prompts_drop_null_choices_and_reletter_the_others(self, prompt, length):
+        question = load_suite("mmsu").question(mmsu_row(None, **self.PADDED), prompt)
+        assert question.text.endswith("Question: ?\n\nA. seven\nB. nine")
+        assert question.text.startswith(mmsu_prompt("mmsu@2025-06", "?", ["x"]).split("\n")[0])
+        assert question.choices == ("A", "B")
+        assert (question.max_tokens, question.block_length) == (length, length)
+        whole = load_suite("mmsu").question(mmsu_row(None), prompt)
+        assert whole.text == load_suite("mmsu").question(mmsu_row(None), "mmsu@2025-06").text
+
+    def test_relettered_answers_are_read_by_slot_officially_and_as_listed_in_the_fixed_score(self):
+        suite = load_suite("mmsu")
+        rows_ = [
+            suite.answered_fields(mmsu_row(None, answer, **self.PADDED), letter, "mmsu@diffa")
+            for answer, letter in (("seven", "A"), ("seven", "B"), ("nine", "B"), ("nine", "D"))
+        ]
+        _, scores = score_items(suite, rows(*rows_))
+        # The evaluator of the paper goes by slot: "B" is "seven", whatever the prompt called it.
+        assert [score["official"].numerator for score in scores] == [0, 1, 0, 1]
+        assert [score["fixed"].numerator for score in scores] == [1, 0, 1, 0]
+        kept = suite.answered_fields(mmsu_row(None, "seven", **self.PADDED), "B", "mmsu@2026-02")
+        assert score_items(suite, rows(kept))[0]["fixed"]["accuracy"] == 1
+
     def test_none_can_be_a_true_option(self):
         report, _ = score_items(load_suite("mmsu"), rows(mmsu_row("C", "None", choice_c="None")))
         assert report["official"]["accuracy"] == report["fixed"]["accuracy"] == 1
@@ -273,6 +298,25 @@ class TestVoiceBench:
         told = "PEDANT does not start: no official score (its classifiers cannot be fetched)"
         assert report["official"]["qa_metrics"] == told
         assert report["fixed"]["correct"] == 1
+
+    def test_diffas_instruction_is_untrimmed_and_other_prompts_follow_the_template(self):
+        suite = load_suite("voicebench", "ifeval")
+        trims = {prompt: suite.question({}, prompt).trim for prompt in suite.prompts}
+        assert trims == {
+            "voicebench@official": True,
+            "voicebench@diffa": False,
+            "voicebench@diffa-trimmed": True,
+            "voicebench@diffa-script": False,
+        }
+        exact, trimmed = (
+            suite.question({}, f"voicebench@{name}").text for name in ("diffa", "diffa-trimmed")
+        )
+        assert exact == trimmed == VOICEBENCH_DIFFA
+
+    @pytest.mark.parametrize("subset", ["ifeval", "openbookqa", "commoneval"])
+    def test_diffas_script_answers_every_subset_with_16_tokens_in_one_block(self, subset):
+        question = load_suite("voicebench", subset).question({}, "voicebench@diffa-script")
+        assert (question.max_tokens, question.block_length) == (16, 16)
 
     def test_the_instruction_of_diffa_is_exact(self):
         assert VOICEBENCH_DIFFA == (

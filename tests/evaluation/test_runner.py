@@ -314,6 +314,30 @@ class TestModes:
         if subset == "sd-qa":
             assert report["official"]["accuracy"] is None  # until a judge has read it
 
+    def test_a_run_passes_diffas_exact_text_to_the_model_and_its_choices_to_the_scores(
+        self, model, data, tmp_path, monkeypatch
+    ):
+        answer, trims = diffa.Model.answer, []
+
+        def note(self, audio, question, *, trim, **options):
+            trims.append(trim)
+            return answer(self, audio, question, trim=trim, **options)
+
+        monkeypatch.setattr(diffa.Model, "answer", note)
+        padded = {**row(0), "choice_a": None, "prompt": "?", "reference": "A"}
+        source = data.parent / "padded.jsonl"
+        source.write_text(json.dumps(padded) + "\n")
+        for name, subset, prompt in (
+            ("voicebench", "openbookqa", "voicebench@diffa"),
+            ("mmsu", "", "mmsu@diffa"),
+        ):
+            suite, out = load_suite(name, subset), tmp_path / name
+            config = EvalConfig(prompt=prompt, max_tokens=2, block_length=2)
+            assert evaluate(model, suite, BenchmarkData(source), out, config)["items"] == 1
+        assert trims == [False, True]
+        exported = json.loads((tmp_path / "mmsu" / "mmsu-predictions.jsonl").read_text())
+        assert exported["prompt_id"] == "mmsu@diffa"
+
     def test_an_unknown_prompt_says_which_there_are(self, model, data, tmp_path):
         with pytest.raises(SpecError, match="mmsu@2025-06"):
             evaluate(

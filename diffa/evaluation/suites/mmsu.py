@@ -9,20 +9,23 @@ from diffa.evaluation.choice_parser import parse_choice
 from diffa.evaluation.items import Fields, ItemScore, ItemScores, Question, Suite, as_text
 from diffa.evaluation.prompts import mmsu_prompt
 
+_OFFICIAL = ("mmsu@2026-02", "mmsu@2025-06")
+_RELETTERED = {"mmsu@diffa": 4, "mmsu@diffa-2": 16}  # DIFFA's prompts and answer lengths
 _SLOTS = {letter: f"choice_{letter.lower()}" for letter in "ABCD"}
 
 
 class MMSU(Suite):
     """MMSU with its official letter rule and the fixed parser.
 
-    Options keep the letters of their slots: some rows have two options, padded with null in any
-    slot. DIFFA's script drops the padding and assigns new letters, while the evaluator goes by
-    slot, so it counts such rows as wrong.
+    453 of its 5,000 rows have two options, padded with null in any slot. The official prompts list
+    null as ``None``, and every option has the letter of its slot. DIFFA's script drops null and
+    letters the others anew (``mmsu@diffa``, ``mmsu@diffa-2``). Its evaluator still goes by slot,
+    as the official parser does here; the fixed parser goes by the letters of the prompt.
     """
 
     name = "mmsu"
     response_column = "response"
-    prompts: tuple[str, ...] = ("mmsu@2026-02", "mmsu@2025-06")
+    prompts: tuple[str, ...] = (*_OFFICIAL, *_RELETTERED)
     parsers = {"official": "mmsu@2026-02/official", "fixed": "mmsu/fixed"}  # noqa: RUF012
     groups = (("category",), ("category", "sub-category"), ("task_name",))
 
@@ -34,18 +37,32 @@ class MMSU(Suite):
         return f"has no {', '.join(lacks)}" if lacks else ""
 
     def question(self, fields: Fields, prompt: str) -> Question:
-        """Return the official prompt with 4 tokens in one block, as in DIFFA's paper."""
-        texts = [fields.get(slot) for slot in _SLOTS.values()]
-        text = mmsu_prompt(prompt, str(fields["question"]), texts)
-        return Question(text, tuple(self.options(fields)), 4, 4)
+        """Return the question in one block: 4 tokens as in DIFFA's paper, DIFFA-2's script 16."""
+        length = _RELETTERED.get(prompt, 4)
+        options = self.options(fields, prompt)
+        texts: list[str | None] = [fields.get(slot) for slot in _SLOTS.values()]
+        text = mmsu_prompt(
+            "mmsu@2025-06" if prompt in _RELETTERED else prompt,
+            str(fields["question"]),
+            list(options.values()) if prompt in _RELETTERED else texts,
+        )
+        return Question(text, tuple(options), length, length)
 
-    def options(self, fields: Fields) -> dict[str, str]:
+    def options(self, fields: Fields, prompt: str = "") -> dict[str, str]:
         """Return letters and texts of the options ("None" can be one, null cannot)."""
-        return {
+        present = {
             letter: str(fields[slot])
             for letter, slot in _SLOTS.items()
             if _is_present(fields.get(slot))
         }
+        if prompt in _RELETTERED:
+            return dict(zip(_SLOTS, present.values(), strict=False))
+        return present
+
+    def answered_fields(self, fields: Fields, response: str, prompt: str) -> dict[str, Any]:
+        """Return the columns with the response; the fixed parser needs DIFFA's prompt id."""
+        note = {"prompt_id": prompt} if prompt in _RELETTERED else {}
+        return {**super().answered_fields(fields, response, prompt), **note}
 
     def score(self, fields: Fields, rng: random.Random) -> ItemScores:
         """Score a response; the official parser excludes what it cannot read."""
@@ -53,7 +70,7 @@ class MMSU(Suite):
         letter = parse_official_letter(response)
         right = letter in _SLOTS and fields.get(_SLOTS[str(letter)]) == truth
         excluded = letter is None and bool(response.strip()) and response.strip() != "None"
-        options = self.options(fields)
+        options = self.options(fields, as_text(fields.get("prompt_id")))
         choice = parse_choice(response, options)
         fixed = choice is not None and options[choice] == str(truth)
         return {

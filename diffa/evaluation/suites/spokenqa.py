@@ -35,7 +35,9 @@ class SpokenQA(Suite):
 
     def question(self, fields: Fields, prompt: str) -> Question:
         """Return an empty text or DIFFA's instruction, with 128 tokens in blocks of 32."""
-        return Question(VOICEBENCH_DIFFA if prompt == "spokenqa@diffa" else "", (), 128, 32)
+        if prompt == "spokenqa@diffa":
+            return Question(VOICEBENCH_DIFFA, (), 128, 32, trim=False)
+        return Question("", (), 128, 32)
 
     def score(self, fields: Fields, rng: random.Random) -> ItemScores:
         """Return whether the tokens of an alias occur in those of the response."""

@@ -64,7 +64,12 @@ _NOT_INSTALLED = "not installed: no official score (pip install qa_metrics)"
 
 
 class VoiceBench(Suite):
-    """One subset of VoiceBench. The official input is audio alone, without a system prompt.
+    """One subset of VoiceBench.
+
+    The official input is audio alone, without a system prompt. ``voicebench@diffa`` adds DIFFA's
+    instruction with the lengths of its appendix, and keeps the line break at its end, as DIFFA's
+    prompt builder does; ``voicebench@diffa-trimmed`` lets the chat template strip it.
+    ``voicebench@diffa-script`` has the lengths of the released script: 16 tokens in one block.
 
     Args:
         subset: Its name in the data set.
@@ -75,7 +80,12 @@ class VoiceBench(Suite):
 
     name = "voicebench"
     response_column = "response"
-    prompts = ("voicebench@official", "voicebench@diffa")
+    prompts = (
+        "voicebench@official",
+        "voicebench@diffa",
+        "voicebench@diffa-trimmed",
+        "voicebench@diffa-script",
+    )
     groups = (("task",), ("domain",), ("accent",))
 
     def __init__(self, subset: str) -> None:
@@ -101,10 +111,13 @@ class VoiceBench(Suite):
     def question(self, fields: Fields, prompt: str) -> Question:
         """Return audio alone or DIFFA's instruction, with the lengths of DIFFA's appendix."""
         _, max_tokens, block_length = SUBSETS[self.subset]
+        if prompt == "voicebench@diffa-script":
+            max_tokens = block_length = 16
         choices = tuple("ABCD") if self.kind == "mcq" else ()
-        if prompt == "voicebench@diffa":
-            return Question(VOICEBENCH_DIFFA, choices, max_tokens, block_length)
-        return Question("", choices, max_tokens, block_length, system="")
+        if prompt == "voicebench@official":
+            return Question("", choices, max_tokens, block_length, system="")
+        trim = prompt == "voicebench@diffa-trimmed"
+        return Question(VOICEBENCH_DIFFA, choices, max_tokens, block_length, trim=trim)
 
     def score(self, fields: Fields, rng: random.Random) -> ItemScores:
         """Score a response by the subset's rules."""
