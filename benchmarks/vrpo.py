@@ -29,8 +29,8 @@ from diffa.data.samples import derive_seed
 from diffa.nano.preferences import write_preferences
 from diffa.spec.spec import Spec
 from diffa.trainers import train
-from diffa.trainers.evaluate import compare
 from diffa.trainers.config_sections import StageConfig
+from diffa.trainers.evaluate import compare
 from diffa.trainers.learners import PreferenceLearner
 from diffa.trainers.trainable import set_trainable
 
