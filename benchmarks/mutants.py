@@ -125,6 +125,9 @@ EQUIVALENT: dict[str, str] = {
     "predict: top = (logits.topk(2, dim=-1).values - log_total[..., None]).exp() -> "
     "top = (logits.topk(3, dim=-1).values - log_total[..., None]).exp()":
         "Only the first two are read.",
+    "predict: top = (logits.topk(2, dim=-1).values - log_total[..., None]).exp() -> "
+    "top = (logits.topk(2, dim=-1).values - log_total[..., None]).expm1()":
+        "The difference of two probabilities is that of both minus 1.",
     "entropy_of: return -(log_probs.exp() * log_probs.clamp(min=-10000.0)).sum(dim=-1) -> "
     "return -(log_probs.exp() * log_probs.clamp(min=-10001.0)).sum(dim=-1)":
         "exp() is 0 at both bounds.",

@@ -67,7 +67,7 @@ class TestConvOfAnotherStride(AdapterSuite):
 
 class TestNumberedConv(AdapterSuite):
     name = "conv"
-    options = {"numbered": 4}
+    options = {"word_numbers": 4}
 
 
 class TestQFormer(AdapterSuite):
