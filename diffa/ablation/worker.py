@@ -69,7 +69,7 @@ def run_job(job: TrainingJob) -> None:
             "seed": recipe.config.seed,
             "score": job.score,
             "stages": [stage.name for stage in recipe.stages],
-            "parameters": count_parameters(model),
+            "parameters": parameter_counts(model),
             "seconds": seconds,
             "metrics": metrics,
         }
@@ -111,7 +111,7 @@ def flatten_numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
             yield from flatten_numbers(inner, f"{path}.{key}".lstrip("."))
 
 
-def count_parameters(model: Model) -> dict[str, int]:
+def parameter_counts(model: Model) -> dict[str, int]:
     """Return the number of parameters: total, trained in some stage, and of every part."""
     parts = {"encoder": model.encoder, "backbone": model.backbone}
     parts |= {f"adapters.{key}": adapter for key, adapter in model.adapters.items()}

@@ -82,7 +82,7 @@ def map_manifest(
     from diffa.mapping.cluster import ReplicaLimits
     from diffa.mapping.plan import MapPlan, planned_threads
     from diffa.mapping.rows import QuestionManifest
-    from diffa.mapping.run import map_manifest
+    from diffa.mapping.run import run_map
 
     if ray is None and (replicas, gpus) != ("1:1", 0.0):
         raise SpecError("--replicas and --gpus need --ray: an address, auto or local")
@@ -103,7 +103,7 @@ def map_manifest(
         # A resumed run keeps its thread count: an answer's last digits depend on it.
         threads=threads or planned_threads(out) or max(1, (os.cpu_count() or 1) // workers),
     )
-    summary = map_manifest(
+    summary = run_map(
         plan,
         out,
         workers=workers,

@@ -47,7 +47,7 @@ class MapProgress(NamedTuple):
         )
 
 
-def map_manifest(
+def run_map(
     plan: MapPlan,
     out: Path,
     *,

@@ -16,9 +16,17 @@ from helpers import toy
 from diffa.ablation import statistics
 from diffa.ablation.grid import make_grid
 from diffa.ablation.overrides import override
+from diffa.ablation.plot import plot_summary
 from diffa.ablation.related_parts import to_llama_config
 from diffa.ablation.study import Study, ablate
-from diffa.ablation.table import metric_names, runs_csv, study_markdown, summary_csv, summary_rows
+from diffa.ablation.table import (
+    SummaryRow,
+    metric_names,
+    runs_csv,
+    study_markdown,
+    summary_csv,
+    summary_rows,
+)
 from diffa.ablation.vary import parse_axes, parse_axis
 from diffa.ablation.worker import flatten_numbers
 from diffa.cli import main
@@ -318,3 +326,25 @@ def test_parts_that_do_not_fit_are_found_before_anything_runs(world, tmp_path):
 def test_faults_are_usage_errors(capsys):
     assert call(["ablate", "nothing", "--vary", "a=1"]) == 2
     assert "there is no recipe 'nothing'" in capsys.readouterr().err
+
+
+def test_the_plot_shows_every_row_with_the_metric_and_repeats_byte_for_byte():
+    mean = statistics.mean_interval([0.4, 0.6])
+    row = SummaryRow(
+        labels={"adapters": "both"}, spec_digest="", parameters=1, trained=1,
+        by_seed={"exact": {0: 0.4, 1: 0.6}}, means={"exact": mean}, difference=None, stages=[],
+        missing=0,
+    )  # fmt: skip
+    other = row._replace(labels={"adapters": "semantic"}, means={}, by_seed={})
+    text = plot_summary([row, other], "exact", "adapters")
+    assert "both" in text and "semantic" not in text and ">exact<" in text
+    assert plot_summary([row, other], "exact", "adapters") == text
+    assert "nothing measured yet" in plot_summary([other], "exact", "adapters")
+
+
+def test_options_that_name_a_left_out_adapter_lose_it(world):
+    data = plan(world)
+    data["stages"][1]["adapters"] = ["acoustic", "semantic"]
+    data["stages"][1]["train"] = ["adapters.acoustic", "adapters.semantic"]
+    stage = override(Recipe(data, world), "adapters", "acoustic").data["stages"][0]
+    assert stage["adapters"] == ["acoustic"] and stage["train"] == ["adapters.acoustic"]

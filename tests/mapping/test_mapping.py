@@ -20,7 +20,7 @@ from diffa.errors import SpecError
 from diffa.mapping import pool
 from diffa.mapping.plan import MapPlan, ModelSource
 from diffa.mapping.rows import QuestionManifest
-from diffa.mapping.run import map_manifest
+from diffa.mapping.run import run_map
 from diffa.mapping.shards import ShardReport
 
 ROWS, BROKEN = 11, {3, 6, 9}
@@ -85,7 +85,7 @@ def contents(out):
 def whole(manifest, saved, tmp_path_factory):
     """The folder of an undisturbed run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    map_manifest(planned(manifest, saved), out)
+    run_map(planned(manifest, saved), out)
     return out
 
 
@@ -124,22 +124,22 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_alike(whole, manifest, saved, t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        map_manifest(planned(manifest, saved), out, on_progress=stop)
+        run_map(planned(manifest, saved), out, on_progress=stop)
     assert 0 < len(contents(out)) < 6
     (out / ".part-00004-of-00006.parquet.99").write_bytes(b"half")
-    done = map_manifest(planned(manifest, saved), out)
+    done = run_map(planned(manifest, saved), out)
     assert done.shards == 4
     assert contents(out) == contents(whole)
     assert not list(out.glob(".part*"))
-    assert map_manifest(planned(manifest, saved), out).shards == 0
+    assert run_map(planned(manifest, saved), out).shards == 0
 
 
 def test_another_question_needs_another_folder(whole, manifest, saved, tmp_path):
     with pytest.raises(SpecError, match="differs in question"):
-        map_manifest(planned(manifest, saved, "Why?"), whole)
+        run_map(planned(manifest, saved, "Why?"), whole)
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(SpecError, match="holds no run"):
-        map_manifest(planned(manifest, saved), tmp_path)
+        run_map(planned(manifest, saved), tmp_path)
 
 
 def test_the_command_goes_on_with_the_threads_it_began_with(manifest, saved, tmp_path):
@@ -165,7 +165,7 @@ def test_a_run_that_answers_nothing_exits_with_1(saved, tmp_path):
 def test_a_manifest_that_has_changed_is_refused(manifest, saved, tmp_path):
     plan = planned(manifest, saved)._replace(digest="0" * 64)
     with pytest.raises(SpecError, match="has changed"):
-        map_manifest(plan, tmp_path / "run")
+        run_map(plan, tmp_path / "run")
 
 
 def test_only_manifests_are_read(tmp_path):
@@ -175,7 +175,7 @@ def test_only_manifests_are_read(tmp_path):
 
 
 def test_a_question_for_all_rows_replaces_their_own(manifest, saved, tmp_path):
-    map_manifest(planned(manifest, saved, "Who speaks?", num_rows=2), tmp_path / "run")
+    run_map(planned(manifest, saved, "Who speaks?", num_rows=2), tmp_path / "run")
     assert {row["question"] for row in table(tmp_path / "run")} == {"Who speaks?"}
 
 
@@ -281,9 +281,7 @@ def test_a_ray_node_that_is_killed_changes_nothing(whole, manifest, saved, tmp_p
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         plan, out = planned(manifest, saved), tmp_path / "run"
-        map_manifest(
-            plan, out, address=cluster.address, replicas=ReplicaLimits(2, 2), on_progress=kill
-        )
+        run_map(plan, out, address=cluster.address, replicas=ReplicaLimits(2, 2), on_progress=kill)
     finally:
         ray.shutdown()
         cluster.shutdown()
