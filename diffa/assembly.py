@@ -10,6 +10,7 @@ import torch
 
 from diffa.errors import CheckpointError, SpecError
 from diffa.model import Model
+from diffa.runtime.imports import imports_on_cpu
 from diffa.spec.schema import read_schema
 from diffa.spec.spec import PartSpec, Spec, decoding_mismatch
 
@@ -75,9 +76,12 @@ def assemble(
 
 def make_part(part: PartSpec, **wires: Any) -> Any:
     """Return a new part, with the wires that its constructor names."""
-    cls = part.load()
     try:
-        return cls(**{name: wires[name] for name in read_schema(cls).wires}, **part.options)
+        # A dry run constructs parts on the meta device; the libraries they import must not be.
+        with imports_on_cpu():
+            cls = part.load()
+            own = {name: wires[name] for name in read_schema(cls).wires}
+            return cls(**own, **part.options)
     except Exception as error:
         set_options = {key: value for key, value in part.options.items() if value is not None}
         error.add_note(f"while building {part.kind} {part.name!r} with options {set_options}")

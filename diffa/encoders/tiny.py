@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from diffa.checkpoints import read as checkpoint
 from diffa.encoders.mel import LogMelConfig
-from diffa.encoders.whisper_windows import WindowedWhisper, check_trailing_silence
+from diffa.encoders.whisper_windows import (
+    WindowedWhisper,
+    check_max_seconds,
+    check_trailing_silence,
+)
 from diffa.errors import SpecError
 from diffa.types import FeatureSpec
 
@@ -25,6 +29,8 @@ class Tiny(WindowedWhisper):
         window_seconds: Length of the encoder's window, in seconds.
         trailing_silence: Seconds of silence read after audio shorter than a window. Default: fill
             the window.
+        max_seconds: Seconds of each recording that are read; the rest is cut. Default: read all,
+            window after window.
         seed: Seed of the weights.
     """
 
@@ -37,6 +43,7 @@ class Tiny(WindowedWhisper):
         num_mel_bins: int = 80,
         window_seconds: float = 30.0,
         trailing_silence: float | None = None,
+        max_seconds: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -47,6 +54,7 @@ class Tiny(WindowedWhisper):
         self.trailing_silence = check_trailing_silence(trailing_silence)
         self.mel = LogMelConfig(num_mel_bins)
         self.sample_rate = self.mel.sampling_rate
+        self.max_seconds = check_max_seconds(max_seconds, self.sample_rate)
         self.out = FeatureSpec(
             width, layers, self.mel.sampling_rate / self.mel.hop_length / 2, heads
         )

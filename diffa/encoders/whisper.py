@@ -9,7 +9,11 @@ from torch import Tensor
 
 from diffa.checkpoints import read as ckpt
 from diffa.encoders.mel import LogMelConfig
-from diffa.encoders.whisper_windows import WindowedWhisper, check_trailing_silence
+from diffa.encoders.whisper_windows import (
+    WindowedWhisper,
+    check_max_seconds,
+    check_trailing_silence,
+)
 from diffa.errors import CheckpointError
 from diffa.types import FeatureSpec
 
@@ -25,6 +29,8 @@ class Whisper(WindowedWhisper):
         revision: Revision of the Hub repository. Default: the newest.
         trailing_silence: Seconds of silence read after audio shorter than a window, for weights
             trained so. Default: fill the window.
+        max_seconds: Seconds of each recording that are read; the rest is cut. DIFFA's published
+            models cut at 30. Default: read all, window after window.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Whisper(WindowedWhisper):
         checkpoint: str = "openai/whisper-small",
         revision: str | None = None,
         trailing_silence: float | None = None,
+        max_seconds: float | None = None,
     ) -> None:
         super().__init__()
         from transformers import WhisperConfig
@@ -43,6 +50,7 @@ class Whisper(WindowedWhisper):
         config = WhisperConfig.from_dict(_whisper_config(folder))
         self.mel = _front_end(folder, config.num_mel_bins)
         self.sample_rate = self.mel.sampling_rate
+        self.max_seconds = check_max_seconds(max_seconds, self.sample_rate)
         self.out = FeatureSpec(
             width=config.d_model,
             layers=config.encoder_layers,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffa.audio import samples_of
 from diffa.encoders.mel import LogMelConfig, log_mel
 from diffa.encoders.windows import encode_windows
 from diffa.errors import SpecError
@@ -29,6 +30,7 @@ class WindowedWhisper(nn.Module):
         mel: log-mel front end of the encoder.
         trailing_silence: seconds of silence read after audio shorter than a window. None: fill
             the window.
+        max_seconds: seconds of each recording that are read. None: all.
         sample_rate: samples per second.
         out: shape of the hidden states.
     """
@@ -36,6 +38,7 @@ class WindowedWhisper(nn.Module):
     encoder: WhisperEncoder
     mel: LogMelConfig
     trailing_silence: float | None
+    max_seconds: float | None = None
     sample_rate: int
     out: FeatureSpec
 
@@ -47,8 +50,12 @@ class WindowedWhisper(nn.Module):
     def forward(self, audio: Tensor, lengths: Tensor) -> Features:
         """Return the features of audio (B, S) whose rows hold ``lengths`` (B,) true samples.
 
-        Longer audio is read in several windows, never cut.
+        Audio longer than a window is read in several windows; it is cut only at ``max_seconds``.
         """
+        if self.max_seconds is not None:
+            samples_of(audio, lengths)  # raises AudioError before the cut hides a misfit
+            samples = round(self.max_seconds * self.sample_rate)
+            audio, lengths = audio[:, :samples], lengths.clamp(max=samples)
         frame = 2 * self.mel.hop_length  # samples of one frame: the second convolution has stride 2
         features = encode_windows(
             audio,
@@ -91,6 +98,13 @@ def check_trailing_silence(seconds: float | None) -> float | None:
     """Return ``seconds``; raises SpecError unless it is a finite number from 0 on, or None."""
     if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
         raise SpecError(f"trailing_silence must be seconds from 0 on, or None, got {seconds}")
+    return seconds
+
+
+def check_max_seconds(seconds: float | None, sample_rate: int) -> float | None:
+    """Return ``seconds``; raises SpecError unless it is at least one sample and finite, or None."""
+    if seconds is not None and not (math.isfinite(seconds) and seconds * sample_rate >= 1):
+        raise SpecError(f"max_seconds must be positive and finite, or None, got {seconds}")
     return seconds
 
 

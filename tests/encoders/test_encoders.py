@@ -15,6 +15,7 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+import diffa
 from diffa.encoders.mel import LogMelConfig, log_mel, mel_filters
 from diffa.encoders.tiny import Tiny
 from diffa.encoders.whisper import Whisper
@@ -197,6 +198,43 @@ def test_batch_equals_single_when_rows_need_different_numbers_of_windows(tiny):
         for state, other in zip(batch.states, alone.states, strict=True):
             assert torch.allclose(state[row, :extent], other[0], atol=1e-5)
             assert state[row, extent:].eq(0).all()
+
+
+def test_max_seconds_cuts_recordings_before_the_windows(tiny):
+    cut = Tiny(width=16, layers=3, heads=2, window_seconds=1.0, max_seconds=1.5).eval()
+    waves = [noise(2 * SECOND + 500), noise(700, seed=1)]
+    features = hear(cut, *waves)
+    expected = hear(tiny, waves[0][: 3 * SECOND // 2], waves[1])
+    assert features.lengths.tolist() == [75, 3] and features.extents.tolist() == [100, 50]
+    for state, other in zip(features.states, expected.states, strict=True):
+        assert state.equal(other)
+
+
+def test_max_seconds_does_not_hide_lengths_that_do_not_fit():
+    cut = Tiny(width=4, layers=1, heads=1, window_seconds=1.0, max_seconds=0.5)
+    with pytest.raises(AudioError, match="lengths"):
+        cut(torch.zeros(1, SECOND), torch.tensor([SECOND + 1]))
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_max_seconds_out_of_range_is_refused(seconds):
+    with pytest.raises(SpecError, match="max_seconds must be positive and finite"):
+        Tiny(width=4, layers=1, heads=1, max_seconds=seconds)
+
+
+@pytest.mark.parametrize("preset", ["diffa-1", "diffa-2"])
+def test_published_presets_give_439_embeddings_for_45_seconds_as_the_original(preset):
+    """64 queries and 375 frames of 30 s; without the cut, 45 s give 64 and 562."""
+    spec = diffa.Spec.read(preset)
+    options = spec.data["encoder"]
+    assert options["max_seconds"] == 30.0
+    model = diffa.build(spec, device="meta")
+    counts = {}
+    for max_seconds in (options["max_seconds"], None):
+        encoder = Tiny(width=4, layers=1, heads=1, max_seconds=max_seconds)
+        frames = encoder(torch.zeros(1, 45 * SECOND), torch.tensor([45 * SECOND])).lengths
+        counts[max_seconds] = sum(int(a.out_lengths(frames)) for a in model.adapters.values())
+    assert counts == {30.0: 439, None: 626}
 
 
 @pytest.fixture(scope="module")
