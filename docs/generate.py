@@ -26,6 +26,7 @@ PAGES = (  # in the order of the navigation; one that is not written yet is left
     ("Data", "data.md"),
     ("Recipes", "recipes.md"),
     ("Evaluation", "evaluation.md"),
+    ("Fidelity", "fidelity.md"),
     ("Ablations", "ablation.md"),
     ("Serving", "serving.md"),
     ("Scale", "scale.md"),
