@@ -23,17 +23,17 @@ shares = st.floats(0, 1, allow_nan=False)
 adapters = st.one_of(
     st.just("conv"),
     st.fixed_dictionaries(
-        {"name": st.just("conv")}, optional={"stride": numbers, "relu": st.booleans()}
+        {"name": st.just("conv")}, optional={"stride": numbers, "final_relu": st.booleans()}
     ),
     st.fixed_dictionaries(
         {"name": st.just("qformer")},
         optional={
-            "queries": numbers,
-            "taps": st.one_of(st.none(), numbers, st.lists(st.integers(0, 9), max_size=3)),
+            "num_queries": numbers,
+            "encoder_layers": st.one_of(st.none(), numbers, st.lists(st.integers(0, 9), max_size=3)),
             "dropout": st.floats(0, 0.99),
         },
     ),
-    st.fixed_dictionaries({"name": st.just("linear")}, optional={"stack": numbers}),
+    st.fixed_dictionaries({"name": st.just("linear")}, optional={"stride": numbers}),
 )
 samplers = st.fixed_dictionaries(
     {"name": st.just("blockwise")},
