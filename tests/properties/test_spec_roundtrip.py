@@ -29,7 +29,9 @@ adapters = st.one_of(
         {"name": st.just("qformer")},
         optional={
             "num_queries": numbers,
-            "encoder_layers": st.one_of(st.none(), numbers, st.lists(st.integers(0, 9), max_size=3)),
+            "encoder_layers": st.one_of(
+                st.none(), numbers, st.lists(st.integers(0, 9), max_size=3)
+            ),
             "dropout": st.floats(0, 0.99),
         },
     ),
