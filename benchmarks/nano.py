@@ -86,7 +86,7 @@ def ask(model: diffa.Model, args: Any) -> tuple[list[dict[str, Any]], int]:
         source = samples[(index + 7) % len(samples)] if args.shuffled else utterance
         wave = torch.from_numpy(source.audio)
         for trial in all_instructions(utterance.labels, args.seed, index, args.held_out):
-            groups[LENGTHS.get(trial.kind, 8)].append((trial, wave, utterance.labels))
+            groups[LENGTHS.get(trial.task, 8)].append((trial, wave, utterance.labels))
     rows, num_forwards = [], 0
     for length, group in groups.items():
         group.sort(key=lambda item: len(item[1]))
@@ -124,16 +124,16 @@ def choose_by_likelihood(model: diffa.Model, args: Any) -> tuple[list[dict[str, 
 
 def record(trial: Any, labels: Any, text: str) -> dict[str, Any]:
     """Return the errors of one answer among its tokens, or whether it is right."""
-    if trial.kind in ("transcribe", "caption"):
+    if trial.task in ("transcribe", "caption"):
         reference, words = trial.answer.split(), text.split()
         digits = len(labels.digits)
         band = "1" if digits == 1 else "2-5" if digits <= 5 else "6-8"
-        name = f"digit error {band}" if trial.kind == "transcribe" else "caption token error"
-        if trial.kind == "transcribe" and not digits:
+        name = f"digit error {band}" if trial.task == "transcribe" else "caption token error"
+        if trial.task == "transcribe" and not digits:
             return {"name": "nothing said", "hits": int(text == "nothing"), "of": 1}
         return {"name": name, "hits": count_edits(reference, words).errors, "of": len(reference)}
     right = text[:1] == trial.answer[:1] if trial.form == "choice" else text == trial.answer
-    return {"name": f"{trial.form} {trial.kind}", "hits": int(right), "of": 1}
+    return {"name": f"{trial.form} {trial.task}", "hits": int(right), "of": 1}
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ def main() -> None:
         for index in range(args.count)
         for utterance in [speech[index]]
         for trial in all_instructions(utterance.labels, args.seed, index)
-        if trial.kind in ("caption", "transcribe")
+        if trial.task in ("caption", "transcribe")
     ]
     items.sort(key=lambda pair: len(pair[0]))
     rows: list[dict[str, Any]] = []
@@ -47,7 +47,7 @@ def main() -> None:
             row: dict[str, Any] = {"length": length, "block_length": block}
             for kind in ("caption", "transcribe"):
                 row[kind] = error(
-                    candidate, [pair for pair in items if pair[1].kind == kind], length
+                    candidate, [pair for pair in items if pair[1].task == kind], length
                 )
             rows.append(row)
             print(

@@ -97,8 +97,8 @@ def backbone(options: Mapping[str, Any], state: Mapping[str, Tensor], to: Path) 
         named = {f"model.transformer.{key}": value for key, value in state.items()}
         config = {**fixed, **config}
     else:
-        inner = {new: old for old, new in llama._NAMES.items()}
-        outer = {new: old for old, new in llama._OUTER.items()}
+        inner = {new: old for old, new in llama._BLOCK_KEYS.items()}
+        outer = {new: old for old, new in llama._OUTER_KEYS.items()}
         named = {}
         for key, value in state.items():
             first, *rest = key.split(".")

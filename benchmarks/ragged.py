@@ -48,12 +48,12 @@ def main() -> None:
 
 def race(model: Any, questions: list[Any], rounds: int) -> dict[str, float]:
     """Median seconds of both, an answer of each in turn."""
-    ways = {"padded": lambda context, embeds: None, "packed": transformer.ragged}
+    ways = {"padded": lambda context, embeds: None, "packed": transformer.pack_rows}
     times: dict[str, list[float]] = {name: [] for name in ways}
     texts: dict[str, list[str]] = {}
     for _ in range(rounds + 1):
         for name, way in ways.items():
-            transformer.ragged = way
+            transformer.pack_rows = way
             begin = time.perf_counter()
             answer = model.answer(
                 [one.audio for one in questions], [one.question for one in questions]
