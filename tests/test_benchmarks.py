@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(FOLDER)
+    # Folders of tests have the same names: tests.evaluation may have been imported before.
+    monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module(name)
 
 

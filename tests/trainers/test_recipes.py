@@ -367,8 +367,8 @@ def test_a_plan_says_which_manifests_it_took_on_trust(capsys: pytest.CaptureFixt
 
 
 def test_expectations_are_checked(world: Path) -> None:
-    with pytest.raises(SpecError, match=r"stages.0.data.0.expects: give rows and hours"):
-        Recipe.read("diffa-2").change(["stages.0.data.0.expects={rows: 0, hours: 1}"])
+    with pytest.raises(SpecError, match=r"stages.0.data.0.expected_size: give rows and hours"):
+        Recipe.read("diffa-2").change(["stages.0.data.0.expected_size={rows: 0, hours: 1}"])
 
 
 def test_shipped_recipes_take_the_released_settings_where_sources_differ() -> None:
