@@ -366,9 +366,13 @@ def test_a_plan_says_which_manifests_it_took_on_trust(capsys: pytest.CaptureFixt
     assert "librispeech.json does not exist: the plan assumes its 281,241 expected rows" in told
 
 
-def test_expectations_are_checked(world: Path) -> None:
-    with pytest.raises(SpecError, match=r"stages.0.data.0.expected_size: give rows and hours"):
-        Recipe.read("diffa-2").change(["stages.0.data.0.expected_size={rows: 0, hours: 1}"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("{rows: 0, hours: 1}", "must be above 0"), ("{rows: 5}", "give rows and hours")],
+)
+def test_the_expected_size_of_a_manifest_is_checked(size: str, message: str) -> None:
+    with pytest.raises(SpecError, match=rf"stages.0.data.0.expected_size: {message}"):
+        Recipe.read("diffa-2").change([f"stages.0.data.0.expected_size={size}"])
 
 
 def test_shipped_recipes_take_the_released_settings_where_sources_differ() -> None:
