@@ -20,6 +20,8 @@ from diffa.errors import CheckpointError, SpecError
 from diffa.types import Vocab
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from diffa.canvas.kv_cache import AttentionContext
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -207,7 +209,7 @@ def _load_model(config: Any, folder: Path | None, seed: int) -> Any:
     return model
 
 
-def _check_supported(model: Any, source: str) -> None:
+def _check_supported(model: PreTrainedModel, source: str) -> None:
     """Refuse recurrent models, and those that take no positions or masks."""
     parameters = set(inspect.signature(model.base_model.forward).parameters)
     required = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,13 @@ def _create(name: str, image: tuple[int, int], pretrained: bool) -> Any:
         raise SpecError(f"timm cannot make {name!r} ({error}){known}") from error
 
 
-def _fill(model: Any, folder: Path) -> None:
+def _fill(model: nn.Module, folder: Path) -> None:
     """Load timm's layout without its classifier, colours summed to one channel."""
-    head = model.default_cfg.get("classifier") or ()
+    config: Mapping[str, Any] = getattr(model, "default_cfg", {})  # set by timm
+    head = config.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((head,) if isinstance(head, str) else head))
     state = {k: v for k, v in ckpt.read_weights(folder).items() if not k.startswith(heads)}
-    first = f"{model.default_cfg.get('first_conv')}.weight"
+    first = f"{config.get('first_conv')}.weight"
     if first in state and state[first].dim() == 4 and state[first].shape[1] == 3:
         state[first] = state[first].sum(dim=1, keepdim=True)
     ckpt.load_state(model, state, source=folder)

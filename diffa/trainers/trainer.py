@@ -84,7 +84,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             callbacks=[progress_bar, *callbacks],
         )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the recipe's optimizer."""
         if getattr(self, "optimizer", None) is None:
             self.optimizer = build_optimizer(model or self.model, self.optimizer_config)
@@ -153,7 +153,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """Return the stream's own order."""
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a complete checkpoint or none, then remove the oldest."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         state = trained_state(self.model)
@@ -192,7 +192,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         state = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
         self.lr_scheduler.load_state_dict(state)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         """Load a checkpoint's weights into what is trained."""
         state = load_weights(Path(resume_from_checkpoint) / WEIGHTS)
         restore(self.model, state, resume_from_checkpoint)
