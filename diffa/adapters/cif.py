@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import LayerMixer, frame_mask
-from diffa.errors import SpecError
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask, masked_embeds
+from diffa.errors import check_at_least
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -26,8 +26,7 @@ class CIF(nn.Module):
         self, source: FeatureSpec, width: int, *, stride: int = 4, mix_layers: bool = False
     ) -> None:
         super().__init__()
-        if stride < 1:
-            raise SpecError(f"stride must be at least 1, got {stride}")
+        check_at_least(1, stride=stride)
         self.stride = stride
         self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.conv = nn.Conv1d(source.width, source.width, 3, padding=1)
@@ -52,8 +51,7 @@ class CIF(nn.Module):
         total = weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
         shares = integrate_and_fire(weights * lengths[:, None] / total, int(lengths.max()))
         values = self.proj((shares @ frames.float()).to(frames.dtype))
-        inside = frame_mask(lengths, values.shape[1])[..., None]
-        return Embeds(torch.where(inside, values, 0), lengths)
+        return masked_embeds(values, lengths)
 
 
 def integrate_and_fire(weights: Tensor, count: int) -> Tensor:

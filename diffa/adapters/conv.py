@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffa.adapters.layer_mixing import LayerMixer
 from diffa.adapters.numbering import Numbering
 from diffa.checkpoints import read as ckpt
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -42,14 +42,12 @@ class Conv(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if stride < 1:
-            raise SpecError(f"stride must be at least 1, got {stride}")
+        check_at_least(1, stride=stride)
         if mix_layers and checkpoint is not None:
             raise SpecError(
                 "mix_layers has no published weights: leave checkpoint or mix_layers out"
             )
-        if word_numbers < 0:
-            raise SpecError(f"word_numbers must be at least 0, got {word_numbers}")
+        check_at_least(0, word_numbers=word_numbers)
         self.stride, self.final_relu = stride, final_relu
         self.mixer = LayerMixer(source, mix_layers=mix_layers)
         inner = source.width
@@ -81,6 +79,7 @@ class Conv(nn.Module):
         inside = torch.arange(frames.shape[1], device=frames.device) < (
             lengths[:, None] * self.stride
         )
+        # Zero the padding before each convolution: width-3 kernels would read across the end.
         first, activation, second = self.conv
         hidden = torch.where(inside[:, None], rearrange(frames, "b t d -> b d t"), 0)
         hidden = torch.where(inside[:, None], activation(first(hidden)), 0)

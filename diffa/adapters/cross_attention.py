@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
+from diffa.types import FeatureSpec
 
 
 class MultiHeadAttention(nn.Module):
@@ -45,17 +46,15 @@ class FeedForward(nn.Sequential):
         )
 
 
-def check_sizes(width: int, heads: int, dropout: float, **counts: int) -> None:
+def check_sizes(source: FeatureSpec, dropout: float, **counts: int) -> None:
     """Raise SpecError for a count below one, a dropout out of range or heads that do not fit."""
-    for name, value in counts.items():
-        if value < 1:
-            raise SpecError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, **counts)
     if not 0 <= dropout < 1:
         raise SpecError(f"dropout must lie between 0 and 1 (1 excluded), got {dropout}")
-    if width % heads:
+    if source.width % source.heads:
         raise SpecError(
             f"this adapter needs an encoder whose width is a multiple of its heads, "
-            f"got {width} and {heads}"
+            f"got {source.width} and {source.heads}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import LayerMixer, frame_mask
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask, masked_embeds
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
@@ -47,22 +47,20 @@ class CTC(nn.Module):
     def forward(self, features: Features) -> Embeds:
         """Embed the runs of true frames."""
         frames = self.mixer(features, self.label.weight.dtype)
-        rows, most, wide = frames.shape
-        if most == 0:
-            empty = self.proj(frames)
-            return Embeds(empty, features.lengths.clone())
+        rows, longest, width = frames.shape
+        if longest == 0:
+            return Embeds(self.proj(frames), features.lengths.clone())
         probs, labels = self.label(frames).float().softmax(dim=-1).max(dim=-1)
-        inside = frame_mask(features.lengths, most)
+        inside = frame_mask(features.lengths, longest)
         run, count = label_runs(labels, inside, keep_blanks=self.keep_blanks)
         weight = torch.where(run >= 0, probs, 0)[..., None]
         place = run.clamp(min=0)[..., None]
-        sums = frames.new_zeros(rows, most, wide, dtype=torch.float32)
-        sums = sums.scatter_add(1, place.expand(-1, -1, wide), weight * frames.float())
+        # Average the frames of each run: sums (B, runs, width) over the runs' total weight.
+        sums = frames.new_zeros(rows, longest, width, dtype=torch.float32)
+        sums = sums.scatter_add(1, place.expand(-1, -1, width), weight * frames.float())
         mass = torch.zeros_like(sums[..., :1]).scatter_add(1, place, weight)
-        longest = int(count.max())
-        merged = (sums / mass.clamp(min=1e-9))[:, :longest].to(frames.dtype)
-        exists = frame_mask(count, longest)[..., None]
-        return Embeds(torch.where(exists, self.proj(merged), 0), count)
+        merged = (sums / mass.clamp(min=1e-9))[:, : int(count.max())].to(frames.dtype)
+        return masked_embeds(self.proj(merged), count)
 
 
 def label_runs(labels: Tensor, inside: Tensor, *, keep_blanks: bool) -> tuple[Tensor, Tensor]:

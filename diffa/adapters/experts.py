@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffa.adapters.layer_mixing import LayerMixer, frame_mask
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -37,13 +37,9 @@ class Experts(nn.Module):
         mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_experts", num_experts),
-            ("stride", stride),
-            ("intermediate_size", intermediate_size),
-        ):
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
+        check_at_least(
+            1, num_experts=num_experts, stride=stride, intermediate_size=intermediate_size
+        )
         if not 1 <= num_experts_per_tok <= num_experts:
             raise SpecError(
                 f"num_experts_per_tok must lie between 1 and num_experts ({num_experts}), "
@@ -74,6 +70,7 @@ class Experts(nn.Module):
         frames = F.pad(frames, (0, 0, 0, longest * self.stride - frames.shape[1]))
         stacked = rearrange(frames, "b (n s) d -> b n (s d)", s=self.stride)
         inside = frame_mask(lengths, longest)
+        # Route true stacks only: padding must not load the experts.
         values = frames.new_zeros(*inside.shape, self.width)
         values[inside] = self._route(stacked[inside])
         return Embeds(values, lengths)
@@ -83,6 +80,7 @@ class Experts(nn.Module):
         top_logits, top_experts = self.router(stacks).float().topk(self.num_experts_per_tok, dim=-1)
         shares = top_logits.softmax(dim=-1).to(stacks.dtype)
         out = stacks.new_zeros(len(stacks), self.width)
+        # index_add keeps the order of experts, so a row's sum does not depend on its batch.
         for number, expert in enumerate(self.experts):
             row, rank = (top_experts == number).nonzero(as_tuple=True)
             out = out.index_add(0, row, expert(stacks[row]) * shares[row, rank, None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffa.types import Features, FeatureSpec
+from diffa.types import Embeds, Features, FeatureSpec
 
 
 class LayerMixer(nn.Module):
@@ -28,11 +28,18 @@ class LayerMixer(nn.Module):
         inside = frame_mask(features.lengths, longest)[..., None]
         if not self.mix_layers:
             return torch.where(inside, features.states[-1][:, :longest].to(dtype), 0)
+        # scale * sum over layers of softmax(weights)[layer] * state[layer]
         weights = self.scale * self.weights.softmax(dim=0)
         frames = torch.zeros((), dtype=dtype, device=inside.device)
         for weight, state in zip(weights, features.states, strict=True):
             frames = frames + weight * torch.where(inside, state[:, :longest].to(dtype), 0)
         return frames
+
+
+def masked_embeds(values: Tensor, lengths: Tensor) -> Embeds:
+    """Return embeddings (B, N, W) with zeros past each row's length (B,)."""
+    inside = frame_mask(lengths, values.shape[1])[..., None]
+    return Embeds(torch.where(inside, values, 0), lengths)
 
 
 def frame_mask(lengths: Tensor, size: int) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import LayerMixer, frame_mask
-from diffa.errors import SpecError
+from diffa.adapters.layer_mixing import LayerMixer, masked_embeds
+from diffa.errors import check_at_least
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -30,9 +29,7 @@ class Linear(nn.Module):
         mix_layers: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("stride", stride), ("intermediate_size", intermediate_size)):
-            if value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, stride=stride, intermediate_size=intermediate_size)
         self.stride = stride
         self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.layers = nn.Sequential(
@@ -52,5 +49,4 @@ class Linear(nn.Module):
         dtype = self.layers[0].weight.dtype
         frames = self.mixer(features, dtype)[:, : longest * self.stride]
         values = self.layers(rearrange(frames, "b (n s) d -> b n (s d)", s=self.stride))
-        inside = frame_mask(lengths, longest)[..., None]
-        return Embeds(torch.where(inside, values, 0), lengths)
+        return masked_embeds(values, lengths)

@@ -43,8 +43,7 @@ class Perceiver(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            source.width,
-            source.heads,
+            source,
             dropout,
             num_queries=num_queries,
             num_layers=num_layers,
@@ -69,6 +68,7 @@ class Perceiver(nn.Module):
         attn_mask = frame_mask(features.lengths, frames.shape[1])
         attn_mask = F.pad(attn_mask, (0, len(self.queries)), value=True)
         hidden = repeat(self.queries, "q d -> b q d", b=len(frames))
+        # (B, Q, D) latents; each layer attends to T frames and Q latents
         for layer in self.layers:
             hidden = layer(hidden, frames, attn_mask)
         return Embeds(self.proj(hidden), self.out_lengths(features.lengths))

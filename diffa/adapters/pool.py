@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from diffa.adapters.layer_mixing import LayerMixer, frame_mask
-from diffa.errors import SpecError
+from diffa.adapters.layer_mixing import LayerMixer, masked_embeds
+from diffa.errors import check_at_least
 from diffa.types import Embeds, Features, FeatureSpec
 
 
@@ -26,8 +26,7 @@ class Pool(nn.Module):
         self, source: FeatureSpec, width: int, *, stride: int = 2, mix_layers: bool = False
     ) -> None:
         super().__init__()
-        if stride < 1:
-            raise SpecError(f"stride must be at least 1, got {stride}")
+        check_at_least(1, stride=stride)
         self.stride = stride
         self.mixer = LayerMixer(source, mix_layers=mix_layers)
         self.proj = nn.Linear(source.width, width)
@@ -42,8 +41,9 @@ class Pool(nn.Module):
         frames = self.mixer(features, self.proj.weight.dtype)
         longest, step = int(lengths.max()), self.stride
         frames = F.pad(frames, (0, 0, 0, longest * step - frames.shape[1]))
+        # Sums and true counts, so that padding does not lower an incomplete stride's mean.
         sums = reduce(frames, "b (n s) d -> b n d", "sum", s=step)
         starts = torch.arange(longest, device=lengths.device) * step
         count = (features.lengths[:, None] - starts).clamp(1, step)
         values = self.proj(sums / count[..., None].to(sums.dtype))
-        return Embeds(torch.where(frame_mask(lengths, longest)[..., None], values, 0), lengths)
+        return masked_embeds(values, lengths)

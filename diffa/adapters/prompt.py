@@ -7,7 +7,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from diffa.checkpoints import read as ckpt
-from diffa.errors import SpecError
+from diffa.errors import check_at_least
 from diffa.types import Embeds, Features
 
 
@@ -29,8 +29,7 @@ class Prompt(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if num_embeddings < 1:
-            raise SpecError(f"num_embeddings must be at least 1, got {num_embeddings}")
+        check_at_least(1, num_embeddings=num_embeddings)
         self.prompts = nn.Embedding(num_embeddings, width)
         if checkpoint is not None and not ckpt.is_meta():
             folder = ckpt.find_checkpoint(checkpoint, revision)

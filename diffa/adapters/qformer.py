@@ -45,8 +45,7 @@ class QFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            source.width,
-            source.heads,
+            source,
             dropout,
             num_queries=num_queries,
             num_layers=num_layers,
@@ -58,13 +57,8 @@ class QFormer(nn.Module):
             torch.randn(1, num_queries, inner) for _ in self.encoder_layers
         )
         self.layer_weights = nn.Parameter(torch.zeros(num_queries, len(self.encoder_layers)))
-        self.qformer = nn.ModuleDict(
-            {
-                "layer": nn.ModuleList(
-                    _Layer(source, intermediate_size, dropout) for _ in range(num_layers)
-                )
-            }
-        )
+        layers = (_Layer(source, intermediate_size, dropout) for _ in range(num_layers))
+        self.qformer = nn.ModuleDict({"layer": nn.ModuleList(layers)})  # the published names
         self.proj = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width))
         if checkpoint is not None and not ckpt.is_meta():
             folder = ckpt.find_checkpoint(checkpoint, revision)
@@ -88,6 +82,7 @@ class QFormer(nn.Module):
         attn_mask = self._attn_mask(features.extents, longest)
         for layer in self.qformer["layer"].children():
             hidden = layer(hidden, frames, attn_mask)
+        # (layers * B, Q, D) -> a mixture of the layers with weights of its own for every query
         mixture = self.layer_weights.softmax(dim=-1)
         by_layer = rearrange(hidden, "(n b) q d -> n b q d", b=rows)
         values = self.proj(einsum(by_layer, mixture, "n b q d, q n -> b q d"))

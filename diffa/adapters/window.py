@@ -13,7 +13,7 @@ from diffa.adapters.cross_attention import (
     check_sizes,
     learned_queries,
 )
-from diffa.adapters.layer_mixing import LayerMixer, frame_mask
+from diffa.adapters.layer_mixing import LayerMixer, frame_mask, masked_embeds
 from diffa.errors import SpecError
 from diffa.types import Embeds, Features, FeatureSpec
 
@@ -47,8 +47,7 @@ class Window(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            source.width,
-            source.heads,
+            source,
             dropout,
             num_queries=num_queries,
             num_layers=num_layers,
@@ -72,6 +71,7 @@ class Window(nn.Module):
         """Embed every window from its true frames."""
         lengths = self.out_lengths(features.lengths)
         frames = self.mixer(features, self.queries.dtype)
+        # (B, T, D) -> (B * windows, size, D), the last window filled with zeros
         windows, size = -(-frames.shape[1] // self.frames), self.frames
         frames = F.pad(frames, (0, 0, 0, windows * size - frames.shape[1]))
         frames = rearrange(frames, "b (n t) d -> (b n) t d", n=windows, t=size)
@@ -83,8 +83,7 @@ class Window(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, frames, attn_mask)
         values = rearrange(self.proj(hidden), "(b n) q w -> b (n q) w", b=len(lengths), n=windows)
-        inside = frame_mask(lengths, values.shape[1])[..., None]
-        return Embeds(torch.where(inside, values, 0), lengths)
+        return masked_embeds(values, lengths)
 
 
 class _Layer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffa.canvas.batch import forward_embeds
 from diffa.canvas.canvas import insert_audio
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.types import Backbone
 
 _MAX_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -64,9 +64,7 @@ def score_choices(
     """
     if not choices or any(len(choice) == 0 for choice in choices):
         raise SpecError("there must be choices to score, of at least one token each")
-    for name, value in {"samples": samples, "batch": batch}.items():
-        if value < 1:
-            raise SpecError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, samples=samples, batch=batch)
     mask = backbone.vocab.mask
     if backbone.decoding == "masked" and mask is not None:
         rows, queries = masked_queries(choices, mask, samples=samples, seed=seed)

@@ -93,6 +93,7 @@ class QwenOmniFrontEnd(_TowerFrontEnd):
         # zeros after the audio, so that the last frame does not read its reflection
         features = log_mel(pad(waves, (0, mel.hop_length + mel.n_fft)), mel)
         hops = [self.hops(size) for size in sizes]
+        # The encoder takes the rows packed end to end, (bins, sum of hops), and their lengths.
         packed = torch.cat(
             [row[:, :hop] for row, hop in zip(features, hops, strict=True)], dim=1
         ).to(model.dtype)
@@ -107,6 +108,7 @@ class QwenOmniFrontEnd(_TowerFrontEnd):
         return [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in states]
 
     def _convolved(self, hops: int) -> int:
+        # Each chunk is convolved alone (stride 2), so an odd rest rounds up.
         whole, rest = divmod(hops, self._chunk)
         return whole * (self._chunk // 2) + (rest + 1) // 2
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffa.encoders.frontends import MelFilterBank, kaldi_fbank, mel_spectrogram
 from diffa.encoders.windows import encode_windows
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.types import Features, FeatureSpec
 
 RATE = 16000
@@ -38,8 +38,7 @@ class FilterBank(nn.Module):
         hop_seconds: float = 0.01,
     ) -> None:
         super().__init__()
-        if num_mel_bins < 1:
-            raise SpecError(f"num_mel_bins must be at least 1, got {num_mel_bins}")
+        check_at_least(1, num_mel_bins=num_mel_bins)
         self._hop = round(hop_seconds * RATE) if 0 < hop_seconds < 10 else 0
         if self._hop < 1:
             raise SpecError(f"hop_seconds must lie between {1 / RATE} and 10, got {hop_seconds}")

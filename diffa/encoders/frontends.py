@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch.nn.functional import pad
 
 from diffa.encoders.windows import length_mask
 from diffa.errors import PluginError
+from diffa.types import FeatureSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class MelFilterBank(NamedTuple):
@@ -31,6 +35,12 @@ class MelFilterBank(NamedTuple):
     f_min: float
     f_max: float
     mel_scale: str
+
+
+def feature_spec(config: PretrainedConfig, rate: float) -> FeatureSpec:
+    """Return the shape of a transformers encoder's output at ``rate`` frames per second."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    return FeatureSpec(width, layers, rate, config.num_attention_heads)
 
 
 def import_torchaudio() -> Any:

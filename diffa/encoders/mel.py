@@ -41,6 +41,7 @@ def log_mel(audio: Tensor, mel: LogMelConfig) -> Tensor:
         real, imaginary = torch.view_as_real(spectrum[..., :-1]).unbind(-1)
         power = real.square().add_(imaginary.square())  # six times as fast as .sum(-1)
         features = (filters @ power).clamp(min=1e-10).log10()
+        # Rows must not share their peak: a row's features would depend on its batch.
         peak = features.amax(dim=(1, 2), keepdim=True)
         return torch.maximum(features, peak - 8) / 4 + 1
 

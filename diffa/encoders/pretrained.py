@@ -148,6 +148,7 @@ class Pretrained(nn.Module):
         self._front_end = front_end
         self._window_samples = _window_samples(front_end, window_seconds)
         self.sample_rate, self.out = front_end.sample_rate, front_end.out
+        # A dry run and a configuration without weights construct the class; others load it.
         if folder is None or ckpt.is_meta():
             self.encoder = _init_model(cls, model_config, seed)
         else:

@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffa.encoders.frontends import MelFilterBank, kaldi_fbank, mel_spectrogram
+from diffa.encoders.frontends import MelFilterBank, feature_spec, kaldi_fbank, mel_spectrogram
 from diffa.types import FeatureSpec
 
 if TYPE_CHECKING:
@@ -38,12 +38,7 @@ class ASTFrontEnd:
         self._high = (self._bins - config.patch_size) // config.frequency_stride + 1
         self._wide = int(self._hops - config.patch_size) // self._stride + 1
         self.window_samples = self._hops * HOP
-        self.out = FeatureSpec(
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            rate=self._wide * self.sample_rate / self.window_samples,
-            heads=config.num_attention_heads,
-        )
+        self.out = feature_spec(config, self._wide * self.sample_rate / self.window_samples)
 
     def count_frames(self, samples: int) -> int:
         """Return the frames of ``samples``: patches at least half a stride inside the audio."""

@@ -78,7 +78,10 @@ def resample_frames(state: Tensor, extents: Tensor, ratio: float, frames: int) -
     """Average the frames (B, T, width) that fall into each of ``frames`` new ones.
 
     ``ratio`` old frames make a new one; where that is less than one, an old frame is repeated.
-    Frames past a row's ``extents`` (B,) have no say: the last one stands in for them.
+    Frames past a row's ``extents`` (B,) are not read: the last one replaces them.
+
+        old  | 0 | 1 | 2 | 3 | 4 | 5 |      ratio 1.5: new frame n averages the old frames that
+        new  |  0  |  1  |  2  |  3  |      overlap the interval from 1.5 n to 1.5 (n + 1)
     """
     steps = torch.arange(frames, device=state.device, dtype=torch.float64)
     # half a thousandth of a frame absorbs rates that are not exact, such as 9.8633
@@ -86,6 +89,7 @@ def resample_frames(state: Tensor, extents: Tensor, ratio: float, frames: int) -
     end = torch.maximum(start + 1, ((steps + 1) * ratio - 5e-4).ceil().long())
     last = extents[:, None].clamp(min=1)
     start, end = torch.minimum(start[None], last - 1), torch.minimum(end[None], last)
+    # Means from differences of prefix sums, in float64 because long sums lose digits.
     sums = torch.nn.functional.pad(state.double().cumsum(dim=1), (0, 0, 1, 0))
     reach = sums.shape[2]
     above = sums.gather(1, end[..., None].expand(-1, -1, reach))

@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from diffa.checkpoints import read as checkpoint
 from diffa.encoders.mel import LogMelConfig
-from diffa.encoders.whisper_windows import (
-    WindowedWhisper,
-    check_max_seconds,
-    check_trailing_silence,
-)
-from diffa.errors import SpecError
-from diffa.types import FeatureSpec
+from diffa.encoders.whisper_windows import WindowedWhisper
+from diffa.errors import SpecError, check_at_least
 
 
 class Tiny(WindowedWhisper):
@@ -46,41 +41,26 @@ class Tiny(WindowedWhisper):
         max_seconds: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         from transformers import WhisperConfig
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        _check_sizes(width, layers, heads, num_mel_bins)
-        self.trailing_silence = check_trailing_silence(trailing_silence)
-        self.mel = LogMelConfig(num_mel_bins)
-        self.sample_rate = self.mel.sampling_rate
-        self.max_seconds = check_max_seconds(max_seconds, self.sample_rate)
-        self.out = FeatureSpec(
-            width, layers, self.mel.sampling_rate / self.mel.hop_length / 2, heads
-        )
+        check_at_least(1, layers=layers, heads=heads, num_mel_bins=num_mel_bins)
+        if width < 4 or width % 2 or width % heads:
+            raise SpecError(
+                f"width must be even, at least 4 and a multiple of heads ({heads}), got {width}"
+            )
+        mel = LogMelConfig(num_mel_bins)
         config = WhisperConfig(
             d_model=width,
             encoder_layers=layers,
             encoder_attention_heads=heads,
             encoder_ffn_dim=4 * width,
             num_mel_bins=num_mel_bins,
-            max_source_positions=_frames(window_seconds, self.out.rate),
+            max_source_positions=_frames(window_seconds, mel.sampling_rate / mel.hop_length / 2),
         )
-        with torch.device("meta"):
-            self.encoder = WhisperEncoder(config)
+        super().__init__(config, mel, trailing_silence, max_seconds)
         if not checkpoint.is_meta():
             self.encoder.to_empty(device=torch.get_default_device())
             _init_weights(self.encoder, seed)
-
-
-def _check_sizes(width: int, layers: int, heads: int, num_mel_bins: int) -> None:
-    for name, value in (("layers", layers), ("heads", heads), ("num_mel_bins", num_mel_bins)):
-        if value < 1:
-            raise SpecError(f"{name} must be at least 1, got {value}")
-    if width < 4 or width % 2 or width % heads:
-        raise SpecError(
-            f"width must be even, at least 4 and a multiple of heads ({heads}), got {width}"
-        )
 
 
 def _frames(seconds: float, rate: float) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffa.checkpoints import read as ckpt
 from diffa.encoders.spectrogram_models import normalised_fbanks
 from diffa.encoders.windows import encode_windows
-from diffa.errors import PluginError, SpecError
+from diffa.errors import PluginError, SpecError, check_at_least
 from diffa.types import Features, FeatureSpec
 
 RATE = 16000
@@ -90,6 +90,7 @@ class Timm(nn.Module):
     def _states(self, images: Tensor) -> list[Tensor]:
         """Return the states (M, T, width) of images (M, 1, rows, num_mel_bins)."""
         model: Any = self.encoder
+        # Blocks are (M, width, time, frequency); the final state has the model's own layout.
         final, blocks = model.forward_intermediates(images, output_fmt="NCHW")
         high = blocks[-1].shape[2]
         if final.dim() == 3:
@@ -97,6 +98,7 @@ class Timm(nn.Module):
             final = rearrange(final, "m (h w) d -> m d h w", h=high)
         elif getattr(model, "output_fmt", "NCHW") == "NHWC":
             final = rearrange(final, "m h w d -> m d h w")
+        # A pyramid's earlier stages differ in size; only states like the last one are kept.
         alike = [block for block in blocks if block.shape[1:] == final.shape[1:]]
         return [reduce(s, "m d h w -> m h d", "mean") for s in (*(alike or [final]), final)]
 
@@ -123,8 +125,7 @@ class Timm(nn.Module):
 
 
 def _rows(num_mel_bins: int, seconds: float) -> int:
-    if num_mel_bins < 1:
-        raise SpecError(f"num_mel_bins must be at least 1, got {num_mel_bins}")
+    check_at_least(1, num_mel_bins=num_mel_bins)
     rows = round(seconds * 100) if math.isfinite(seconds) else 0
     if rows < 4:
         raise SpecError(f"window_seconds must be at least 0.04 and finite, got {seconds}")

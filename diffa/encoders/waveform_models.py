@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diffa.encoders.frontends import (
     MelFilterBank,
+    feature_spec,
     kaldi_fbank,
     mel_spectrogram,
     normalise_waves,
     preemphasis,
 )
 from diffa.encoders.windows import length_mask
-from diffa.types import FeatureSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,15 +40,10 @@ class WaveformFrontEnd:
         self.masks_padding = layered and config.model_type != "data2vec-audio"
         self._normalise = preprocessor.get("do_normalize", layered)
         self.sample_rate = preprocessor.get("sampling_rate", 16000)
-        self.min_samples = 1
+        self.min_samples = 1  # backwards from one frame: what each convolution needs
         for kernel, stride in reversed(self._convs):
             self.min_samples = (self.min_samples - 1) * stride + kernel
-        self.out = FeatureSpec(
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            rate=self.sample_rate / math.prod(config.conv_stride),
-            heads=config.num_attention_heads,
-        )
+        self.out = feature_spec(config, self.sample_rate / math.prod(config.conv_stride))
 
     def count_frames(self, samples: int) -> int:
         """Return the frames of a window of ``samples``: what the convolutions leave."""
@@ -76,12 +71,7 @@ class Wav2Vec2BertFrontEnd:
         self.sample_rate = preprocessor.get("sampling_rate", 16000)
         self._stack = int(preprocessor.get("stride", 2))
         self._bins = config.feature_projection_input_dim // self._stack
-        self.out = FeatureSpec(
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            rate=100 / self._stack,
-            heads=config.num_attention_heads,
-        )
+        self.out = feature_spec(config, 100 / self._stack)
 
     def count_frames(self, samples: int) -> int:
         """Return the frames of a window of ``samples``: whole pairs of 10 ms hops."""
@@ -126,12 +116,7 @@ class ParakeetFrontEnd:
         self._halvings = int(math.log2(config.subsampling_factor))
         self._kernel = int(config.subsampling_conv_kernel_size)
         self.min_samples = 2 * self._hop  # two frames, for a variance to exist
-        self.out = FeatureSpec(
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            rate=self.sample_rate / self._hop / config.subsampling_factor,
-            heads=config.num_attention_heads,
-        )
+        self.out = feature_spec(config, self.sample_rate / self._hop / config.subsampling_factor)
 
     def count_frames(self, samples: int) -> int:
         """Return the frames of a window of ``samples``: what the strided convolutions leave."""
@@ -143,6 +128,7 @@ class ParakeetFrontEnd:
     def encode(self, model: PreTrainedModel, waves: Tensor, sizes: list[int]) -> list[Tensor]:
         """Return the states (M, T, width) of waves (M, S) with true ``sizes``."""
         waves = preemphasis(waves, self._emphasis) if self._emphasis else waves
+        # Pre-emphasis leaks the last sample into the padding.
         waves = torch.where(length_mask(sizes, waves), waves, 0)
         mel = mel_spectrogram(
             waves,

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from diffa.checkpoints import read as ckpt
 from diffa.encoders.mel import LogMelConfig
-from diffa.encoders.whisper_windows import (
-    WindowedWhisper,
-    check_max_seconds,
-    check_trailing_silence,
-)
+from diffa.encoders.whisper_windows import WindowedWhisper
 from diffa.errors import CheckpointError
-from diffa.types import FeatureSpec
 
 
 class Whisper(WindowedWhisper):
@@ -41,24 +35,12 @@ class Whisper(WindowedWhisper):
         trailing_silence: float | None = None,
         max_seconds: float | None = None,
     ) -> None:
-        super().__init__()
         from transformers import WhisperConfig
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        self.trailing_silence = check_trailing_silence(trailing_silence)
         folder = ckpt.find_checkpoint(checkpoint, revision, weights=not ckpt.is_meta())
         config = WhisperConfig.from_dict(_whisper_config(folder))
-        self.mel = _front_end(folder, config.num_mel_bins)
-        self.sample_rate = self.mel.sampling_rate
-        self.max_seconds = check_max_seconds(max_seconds, self.sample_rate)
-        self.out = FeatureSpec(
-            width=config.d_model,
-            layers=config.encoder_layers,
-            rate=self.mel.sampling_rate / self.mel.hop_length / 2,
-            heads=config.encoder_attention_heads,
-        )
-        with torch.device("meta"):
-            self.encoder = WhisperEncoder(config)
+        mel = _front_end(folder, config.num_mel_bins)
+        super().__init__(config, mel, trailing_silence, max_seconds)
         if not ckpt.is_meta():
             ckpt.load_state(self.encoder, _weights(folder), source=folder)
             self.encoder.float()  # large-v3 is published in float16

@@ -13,34 +13,54 @@ from torch import Tensor, nn
 from diffa.audio import samples_of
 from diffa.encoders.mel import LogMelConfig, log_mel
 from diffa.encoders.windows import encode_windows
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_non_negative
 from diffa.types import Features, FeatureSpec
 
 if TYPE_CHECKING:
+    from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 
 class WindowedWhisper(nn.Module):
     """The forward passes that the encoders of Whisper's architecture share.
 
-    A subclass sets the attributes in its constructor.
+    Constructing it leaves the encoder's weights on the meta device; a subclass fills them.
 
-    Attributes:
-        encoder: transformers' ``WhisperEncoder``.
-        mel: log-mel front end of the encoder.
+    Args:
+        config: architecture of the encoder.
+        mel: log-mel front end.
         trailing_silence: seconds of silence read after audio shorter than a window. None: fill
             the window.
         max_seconds: seconds of each recording that are read. None: all.
-        sample_rate: samples per second.
-        out: shape of the hidden states.
+
+    Raises:
+        SpecError: ``trailing_silence`` or ``max_seconds`` is out of range.
     """
 
-    encoder: WhisperEncoder
-    mel: LogMelConfig
-    trailing_silence: float | None
-    max_seconds: float | None = None
-    sample_rate: int
-    out: FeatureSpec
+    def __init__(
+        self,
+        config: WhisperConfig,
+        mel: LogMelConfig,
+        trailing_silence: float | None,
+        max_seconds: float | None,
+    ) -> None:
+        super().__init__()
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        check_non_negative(trailing_silence=trailing_silence)
+        rate = mel.sampling_rate
+        if max_seconds is not None and not (math.isfinite(max_seconds) and max_seconds * rate >= 1):
+            raise SpecError(f"max_seconds must be positive and finite, or None, got {max_seconds}")
+        self.mel, self.sample_rate = mel, rate
+        self.trailing_silence, self.max_seconds = trailing_silence, max_seconds
+        self.out = FeatureSpec(
+            width=config.d_model,
+            layers=config.encoder_layers,
+            rate=rate / mel.hop_length / 2,
+            heads=config.encoder_attention_heads,
+        )
+        with torch.device("meta"):
+            self.encoder = WhisperEncoder(config)
 
     @property
     def window_frames(self) -> int:
@@ -92,20 +112,6 @@ class WindowedWhisper(nn.Module):
             seconds = max(1, math.ceil((samples + silence) / mel.sampling_rate))
             frames = min(frames, mel.sampling_rate // mel.hop_length // 2 * seconds)
         return 2 * frames * mel.hop_length
-
-
-def check_trailing_silence(seconds: float | None) -> float | None:
-    """Return ``seconds``; raises SpecError unless it is a finite number from 0 on, or None."""
-    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise SpecError(f"trailing_silence must be seconds from 0 on, or None, got {seconds}")
-    return seconds
-
-
-def check_max_seconds(seconds: float | None, sample_rate: int) -> float | None:
-    """Return ``seconds``; raises SpecError unless it is at least one sample and finite, or None."""
-    if seconds is not None and not (math.isfinite(seconds) and seconds * sample_rate >= 1):
-        raise SpecError(f"max_seconds must be positive and finite, or None, got {seconds}")
-    return seconds
 
 
 def hidden_states(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.objectives.cart import cart_weights
 from diffa.objectives.likelihood import token_entropy, token_nll
 from diffa.objectives.masking import (
@@ -91,9 +91,7 @@ class Masked(CountedLoss):
                 raise SpecError(f"{name} must lie in [0, 1), got {share}")
         if not 0.0 <= full_mask_prob <= 1.0:
             raise SpecError(f"full_mask_prob must lie in [0, 1], got {full_mask_prob}")
-        for name, value in {"chunk_size": chunk_size, "block_length": block_length}.items():
-            if value is not None and value < 1:
-                raise SpecError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, chunk_size=chunk_size, block_length=block_length)
         if not eos_weight > 0:
             raise SpecError(f"eos_weight must be positive, got {eos_weight}")
         if certainty_weight < 0 or not certainty_temperature > 0:

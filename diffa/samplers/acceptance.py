@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least, check_non_negative, check_shares
 from diffa.samplers import selection
 from diffa.samplers.blocks import BlockState
-from diffa.samplers.options import check_at_least, check_non_negative, check_shares
 from diffa.samplers.predictions import Predictions, Ranking
 from diffa.samplers.stability import Stability
 from diffa.samplers.transfer_schedule import num_transfer_tokens

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_non_negative
 from diffa.samplers.acceptance import AcceptanceRule, FactorRule
 from diffa.samplers.blocks import BlockState, BlockTracker, fill_after_eos, make_step
 from diffa.samplers.credit import Credit
-from diffa.samplers.options import check_non_negative
 from diffa.samplers.predictions import Predictions, Ranking, apply_cfg, exclude_mask, predict
 from diffa.samplers.recompute import (
     AudioRefresh,

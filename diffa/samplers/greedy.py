@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
-from diffa.samplers.options import check_non_negative
+from diffa.errors import SpecError, check_non_negative
 from diffa.samplers.rng import sample_categorical, slot_uniform
 from diffa.types import Denoise, Step, Vocab
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.errors import check_at_least, check_shares
 from diffa.samplers.blocks import BlockState, make_step
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.lengths import insert_masks, resize_answers
-from diffa.samplers.options import check_at_least, check_shares
 from diffa.samplers.predictions import Predictions, exclude_mask
 from diffa.types import Denoise, Step, Vocab
 

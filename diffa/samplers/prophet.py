@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.errors import check_non_negative
 from diffa.samplers.blocks import BlockState
 from diffa.samplers.blockwise import Blockwise
-from diffa.samplers.options import check_non_negative
 from diffa.samplers.predictions import Predictions
 from diffa.samplers.recompute import CacheMode
 from diffa.types import Denoise, Step, Vocab

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least, check_non_negative
 from diffa.samplers.blocks import BlockState
-from diffa.samplers.options import check_at_least, check_non_negative
 
 if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.errors import check_shares
 from diffa.samplers.blocks import BlockState, make_step
 from diffa.samplers.blockwise import Blockwise
-from diffa.samplers.options import check_shares
 from diffa.samplers.predictions import Predictions, Ranking
 from diffa.samplers.recompute import CacheMode
 from diffa.samplers.rng import slot_uniform

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from diffa.errors import check_shares
 from diffa.samplers.blocks import drop_padding, make_step
 from diffa.samplers.blockwise import Blockwise
-from diffa.samplers.options import check_shares
 from diffa.samplers.predictions import exclude_mask, token_probability
 from diffa.samplers.recompute import CacheMode
 from diffa.types import Denoise, Step, Vocab

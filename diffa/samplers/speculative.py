@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.errors import check_at_least, check_non_negative
 from diffa.samplers.acceptance import AcceptanceRule
 from diffa.samplers.blocks import (
     BlockState,
@@ -17,7 +18,6 @@ from diffa.samplers.blocks import (
     make_step,
 )
 from diffa.samplers.drafts import BlockView, Drafts, draft_ahead, read_versions
-from diffa.samplers.options import check_at_least, check_non_negative
 from diffa.samplers.predictions import Predictions, Ranking, predict
 from diffa.types import Denoise, Step, Vocab
 

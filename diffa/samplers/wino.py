@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from diffa.errors import check_at_least, check_shares
 from diffa.samplers.blocks import (
     BlockState,
     BlockTracker,
@@ -15,7 +16,6 @@ from diffa.samplers.blocks import (
     fill_after_eos,
     make_step,
 )
-from diffa.samplers.options import check_at_least, check_shares
 from diffa.samplers.predictions import exclude_mask, predict, token_probability
 from diffa.samplers.selection import select_capped, select_top_k
 from diffa.types import Denoise, Step, Vocab

@@ -431,8 +431,8 @@ def test_tiny_listens(tiny):
         ({"num_mel_bins": -1}, "num_mel_bins must be at least 1"),
         ({"window_seconds": 0.0}, "window_seconds must be at least 0.02"),
         ({"window_seconds": float("inf")}, "window_seconds must be"),
-        ({"trailing_silence": -0.5}, "trailing_silence must be seconds from 0 on"),
-        ({"trailing_silence": float("nan")}, "trailing_silence must be seconds from 0 on"),
+        ({"trailing_silence": -0.5}, "trailing_silence must be 0 or more"),
+        ({"trailing_silence": float("nan")}, "trailing_silence must be 0 or more"),
     ],
 )
 def test_options_out_of_range_say_the_range(options, told):
