@@ -6,6 +6,8 @@ The package's ``__init__`` imports this module, so torch is imported inside the 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
 
 SPEC, WEIGHTS = "spec.json", "model.safetensors"
 _LORA = "backbone.lora."
+_NOTES = "diffa"  # the key of a saved model's notes in the header of its weights
 
 
 def save(model: Model, folder: str | Path) -> None:
     """Write a model to a folder: its resolved spec, and the weights that no checkpoint has.
 
     A frozen part with a checkpoint is loaded from that checkpoint again. The folder appears
-    complete or not at all; one that holds a saved model is replaced, any other is refused.
+    complete or not at all; one that holds nothing but a saved model is replaced, any other refused.
 
     Raises:
         CheckpointError: The folder holds something else, or cannot be written.
@@ -43,12 +46,13 @@ def save(model: Model, folder: str | Path) -> None:
     if options := lora_options(model):
         spec = spec.change(options)
     tensors, tied = _split_tied(saved_state(model))
-    notes = {"format": "pt", "diffa": __version__, "spec": spec.to_json()}
+    # safetensors writes several notes in a random order: equal models need equal files.
+    notes = {"version": __version__, "spec": spec.to_json(), "tied": tied}
     _check_replaceable(folder)
     try:
         with replace_folder(folder) as draft:
             (draft / SPEC).write_text(spec.to_json() + "\n", encoding="utf-8")
-            save_file(tensors, draft / WEIGHTS, {**notes, "tied": json.dumps(tied)})
+            save_file(tensors, draft / WEIGHTS, {_NOTES: json.dumps(notes, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written: {error}; nothing was changed"
@@ -78,12 +82,12 @@ def load(
 
     from diffa import __version__
     from diffa.assembly import assemble
-    from diffa.checkpoints.read import load_config
+    from diffa.checkpoints.read import load_config, tensor_faults
     from diffa.spec.spec import Spec
 
     folder = Path(folder)
     spec = Spec(load_config(folder, SPEC)).resolve()
-    tensors, version = _read_tensors(folder / WEIGHTS)
+    tensors, notes = _read_tensors(folder / WEIGHTS)
     stored = {path for path in spec.parts() if any(k.startswith(f"{path}.") for k in tensors)}
     if "backbone" in stored and all(k.startswith(_LORA) for k in tensors if k[:9] == "backbone."):
         stored = stored - {"backbone"} | {"backbone.lora"}
@@ -93,13 +97,12 @@ def load(
     if missing or extra:
         raise CheckpointError(
             f"{folder} does not match the installed parts. missing: {missing[:6]} unexpected: "
-            f"{extra[:6]} it was built with diffa {version}, this is {__version__}"
+            f"{extra[:6]} it was built with diffa {notes.get('version')}, this is {__version__}"
         )
+    if faults := tensor_faults(state, tensors):
+        raise CheckpointError(f"{folder / WEIGHTS} is unusable: {'; '.join(faults[:6])}")
     with torch.no_grad():
         for key, target in state.items():
-            if target.shape != tensors[key].shape:
-                sizes = f"{tuple(tensors[key].shape)} where {tuple(target.shape)} is needed"
-                raise CheckpointError(f"{folder}: {key} has shape {sizes}")
             if not target.is_meta:
                 target.copy_(tensors[key])
     return merge_lora(model, folder) if merge else model
@@ -180,10 +183,26 @@ def absolute_checkpoints(spec: Spec) -> Spec:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder that holds something else than a saved model."""
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not (folder / SPEC).is_file():
-        raise CheckpointError(f"{folder} exists and is no saved model: choose another place")
+    """Refuse a folder that holds anything that ``save`` did not write."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} exists and is no folder: choose another place")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder} is the working directory: choose a folder inside it")
+    names = {path.name for path in folder.iterdir()}
+    foreign = sorted(names - {SPEC, WEIGHTS})
+    if not foreign and names:
+        try:
+            _, notes = _read_tensors(folder / WEIGHTS, ())
+        except CheckpointError:
+            notes = {}
+        foreign = [] if notes else sorted(names)
+    if foreign:
+        raise CheckpointError(
+            f"{folder} holds files that diffa.save did not write ({', '.join(foreign[:4])}): move "
+            "them, or choose another place"
+        )
 
 
 def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -200,18 +219,24 @@ def _split_tied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return own, tied
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return a saved model's tensors, tied ones included, and the version that wrote them."""
+def _read_tensors(
+    path: Path, keys: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a saved model's tensors (None: all, tied ones included) and its notes.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}: is it a saved model?")
     try:
         with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        tied = json.loads(notes.get("tied", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+            notes = json.loads((file.metadata() or {}).get(_NOTES, "{}"))
+            tensors = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+        if keys is None:
+            tensors.update({key: tensors[source] for key, source in notes.get("tied", {}).items()})
+    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    tensors.update({key: tensors[source] for key, source in tied.items()})
-    return tensors, notes.get("diffa", "?")
+    return tensors, notes

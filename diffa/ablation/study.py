@@ -16,6 +16,7 @@ from diffa.ablation.vary import GridAxis, parse_axes
 from diffa.ablation.worker import TrainingJob, run_job
 from diffa.errors import DiffaError, SpecError
 from diffa.evaluation.intervals import import_scipy_stats
+from diffa.runtime.files import locked
 from diffa.trainers.checkpoints import load_json, save_json
 from diffa.trainers.config import Recipe
 
@@ -99,7 +100,8 @@ def ablate(
         # Table and plot need these libraries: fail before the trainings, not after them.
         import_scipy_stats()
         import_matplotlib()
-        study = study._replace(faults=_run_trainings(study, score, jobs, device, on_message))
+        with locked(study.out, "diffa ablate"):
+            study = study._replace(faults=_run_trainings(study, score, jobs, device, on_message))
     return study._replace(results=study.load_results())
 
 

@@ -84,9 +84,9 @@ def run_score_command(model: Model, command: str, folder: Path) -> dict[str, flo
     """
     from diffa.save import save
 
-    save(model, folder)
+    save(model, folder / "model")
     file = folder / "score.json"
-    places = {"{model}": str(folder), "{json}": str(file)}
+    places = {"{model}": str(folder / "model"), "{json}": str(file)}
     words = [places.get(word, word) for word in shlex.split(command)]
     process = subprocess.run(words, capture_output=True, text=True)
     print(process.stdout, process.stderr, file=sys.stderr)

@@ -164,18 +164,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
         source: Where the state came from, for errors.
 
     Raises:
-        CheckpointError: Keys are missing or unexpected, or shapes differ.
+        CheckpointError: Keys are missing or unexpected, or tensors do not fit.
     """
     own = module.state_dict()
-    shapes = [
-        f"{key} {tuple(state[key].shape)} where {tuple(value.shape)} is needed"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
     faults = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
-        "wrong shape": shapes,
+        "unusable": tensor_faults(own, state),
     }
     lines = [f"{name}: {_first_few(keys)}" for name, keys in faults.items() if keys]
     if lines:
@@ -183,6 +178,24 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | 
         raise CheckpointError(f"{source} does not fit this {kind}. " + ". ".join(lines))
     assign = any(value.is_meta for value in own.values())
     module.load_state_dict(dict(state), strict=True, assign=assign)
+
+
+def tensor_faults(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Say which tensors cannot be the weights ``own``: other shapes, no floats, not finite."""
+    pairs = ((key, _fault(state[key], target)) for key, target in own.items() if key in state)
+    return [f"{key} {fault}" for key, fault in pairs if fault]
+
+
+def _fault(value: Tensor, target: Tensor) -> str | None:
+    """Say what is wrong with a tensor, or return None."""
+    if value.shape != target.shape:
+        return f"has shape {tuple(value.shape)} where {tuple(target.shape)} is needed"
+    if value.is_floating_point() != target.is_floating_point():
+        return f"is {str(value.dtype).removeprefix('torch.')}: weights are floating-point numbers"
+    if not value.is_floating_point() or value.is_meta or not value.numel():
+        return None
+    low, high = value.aminmax()  # one pass without a copy; NaN spreads to both
+    return None if bool(torch.isfinite(low) & torch.isfinite(high)) else "is not finite"
 
 
 def _first_few(keys: list[str], count: int = 6) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffa.runtime.files import atomic_write
+from diffa.runtime.files import atomic_write, remove_stale_drafts
 from diffa.types import Features, FeatureSpec
 
 _KINDS = {"float16": torch.float16, "float32": torch.float32}
@@ -49,6 +49,8 @@ class FeatureCache:
         self.dtype, self.limit = _KINDS[dtype], int(gigabytes * 2**30)
         self.prefix = f"{encoder}/{dtype}/{','.join(map(str, self.layers))}"
         self.hits = self.misses = self.refused = 0
+        for folder in self.folder.glob("*/"):
+            remove_stale_drafts(folder)
         self._bytes = self._size()
         self._num_written = 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from diffa.evaluation.items import EvaluationError
-from diffa.runtime.files import write_json, write_text
+from diffa.runtime.files import locked, remove_stale_drafts, write_json, write_text
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
 
@@ -67,6 +68,11 @@ class RunFolder:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             with (self.path / "parts" / f"{name}-{self.rank:03d}.jsonl").open("ab") as file:
                 file.write(text.encode())
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold this process's files; raises DiffaError if another process has the same rank."""
+        remove_stale_drafts(self.path)
+        return locked(self.path, "diffa eval run", name=f".rank-{self.rank}.lock")
 
     def truncate_partial_lines(self) -> None:
         """Cut off the last line of this process's files if a killed process left it unfinished."""

@@ -86,7 +86,7 @@ def evaluate(
         The report of ``score_items``, or None while other processes have rows to answer.
 
     Raises:
-        EvaluationError: The folder holds another run.
+        EvaluationError: The folder holds another run, or another process writes into it.
         SpecError: The suite or the model does not have an option of ``config``.
     """
     config = config or EvalConfig()
@@ -95,8 +95,23 @@ def evaluate(
     items = data.items[: config.limit]
     folder = RunFolder(out, config.rank)
     header = _run_header(model, suite, data, items, config)
-    folder.write_header(header)
-    folder.truncate_partial_lines()
+    with folder.locked():
+        folder.write_header(header)
+        folder.truncate_partial_lines()
+        return _run_share(model, suite, data, items, folder, config, header, on_progress)
+
+
+def _run_share(
+    model: Model,
+    suite: Suite,
+    data: BenchmarkData,
+    items: Sequence[Item],
+    folder: RunFolder,
+    config: EvalConfig,
+    header: dict[str, Any],
+    on_progress: Callable[[EvalProgress], None] | None,
+) -> dict[str, Any] | None:
+    """Answer this process's share of the items; score all if the others are done."""
     rows = [
         BatchRow(item.number, question, data.duration(item.number))
         for item in items

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.errors import SpecError
-from diffa.runtime.files import write_json
+from diffa.runtime.files import remove_stale_drafts, write_json
 
 
 class ReplyCache:
@@ -26,6 +26,8 @@ class ReplyCache:
         self.folder = Path(folder).expanduser()
         if self.folder.is_file():
             raise SpecError(f"{folder} is a file, but replies are kept in a folder: name another")
+        for folder in self.folder.glob("*/"):
+            remove_stale_drafts(folder)
 
     def get(self, request: Any) -> dict[str, Any] | None:
         """Return the reply to ``request`` (anything JSON can hold), or None."""

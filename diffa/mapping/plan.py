@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import SpecError
 from diffa.mapping.rows import QuestionManifest
-from diffa.runtime.files import write_text
+from diffa.runtime.files import is_occupied, write_text
 
 if TYPE_CHECKING:
     from diffa.model import Model
 
 PLAN_FILE = "map.json"
+log = logging.getLogger(__name__)
 
 
 class ModelSource(NamedTuple):
@@ -74,8 +77,8 @@ class MapPlan(NamedTuple):
         return out / f"part-{index:05d}-of-{self.num_shards:05d}.parquet"
 
     def missing_shards(self, out: Path) -> list[int]:
-        """Return the shards without a file; a file appears complete or not at all."""
-        return [i for i in range(self.num_shards) if not self.shard_path(out, i).is_file()]
+        """Return the shards without a complete file; a damaged file is logged."""
+        return [i for i in range(self.num_shards) if not _is_complete(self.shard_path(out, i))]
 
     def open_manifest(self) -> QuestionManifest:
         """Open the manifest in another process.
@@ -92,6 +95,19 @@ class MapPlan(NamedTuple):
         """Return the plan as JSON, always with the same bytes."""
         fields = {**self._asdict(), "source": self.source._asdict()}
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _is_complete(shard: Path) -> bool:
+    """Return whether a Parquet file is there and ends as one; a full disk cuts files."""
+    if not shard.is_file():
+        return False
+    with shard.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4))
+        complete = file.read() == b"PAR1"
+    if not complete:
+        log.warning("%s is damaged (%d bytes): it is written again", shard, size)
+    return complete
 
 
 def planned_threads(out: Path) -> int | None:
@@ -118,6 +134,6 @@ def write_plan(plan: MapPlan, out: Path) -> None:
                 "give the same options to continue it"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise SpecError(f"{out} exists and holds no run of diffa map: choose another folder")
     write_text(file, plan.to_json())

@@ -13,7 +13,7 @@ from diffa.mapping.cluster import ReplicaLimits, map_on_ray
 from diffa.mapping.plan import MapPlan, write_plan
 from diffa.mapping.pool import map_in_pool, map_in_process
 from diffa.mapping.shards import ShardReport
-from diffa.runtime.files import write_json
+from diffa.runtime.files import locked, remove_stale_drafts, write_json
 
 SUMMARY_FILE = "summary.json"
 
@@ -68,27 +68,27 @@ def run_map(
 
     Raises:
         SpecError: ``out`` holds another run, or the cluster cannot be used.
-        DiffaError: A shard cannot be written.
+        DiffaError: Another process writes into ``out``, or a shard cannot be written.
     """
-    write_plan(plan, out)
-    for draft in out.glob(".part-*.parquet.*"):  # of processes that were killed
-        draft.unlink(missing_ok=True)
-    shards = plan.missing_shards(out)
-    progress, begin = MapProgress(0, len(shards), 0, 0, 0.0, 0.0), time.perf_counter()
-    for report in _map_shards(plan, out, shards, workers, address, replicas or ReplicaLimits()):
-        progress = MapProgress(
-            progress.shards + 1,
-            progress.total,
-            progress.rows + report.rows,
-            progress.errors + report.errors,
-            progress.audio + report.seconds,
-            time.perf_counter() - begin,
-        )
-        if on_progress is not None:
-            on_progress(progress)
-    if missing := plan.missing_shards(out):
-        raise DiffaError(f"{len(missing)} shards are missing: run the same command again")
-    _write_summary(plan, out)
+    with locked(out, "diffa map"):
+        write_plan(plan, out)
+        remove_stale_drafts(out)
+        shards = plan.missing_shards(out)
+        progress, begin = MapProgress(0, len(shards), 0, 0, 0.0, 0.0), time.perf_counter()
+        for report in _map_shards(plan, out, shards, workers, address, replicas or ReplicaLimits()):
+            progress = MapProgress(
+                progress.shards + 1,
+                progress.total,
+                progress.rows + report.rows,
+                progress.errors + report.errors,
+                progress.audio + report.seconds,
+                time.perf_counter() - begin,
+            )
+            if on_progress is not None:
+                on_progress(progress)
+        if missing := plan.missing_shards(out):
+            raise DiffaError(f"{len(missing)} shards are missing: run the same command again")
+        _write_summary(plan, out)
     return progress
 
 

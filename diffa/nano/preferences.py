@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from diffa.audio import write_wav
 from diffa.data.corpora.fsdd import ACCENTS, DIGIT_WORDS
 from diffa.data.formats import write_rows
 from diffa.data.synthesis.preferences import Corruption, preference_row
 from diffa.nano.corpus.examples import Example, Examples, example_row
+from diffa.nano.corpus.files import corpus_folder
 from diffa.nano.corpus.questions import CHOICES, number_to_words, write_caption
 from diffa.nano.corpus.recordings import Split
 from diffa.nano.corpus.scenes import BACKGROUNDS, LEVELS, SPEEDS, Labels, Rng
@@ -180,23 +182,26 @@ def write_preferences(
     exclude_speakers: tuple[str, ...] = (),
     form: Literal["json", "jsonl", "parquet"] = "json",
 ) -> Path:
-    """Write ``count`` pairs: audio/*.wav and {split}-preferences.json, returned.
+    """Write ``count`` pairs: audio/{split}-preferences/*.wav and the manifest, returned.
 
     Raises:
-        AudioError: there are no recordings of digits.
-        DataError: the folder cannot be written.
+        AudioError: There are no recordings of digits.
+        DataError: The folder holds another corpus, or cannot be written.
     """
-    import soundfile
-
-    folder = Path(folder).expanduser()
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    folder, name = Path(folder).expanduser(), f"{split}-preferences"
+    utterances = Utterances(split, seed, fsdd, exclude_speakers)
     # examples without a pair (silence has no words to change) are replaced by later ones
-    examples = Examples(Utterances(split, seed, fsdd, exclude_speakers), count * 2)
+    examples = Examples(utterances, count * 2)
+    speakers = [voice.name for voice in utterances.voices]
     rows = []
-    for number, pair in enumerate(islice(pairs(examples, seed), count)):
-        path = folder / "audio" / f"{split}-{pair.example.audio_id}.wav"
-        soundfile.write(path, pair.example.audio, RATE, subtype="FLOAT")
-        row = example_row(pair.example, path.absolute()) | {"split": split}
-        row["audio_id"] = f"{pair.example.audio_id}-p{number}"
-        rows.append(preference_row(row, pair.corruption, SOURCE))
-    return write_rows(folder / f"{split}-preferences.{form}", rows)
+    with corpus_folder(
+        folder, f"{name}.{form}", {"seed": seed, "count": count, "speakers": speakers}
+    ) as audio:
+        for number, pair in enumerate(islice(pairs(examples, seed), count)):
+            file = f"{pair.example.audio_id}.wav"
+            write_wav(audio / file, pair.example.audio, RATE)
+            path = (folder / "audio" / name / file).absolute()
+            row = example_row(pair.example, path) | {"split": split}
+            row["audio_id"] = f"{pair.example.audio_id}-p{number}"
+            rows.append(preference_row(row, pair.corruption, SOURCE))
+    return write_rows(folder / f"{name}.{form}", rows)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffa.evaluation.items import EvaluationError
+from diffa.nano.corpus.files import corpus_folder
 from diffa.nano.corpus.phrases import ORDINALS, phrases
 from diffa.nano.corpus.questions import draw_choices, true_answer
 from diffa.nano.corpus.recordings import Voice
@@ -62,30 +63,34 @@ def write_suite(
     per_task: int = 50,
     on_item: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write ``audio/*.wav`` and the JSONL, with MMSU's columns; return the JSONL.
+    """Write ``audio/nano-suite/*.wav`` and the JSONL, with MMSU's columns; return the JSONL.
 
     Digits are those of the official test split (indices 0 to 4) of the Free Spoken Digit Dataset,
     of real people only. An item depends on the seed, its task and its number alone.
 
     Raises:
-        AudioError: the recordings are not there.
-        EvaluationError: a task cannot be made from them.
+        AudioError: The recordings are not there.
+        DataError: The folder holds another suite, or cannot be written.
+        EvaluationError: A task cannot be made from them.
     """
     import soundfile
 
     speech = Utterances("test", seed, fsdd, synthetic_voices=False)
     folder = Path(folder).expanduser()
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for place, name in enumerate(TASKS):
-        for number in range(per_task):
-            rng = np.random.default_rng((seed, place, number))
-            utterance, question, answer, choices = make_item(speech, name, number, rng)
-            file = f"audio/{name.replace(' ', '-')}-{number:04d}.wav"
-            soundfile.write(folder / file, utterance.audio, RATE, subtype="PCM_16")
-            rows.append(suite_row(name, number, file, question, answer, choices))
-            if on_item is not None:
-                on_item(len(rows))
+    speakers = [voice.name for voice in speech.voices]
+    options = {"seed": seed, "per_task": per_task, "speakers": speakers}
+    with corpus_folder(folder, MANIFEST, options) as audio:
+        for place, name in enumerate(TASKS):
+            for number in range(per_task):
+                rng = np.random.default_rng((seed, place, number))
+                utterance, question, answer, choices = make_item(speech, name, number, rng)
+                file = f"{name.replace(' ', '-')}-{number:04d}.wav"
+                soundfile.write(audio / file, utterance.audio, RATE, subtype="PCM_16")
+                path = f"audio/{Path(MANIFEST).stem}/{file}"
+                rows.append(suite_row(name, number, path, question, answer, choices))
+                if on_item is not None:
+                    on_item(len(rows))
     return write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from diffa.errors import DiffaError
-from diffa.runtime.files import atomic_write, replace_folder, write_json
+from diffa.runtime.files import atomic_write, remove_stale_drafts, replace_folder, write_json
 
 WEIGHTS = "weights.safetensors"
+_FILES = "files.json"  # the size of every file of a checkpoint, written last
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -28,6 +31,13 @@ def draft_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of unfinished checkpoints; the run must be locked."""
+    remove_stale_drafts(folder)
+    for draft in folder.glob(".checkpoint-*.part"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of ``folder`` once everything is written.
@@ -36,6 +46,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     with _write_errors(folder), replace_folder(folder, draft_of(folder)) as draft:
         yield draft
+        sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+        write_json(draft / _FILES, sizes)
 
 
 @contextmanager
@@ -52,7 +64,10 @@ def _write_errors(path: Path) -> Iterator[None]:
 def _is_write_error(error: Exception) -> bool:
     """OSError, or what torch and safetensors make of a disk that refuses."""
     text = str(error).lower()
-    disk = ("no space", "write", "i/o error", "quota", "file too large", "iostream")
+    disk = (
+        "no space", "write", "i/o error", "quota", "file too large", "iostream", "enforce fail",
+        "unexpected pos",
+    )  # fmt: skip
     return isinstance(error, OSError) or any(word in text for word in disk)
 
 
@@ -64,10 +79,28 @@ def _intact(folder: Path) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return a stage's whole checkpoints, the oldest first."""
+    """Return a stage's complete checkpoints, the oldest first; others are logged."""
     paths = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
-    whole = [p for p in paths if (p / WEIGHTS).is_file() and (p / "trainer_state.json").is_file()]
-    return sorted(whole, key=step_of)
+    return sorted((p for p in paths if _is_complete(p)), key=step_of)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether all files of a checkpoint are there with the size they were written with."""
+    try:
+        sizes = json.loads((checkpoint / _FILES).read_text())
+    except (OSError, ValueError):
+        log.warning("%s is incomplete (no %s): it is not used", checkpoint, _FILES)
+        return False
+    for name, size in sizes.items():
+        path = checkpoint / name
+        now = path.stat().st_size if path.is_file() else 0
+        if now != size:
+            log.warning(
+                "%s is incomplete (%s has %d of %d bytes): it is not used",
+                checkpoint, name, now, size,
+            )  # fmt: skip
+            return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -111,7 +144,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from error
+        raise TrainingError(
+            f"{path} cannot be read ({error}): if its stage is to be trained again, remove the "
+            "stage's folder"
+        ) from error
 
 
 def save_json(value: Any, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from diffa.build import build
 from diffa.data.samples import CheckedSource, OnError
 from diffa.data.sources import SourceFactory
 from diffa.model import Model
+from diffa.runtime.files import locked
 from diffa.save import save
 from diffa.spec.spec import Spec
 from diffa.trainers.checkpoints import (
@@ -25,6 +27,7 @@ from diffa.trainers.checkpoints import (
     latest,
     load_json,
     load_weights,
+    remove_drafts,
     save_json,
     step_of,
 )
@@ -32,6 +35,7 @@ from diffa.trainers.config import Recipe
 from diffa.trainers.distributed import barrier, is_main_process, is_sharded, local_device
 from diffa.trainers.estimate import Estimate, estimate, tokenizer_of
 from diffa.trainers.evaluate import EvaluationFunction
+from diffa.trainers.inputs import fingerprint_inputs
 from diffa.trainers.run_context import RunContext, num_steps, open_data, stage_mixture
 from diffa.trainers.stage import build_trainer
 from diffa.trainers.trainable import num_trained, stage_model, trained_state
@@ -119,6 +123,16 @@ def train(
         model = build_model(context, torch.device("meta"))
         model.backbone.tokenizer = tokenizer_of(model)
         return Report(_plan(context, model), None, context.out)
+    with locked(context.out, "diffa train") if is_main_process() else nullcontext():
+        return _run_stages(context, resume, checkpoint, checkpoint_stage)
+
+
+def _run_stages(
+    context: RunContext,
+    resume: bool | str | os.PathLike[str],
+    checkpoint: Path | None,
+    checkpoint_stage: int | None,
+) -> Report:
     if is_main_process():
         _claim_folder(context, bool(resume))
     model = build_model(context, context.device)
@@ -201,8 +215,8 @@ def _plan(context: RunContext, model: Model) -> list[StageReport]:
 
 def _claim_folder(context: RunContext, resume: bool) -> None:
     """Write the recipe to the run's folder; raises TrainingError if another run is there."""
-    path = context.out / "recipe.json"
-    earlier = load_json(path)
+    path, inputs_path = context.out / "recipe.json", context.out / "inputs.json"
+    earlier, earlier_inputs = load_json(path), load_json(inputs_path)
     if not any(folder.is_dir() for folder in context.out.glob("*/")):
         earlier = None  # a run that failed before its first stage has nothing to continue
     if resume and earlier is None:
@@ -216,7 +230,20 @@ def _claim_folder(context: RunContext, resume: bool) -> None:
         raise TrainingError(
             f"{context.out} was begun with another recipe; it differs in {', '.join(differences)}"
         )
+    inputs = fingerprint_inputs(context.recipe)
+    if earlier is not None and earlier_inputs is not None:
+        changed = sorted(
+            k for k in {*inputs, *earlier_inputs} if inputs.get(k) != earlier_inputs.get(k)
+        )
+        if changed:
+            raise TrainingError(
+                f"{', '.join(changed[:4])} changed since the run in {context.out} began: restore "
+                "what it was, or choose another --out"
+            )
     save_json(context.recipe.data, path)
+    save_json(inputs, inputs_path)
+    for folder in (context.out, *context.out.glob("*/")):
+        remove_drafts(folder)
 
 
 def _run_stage(

@@ -277,7 +277,7 @@ def test_every_fault_is_told_at_once_and_nothing_is_changed(layer):
         "Linear",
         "missing: bias",
         "unexpected: more",
-        "weight (3, 3) where (2, 3)",
+        "weight has shape (3, 3) where (2, 3)",
     ):
         assert part in str(caught.value)
     assert layer.weight.equal(before)

@@ -48,13 +48,13 @@ def main() -> None:
     from diffa.trainers import run as running
 
     seen: list[bool] = []
-    is_split = running.is_split
+    is_sharded = running.is_sharded
 
     def note(model: Any) -> bool:
-        seen.append(is_split(model))
+        seen.append(is_sharded(model))
         return seen[-1]
 
-    running.is_split = note
+    running.is_sharded = note
     running.train(sys.argv[2], out=sys.argv[3], resume=len(sys.argv) > 4, device="cpu")
     print(f"split: {seen}")
 

@@ -10,13 +10,14 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+from helpers.leftovers import leftover
 from helpers.serving import recording
 from typer.testing import CliRunner
 
 import diffa
 from diffa.cli import app
 from diffa.data.samples import DataError
-from diffa.errors import SpecError
+from diffa.errors import DiffaError, SpecError
 from diffa.mapping import pool
 from diffa.mapping.plan import MapPlan, ModelSource
 from diffa.mapping.rows import QuestionManifest
@@ -116,6 +117,31 @@ def test_a_summary_counts_rows_hours_and_forwards(whole):
     assert found["audio_hours"] == pytest.approx(seconds / 3600, abs=1e-6)
 
 
+def test_a_damaged_shard_is_named_and_written_again(whole, manifest, saved, tmp_path, caplog):
+    out = tmp_path / "run"
+    run_map(planned(manifest, saved), out)
+    for index, data in ((1, b""), (3, b"PAR1 and then the disk was full")):
+        next(out.glob(f"part-0000{index}-*")).write_bytes(data)
+    assert run_map(planned(manifest, saved), out).shards == 2
+    assert contents(out) == contents(whole)
+    assert caplog.text.count("is damaged") == 2 and "part-00001-of-00006.parquet" in caplog.text
+
+
+def test_two_runs_in_one_folder_are_refused(manifest, saved, tmp_path):
+    out = tmp_path / "run"
+
+    def second(progress):
+        with pytest.raises(
+            DiffaError, match=r"run is in use by diffa map \(process \d+.*another folder"
+        ):
+            run_map(planned(manifest, saved), out)
+        refused.append(progress.shards)
+
+    refused = []
+    run_map(planned(manifest, saved), out, on_progress=second)
+    assert refused == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_that_was_cut_off_goes_on_and_ends_alike(whole, manifest, saved, tmp_path):
     out = tmp_path / "run"
 
@@ -126,7 +152,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_alike(whole, manifest, saved, t
     with pytest.raises(KeyboardInterrupt):
         run_map(planned(manifest, saved), out, on_progress=stop)
     assert 0 < len(contents(out)) < 6
-    (out / ".part-00004-of-00006.parquet.99").write_bytes(b"half")
+    leftover(out / "part-00004-of-00006.parquet").write_bytes(b"half")
     done = run_map(planned(manifest, saved), out)
     assert done.shards == 4
     assert contents(out) == contents(whole)

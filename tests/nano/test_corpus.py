@@ -1,14 +1,16 @@
 """The nano corpus: random access, audible labels, true answers, the tokenizer, files on disk."""
 
 import json
+import time
 
 import numpy as np
 import pytest
+import soundfile
 
 from diffa.data.samples import DataError
 from diffa.data.sources import open_source
 from diffa.errors import AudioError, SpecError
-from diffa.nano.corpus import voices
+from diffa.nano.corpus import examples, voices
 from diffa.nano.corpus.examples import Examples, all_instructions, write_corpus
 from diffa.nano.corpus.phrases import PHRASES, paraphrase, phrases
 from diffa.nano.corpus.questions import (
@@ -133,6 +135,62 @@ class TestUtterances:
         assert all((tmp_path / row["audio_filepath"]).exists() for row in rows)
         listed = write_corpus(tmp_path, "test", 5, 6, questions_per_utterance=2, form="json")
         assert json.loads(listed.read_text()) == rows
+
+    def test_equal_commands_give_equal_bytes(self, tmp_path, monkeypatch):
+        for name, second in (("a", 1.0), ("b", 90_000.0)):
+            monkeypatch.setattr(time, "time", lambda second=second: second)
+            write_corpus(tmp_path / name, "test", 5, 6)
+        files = [contents(tmp_path / name) for name in "ab"]
+        assert files[0] == files[1] and len(files[0]) == 8
+        audio = [data for path, data in files[0].items() if path.endswith(".wav")]
+        assert all(b"PEAK" not in data for data in audio)
+
+    def test_written_audio_is_the_examples_own(self, tmp_path, utterances):
+        row = json.loads(write_corpus(tmp_path, "test", 5, 1).read_text())
+        wave, rate = soundfile.read(tmp_path / row["audio_filepath"], dtype="float32")
+        assert rate == 16_000
+        assert np.array_equal(wave, Examples(Utterances("test", 5), 1)[0].audio)
+
+    def test_another_corpus_in_the_folder_is_refused(self, tmp_path):
+        write_corpus(tmp_path, "test", 5, 6)
+        before = contents(tmp_path)
+        for seed, count in ((6, 6), (5, 7)):
+            with pytest.raises(DataError, match=r"test\.jsonl belongs to another corpus"):
+                write_corpus(tmp_path, "test", seed, count)
+        assert contents(tmp_path) == before
+        write_corpus(tmp_path, "train", 6, 2)  # another split is no other corpus
+        assert contents(tmp_path).items() > before.items()
+
+    def test_a_corpus_that_was_interrupted_is_written_whole(self, tmp_path, monkeypatch):
+        write_corpus(tmp_path / "whole", "test", 6, 4)
+        write = examples.write_wav
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(examples, "write_wav", stops_after(3, write))
+            write_corpus(tmp_path / "cut", "test", 5, 6)
+        assert not (tmp_path / "cut" / "test.jsonl").exists()
+        assert not list(tmp_path.glob("cut/audio/*/*.wav"))
+        write_corpus(tmp_path / "cut", "test", 6, 4)  # with other options: nothing is there yet
+        assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def stops_after(count, write):
+    calls = []
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        write(*args)
+
+    return stopping
 
 
 def test_missing_recordings_are_named(tmp_path, monkeypatch):

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from helpers.leftovers import leftover
 
+from diffa.errors import DiffaError
 from diffa.runtime import files
 from diffa.runtime.files import (
     atomic_write,
+    is_occupied,
+    locked,
+    remove_stale_drafts,
     replace_folder,
     temporary_path,
     write_json,
@@ -112,9 +119,29 @@ def test_replace_folder_keeps_the_old_content_on_an_error(tmp_path: Path) -> Non
     assert (place / "a").read_text() == "old" and names(tmp_path) == ["model"]
 
 
-def test_replace_folder_puts_the_old_folder_back_when_the_new_cannot_be_renamed(
+@pytest.fixture(params=["exchange", "two renames"])
+def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "_renameat2", lambda: None)
+    elif files._renameat2() is None:
+        pytest.skip("this system cannot exchange two names")
+    return str(request.param)
+
+
+def test_replacing_a_folder_takes_its_name_and_leaves_nothing_else(
+    tmp_path: Path, renaming: str
+) -> None:
+    place = tmp_path / "model"
+    for name in ("first", "second"):
+        with replace_folder(place) as draft:
+            (draft / name).write_text(name)
+    assert names(place) == ["second"] and names(tmp_path) == ["model"]
+
+
+def test_the_old_folder_returns_when_the_new_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files, "_renameat2", lambda: None)
     place = tmp_path / "model"
     with replace_folder(place) as draft:
         (draft / "a").write_text("old")
@@ -129,6 +156,102 @@ def test_replace_folder_puts_the_old_folder_back_when_the_new_cannot_be_renamed(
     with pytest.raises(OSError, match="refused"), replace_folder(place) as draft:
         (draft / "a").write_text("new")
     assert (place / "a").read_text() == "old" and names(tmp_path) == ["model"]
+
+
+def test_an_error_names_the_copy_that_could_not_be_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_renameat2", lambda: None)
+    place = tmp_path / "model"
+    with replace_folder(place) as draft:
+        (draft / "a").write_text("old")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == place:
+            raise OSError(5, "refused")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match=r"the earlier folder is .*\.old"), replace_folder(place):
+        pass
+    (copy,) = tmp_path.iterdir()
+    assert (copy / "a").read_text() == "old"
+
+
+def test_an_exchange_leaves_no_moment_without_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if files._renameat2() is None:
+        pytest.skip("this system cannot exchange two names")
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the folder was moved away"))
+    (tmp_path / "model").mkdir()
+    with replace_folder(tmp_path / "model") as draft:
+        (draft / "a").write_text("new")
+    assert names(tmp_path / "model") == ["a"]
+
+
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")  # dangling at first
+    for text in ("old", "new"):
+        with replace_folder(tmp_path / "link") as draft:
+            (draft / "a").write_text(text)
+    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["disk", "link"]
+    assert (tmp_path / "disk" / "model" / "a").read_text() == "new"
+    assert names(tmp_path / "disk") == ["model"]
+
+
+def test_drafts_of_killed_processes_are_removed_and_those_of_others_stay(tmp_path: Path) -> None:
+    (leftover(tmp_path / "model") / "sub").mkdir(parents=True)
+    leftover(tmp_path / "other.json").write_text("half")
+    alive = temporary_path(tmp_path / "model")
+    alive.mkdir()
+    foreign = tmp_path / ".model.elsewhere@1-1.part"
+    foreign.write_text("of another machine")
+    remove_stale_drafts(tmp_path, "model")
+    assert len(names(tmp_path)) == 3
+    remove_stale_drafts(tmp_path)
+    assert names(tmp_path) == sorted([alive.name, foreign.name])
+
+
+def test_a_folder_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
+    old = leftover(tmp_path / "model", "old")
+    old.mkdir()
+    (old / "a").write_text("old")
+    with pytest.raises(ValueError), replace_folder(tmp_path / "model"):
+        raise ValueError
+    assert (tmp_path / "model" / "a").read_text() == "old" and names(tmp_path) == ["model"]
+
+
+def test_a_lock_refuses_others_until_it_is_released(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "run", "diffa map"),
+        pytest.raises(DiffaError, match=r"run is in use by diffa map \(process \d+ on .*another"),
+        locked(tmp_path / "run", "diffa map"),
+    ):
+        pass
+    with locked(tmp_path / "run", "diffa train"), locked(tmp_path / "run", "x", name=".b.lock"):
+        assert is_occupied(tmp_path / "run")
+    assert names(tmp_path / "run") == [] and not is_occupied(tmp_path / "run")
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from diffa.runtime.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'work'): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert names(tmp_path) == [files.LOCK]
+    with locked(tmp_path, "work"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DiffaError, match="cannot be written"), locked(tmp_path / "file", "work"):
+        pass
 
 
 def test_replace_folder_clears_what_a_killed_process_left_in_a_shared_draft(

@@ -28,8 +28,9 @@ from diffa.adapters.conv import Conv
 from diffa.adapters.qformer import QFormer
 from diffa.data.collate import Collate
 from diffa.data.samples import DataError, Sample
-from diffa.errors import SpecError
+from diffa.errors import DiffaError, SpecError
 from diffa.nano.auxiliary import CTCLoss, TranscriptEmbedder, scale_to_embeddings
+from diffa.runtime.files import locked
 from diffa.trainers import Recipe, Report, train
 from diffa.trainers import checkpoints as folder
 from diffa.trainers.checkpoints import TrainingError, checkpoints, replacing
@@ -581,6 +582,48 @@ def test_a_named_checkpoint_is_gone_back_to(world: Path, unbroken: Path, tmp_pat
     assert same(weights(out), weights(unbroken))
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "weights.safetensors", "scheduler.pt", None])
+def test_an_incomplete_newest_checkpoint_falls_back_to_the_one_before(
+    world: Path, unbroken: Path, tmp_path: Path, file: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for note in ("stage.json", "weights.safetensors"):
+        (out / "1-align" / note).unlink()
+    newest = out / "1-align" / "checkpoint-6"
+    if file is None:  # as in a folder that was copied in part
+        for path in newest.iterdir():
+            path.unlink()
+    else:
+        (newest / file).write_bytes(b"")
+    go(recipe(world), out, resume=True)
+    assert same(weights(out), weights(unbroken))
+    assert f"{newest} is incomplete" in caplog.text
+
+
+def test_a_run_does_not_go_on_with_other_data(world: Path, unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    made, out = recipe(tmp_path / "world"), tmp_path / "run"
+    go(made, out)
+    manifest = tmp_path / "world" / "train.json"
+    before = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(before)[:-1]))
+    with pytest.raises(TrainingError, match=r"train\.json changed since the run .*another --out"):
+        go(made, out, resume=True)
+    manifest.write_text(before)
+    assert same(weights(out), weights(unbroken))
+    go(made, out, resume=True)
+
+
+def test_a_second_run_in_one_folder_is_refused(world: Path, tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "run", "diffa train"),
+        pytest.raises(DiffaError, match="run is in use by diffa train"),
+    ):
+        go(recipe(world), tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+
+
 def test_a_finished_run_resumes_to_itself(world: Path, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
@@ -735,9 +778,8 @@ def test_a_full_disk_at_the_end_of_a_stage_keeps_its_last_checkpoint(
 
     monkeypatch.setattr(folder, "save_weights", full)
     state = {"a": torch.zeros(2)}
-    (tmp_path / "checkpoint-2").mkdir()
-    for name in (folder.WEIGHTS, "trainer_state.json"):
-        (tmp_path / "checkpoint-2" / name).write_text("whole")
+    with replacing(tmp_path / "checkpoint-2") as draft:
+        (draft / folder.WEIGHTS).write_text("whole")
     with pytest.raises(TrainingError, match=r"No space left.*checkpoint-2 is intact.*--resume"):
         running.keep_weights(state, tmp_path / folder.WEIGHTS)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
@@ -751,7 +793,7 @@ def test_a_full_disk_at_the_end_of_a_stage_keeps_its_last_checkpoint(
 
 def test_an_unwritable_place_is_told_before_training(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainingError, match="cannot"):
+    with pytest.raises(DiffaError, match="cannot be written"):
         go(recipe(world), tmp_path / "file" / "run")
 
 

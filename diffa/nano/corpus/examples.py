@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from diffa.audio import write_wav
 from diffa.errors import SpecError
+from diffa.nano.corpus.files import corpus_folder
 from diffa.nano.corpus.questions import (
     TASK_WEIGHTS,
     Instruction,
@@ -152,22 +154,30 @@ def write_corpus(
     questions_per_utterance: int = 1,
     form: Literal["json", "jsonl"] = "jsonl",
 ) -> Path:
-    """Write ``count`` examples: audio/*.wav and the manifest {split}.json or .jsonl, returned."""
-    import soundfile
+    """Write ``count`` examples: audio/{split}/*.wav and {split}.json or .jsonl, returned.
 
-    folder = Path(folder)
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    Raises:
+        AudioError: There are no recordings of digits.
+        DataError: The folder holds another corpus, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
     utterances = Utterances(split, seed, fsdd, exclude_speakers, synthetic_voices)
     examples = Examples(utterances, count, samples_per_utterance=questions_per_utterance)
+    options = {
+        "seed": seed, "count": count, "speakers": [voice.name for voice in utterances.voices],
+        "questions_per_utterance": questions_per_utterance,
+    }  # fmt: skip
     rows = []
-    for index in range(count):
-        example = examples[index]
-        path = Path("audio") / f"{split}-{example.audio_id}.wav"
-        number = index % questions_per_utterance
-        if number == 0:
-            soundfile.write(folder / path, example.audio, RATE, subtype="FLOAT")
-        # The published format wants an id for every row, not for every recording.
-        rows.append(example_row(example, path) | {"audio_id": f"{example.audio_id}-{number}"})
+    with corpus_folder(folder, f"{split}.{form}", options) as audio:
+        for index in range(count):
+            example = examples[index]
+            file = f"{example.audio_id}.wav"
+            number = index % questions_per_utterance
+            if number == 0:
+                write_wav(audio / file, example.audio, RATE)
+            # The published format wants an id for every row, not for every recording.
+            row = example_row(example, Path("audio") / split / file)
+            rows.append(row | {"audio_id": f"{example.audio_id}-{number}"})
     manifest = folder / f"{split}.{form}"
     if form == "json":
         return write_json(manifest, rows)

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from diffa.audio import read
 from diffa.data.corpora.fsdd import ACCENTS, TEST_INDICES
 from diffa.errors import AudioError
 from diffa.nano.corpus.shaping import RATE, Wave, resample, trim
@@ -62,7 +63,5 @@ class Recordings:
 
 @lru_cache(maxsize=4096)
 def _read(path: Path) -> Wave:
-    import soundfile
-
-    wave, rate = soundfile.read(path, dtype="float32")
-    return trim(resample(wave, rate, RATE))
+    wave, rate = read(path)
+    return trim(resample(wave.numpy(), rate, RATE))

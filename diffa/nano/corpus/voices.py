@@ -8,12 +8,11 @@ from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
+from diffa.audio import read
 from diffa.data.corpora.fsdd import DIGIT_WORDS
 from diffa.nano.corpus.recordings import Gender, Split, Voice
 from diffa.nano.corpus.shaping import RATE, Wave, resample, trim
-from diffa.runtime.files import atomic_write
+from diffa.runtime.files import atomic_write, remove_stale_drafts
 
 LANGUAGES = {
     "american": "en-us",
@@ -55,6 +54,7 @@ class EspeakVoices:
     def __init__(self, split: Split, folder: Path | None = None) -> None:
         self.program = shutil.which("espeak-ng")
         self.folder = folder or cache_folder()
+        remove_stale_drafts(self.folder)
         self.rates = RATES[split]
         self.voices = [
             Voice(f"{language}+{variant}@{pitch}", gender, accent, False)
@@ -80,15 +80,22 @@ def _warn() -> None:
     )
 
 
+def check_complete(path: Path) -> None:
+    """Raise OSError if a WAV file is shorter than its header says."""
+    head = path.read_bytes()[:8]
+    size = path.stat().st_size
+    if len(head) < 8 or int.from_bytes(head[4:], "little") + 8 > size:
+        raise OSError(f"{path.name} was cut at {size} bytes: is the disk full?")
+
+
 @lru_cache(maxsize=8192)
 def _render(program: str, folder: Path, name: str, digit: int, rate: int) -> Wave:
-    import soundfile
-
     path = folder / f"{name}-{rate}-{digit}.wav"
     if not path.exists():
         voice, pitch = name.split("@")
-        with atomic_write(path, sync=False) as file:
+        with atomic_write(path) as file:
             options = ["-v", voice, "-p", pitch, "-s", str(rate), "-w", str(file)]
             subprocess.run([program, *options, DIGIT_WORDS[digit]], check=True, capture_output=True)
-    wave, found_rate = soundfile.read(path, dtype="float32")
-    return trim(resample(np.asarray(wave, dtype=np.float32), found_rate, RATE))
+            check_complete(file)  # espeak-ng ends well on a full disk
+    wave, found_rate = read(path)
+    return trim(resample(wave.numpy(), found_rate, RATE))

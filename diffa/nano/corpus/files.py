@@ -1,0 +1,52 @@
+"""Folders of generated recordings: complete, or as they were; never two corpora in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffa.data.samples import DataError
+from diffa.runtime.files import locked, replace_folder, write_json
+
+
+@contextmanager
+def corpus_folder(folder: Path, manifest: str, options: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder for recordings, which becomes ``audio/NAME`` of ``folder``.
+
+    The caller writes the manifest after this block. It is the last file to appear, so a corpus
+    with a manifest is complete; without one it is written again from the beginning.
+
+    Args:
+        folder: Folder of the corpus; several splits may share it.
+        manifest: File name of the manifest; NAME is its stem.
+        options: What the corpus follows from. Equal options give equal bytes.
+
+    Raises:
+        DataError: The folder holds a corpus of other options under this name, or cannot be
+            written.
+    """
+    name = Path(manifest).stem
+    about = folder / f"{name}.corpus.json"
+    value = json.loads(json.dumps(options))
+    try:
+        with locked(folder, f"writing the corpus {name}"):
+            if (folder / manifest).exists() and _load(about) != value:
+                raise DataError(
+                    f"{folder / manifest} belongs to another corpus: choose another folder, or "
+                    "remove that corpus"
+                )
+            write_json(about, value)
+            with replace_folder(folder / "audio" / name) as draft:
+                yield draft
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}; nothing was changed") from error
+
+
+def _load(about: Path) -> Any:
+    try:
+        return json.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
