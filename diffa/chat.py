@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,11 +11,14 @@ import torch
 from torch import Tensor
 
 from diffa.errors import SpecError
+from diffa.runtime.text import is_unicode
 from diffa.spec.validation import PROMPT_DEFAULTS
 
 AUDIO_MARK = "<audio>"
 _ANSWER = "DIFFA_ANSWER_PLACEHOLDER"
-_GUARD = "\ue000"  # of Unicode's private use area
+# Noncharacters, which Unicode reserves for use inside a program, mark places in rendered text.
+_GUARD, _TYPED, _AUDIO = "\ufdd0", "\ufdd1", "\ufdd2"
+_MARKS = re.compile(f"[{_GUARD}{_TYPED}{_AUDIO}]")
 _SYSTEM = "DIFFA_SYSTEM_PLACEHOLDER"
 
 
@@ -60,6 +65,9 @@ class Chat:
 
         prompt: ... question <|eot_id|> | header: <|start_header_id|>assistant ... | answer | end
 
+    Special tokens that a user types are text: parts of a turn that hold one are marked before the
+    template is applied, and tokenized apart. ``<audio>`` counts only where ``user`` has it.
+
     Without a template, a conversation is the system prompt, a blank line, the user's text, a line
     break, the answer and EOS.
 
@@ -98,7 +106,8 @@ class Chat:
                 builder keeps the text as it is (False).
 
         Raises:
-            SpecError: The template refuses the conversation, or there is no place for the audio.
+            SpecError: The template refuses the conversation, a text is no valid Unicode, or there
+                is no place for the audio.
         """
         messages = self._messages(question, system)
         if not trim:
@@ -107,6 +116,10 @@ class Chat:
         text = self._split_at_answer(messages)[0].replace(_GUARD, "")
         tokens = self._ids(text)
         return Prompt(torch.tensor(tokens), self._audio_at(text, tokens) if audio else None)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, such as a choice; special tokens in it are text."""
+        return self._ids(self._typed(text))
 
     def encode_example(
         self,
@@ -131,6 +144,7 @@ class Chat:
         """
         messages = self._messages(question, system)
         prompt, rest = self._split_at_answer(messages)
+        answer = self._typed(answer)
         text = prompt + self._written_answer(messages, answer, prompt, rest) + self._turn.end
         prompt_ids, tokens = self._ids(prompt), self._ids(text)
         if tokens[: len(prompt_ids)] != prompt_ids:
@@ -155,7 +169,9 @@ class Chat:
         text = str(
             self.tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=True)
         )
-        return text.partition(self._turn.end)[0].strip() if self._turn.end else text.strip()
+        end = self._turn.end
+        # An end of one token was found among the ids: in the text it is what somebody wrote.
+        return (text.partition(end)[0] if end and len(self._ids(end)) > 1 else text).strip()
 
     @cached_property
     def _turn(self) -> _Turn:
@@ -192,6 +208,14 @@ class Chat:
         return {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
 
     @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return _any_of(self._special_tokens)
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+
+    @cached_property
     def _has_system_turn(self) -> bool:
         """Whether the template writes system prompts: some refuse them, some leave them out."""
         system = {"role": "system", "content": _SYSTEM}
@@ -202,8 +226,9 @@ class Chat:
 
     def _messages(self, question: str, system: str | None) -> list[dict[str, str]]:
         """Return the turns before the answer."""
-        system = self.system if system is None else system
-        text = self.user.replace("{question}", question)
+        system = self._typed(self.system if system is None else system)
+        user = self.user.replace(AUDIO_MARK, _AUDIO + AUDIO_MARK, 1)
+        text = user.replace("{question}", self._typed(question))
         if system and self._has_system_turn:
             return [{"role": "system", "content": system}, {"role": "user", "content": text}]
         return [{"role": "user", "content": f"{system}\n\n{text}" if system else text}]
@@ -249,8 +274,51 @@ class Chat:
             roles = ", ".join(turn["role"] for turn in messages)
             raise SpecError(f"the chat template refuses the turns {roles}: {error}") from error
 
+    def _typed(self, text: str) -> str:
+        """Mark a text in which the tokenizer would find special tokens.
+
+        The marks lie inside blanks at the ends, which templates may strip.
+
+        Raises:
+            SpecError: The text holds half a character (a lone surrogate).
+        """
+        if not is_unicode(text):
+            raise SpecError(
+                f"the text {text[:60]!r} is no valid Unicode: it holds a lone surrogate"
+            )
+        text = _MARKS.sub("\ufffd", text)
+        if not self._special_pattern.search(text):
+            return text
+        core = text.strip()
+        start = text.index(core)
+        return f"{text[:start]}{_TYPED}{core}{_TYPED}{text[start + len(core) :]}"
+
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Return the ids of rendered text; what was typed is tokenized without special tokens."""
+        ids: list[int] = []
+        for number, part in enumerate(text.replace(_AUDIO, "").split(_TYPED)):
+            if not part:
+                continue
+            if number % 2 == 0:
+                ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            else:
+                ids += self._typed_ids(part)
+        return ids
+
+    def _typed_ids(self, text: str) -> list[int]:
+        """Return the ids of typed text, none of which is a special or an added token's."""
+
+        def encode(piece: str) -> list[int]:
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            return list(self.tokenizer(piece, **options)["input_ids"])
+
+        ids = encode(text)
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # Added tokens that are not special, and those in the model's own vocabulary, are left:
+        # break each after its first character.
+        broken = self._special_pattern.sub(lambda match: match[0][0] + _TYPED + match[0][1:], text)
+        return [number for piece in broken.split(_TYPED) for number in encode(piece)]
 
     def _audio_at(self, text: str, tokens: list[int]) -> int:
         """Return the number of tokens that the text before the mark settles by itself.
@@ -258,9 +326,15 @@ class Chat:
         The last token before ``<audio>`` can merge with it (a space does), so the audio goes after
         the longest beginning that both tokenisations share: DIFFA's "count minus one".
         """
-        if AUDIO_MARK not in text:
+        if _AUDIO not in text:
             raise SpecError(f"prompt.user: has no {AUDIO_MARK} to say where the audio goes")
-        return _num_equal(self._ids(text[: text.index(AUDIO_MARK)]), tokens)
+        return _num_equal(self._ids(text[: text.index(_AUDIO)]), tokens)
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern that finds the longest of some tokens; none are found among none."""
+    words = sorted((re.escape(token) for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(words) or "(?!)")
 
 
 def _num_equal(first: list[int], second: list[int]) -> int:

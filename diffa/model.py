@@ -254,7 +254,7 @@ class Model(nn.Module):
         """
         wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
         prompt = self.chat_format.encode(question, system=system, audio=wave is not None, trim=trim)
-        ids = [self.backbone.tokenizer(c, add_special_tokens=False)["input_ids"] for c in choices]
+        ids = [self.chat_format.ids(choice) for choice in choices]
         with torch.no_grad():
             return score_choices(
                 self.backbone,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffa.errors import CheckpointError, SpecError
 from diffa.runtime.files import replace_folder
+from diffa.runtime.text import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +234,7 @@ def _read_tensors(
         raise CheckpointError(f"{path.parent} has no {path.name}: is it a saved model?")
     try:
         with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {}).get(_NOTES, "{}"))
+            notes = parse_json((file.metadata() or {}).get(_NOTES, "{}"))
             tensors = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
         if keys is None:
             tensors.update({key: tensors[source] for key, source in notes.get("tied", {}).items()})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.templates import BOS, CHATML, CLOSE, END, EOS, OPEN, family_tokenizer
-from hypothesis import given
+from helpers.templates import BOS, CHATML, CLOSE, END, EOS, OPEN, UNK, family_tokenizer
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -238,3 +238,64 @@ def test_a_template_that_trims_removes_the_outer_line_breaks_of_a_question() -> 
     tokenizer.chat_template = TEMPLATE.replace("m['content'] +", "m['content'] | trim +")
     text = tokenizer.decode(Chat(tokenizer).encode("Answer:\n").tokens)
     assert "Answer:<|eot_id|>" in text
+
+
+# --- special tokens that somebody types ---------------------------------------------------------
+
+PIECES = [
+    "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<audio>", "<eos>", "<end_of_turn>", "<think>",
+    "</think>", " ", "What", "?", "\n",
+]  # fmt: skip
+TYPED = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+def controls(chat: Chat, tokens: torch.Tensor) -> list[int]:
+    return [i for i in tokens.tolist() if i in chat.tokenizer.all_special_ids and i != UNK]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@given(question=TYPED, answer=TYPED, system=TYPED)
+@settings(max_examples=25, deadline=None)
+def test_typed_special_tokens_are_text_in_every_turn(
+    name: str, question: str, answer: str, system: str
+) -> None:
+    chat = family_chat(name)
+    plain = chat.encode_example("What?", "three five", system="You" if system.strip() else "")
+    answer = answer.strip() or "three"
+    example = chat.encode_example(question, answer, system=system)
+    prompt = chat.encode(question, system=system)
+    assert controls(chat, example.tokens) == controls(chat, plain.tokens)
+    assert example.tokens[: len(prompt.tokens)].equal(prompt.tokens)
+    assert prompt.audio_at == example.audio_at
+    begin = chat.tokenizer.decode(example.tokens[: prompt.audio_at])
+    assert begin.endswith(("Hear", "Hear "))
+
+
+def test_typed_tokens_come_back_from_an_answers_ids() -> None:
+    chat = Chat(PLAIN)
+    for answer in ("turns end with <|eot_id|> in Llama 3", "<|mdm_mask|>", "a<|eos|>b <audio>"):
+        example = chat.encode_example("Q", answer)
+        assert "".join(chat.decode(example.tokens[example.answer]).split()) == "".join(
+            answer.split()
+        )
+
+
+def test_the_audio_goes_to_the_user_turns_own_mark() -> None:
+    chat = Chat(PLAIN, user="{question} <audio>")
+    prompt = chat.encode("Is <audio> a word?", system="You answer about <audio> clips.")
+    rest = PLAIN.decode(prompt.tokens[prompt.audio_at :])
+    assert rest.strip().startswith("<audio>") and rest.count("<audio>") == 1
+
+
+def test_choices_are_text_as_well() -> None:
+    model = diffa.build("nano")
+    tokenizer = model.backbone.tokenizer
+    ids = model.chat_format.ids("<|mdm_mask|>")
+    assert not {*ids} & {*tokenizer.all_special_ids}
+
+
+@pytest.mark.parametrize("place", ["question", "answer", "system"])
+def test_half_a_character_is_told(place: str) -> None:
+    texts = {"question": "Q", "answer": "A", "system": "S"} | {place: "caf\udce9"}
+    with pytest.raises(SpecError, match=r"caf.udce9.* no valid Unicode"):
+        Chat(PLAIN).encode_example(**texts)

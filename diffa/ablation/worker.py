@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import DiffaError
+from diffa.runtime.text import parse_json
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -94,7 +94,7 @@ def run_score_command(model: Model, command: str, folder: Path) -> dict[str, flo
         lines = (process.stderr or process.stdout).strip().splitlines()
         reason = lines[-1][:300] if lines and process.returncode else "it wrote no {json}"
         raise AblationError(f"--score: {command!r} ended with code {process.returncode}: {reason}")
-    return dict(flatten_numbers(json.loads(file.read_text())))
+    return dict(flatten_numbers(parse_json(file.read_text())))
 
 
 def flatten_numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -126,7 +126,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
 def main(path: str) -> int:
     """Run the job in a file; an error becomes one line, the last of the log."""
     try:
-        run_job(TrainingJob(**json.loads(Path(path).read_text())))
+        run_job(TrainingJob(**parse_json(Path(path).read_text())))
     except DiffaError as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from diffa.checkpoints import hub
 from diffa.errors import CheckpointError, SpecError
+from diffa.runtime.text import parse_json
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -68,7 +68,7 @@ def load_config(folder: Path, file: str) -> dict[str, Any]:
     """Return the JSON object in a checkpoint's file; raises CheckpointError."""
     path = Path(folder) / file
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {file}: is it a checkpoint folder?") from None
     except (OSError, ValueError) as error:

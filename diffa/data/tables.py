@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffa.data.samples import DataError
+from diffa.runtime.text import parse_json
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".parquet")
 """Endings of the files that ``iter_rows`` reads."""
@@ -64,7 +65,7 @@ class RowIndex:
         if start < 0:
             return BrokenRow("is broken JSON")
         file.seek(start)
-        return json.loads(file.read(self._ends[index] - start))
+        return parse_json(file.read(self._ends[index] - start))
 
 
 def iter_spans(path: Path) -> Iterator[RowSpan]:
@@ -145,7 +146,7 @@ def _list_items(data: bytes, name: str) -> Iterator[RowSpan]:
     while text[at : at + 1] != "]":
         try:
             value, end = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except ValueError as error:
             yield RowSpan(
                 0, 0, BrokenRow(f"is broken JSON ({error}); nothing after it can be read")
             )
@@ -170,8 +171,8 @@ def _parse_line(line: bytes) -> Any:
     if text is None:
         return BrokenRow("is not UTF-8 text")
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         return BrokenRow(f"is broken JSON: {error}")
 
 

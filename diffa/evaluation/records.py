@@ -10,6 +10,7 @@ from typing import Any
 
 from diffa.evaluation.items import EvaluationError
 from diffa.runtime.files import locked, remove_stale_drafts, write_json, write_text
+from diffa.runtime.text import parse_json
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
 
@@ -42,7 +43,7 @@ class RunFolder:
         if not file.is_file():
             write_json(file, header)
             return
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = parse_json(file.read_text(encoding="utf-8"))
         keys = sorted(k for k in {*old, *header} if old.get(k) != header.get(k))
         if keys:
             differences = "; ".join(_difference(k, old.get(k), header.get(k)) for k in keys[:4])
@@ -99,14 +100,14 @@ def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the values of the lines that end in a line break."""
     for line in file.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
-            yield json.loads(line)
+            yield parse_json(line)
 
 
 def load_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the header and the records of a finished run; raises EvaluationError."""
     folder = Path(path).expanduser()
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        header = parse_json((folder / HEADER).read_text(encoding="utf-8"))
         return header, list(complete_lines(folder / RECORDS))
     except FileNotFoundError as error:
         raise EvaluationError(

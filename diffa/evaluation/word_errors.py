@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from diffa.runtime.text import parse_json
 
 _SPACES = " \t\r\n"
 _PUNCTUATION = "!,?、。！，；？：「」︰『』《》"  # noqa: RUF001
@@ -99,7 +100,7 @@ def british_spellings() -> dict[str, str]:
     if package is None or not package.submodule_search_locations:
         return {}
     file = Path(next(iter(package.submodule_search_locations))) / "normalizers" / "english.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return dict(parse_json(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def unicode_tokens(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffa.errors import SpecError
 from diffa.runtime.files import remove_stale_drafts, write_json
+from diffa.runtime.text import parse_json
 
 
 class ReplyCache:
@@ -32,7 +33,7 @@ class ReplyCache:
     def get(self, request: Any) -> dict[str, Any] | None:
         """Return the reply to ``request`` (anything JSON can hold), or None."""
         try:
-            reply = json.loads(self._path(request).read_text("utf-8"))
+            reply = parse_json(self._path(request).read_text("utf-8"))
         except (OSError, ValueError):  # no reply yet, or a file that was damaged
             return None
         return reply if isinstance(reply, dict) else None

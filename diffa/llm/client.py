@@ -15,9 +15,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from diffa.errors import DiffaError, SpecError
+from diffa.runtime.text import parse_json, to_unicode
 
 KEY = "OPENAI_API_KEY"
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
+_MAX_REPLY = 16 << 20  # bytes
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FOR_ALL = (401, 403, 404, 405)  # no other request would fare better
 
@@ -101,12 +103,13 @@ class ChatClient:
             cancel: once it is set nothing more is sent, and waiting calls return [] at once.
 
         Raises:
-            Refused: the endpoint does not take this request.
-            NoReply: it gives no answer in all attempts.
+            RequestRefused: the endpoint does not take this request, or answers it with something
+                that is no chat completion.
+            ChatError: it gives no answer in all attempts.
         """
         cancel = threading.Event() if cancel is None else cancel
         body = {"model": self.model, "messages": [dict(turn) for turn in messages]}
-        fault, pause = "", 0.0
+        fault, pause, malformed = "", 0.0, False
         for attempt in range(self.attempts):
             if attempt:
                 cancel.wait(min(max(pause, self.wait * 2 ** (attempt - 1)), _LONGEST_WAIT))
@@ -116,16 +119,17 @@ class ChatClient:
             try:
                 return _choices(self._post({**body, **(settings or {})}))
             except urllib.error.HTTPError as error:
-                fault, pause = _server_message(error), _retry_after(error)
+                fault, pause, malformed = _server_message(error), _retry_after(error), False
                 if error.code not in _PASSING:
                     raise self._refusal(error.code, fault) from error
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", None) or error
                 fault, pause = f"{type(error).__name__}: {reason}", 0.0
-        raise ChatError(
-            f"{self.url} gave no answer in {self.attempts} attempts, the last time: {fault}. "
-            "Is it running, and is the address right?"
-        )
+                malformed = isinstance(error, ValueError)
+        message = f"{self.url} gave no answer in {self.attempts} attempts, the last time: {fault}"
+        if malformed:  # the fault of this reply alone: other requests go on
+            raise RequestRefused(message, fault, fatal=False)
+        raise ChatError(f"{message}. Is it running, and is the address right?")
 
     def _post(self, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -133,8 +137,11 @@ class ChatClient:
             headers["Authorization"] = f"Bearer {self._key}"
         target = f"{self.url}/chat/completions"
         request = urllib.request.Request(target, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return json.loads(answer.read())
+        with _OPENER.open(request, timeout=self.timeout) as answer:
+            data = answer.read(_MAX_REPLY + 1)
+        if len(data) > _MAX_REPLY:
+            raise ValueError(f"a reply of more than {_MAX_REPLY >> 20} MiB")
+        return parse_json(data)
 
     def _take_turn(self, cancel: threading.Event) -> None:
         """Wait until the rate allows another request."""
@@ -153,15 +160,26 @@ class ChatClient:
         return RequestRefused(message + (advice if fatal else ""), reason, fatal)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Leave a redirect to the caller: it could take the key to any other host."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Follow nothing."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 def _choices(answer: Any) -> list[ChatReply]:
     """Read a chat completion; raises ValueError where it is none."""
     try:
         choices = [
-            ChatReply((one["message"]["content"] or "").strip(), one.get("finish_reason"))
+            ChatReply(to_unicode(one["message"]["content"] or "").strip(), one.get("finish_reason"))
             for one in answer["choices"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a chat completion: {str(answer)[:200]}") from error
+        shown = to_unicode(str(answer)[:200])
+        raise ValueError(f"not a chat completion: {shown}") from error
     if not choices:
         raise ValueError("a chat completion without choices")
     return choices
@@ -182,15 +200,17 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
 
 def _server_message(error: urllib.error.HTTPError) -> str:
     """What the server says is wrong, in one line."""
+    if location := error.headers.get("Location", ""):
+        return f"{error.code}: it redirects to {location[:200]}; give that address if you trust it"
     try:
         with error:
             text = error.read(2000).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):  # the status says enough
         text = ""
     try:
-        body = json.loads(text)
+        body = parse_json(text)
         body = body.get("error", body)
         text = body.get("message", text) if isinstance(body, dict) else str(body)
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, AttributeError):
         pass
     return f"{error.code} {error.reason}: {' '.join(str(text).split())[:300]}"

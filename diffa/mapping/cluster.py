@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.errors import SpecError
 from diffa.mapping.plan import MapPlan
 from diffa.mapping.pool import load_worker_model
 from diffa.mapping.shards import ShardReport, ShardWriter
+from diffa.runtime.ray import connect
 
 
 class ReplicaLimits(NamedTuple):
@@ -55,16 +55,8 @@ def map_on_ray(
     Raises:
         SpecError: Ray is not installed, or there is no cluster at the address.
     """
-    try:
-        ray: Any = import_module("ray")
-        data: Any = import_module("ray.data")
-    except ImportError as error:
-        raise SpecError("diffa map --ray needs Ray: pip install 'diffa-audio[ray]'") from error
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SpecError(f"--ray {address}: {error}") from error
+    connect(address, "diffa map")
+    data: Any = import_module("ray.data")
     items = data.from_items([int(shard) for shard in shards], override_num_blocks=len(shards))
     reports = items.map_batches(
         RayReplica,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffa.errors import SpecError
 from diffa.mapping.rows import QuestionManifest
 from diffa.runtime.files import is_occupied, write_text
+from diffa.runtime.text import parse_json
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -115,7 +116,7 @@ def planned_threads(out: Path) -> int | None:
     file = out / PLAN_FILE
     if not file.is_file():
         return None
-    threads: int = json.loads(file.read_text(encoding="utf-8"))["threads"]
+    threads: int = parse_json(file.read_text(encoding="utf-8"))["threads"]
     return threads
 
 
@@ -127,7 +128,7 @@ def write_plan(plan: MapPlan, out: Path) -> None:
     """
     file = out / PLAN_FILE
     if file.is_file():
-        old, new = json.loads(file.read_text(encoding="utf-8")), json.loads(plan.to_json())
+        old, new = parse_json(file.read_text(encoding="utf-8")), json.loads(plan.to_json())
         if changed := sorted(key for key in new if old.get(key) != new[key]):
             raise SpecError(
                 f"{out} holds a run that differs in {', '.join(changed)}: use another --out, or "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from diffa.errors import DiffaError, SpecError
+from diffa.runtime.ray import connect
 from diffa.runtime.threads import single_core
 from diffa.serving.app import create_app
 from diffa.serving.limits import Limits
@@ -147,18 +148,9 @@ def create_application(deployment: Deployment, replicas: ReplicaConfig) -> Any:
 
 def _connect(address: str) -> tuple[Any, Any]:
     """Connect to the cluster (``local`` starts one) and return the modules of Ray and Ray Serve."""
-    try:
-        ray: Any = import_module("ray")
-        api: Any = import_module("ray.serve")
-    except ImportError as error:
-        raise SpecError(
-            "diffa serve --ray needs Ray Serve: pip install 'diffa-audio[ray]'"
-        ) from error
     options = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address=address, log_to_driver=False, **options)
-    except Exception as error:  # of any type, if a node takes too long to start
-        raise SpecError(f"--ray {address}: {error}") from error
+    ray = connect(address, "diffa serve", **options)
+    api: Any = import_module("ray.serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return ray, api
 

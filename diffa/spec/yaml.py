@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from diffa.errors import SpecError
+from diffa.runtime.text import parse_json as load_json
 
+_MAX_NODES = 100_000  # of a document, aliases written out
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -51,7 +53,15 @@ _Loader.add_constructor(_TAG + "int", _number)
 def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text; raises SpecError with the line that is malformed."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_NODES:
+            raise SpecError(
+                f"not YAML that can be read: its aliases expand to over {_MAX_NODES:,} values"
+            )
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
@@ -60,20 +70,42 @@ def parse_yaml(text: str) -> Any:
         raise SpecError(f"not YAML that can be read: {error}") from error
 
 
+def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Count the values below a node, what aliases repeat included.
+
+    Raises:
+        SpecError: An alias contains itself.
+    """
+    key = id(node)
+    if key in sizes:
+        size = sizes[key]
+        if size is None:
+            raise SpecError(f"line {node.start_mark.line + 1}: an alias contains itself")
+        return size
+    sizes[key] = None  # being counted
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    sizes[key] = size = 1 + sum(_expanded_size(part, sizes) for part in inner)
+    return size
+
+
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text; raises SpecError with the line that is malformed."""
     try:
-        return json.loads(text, object_pairs_hook=_refuse_duplicates)
+        return load_json(text, pairs=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise SpecError(f"not JSON: line {error.lineno}: {error.msg}") from error
-    except RecursionError as error:
-        raise SpecError("not JSON that can be read: it is nested too deeply") from error
+    except ValueError as error:
+        raise SpecError(f"not JSON that can be read: {error}") from error
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML or JSON file; raises SpecError with the file and the fault."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise SpecError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from diffa.errors import DiffaError
 from diffa.runtime.files import atomic_write, remove_stale_drafts, replace_folder, write_json
+from diffa.runtime.text import parse_json
 
 WEIGHTS = "weights.safetensors"
 _FILES = "files.json"  # the size of every file of a checkpoint, written last
@@ -87,7 +87,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def _is_complete(checkpoint: Path) -> bool:
     """Return whether all files of a checkpoint are there with the size they were written with."""
     try:
-        sizes = json.loads((checkpoint / _FILES).read_text())
+        sizes = parse_json((checkpoint / _FILES).read_text())
     except (OSError, ValueError):
         log.warning("%s is incomplete (no %s): it is not used", checkpoint, _FILES)
         return False
@@ -161,7 +161,7 @@ def save_json(value: Any, path: Path) -> None:
 def load_json(path: Path) -> Any:
     """Read a JSON file of the run, or None where there is none."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

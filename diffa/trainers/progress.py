@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.trainer_callback import TrainerCallback
 
 from diffa.runtime.files import write_text
+from diffa.runtime.text import parse_json
 
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -114,7 +115,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError:
             continue
     return rows

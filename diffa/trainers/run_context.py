@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from diffa.data.manifest import Manifest
 from diffa.data.mixture import Mixture
 from diffa.data.samples import DataError, OnError, Source
 from diffa.data.sources import SourceFactory, open_source
+from diffa.runtime.text import parse_json
 from diffa.trainers.config import Recipe
 from diffa.trainers.config_sections import DataConfig, StageConfig
 from diffa.trainers.estimate import ExpectedManifest
@@ -113,7 +113,7 @@ def load_questions(name: str | None, recipe: Recipe) -> list[str]:
     path = shipped if shipped.is_file() else recipe.path(name)
     try:
         text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        entries = parse_json(text) if path.suffix == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"questions: {path} cannot be read: {error}") from error
     if not isinstance(entries, list) or any(not isinstance(entry, str) for entry in entries):

@@ -275,6 +275,19 @@ class TestVoiceBench:
         assert report["official"]["score"] == pytest.approx(15 / 4)
         assert report["fixed"]["score"] == pytest.approx((14 / 3 + 1 + 1) / 3, abs=1e-5)
 
+    @pytest.mark.parametrize(
+        "reply", ["nan", "inf", "99", "0", "5.5", "-3", "", "1e1", "4 or 5", None]
+    )
+    def test_a_reply_that_is_no_number_from_1_to_5_is_unrated(self, reply):
+        assert voicebench._parse_points(reply) is None
+
+    @pytest.mark.parametrize(
+        "reply",
+        ["4", " 4.0\n", "Score: 4", "4/5", "**4**", "The rating is 4 out of 5.", "so [[4]]"],
+    )
+    def test_points_are_read_in_the_forms_judges_write(self, reply):
+        assert voicebench._parse_points(reply) == 4.0
+
     def test_sd_qa_takes_the_majority_and_says_that_pedant_is_missing(self):
         base = {"prompt": "?", "reference": "x", "response": "x"}
         given = [{**base, "score": s} for s in (["Yes", "no", "yes"], ["no", "no", "Yes"], [])]

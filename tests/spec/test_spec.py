@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,11 @@ def test_a_runs_folder_points_to_its_model_and_hides_no_preset(tmp_path, monkeyp
     assert Spec.read("mine/model").data["encoder"]["name"] == "tiny"
 
 
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwx")
+)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
@@ -366,7 +372,13 @@ def test_a_runs_folder_points_to_its_model_and_hides_no_preset(tmp_path, monkeyp
         ("a.yaml", "", "holds nothing, not a mapping"),
         ("a.yaml", "- encoder\n", "holds a list, not a mapping"),
         ("a.yaml", "encoder: tiny\n", "invalid spec a.yaml:\n  adapters: is missing"),
-        ("a.yaml", "&a encoder: &b [*b]\n", "encoder: expected a name or a mapping"),
+        ("a.yaml", "&a encoder: &b [*b]\n", "line 1: an alias contains itself"),
+        ("a.yaml", "encoder: &a {name: tiny, seed: [*a]}\n", "line 1: an alias contains itself"),
+        ("a.yaml", BOMB, "its aliases expand to over 100,000 values"),
+        ("a.yaml", "encoder: " + "[" * 5000, "not YAML that can be read"),
+        ("a.json", '{"encoder": ' + "[" * 100_000, "not JSON that can be read: it is nested"),
+        ("a.json", '{"encoder": ' + "9" * 5000 + "}", "not JSON that can be read"),
+        ("a.yaml", "encoder: " + "9" * 5000, "not YAML that can be read"),
     ],
 )
 def test_a_bad_file_is_named_with_the_fault(tmp_path, file, text, message):

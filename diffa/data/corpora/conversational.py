@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffa.data.corpora.clips import Clip, clean_labels, find_file, read_table, subfolder
+from diffa.runtime.text import parse_json
 
 EMOTIONS = {
     "neu": "neutral",
@@ -103,8 +103,8 @@ def _dailytalk_table(root: Path, problems: list[str]) -> dict[str, dict[str, Any
         problems.append(f"{root} has no metadata.json: emotions and intents are unknown")
         return {}
     try:
-        dialogs = json.loads(read_table(table))
-    except json.JSONDecodeError as error:
+        dialogs = parse_json(read_table(table))
+    except ValueError as error:
         problems.append(f"{table} is broken JSON ({error}): emotions and intents are unknown")
         return {}
     return dialogs if isinstance(dialogs, dict) else {}

@@ -38,8 +38,13 @@ class TransformersWriter:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+            # Without the option transformers asks whether to run the checkpoint's own code.
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint, padding_side="left", trust_remote_code=False
+            )
+            self.model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=dtype, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise DataError(f"{checkpoint} is no language model that loads: {error}") from error
         if not self.tokenizer.chat_template:

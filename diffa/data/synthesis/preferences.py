@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from diffa.data.samples import Fault, ManifestRow, derive_seed
 from diffa.data.synthesis.captions import answer_fault, strip_thinking
 from diffa.data.synthesis.writers import Conversation, Writer, conversation, write_all
+from diffa.runtime.text import parse_json
 
 Rng = np.random.Generator
 
@@ -217,8 +217,8 @@ def _parsed(text: str, target: str, attribute: str) -> Corruption | str:
     """Read a forger's JSON, fenced or not; a text says why the pair is of no use."""
     inner = re.search(r"\{.*\}", text, flags=re.DOTALL)
     try:
-        fields = json.loads(inner[0]) if inner else {}
-    except json.JSONDecodeError:
+        fields = parse_json(inner[0]) if inner else {}
+    except ValueError:
         fields = {}
     rejected = fields.get("rejected")  # what is between braces is a mapping
     if not isinstance(rejected, str):

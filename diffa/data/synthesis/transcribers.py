@@ -61,7 +61,10 @@ class SpeechRecognizer:
 
         try:
             self._pipeline = pipeline(
-                "automatic-speech-recognition", model=checkpoint, device=device
+                "automatic-speech-recognition",
+                model=checkpoint,
+                device=device,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{checkpoint} is no speech recogniser that loads: {error}") from error

@@ -248,13 +248,19 @@ def subset_from_name(path: Path) -> str:
     return ""
 
 
+_POINTS = re.compile(
+    r"(?:[^\w-]|_)*(?:(?:the )?(?:score|rating)(?: is)?(?:[^\w-]|_)*)?(\d{1,3}(?:\.\d+)?)"
+    r"(?:\s*(?:/|out of)\s*5)?[\W_]*",
+    re.IGNORECASE,
+)
+
+
 def _parse_points(reply: Any) -> float | None:
-    """Return a judge's points: the reply as a number, else the first ``[[number]]``."""
-    try:
-        return float(reply)
-    except (TypeError, ValueError):
-        match = re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", str(reply))
-        return float(match[1]) if match else None
+    """Return a judge's points from 1 to 5, or None: a number, ``Score: 4/5``, or ``[[4]]``."""
+    text = str(reply)
+    match = _POINTS.fullmatch(text) or re.search(r"\[\[(\d+(?:\.\d+)?)\]\]", text)
+    points = float(match[1]) if match else 0.0
+    return points if 1.0 <= points <= 5.0 else None
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffa.data.samples import DataError
 from diffa.runtime.files import locked, replace_folder, write_json
+from diffa.runtime.text import parse_json
 
 
 @contextmanager
@@ -47,6 +48,6 @@ def corpus_folder(folder: Path, manifest: str, options: Mapping[str, Any]) -> It
 
 def _load(about: Path) -> Any:
     try:
-        return json.loads(about.read_text(encoding="utf-8"))
+        return parse_json(about.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
