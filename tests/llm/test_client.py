@@ -265,25 +265,28 @@ def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_asked(tmp_p
 def test_no_redirect_is_followed_and_the_key_goes_nowhere_else() -> None:
     with ChatServer(lambda body: "yes") as other:
         redirect = (302, {"Location": f"{other.url}/chat/completions"}, "{}")
-        with ChatServer(lambda body: redirect) as server:
-            with pytest.raises(RequestRefused, match=r"redirects to .*give that address"):
-                endpoint(server, key="secret").complete(QUESTION)
+        with (
+            ChatServer(lambda body: redirect) as server,
+            pytest.raises(RequestRefused, match=r"redirects to .*give that address"),
+        ):
+            endpoint(server, key="secret").complete(QUESTION)
         assert other.asked == [] and other.keys == []
 
 
 @pytest.mark.parametrize("body", ["[" * 100_000, '{"choices": ' + "9" * 5000 + "}", "{", "[]"])
 def test_a_reply_that_is_no_completion_is_that_requests_fault(body: str) -> None:
-    with ChatServer(lambda _: (200, {}, body)) as server:
-        with pytest.raises(RequestRefused) as caught:
-            endpoint(server, attempts=2).complete(QUESTION)
+    with ChatServer(lambda _: (200, {}, body)) as server, pytest.raises(RequestRefused) as caught:
+        endpoint(server, attempts=2).complete(QUESTION)
     assert not caught.value.fatal and len(server.asked) == 2
 
 
 def test_a_reply_beyond_the_bound_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_MAX_REPLY", 1000)
-    with ChatServer(lambda body: "x" * 2000) as server:
-        with pytest.raises(RequestRefused, match="a reply of more than"):
-            endpoint(server, attempts=1).complete(QUESTION)
+    with (
+        ChatServer(lambda body: "x" * 2000) as server,
+        pytest.raises(RequestRefused, match="a reply of more than"),
+    ):
+        endpoint(server, attempts=1).complete(QUESTION)
 
 
 def test_half_a_character_in_a_reply_is_replaced() -> None:
