@@ -19,6 +19,7 @@ from diffa.evaluation.intervals import import_scipy_stats
 from diffa.runtime.files import locked
 from diffa.trainers.checkpoints import load_json, save_json
 from diffa.trainers.config import Recipe
+from diffa.trainers.inputs import claim_inputs
 
 
 class Study(NamedTuple):
@@ -101,6 +102,8 @@ def ablate(
         import_scipy_stats()
         import_matplotlib()
         with locked(study.out, "diffa ablate"):
+            for run in runs:
+                claim_inputs(study.out, run.recipe)
             study = study._replace(faults=_run_trainings(study, score, jobs, device, on_message))
     return study._replace(results=study.load_results())
 

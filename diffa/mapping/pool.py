@@ -75,7 +75,7 @@ def write_shards(plan: MapPlan, out: Path, number: int, pipe: Connection) -> Non
             return
         try:
             pipe.send(writer.write(shard))
-        except DiffaError as error:
+        except (DiffaError, OSError) as error:
             pipe.send(error)
 
 

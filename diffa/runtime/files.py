@@ -8,11 +8,13 @@ import functools
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,24 @@ from diffa.errors import DiffaError
 LOCK = ".diffa.lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _HOST = re.sub(r"\W", "-", socket.gethostname())
-_DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]*)@(?P<pid>\d+)-\d+\.(?P<kind>part|old)")
+_TOKEN = secrets.token_hex(4)  # containers start again with the same host name and process ids
+_DRAFT = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[\w-]*)@(?P<pid>\d+)-(?P<token>\w+)-\d+\.(?P<kind>part|old)"
+)
+_LONGEST_WRITE = 24 * 3600  # seconds, after which a draft of any machine is abandoned
+_held: set[int] = set()  # descriptors of this process's locks
 
 
 def temporary_path(path: Path) -> Path:
     """Return a hidden name beside ``path`` that no other thread or process uses."""
-    owner = f"{_HOST}@{os.getpid()}-{threading.get_ident()}"
+    owner = f"{_HOST}@{os.getpid()}-{_TOKEN}-{threading.get_ident()}"
     return path.with_name(f".{path.name}.{owner}.part")
 
 
 def remove_stale_drafts(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes of this machine left of unfinished writes in ``folder``.
+    """Remove what killed processes left of unfinished writes in ``folder``.
+
+    Drafts of other machines count once they are a day old.
 
     Args:
         folder: Where to look; need not exist.
@@ -39,9 +48,9 @@ def remove_stale_drafts(folder: Path, name: str | None = None) -> None:
     """
     for draft in folder.glob(".*"):
         match = _DRAFT.fullmatch(draft.name)
-        if match is None or name not in (None, match["name"]) or match["host"] != _HOST:
+        if match is None or name not in (None, match["name"]):
             continue
-        if not _is_alive(int(match["pid"])):
+        if _is_abandoned(draft, match):
             if match["kind"] == "old" and not os.path.lexists(folder / match["name"]):
                 draft.rename(folder / match["name"])  # killed between the two renames
             else:
@@ -53,21 +62,29 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename what was written there at the end.
 
     Args:
-        path: Its folder is made if there is none. An error leaves the file as it was.
+        path: Its folder is made if there is none. An error leaves the file as it was. If it is
+            a symbolic link, its target is replaced; pipes and devices are written as they are.
         sync: Flush to disk before the file appears. Caches leave it out: an entry that a power
             failure damages is computed again.
     """
-    draft = temporary_path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    draft = temporary_path(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         if sync:
             _flush(draft)
-        os.replace(draft, path)
+        os.replace(draft, target)
         if sync:
-            _flush(path.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
+            _flush(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(draft), draft):
+            error.filename = str(path)  # no user knows the draft
         raise
 
 
@@ -164,13 +181,27 @@ def locked(folder: Path, work: str, name: str = LOCK) -> Iterator[None]:
         if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
         os.close(handle)
+    _held.add(handle)
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{work} (process {os.getpid()} on {_HOST})\n".encode())
+        with suppress(OSError):  # a full disk: the lock holds without its text
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{work} (process {os.getpid()} on {_HOST})\n".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        if handle in _held:  # else this process was forked from the one that holds the lock
+            _held.remove(handle)
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _release_in_child() -> None:
+    """Close the locks of the parent: workers that outlive it must not hold its folders."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _exchange(draft: Path, folder: Path) -> None:
@@ -210,6 +241,18 @@ def _renameat2() -> Any:
         return ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return None
+
+
+def _is_abandoned(draft: Path, match: re.Match[str]) -> bool:
+    """Return whether no process writes a draft any more."""
+    if match["host"] == _HOST:
+        own = int(match["pid"]) == os.getpid()
+        if match["token"] != _TOKEN if own else not _is_alive(int(match["pid"])):
+            return True
+    try:
+        return time.time() - draft.lstat().st_mtime > _LONGEST_WRITE
+    except OSError:  # it was finished meanwhile
+        return False
 
 
 def _is_alive(pid: int) -> bool:

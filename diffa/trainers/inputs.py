@@ -7,29 +7,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffa.trainers.checkpoints import TrainingError, load_json, save_json
 from diffa.trainers.config import Recipe
 
 _HEAD = 1 << 20  # bytes; of large files in a folder, such as weights, size and head are compared
-_FOLDERS = ("checkpoint", "tokenizer", "spec")
+_FOLDERS = ("checkpoint", "tokenizer", "spec", "fsdd")
+_FILE = "inputs.json"
+
+
+def claim_inputs(folder: Path, recipe: Recipe, *, resumed: bool = True) -> None:
+    """Write the fingerprints of a recipe's inputs to the folder of a run.
+
+    Raises:
+        TrainingError: The folder has other fingerprints of them, and ``resumed`` is true.
+    """
+    inputs, earlier = fingerprint_inputs(recipe), load_json(folder / _FILE) if resumed else None
+    changed = [k for k, digest in (earlier or {}).items() if inputs.get(k, digest) != digest]
+    if changed:
+        raise TrainingError(
+            f"{', '.join(changed[:4])} changed since the run in {folder} began: restore what it "
+            "was, or choose another --out"
+        )
+    save_json({**(earlier or {}), **inputs}, folder / _FILE)
 
 
 def fingerprint_inputs(recipe: Recipe) -> dict[str, str]:
-    """Return a fingerprint of every file and checkpoint folder that a recipe names, by its path.
+    """Return a fingerprint of every file and checkpoint folder that a recipe names, by its name.
 
     Args:
         recipe: Any string in it that is the path of a file counts, whatever the option, so the
             options of third-party sources count as well. Folders count under the options
-            ``checkpoint``, ``tokenizer`` and ``spec``: names, sizes, and the
-            first MiB of each file.
+            ``checkpoint``, ``tokenizer``, ``spec`` and ``fsdd``: names, sizes, and the first MiB
+            of each file. A spec that the recipe names is searched as well.
     """
     inputs = {}
-    for option, name in _strings(recipe.data, ""):
+    places = [(*place, recipe.path) for place in _strings(recipe.data, "")]
+    places += [(*place, Path) for place in _strings(recipe.spec.data, "")]
+    for option, name, locate in places:
         try:
-            path = recipe.path(name)
+            path = locate(name)
             if path.is_file():
-                inputs[str(path)] = _file_digest(path)
+                inputs[name] = _file_digest(path)
             elif option in _FOLDERS and path.is_dir():
-                inputs[str(path)] = _folder_digest(path)
+                inputs[name] = _folder_digest(path)
         except (OSError, ValueError, RuntimeError):  # a text that is no path, such as ~nobody
             continue
     return inputs

@@ -35,7 +35,7 @@ from diffa.trainers.config import Recipe
 from diffa.trainers.distributed import barrier, is_main_process, is_sharded, local_device
 from diffa.trainers.estimate import Estimate, estimate, tokenizer_of
 from diffa.trainers.evaluate import EvaluationFunction
-from diffa.trainers.inputs import fingerprint_inputs
+from diffa.trainers.inputs import claim_inputs
 from diffa.trainers.run_context import RunContext, num_steps, open_data, stage_mixture
 from diffa.trainers.stage import build_trainer
 from diffa.trainers.trainable import num_trained, stage_model, trained_state
@@ -215,8 +215,8 @@ def _plan(context: RunContext, model: Model) -> list[StageReport]:
 
 def _claim_folder(context: RunContext, resume: bool) -> None:
     """Write the recipe to the run's folder; raises TrainingError if another run is there."""
-    path, inputs_path = context.out / "recipe.json", context.out / "inputs.json"
-    earlier, earlier_inputs = load_json(path), load_json(inputs_path)
+    path = context.out / "recipe.json"
+    earlier = load_json(path)
     if not any(folder.is_dir() for folder in context.out.glob("*/")):
         earlier = None  # a run that failed before its first stage has nothing to continue
     if resume and earlier is None:
@@ -230,18 +230,8 @@ def _claim_folder(context: RunContext, resume: bool) -> None:
         raise TrainingError(
             f"{context.out} was begun with another recipe; it differs in {', '.join(differences)}"
         )
-    inputs = fingerprint_inputs(context.recipe)
-    if earlier is not None and earlier_inputs is not None:
-        changed = sorted(
-            k for k in {*inputs, *earlier_inputs} if inputs.get(k) != earlier_inputs.get(k)
-        )
-        if changed:
-            raise TrainingError(
-                f"{', '.join(changed[:4])} changed since the run in {context.out} began: restore "
-                "what it was, or choose another --out"
-            )
+    claim_inputs(context.out, context.recipe, resumed=earlier is not None)
     save_json(context.recipe.data, path)
-    save_json(inputs, inputs_path)
     for folder in (context.out, *context.out.glob("*/")):
         remove_drafts(folder)
 

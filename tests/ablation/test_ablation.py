@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -31,6 +32,7 @@ from diffa.ablation.vary import parse_axes, parse_axis
 from diffa.ablation.worker import flatten_numbers
 from diffa.cli import main
 from diffa.errors import SpecError
+from diffa.trainers.checkpoints import TrainingError
 from diffa.trainers.config import Recipe
 
 
@@ -315,6 +317,17 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(world, tmp_path, jobs):
     assert len(study.results) == 1, study.faults
     (fault,) = study.faults.values()
     assert "gone.json" in fault and (".log" in fault or not jobs)
+
+
+def test_a_study_does_not_go_on_with_other_data(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    options = {"out": tmp_path / "study", "seeds": 1, "jobs": 0}
+    vary = ["stages.tune.max_steps=1,2"]
+    ablate(recipe(tmp_path / "world"), vary, **options)
+    rows = tmp_path / "world" / "train.json"
+    rows.write_text(json.dumps(json.loads(rows.read_text())[:-1]))
+    with pytest.raises(TrainingError, match=r"train\.json changed since the run"):
+        ablate(recipe(tmp_path / "world"), vary, **options)
 
 
 def test_parts_that_do_not_fit_are_found_before_anything_runs(world, tmp_path):

@@ -18,4 +18,4 @@ def dead_process() -> int:
 
 def leftover(path: Path, kind: str = "part") -> Path:
     """Return the draft of ``path`` that a killed process leaves behind."""
-    return path.with_name(f".{path.name}.{files._HOST}@{dead_process()}-1.{kind}")
+    return path.with_name(f".{path.name}.{files._HOST}@{dead_process()}-0-1.{kind}")

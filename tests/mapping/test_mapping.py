@@ -259,6 +259,16 @@ def test_a_shard_that_kills_every_process_ends_the_run(forked, tmp_path, monkeyp
         list(pool.map_in_pool(None, tmp_path, range(5), 2))
 
 
+@pytest.mark.forks
+def test_a_full_disk_of_a_worker_ends_the_run_with_its_reason(forked, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "part-0")
+
+    monkeypatch.setattr(Dying, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        list(pool.map_in_pool(None, tmp_path, range(5), 2))
+
+
 def children(parent):
     """Processes whose parent is ``parent``."""
     listed = subprocess.run(

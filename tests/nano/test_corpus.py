@@ -157,9 +157,22 @@ class TestUtterances:
         for seed, count in ((6, 6), (5, 7)):
             with pytest.raises(DataError, match=r"test\.jsonl belongs to another corpus"):
                 write_corpus(tmp_path, "test", seed, count)
+            with pytest.raises(DataError, match="belongs to another corpus"):
+                write_corpus(tmp_path, "test", seed, count, form="json")
         assert contents(tmp_path) == before
         write_corpus(tmp_path, "train", 6, 2)  # another split is no other corpus
         assert contents(tmp_path).items() > before.items()
+
+    @pytest.mark.parametrize("corpus", [False, True])
+    def test_recordings_of_others_are_never_replaced(self, tmp_path, corpus):
+        if corpus:
+            write_corpus(tmp_path, "test", 5, 2)
+        (tmp_path / "audio" / "test" / "mine").mkdir(parents=True)
+        (tmp_path / "audio" / "test" / "mine" / "interview.wav").write_bytes(b"field work")
+        before = contents(tmp_path)
+        with pytest.raises(DataError, match=r"test.* belongs to another corpus"):
+            write_corpus(tmp_path, "test", 5, 2)
+        assert contents(tmp_path) == before
 
     def test_a_corpus_that_was_interrupted_is_written_whole(self, tmp_path, monkeypatch):
         write_corpus(tmp_path / "whole", "test", 6, 4)

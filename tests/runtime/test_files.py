@@ -207,7 +207,7 @@ def test_drafts_of_killed_processes_are_removed_and_those_of_others_stay(tmp_pat
     leftover(tmp_path / "other.json").write_text("half")
     alive = temporary_path(tmp_path / "model")
     alive.mkdir()
-    foreign = tmp_path / ".model.elsewhere@1-1.part"
+    foreign = tmp_path / ".model.elsewhere@1-0-1.part"
     foreign.write_text("of another machine")
     remove_stale_drafts(tmp_path, "model")
     assert len(names(tmp_path)) == 3
@@ -263,3 +263,75 @@ def test_replace_folder_clears_what_a_killed_process_left_in_a_shared_draft(
         assert given == draft and names(draft) == []
         (draft / "a").write_text("new")
     assert names(tmp_path / "model") == ["a"] and names(tmp_path) == ["model"]
+
+
+def test_the_target_of_a_linked_file_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "rows")  # dangling at first
+    for text in ("old", "new"):
+        write_text(tmp_path / "link", text)
+    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["disk", "link"]
+    assert (tmp_path / "disk" / "rows").read_text() == "new"
+
+
+def test_pipes_are_written_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "text")
+    assert os.read(reader, 10) == b"text" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_errors_of_the_disk_name_the_file_and_not_its_draft(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "rows"):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{tmp_path / 'rows'}'"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_ends_with_its_process_although_a_forked_worker_lives_on(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from diffa.runtime.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'work'):\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    with locked(tmp_path, "work"):
+        os.kill(worker, 9)
+    process.stdout.close()
+
+
+def test_a_lock_needs_no_space_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path, "work"), pytest.raises(DiffaError, match="in use by another process"):
+        locked(tmp_path, "work").__enter__()
+    assert names(tmp_path) == []
+
+
+def test_drafts_of_an_earlier_process_with_the_same_number_are_removed(tmp_path: Path) -> None:
+    own = temporary_path(tmp_path / "model")
+    own.mkdir()
+    earlier = own.with_name(own.name.replace(files._TOKEN, "0"))  # a container that began again
+    earlier.mkdir()
+    remove_stale_drafts(tmp_path)
+    assert names(tmp_path) == [own.name]
+
+
+def test_day_old_drafts_of_other_machines_are_removed(tmp_path: Path) -> None:
+    young, old = (tmp_path / f".m.elsewhere@1-0-{n}.part" for n in (1, 2))
+    for draft in (young, old):
+        draft.write_text("half")
+    os.utime(old, (0, 0))
+    remove_stale_drafts(tmp_path)
+    assert names(tmp_path) == [young.name]

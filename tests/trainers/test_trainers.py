@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from diffa.trainers.checkpoints import TrainingError, checkpoints, replacing
 from diffa.trainers.config import recipes
 from diffa.trainers.config_sections import OptimizerConfig, ScheduleConfig, StageConfig
 from diffa.trainers.evaluate import BestWeights, compare, is_better
+from diffa.trainers.inputs import claim_inputs
 from diffa.trainers.muon import Muon, orthogonalize
 from diffa.trainers.optim import build_optimizer, build_schedule
 from diffa.trainers.progress import read_log
@@ -613,6 +615,24 @@ def test_a_run_does_not_go_on_with_other_data(world: Path, unbroken: Path, tmp_p
     manifest.write_text(before)
     assert same(weights(out), weights(unbroken))
     go(made, out, resume=True)
+
+
+def test_inputs_of_the_spec_and_moved_recipes_are_compared_by_name(tmp_path: Path) -> None:
+    (tmp_path / "spec").mkdir()
+    weights_file = tmp_path / "spec" / "weights"
+    weights_file.write_text("first")
+    made = SimpleNamespace(
+        data={"spec": "nano", "stages": [{"data": [{"path": "rows.json"}]}]},
+        spec=SimpleNamespace(data={"encoder": {"checkpoint": str(tmp_path / "spec")}}),
+    )
+    for place in (tmp_path, tmp_path / "moved"):
+        place.mkdir(exist_ok=True)
+        (place / "rows.json").write_text("[]")
+        made.path = place.joinpath
+        claim_inputs(tmp_path, made)
+    weights_file.write_text("other")
+    with pytest.raises(TrainingError, match=r"spec changed since the run"):
+        claim_inputs(tmp_path, made)
 
 
 def test_a_second_run_in_one_folder_is_refused(world: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffa.data.formats import TABLE_SUFFIXES
 from diffa.data.samples import DataError
 from diffa.runtime.files import locked, replace_folder, write_json
 from diffa.runtime.text import parse_json
@@ -30,20 +32,28 @@ def corpus_folder(folder: Path, manifest: str, options: Mapping[str, Any]) -> It
             written.
     """
     name = Path(manifest).stem
-    about = folder / f"{name}.corpus.json"
+    about, audio = folder / f"{name}.corpus.json", folder / "audio" / name
     value = json.loads(json.dumps(options))
     try:
         with locked(folder, f"writing the corpus {name}"):
-            if (folder / manifest).exists() and _load(about) != value:
-                raise DataError(
-                    f"{folder / manifest} belongs to another corpus: choose another folder, or "
-                    "remove that corpus"
-                )
+            if _load(about) != value:
+                manifests = (folder / f"{name}{suffix}" for suffix in TABLE_SUFFIXES)
+                _refuse(path for path in (*manifests, audio) if os.path.lexists(path))
             write_json(about, value)
-            with replace_folder(folder / "audio" / name) as draft:
+            with replace_folder(audio) as draft:
                 yield draft
+                files = sorted(audio.rglob("*"))  # all of them ours, or nothing is replaced
+                _refuse(path for path in files if not (draft / path.relative_to(audio)).exists())
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}; nothing was changed") from error
+
+
+def _refuse(paths: Iterable[Path]) -> None:
+    """Raise DataError for the first of the paths, which belongs to something else."""
+    if (path := next(iter(paths), None)) is not None:
+        raise DataError(
+            f"{path} belongs to another corpus: choose another folder, or remove that corpus"
+        )
 
 
 def _load(about: Path) -> Any:
