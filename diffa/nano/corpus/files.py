@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffa.data.formats import TABLE_SUFFIXES
 from diffa.data.samples import DataError
+from diffa.data.tables import TABLE_SUFFIXES
 from diffa.runtime.files import locked, replace_folder, write_json
 from diffa.runtime.text import parse_json
 
