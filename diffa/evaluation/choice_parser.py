@@ -6,51 +6,115 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+# A letter ends where no Latin letter, digit or apostrophe follows: "B입니다" and "选B。" hold one.
+_END = r"(?![A-Za-z0-9'])"
 _CUES = re.compile(
-    r"(?:answer|option|choice|choose|select|pick|is|be)\s*(?:is|:|=|-)?\s*(?:option|choice)?\s*"
-    r"(?P<open>[\[({\"']*)(?P<letter>[a-z])(?P<close>[\])}.:,;\"']*)(?=\s|$)",
+    r"(?:(?:answer|option|choice|choose|select|pick|is|be)(?![a-z])|答案|选|選|是|정답|답은?)"
+    r"\s*(?:is|:|=|-|是|为|為|은|는)?\s*(?:option|choice)?\s*"
+    rf"(?P<open>[\[({{\"']*)(?P<letter>[a-z]){_END}(?P<close>[\])}}.:,;\"']*)",
     re.IGNORECASE,
 )
-_LETTER_ALONE = re.compile(r"[\[({\"']*([A-Za-z])[\])}.:,;\"']*$")
-_LETTER_FIRST = re.compile(r"[\[({\"']*([A-Z])[\])}.:;\"']+(?=\s|$)")
+_ALONE = re.compile(r"[\[({\"']*([A-Za-z])[\])}.:,;\"']*")
+# A leading letter: before a bracket, a mark, a dash, a line end, a word such as "because", or a
+# character of another script.
+_REASON = "because|since|as|for|is|was|seems|would"
+_LEADING = re.compile(
+    r"""[\[({"']*([A-Z])(?:[\])}"']+(?=\W|$)|[\])}"']*[.:;](?=\s|$)|,(?!\s*[A-Z]\b)|\s*[-\u2013\u2014]+(?=\s|$)|\n"""
+    rf"""|\s+(?=(?:{_REASON})\b)|(?=[^\W\d_a-zA-Z']))"""
+    r"""|[\[({"']*([a-z])[\])}.:](?=\s|$)"""
+)
+_JSON_ANSWER = re.compile(
+    r"""["']?(?:final_)?(?:answer|option|choice|letter)["']?\s*:\s*["']([^"'}]+)["']\s*[,}]""",
+    re.IGNORECASE,
+)
 
 
-def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
+def parse_choice(text: str, options: Mapping[str, str], *, letters: bool = True) -> str | None:
     """Return the letter of the option that an answer names; None if it names none or several.
 
-    Rules, in order: the answer is one letter; it begins with one (``B. seven``, ``(B)``); it is the
-    text of one option; a letter follows "answer", "option" or similar; the text of one option
-    alone occurs; one capital letter stands alone. An article ("a good thing") is not a letter.
+    Thoughts (``<think>``) are left out. Rules, in order: the answer is the text of one option, or
+    one letter (the letter first if the prompt asks for one); it begins with a letter (``B. seven``,
+    ``B, because ...``, ``B`` and a line break); a letter or an option's text follows "answer",
+    "option" or similar; the text of one option alone occurs; one capital letter stands alone.
+    An article ("a good thing") and the beginning of an option ("A minor") are no letters.
 
     Args:
         text: A model's answer.
         options: Letters (A, B, ...) to the texts of the options.
+        letters: Whether the prompt asks for a letter, and not for an option's text.
     """
-    words = strip_markup(text)
+    lines = strip_markup(_without_thoughts(text), keep_lines=True)
+    if match := _JSON_ANSWER.search(lines):
+        lines = match[1].strip()
+    words = " ".join(lines.split())
     if not words:
         return None
-    for pattern in (_LETTER_ALONE, _LETTER_FIRST):
-        match = pattern.match(words)
-        if match and match[1].upper() in options:
-            return match[1].upper()
+    alone = _ALONE.fullmatch(words)
+    letter = alone[1].upper() if alone and alone[1].upper() in options else None
+    exact = _exact_option(words, options)
+    if letter or exact:
+        bracketed = letter and words[0] in "([{"
+        return (letter or exact) if letters or bracketed else (exact or letter)
     folded = {letter: fold_words(option) for letter, option in options.items()}
-    exact = [letter for letter, option in folded.items() if option and option == fold_words(words)]
-    if len(exact) == 1:
-        return exact[0]
-    return (
-        _letter_after_cue(words, options)
-        or _option_mentioned(words, folded)
-        or _standalone_letter(words, options)
-    )
+    # Options such as musical keys ("D") are letters themselves: there a letter is a text.
+    texts_are_letters = not letters and any(text.upper() in options for text in folded.values())
+    if not texts_are_letters:
+        found = _leading_letter(lines, options, folded) or _after_cue(words, options, folded)
+        if found:
+            return found
+    mentioned = _option_mentioned(words, folded)
+    return mentioned if mentioned or texts_are_letters else _standalone_letter(words, options)
 
 
-def strip_markup(text: str) -> str:
-    """Return an answer without Markdown, LaTeX boxes, invisible characters and full-width forms."""
+def _without_thoughts(text: str) -> str:
+    """Return an answer without its block of thoughts; one that never ends leaves nothing."""
+    return re.sub(r"<think>.*?(?:</think>|$)", "", text.rpartition("</think>")[2], flags=re.DOTALL)
+
+
+def strip_markup(text: str, *, keep_lines: bool = False) -> str:
+    """Return an answer without Markdown, LaTeX boxes, invisible characters and full-width forms.
+
+    Args:
+        text: An answer.
+        keep_lines: Whether line breaks stay; otherwise they become spaces.
+    """
     text = unicodedata.normalize("NFKC", text)
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     text = re.sub(r"\\(?:boxed|text|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
-    return " ".join(re.sub(r"[*_`$#]+", "", text).split())
+    lines = [" ".join(line.split()) for line in re.sub(r"[*_`$#]+", "", text).splitlines()]
+    return ("\n" if keep_lines else " ").join(line for line in lines if line)
+
+
+def _exact_option(words: str, options: Mapping[str, str]) -> str | None:
+    """Return the option that the answer equals: to the letter, or else in its words."""
+    for fold in (lambda text: " ".join(text.casefold().split()), fold_words):
+        wanted = fold(words)
+        equal = [letter for letter, option in options.items() if wanted and fold(option) == wanted]
+        if len(equal) == 1:
+            return equal[0]
+    return None
+
+
+def _leading_letter(
+    lines: str, options: Mapping[str, str], folded: Mapping[str, str]
+) -> str | None:
+    match = _LEADING.match(lines)
+    letter = (match[1] or match[2]).upper() if match else None
+    if letter not in options or _begins_with_option(lines, letter, folded):
+        return None
+    return letter
+
+
+def _begins_with_option(text: str, letter: str, folded: Mapping[str, str]) -> str | None:
+    """Return the option whose text stands at the beginning, and begins with this letter."""
+    start = f"{fold_words(text)} "
+    found = [
+        key
+        for key, option in folded.items()
+        if option.startswith(f"{letter.lower()} ") and start.startswith(f"{option} ")
+    ]
+    return max(found, key=lambda key: len(folded[key]), default=None)
 
 
 def fold_words(text: str) -> str:
@@ -58,16 +122,22 @@ def fold_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def _letter_after_cue(words: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter after "answer", "option" or similar, if all of them agree."""
-    letters = set()
+def _after_cue(words: str, options: Mapping[str, str], folded: Mapping[str, str]) -> str | None:
+    """Return the option after "answer", "option" or similar, if all of them agree."""
+    found = set()
     for match in _CUES.finditer(words):
         letter = match["letter"]
-        marked = match["open"] or match["close"] or match.end() == len(words)
+        if option := _begins_with_option(words[match.start("letter") :], letter, folded):
+            found.add(option)
+            continue
+        last = match.end() == len(words)
+        marked = match["open"] or match["close"] or last
+        rest = words[match.end() :]
+        article = letter == "A" and not marked and re.match(rf" (?!(?:{_REASON})\b)", rest)
         # "is a dog": a lower-case letter counts only with a bracket, a mark or at the end.
-        if letter.upper() in options and (letter.isupper() or marked):
-            letters.add(letter.upper())
-    return letters.pop() if len(letters) == 1 else None
+        if letter.upper() in options and (letter.isupper() or marked) and not article:
+            found.add(letter.upper())
+    return found.pop() if len(found) == 1 else None
 
 
 def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:
@@ -85,7 +155,7 @@ def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:
 def _standalone_letter(words: str, options: Mapping[str, str]) -> str | None:
     """Return the only capital letter that stands alone."""
     letters = set()
-    for match in re.finditer(r"(?<![\w'])([A-Z])(?![\w'])", words):
+    for match in re.finditer(r"(?<![\w'-])([A-Z])(?![\w'-])", words):
         # "A" and "I" are English words if another word follows.
         article = match[1] in "AI" and re.match(r"\s+(?!or\b|and\b)\w", words[match.end() :])
         if match[1] in options and not article:

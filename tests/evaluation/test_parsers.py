@@ -143,6 +143,74 @@ class TestTheFixedLetterParser:
     def test_awkward_answers(self, text, letter):
         assert parse_choice(text, SEVEN) == letter
 
+    @pytest.mark.parametrize(
+        ("text", "letter"),
+        [
+            ("B\n\nExplanation: C is wrong because it is one.", "B"),
+            ("B\nC is wrong.", "B"),
+            ("B, because D says nine", "B"),
+            ("B because D says nine", "B"),
+            ("B - three is not right", "B"),
+            ("B \u2014 seven", "B"),
+            ("B) seven\nD) nine would be wrong", "B"),
+            ("(b) seven", "B"),
+            ("B! definitely", "B"),
+            ("A is the answer", "A"),
+            ("the answer is A because", "A"),
+            ("答案是B", "B"),
+            ("选B。", "B"),
+            ("B是正确的", "B"),
+            ("정답은 B입니다.", "B"),
+            ("B입니다", "B"),
+            ('{"answer": "b"}', "B"),
+            ('```json\n{"answer": "seven"}\n```', "B"),
+            ("{'option': 'c'}", "C"),
+            ("<think>It could be A or C. A!</think>B", "B"),
+            ("<think>A or B</think>\n\nThe answer is C.", "C"),
+            ("<think>the answer is A", None),
+            ("A dog barks", None),
+            ("A-flat", None),
+            ("A, B", None),
+            ("B or C", None),
+            ("seven, not nine", None),
+        ],
+    )
+    def test_a_leading_letter_wins_over_its_explanation(self, text, letter):
+        assert parse_choice(text, SEVEN) == letter
+
+    @pytest.mark.parametrize(
+        ("text", "letter"),
+        [
+            ("A minor", "B"),
+            ("The answer is A minor.", "B"),
+            ("A minor chord is played", "B"),
+            ("A child", "D"),
+            ("The answer is a child.", "D"),
+            ("A", "A"),
+            ("Answer: A", "A"),
+        ],
+    )
+    @pytest.mark.parametrize("letters", [True, False])
+    def test_options_that_begin_with_a_letter_are_text(self, text, letter, letters):
+        options = {"A": "C major", "B": "A minor", "C": "D major", "D": "a child"}
+        assert parse_choice(text, options, letters=letters) == letter
+
+    @pytest.mark.parametrize(
+        ("text", "letters", "letter"),
+        [
+            ("D", False, "B"),
+            ("d.", False, "B"),
+            ("The key is D", False, "B"),
+            ("(D)", False, "D"),
+            ("D", True, "D"),
+        ],
+    )
+    def test_a_key_among_letters_is_a_text_unless_a_letter_was_asked_for(
+        self, text, letters, letter
+    ):
+        keys = {"A": "C", "B": "D", "C": "A", "D": "G"}
+        assert parse_choice(text, keys, letters=letters) == letter
+
     def test_the_longer_of_two_nested_options_wins(self):
         assert parse_choice("I hear a dog barking", {"A": "dog", "B": "dog barking"}) == "B"
 

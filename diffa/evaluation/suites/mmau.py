@@ -50,7 +50,7 @@ class MMAU(Suite):
         answer = str(fields["answer"])
         choices = [str(choice) for choice in fields["choices"]]
         options = dict(zip(LETTERS, choices, strict=False))
-        letter = parse_choice(response, options)
+        letter = parse_choice(response, options, letters=False)
         right = match_words(answer, response, choices)
         fixed = options[letter] == answer if letter else right
         return {
