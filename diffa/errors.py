@@ -26,6 +26,16 @@ class AudioError(DiffaError):
     """A recording is missing, unreadable, empty, not finite, or too long for the context."""
 
 
+class DecodingError(DiffaError):
+    """Decoding gives no answer: numbers that are not finite, or a sampler that does not end."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one line; one that diffa does not raise itself begins with its type."""
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, DiffaError) and text else f"{type(error).__name__}: {text}"
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message: the known names close to ``word``, else all of them."""
     names = sorted(known)

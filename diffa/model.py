@@ -136,6 +136,7 @@ class Model(nn.Module):
 
         Raises:
             AudioError: Unusable audio, or too much of it for the backbone's context.
+            DecodingError: The logits are not finite, or the sampler does not end.
             SpecError: Arguments that do not fit together.
         """
         inputs = validate_inputs(
@@ -149,6 +150,7 @@ class Model(nn.Module):
                     on_step(step)
                 if feed is not None:
                     feed.put(step)
+        denoise.check_finite()
         if feed is not None:
             feed.end()
         return Generation([row.clone() for row in canvas.answer.cpu()], denoise.num_forwards)
@@ -173,6 +175,7 @@ class Model(nn.Module):
             with torch.no_grad():  # not held while the caller works between two steps
                 step = next(steps, None)
             if step is None:
+                denoise.check_finite()
                 return
             yield step
 

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from diffa.canvas.canvas import Canvas, first_index, repeat_first
 from diffa.canvas.kv_cache import AttentionContext, KVCache
+from diffa.errors import DecodingError
 from diffa.types import Backbone, PartialBackbone
+
+# Passes that no sampler needs, whatever its rule: it decides, corrects or inserts tokens.
+_PASSES_PER_TOKEN, _MORE_PASSES = 64, 4096
 
 
 class Denoiser:
@@ -29,6 +33,7 @@ class Denoiser:
         self._backbone = backbone
         self._canvas = canvas
         self._partial = isinstance(backbone, PartialBackbone) and backbone.partial
+        self._finite: Tensor | None = None  # of a GPU's logits until now
 
     def __call__(
         self,
@@ -46,6 +51,10 @@ class Denoiser:
             attn_mask: Which slots each recomputed slot may attend to besides, (B, K, S) bool.
             write: Whether the cache keeps the new keys and values.
 
+        Raises:
+            DecodingError: The logits are not finite (on a GPU ``check_finite`` tells), or the
+                sampler does not end.
+
         Slots may be padded with -1. A row whose slots are all -1 (its ``output_slots`` where
         ``recompute`` is None) is not computed, and its logits are zero.
         """
@@ -56,6 +65,11 @@ class Denoiser:
             recompute = None if recompute is None else recompute.repeat(2, 1)
             attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
         self.num_forwards += 1
+        if self.num_forwards > _PASSES_PER_TOKEN * canvas.length + _MORE_PASSES:
+            raise DecodingError(
+                f"the sampler has not ended after {self.num_forwards - 1} forward passes over "
+                f"{canvas.length} tokens"
+            )
         active = ((output_slots if recompute is None else recompute) >= 0).any(dim=1)
         if bool(active.all()):
             return self._forward(recompute, output_slots, attn_mask, None, write=write)
@@ -124,8 +138,28 @@ class Denoiser:
         real = index >= 0
         # On a GPU, indexing with ``real`` would wait for the device (``nonzero``).
         if states.is_cuda or bool(real.all()):
-            return self._backbone.head(states)
+            logits = self._backbone.head(states)
+            self._note_finite(logits)
+            return logits
         some = self._backbone.head(states[real])
+        self._note_finite(some)
         logits = some.new_zeros(*index.shape, some.shape[-1])
         logits[real] = some
         return logits
+
+    def _note_finite(self, logits: Tensor) -> None:
+        """Check logits; on a GPU only note whether they were finite, without waiting for it."""
+        # NaN and infinity spread to the sum, which is faster than a test of every number.
+        finite = logits.sum(dtype=torch.float32).isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if not finite.is_cuda:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise DecodingError if logits were not finite; waits for a GPU."""
+        if self._finite is not None and not bool(self._finite):
+            raise DecodingError(
+                f"the backbone's logits hold NaN or infinite numbers after {self.num_forwards} "
+                "forward passes: its weights are damaged, or the recording has samples of an "
+                "extreme size"
+            )

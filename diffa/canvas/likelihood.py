@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffa.canvas.batch import forward_embeds
 from diffa.canvas.canvas import insert_audio
-from diffa.errors import SpecError, check_at_least
+from diffa.errors import DecodingError, SpecError, check_at_least
 from diffa.types import Backbone
 
 _MAX_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
@@ -61,6 +61,7 @@ def score_choices(
 
     Raises:
         SpecError: No choices, an empty one, or numbers out of their range.
+        DecodingError: The log-probabilities are not finite.
     """
     if not choices or any(len(choice) == 0 for choice in choices):
         raise SpecError("there must be choices to score, of at least one token each")
@@ -145,7 +146,10 @@ def _log_probs(
         logits = head(hidden[rows[part], slots[part]]).float()
         known = logits.gather(1, tokens[part, None])[:, 0]
         parts.append(known - logits.logsumexp(dim=1))
-    return torch.cat(parts)
+    values = torch.cat(parts)
+    if not bool(values.isfinite().all()):
+        raise DecodingError("a choice's log-probability is not finite: are the weights damaged?")
+    return values
 
 
 def _slices(count: int, vocab_size: int) -> Iterator[slice]:

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffa.data.messages import from_messages, is_messages, to_messages
+from diffa.audio import read_dataset_audio, write_wav
+from diffa.data.fields import field_fault
+from diffa.data.messages import to_manifest_row, to_messages
 from diffa.data.samples import DataError, Fault, ManifestRow
 from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, import_pyarrow, iter_rows
-from diffa.runtime.files import atomic_write
+from diffa.errors import describe_error
+from diffa.runtime.files import atomic_write, replace_folder
 
 MANIFEST_FIELDS = (
     "audio_id",
@@ -33,10 +36,11 @@ EXTRA_FIELDS = ("speaker", "split", "attributes", "measures", "transcribed_by")
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[ManifestRow], list[Fault]]:
-    """Read rows from .json (a list), .jsonl or .parquet, in either form; returns faults by row.
+    """Read rows from .json (a list), .jsonl or .parquet, in any form; returns faults by row.
 
-    Relative audio paths are made to start from the file's folder. Rows of the ``messages`` form
-    are turned into rows of the published one. Raises DataError for a file that cannot be read.
+    Relative audio paths are made to start from the file's folder. Rows of other forms
+    (``to_manifest_row``) become rows of the published one. Raises DataError for a file that
+    cannot be read.
     """
     numbered = list(numbered_rows(path))
     rows = [row for _, row in numbered if not isinstance(row, Fault)]
@@ -49,16 +53,17 @@ def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, ManifestR
     for number, row in enumerate(iter_rows(path), start=1):
         if isinstance(row, BrokenRow):
             yield number, Fault(number, str(row))
-        elif not isinstance(row, dict):
-            yield number, Fault(number, f"is {type(row).__name__}, not a mapping")
-        else:
-            try:
-                row = _from_pairs(row) if path.suffix == ".parquet" else row
-                flat = from_messages(row) if is_messages(row) else row
-            except DataError as error:
-                yield number, Fault(number, str(error))
-            else:
-                yield number, _placed(flat, path.parent)
+            continue
+        try:
+            if not isinstance(row, dict):
+                raise DataError(f"is {type(row).__name__}, not a mapping")
+            row = _from_pairs(row) if path.suffix == ".parquet" else row
+            flat = to_manifest_row(row)
+            if fault := field_fault(flat):
+                raise DataError(fault)
+            yield number, _placed(flat, path.parent)
+        except Exception as error:  # whatever is wrong with a row is that row's error
+            yield number, Fault(number, describe_error(error))
 
 
 def _placed(row: ManifestRow, folder: Path) -> ManifestRow:
@@ -75,7 +80,8 @@ def write_rows(
     """Write rows whole or not at all, in the form that the file's name ends in.
 
     ``.json`` holds the published keys alone, the other forms also ``EXTRA_FIELDS``. Audio below
-    the file's folder is named relative to it, so that the folder can be moved.
+    the file's folder is named relative to it, so that the folder can be moved. Embedded audio
+    becomes WAV files in a folder beside it.
 
     Args:
         messages: write ``messages`` + ``audios``, which other trainers read.
@@ -86,6 +92,7 @@ def write_rows(
     path = Path(path).expanduser()
     if path.suffix not in TABLE_SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(TABLE_SUFFIXES)}")
+    rows = _extract_audio(rows, path)
     entries = [_relative(_select(row, path.suffix), path.parent) for row in rows]
     if messages:
         entries = [to_messages(row) for row in entries]
@@ -96,6 +103,22 @@ def write_rows(
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def _extract_audio(rows: Sequence[ManifestRow], path: Path) -> list[ManifestRow]:
+    """Write the audio that rows embed to ``NAME-audio/`` beside the file, and name it in them."""
+    if not any(row.get("audio") for row in rows):
+        return list(rows)
+    folder, named = path.parent / f"{path.stem}-audio", []
+    with replace_folder(folder) as draft:
+        for number, row in enumerate(rows, start=1):
+            if row.get("audio"):
+                wave, rate = read_dataset_audio(row["audio"], path.parent)
+                write_wav(draft / f"{number:06d}.wav", wave.numpy(), rate)
+                file = (folder / f"{number:06d}.wav").absolute()
+                row = {**row, "audio_filepath": str(file)}
+            named.append(row)
+    return named
 
 
 def _select(row: ManifestRow, suffix: str) -> ManifestRow:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffa.data.samples import ManifestRow
-from diffa.errors import AudioError
+from diffa.errors import describe_error
 
 SAME_SOUND = 0.99
 """Cosine of two fingerprints from which recordings count as copies of each other. On FSDD copies at
@@ -155,8 +155,8 @@ def _grouped_audio(rows: Sequence[ManifestRow], notes: list[str]) -> dict[str, l
     for name in _files(rows):
         try:
             wave, _ = read(name)
-        except AudioError as error:
-            notes.append(f"not compared: {error}")
+        except Exception as error:  # of one recording: the others are compared
+            notes.append(f"not compared: {describe_error(error)}")
             continue
         whole = (wave.clamp(-1, 1) * 32767).round().short().numpy().tobytes()
         digests[name] = hashlib.blake2b(whole, digest_size=12).hexdigest()
@@ -213,8 +213,8 @@ def _fingerprints(
     for name in _files(rows):
         try:
             vectors.append(fingerprint(name))
-        except AudioError as error:
-            notes.append(f"not compared: {error}")
+        except Exception as error:  # of one recording: the others are compared
+            notes.append(f"not compared: {describe_error(error)}")
         else:
             names.append(name)
     return names, np.stack(vectors) if vectors else np.zeros((0, 1), dtype=np.float32)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffa.data.fields import field_fault
 from diffa.data.formats import MANIFEST_FIELDS
 from diffa.data.samples import DataError, Fault, OnError, Sample, derive_seed, format_faults
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
@@ -119,12 +120,12 @@ class Manifest:
         """Return what is wrong with a row (nothing: ``""``) and its duration in seconds."""
         if isinstance(row, BrokenRow):
             return str(row), 0.0
-        if not isinstance(row, dict):
-            return f"is {type(row).__name__}, not a mapping", 0.0
+        if fault := field_fault(row):
+            return fault, 0.0
         if "messages" in row:
             return "is a conversation (messages): `diffa data convert` makes rows of it", 0.0
         name, answer, audio_id = (row.get(k) for k in ("audio_filepath", self.target, "audio_id"))
-        if not isinstance(name, str) or not name:
+        if not name:
             return "has no audio_filepath", 0.0
         if not isinstance(answer, str) or not answer.strip():
             return f"has an empty answer ({self.target})", 0.0

@@ -16,9 +16,54 @@ _IN_MESSAGES = (
 )  # stand elsewhere in messages
 
 
-def is_messages(row: ManifestRow) -> bool:
-    """Whether a row is of this form."""
-    return "messages" in row
+_AUDIO_FIELDS = ("audio_filepath", "audio", "sound", "audio_path", "wav")
+_SOUND_MARK = "<sound>"  # Audio Flamingo's
+_KNOWN = ("audio_filepath", "input", "target")
+
+
+def to_manifest_row(row: ManifestRow) -> ManifestRow:
+    """Return a row of any known form as a row of the published one.
+
+    Known forms: the published one; ``messages`` or ``conversations`` (LLaVA, Audio Flamingo);
+    ``query`` and ``response`` (ms-swift). Audio may be a path, or a mapping of ``datasets`` with
+    ``path``, ``bytes``, or ``array`` and ``sampling_rate``; embedded audio stays under ``audio``.
+
+    Raises:
+        DataError: Another form, or a row without audio, question and answer.
+    """
+    row = _with_audio_path(row)
+    if "messages" not in row and "conversations" in row:
+        row = {"messages" if name == "conversations" else name: v for name, v in row.items()}
+    elif "messages" not in row and {"query", "response"} <= row.keys():
+        turns = [
+            {"role": "user", "content": row["query"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        row = {k: v for k, v in row.items() if k not in ("query", "response")}
+        row["messages"] = turns
+    if "messages" in row:
+        row = from_messages(row)
+    if not any(name in row for name in _KNOWN):
+        names = ", ".join(sorted(map(str, row))[:8]) or "none"
+        raise DataError(f"is of a form that is not known (its fields: {names})")
+    if not any(row.get(name) for name in (*_KNOWN, "audio", "transcription")):
+        raise DataError("is blank: it has no audio, no question and no answer")
+    return row
+
+
+def _with_audio_path(row: ManifestRow) -> ManifestRow:
+    """Move a row's audio to ``audio_filepath``, or to ``audio`` if it is embedded."""
+    for name in _AUDIO_FIELDS:
+        value = row.get(name)
+        if not value or (name != "audio_filepath" and not isinstance(value, str | dict)):
+            continue
+        rest = {k: v for k, v in row.items() if k != name}
+        if isinstance(value, dict):
+            if value.get("array") is not None or value.get("bytes"):
+                return {**rest, "audio": value}
+            value = _path(value)
+        return {**rest, "audio_filepath": value}
+    return row
 
 
 def to_messages(row: ManifestRow, *, system: str = "") -> ManifestRow:
@@ -52,6 +97,11 @@ def from_messages(row: ManifestRow) -> ManifestRow:
         raise DataError(f"is a conversation of {speakers}; a question and its answer are expected")
     (_, question), (_, answer) = [turn for turn in turns if turn[0] != "system"]
     audios = row.get("audios") or []
+    if not audios and (row.get("audio_filepath") or row.get("audio")):
+        audios = [row.get("audio_filepath") or row["audio"]]
+        question = question.replace(_SOUND_MARK, AUDIO_MARK)
+        if AUDIO_MARK not in question:
+            question = AUDIO_MARK + question
     if len(audios) > 1 or question.count(AUDIO_MARK) > 1:
         raise DataError(f"has {len(audios)} recordings; a row holds one")
     if len(audios) != question.count(AUDIO_MARK):
@@ -59,7 +109,7 @@ def from_messages(row: ManifestRow) -> ManifestRow:
             f"has {len(audios)} recordings but {question.count(AUDIO_MARK)} {AUDIO_MARK} marks"
         )
     fields: ManifestRow = {"input": question.replace(AUDIO_MARK, "").strip(), "target": answer}
-    if audios:
+    if audios and not row.get("audio"):
         fields["audio_filepath"] = _path(audios[0])
     if "rejected_response" in row:
         fields |= {"chosen": answer, "rejected": row["rejected_response"]}

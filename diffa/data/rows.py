@@ -15,7 +15,7 @@ from diffa.chat import Chat
 from diffa.data.augment import Augment
 from diffa.data.mixture import Mixture
 from diffa.data.samples import CurriculumSource, DataError, OnError, Sample, Source, derive_seed
-from diffa.errors import DiffaError
+from diffa.errors import describe_error
 from diffa.types import Vocab
 
 _MAX_SKIPPED = 50  # consecutive unusable rows after which the data as a whole is unusable
@@ -250,9 +250,10 @@ class TrainingDataset(Dataset[TrainingRow]):
             try:
                 row = self.transform(sample, drawn.seed)
                 return row._replace(skipped=tuple(skipped), progress=position / self.length)
-            except DiffaError as error:
+            except Exception as error:  # whatever is wrong with a row is that row's error
                 name = sample.key or f"sample {index}"
-                reason = str(error) if name in str(error) else f"{name}: {error}"
+                reason = describe_error(error)
+                reason = reason if name in reason else f"{name}: {reason}"
                 if self.on_error == "stop":
                     raise DataError(f"{reason} (--on-error skip leaves such rows out)") from error
                 skipped.append(reason)

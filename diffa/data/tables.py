@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from array import array
@@ -83,7 +84,7 @@ def iter_spans(path: Path) -> Iterator[RowSpan]:
         start = 0
         with path.open("rb") as file:
             for line in file:
-                if line.strip():
+                if line.strip() and line.strip() != codecs.BOM_UTF8:
                     yield RowSpan(start, start + len(line), _parse_line(line))
                 start += len(line)
     except FileNotFoundError as error:
@@ -138,7 +139,7 @@ def _list_items(data: bytes, name: str) -> Iterator[RowSpan]:
     if text is None:
         raise DataError(f"{name} is not UTF-8 text")
     decoder, ascii_only = json.JSONDecoder(), len(text) == len(data)
-    at = _skip_blank(text, 0)
+    at = _skip_blank(text, 1 if text.startswith("\ufeff") else 0)  # a byte-order mark
     if text[at : at + 1] != "[":
         raise DataError(f"{name} is not a JSON list: it begins with {text[at : at + 20]!r}")
     at, offset = _skip_blank(text, at + 1), 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffa.build import swap
-from diffa.errors import DiffaError, SpecError
+from diffa.errors import SpecError, describe_error
 from diffa.evaluation.batches import BatchRow
 from diffa.evaluation.items import Mode, Question
 from diffa.runtime.threads import single_core
@@ -182,16 +182,18 @@ class BatchedModel:
     def _answer(
         self, model: Model, rows: list[tuple[Question, Tensor]], stop: threading.Event | None
     ) -> list[RowResult]:
-        """Answer rows; if that fails or memory runs out, answer the halves."""
+        """Answer rows; if memory runs out or a row is bad, answer the halves."""
         if not rows:
             return []
         try:
             if self.mode == "likelihood":
                 return [self._most_likely(model, *row) for row in rows]
             return self._generate(model, rows, stop)
-        except (DiffaError, torch.OutOfMemoryError) as error:
+        except CancelledError:
+            raise
+        except Exception as error:  # of one row or of its size: the others are answered
             if len(rows) == 1:
-                return [RowResult(error=str(error).partition("\n")[0])]
+                return [RowResult(error=describe_error(error))]
         half = len(rows) // 2
         return [*self._answer(model, rows[:half], stop), *self._answer(model, rows[half:], stop)]
 

@@ -101,7 +101,7 @@ def _leading_letter(
 ) -> str | None:
     match = _LEADING.match(lines)
     letter = (match[1] or match[2]).upper() if match else None
-    if letter not in options or _begins_with_option(lines, letter, folded):
+    if letter is None or letter not in options or _begins_with_option(lines, letter, folded):
         return None
     return letter
 

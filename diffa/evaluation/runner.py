@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffa.errors import DiffaError, SpecError, suggest
+from diffa.errors import SpecError, describe_error, suggest
 from diffa.evaluation.batches import BatchRow, make_batches, unfinished_batches
 from diffa.evaluation.files import BenchmarkData
 from diffa.evaluation.items import EvaluationError, Item, Mode, Question, Suite
@@ -175,8 +175,8 @@ def _load_waveform(data: BenchmarkData, number: int, rate: int) -> Tensor | str:
     try:
         wave, own_rate = data.audio(number)
         return prepare(resample(wave, own_rate, rate), rate)
-    except DiffaError as error:
-        return str(error)
+    except Exception as error:  # whatever is wrong with an item's audio is that item's error
+        return describe_error(error)
 
 
 def _record(

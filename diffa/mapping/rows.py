@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffa.data.fields import field_fault
 from diffa.data.manifest import check_manifest_suffix
 from diffa.data.samples import DataError
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
@@ -73,13 +74,13 @@ class QuestionManifest:
     def _parse(self, number: int, row: Any) -> QuestionRow:
         if isinstance(row, BrokenRow):
             return QuestionRow(number, fault=str(row))
-        if not isinstance(row, dict):
-            return QuestionRow(number, fault=f"is {type(row).__name__}, not a mapping")
+        if fault := field_fault(row):
+            return QuestionRow(number, fault=fault)
         audio, audio_id = row.get("audio_filepath"), row.get("audio_id")
-        question, fault = self.question or row.get("input"), ""
-        if not isinstance(audio, str) or not audio:
+        question, fault = self.question or row.get("input") or "", ""
+        if not audio:
             audio, fault = "", "has no audio_filepath"
-        if not isinstance(question, str) or not question.strip():
+        if not question.strip():
             question = ""
             fault = fault or "has no question (input), and --question is not given"
         path = self.folder / Path(audio).expanduser()

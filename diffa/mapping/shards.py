@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffa.audio import prepare
 from diffa.data.tables import import_pyarrow
-from diffa.errors import DiffaError
+from diffa.errors import DiffaError, describe_error
 from diffa.evaluation.batched_model import BatchedModel, RowResult
 from diffa.evaluation.items import Question
 from diffa.mapping.plan import MapPlan
@@ -63,9 +63,10 @@ class ShardWriter:
                 if row.fault:
                     raise DiffaError(row.fault)
                 loaded.append((row, prepare(row.path, self._rate)))
-            except DiffaError as error:
+            except Exception as error:  # whatever is wrong with a row is that row's error
                 # Errors name the path as the manifest does: shards must not depend on folders.
-                text = str(error).replace(str(row.path), row.audio) if row.audio else str(error)
+                text = describe_error(error)
+                text = text.replace(str(row.path), row.audio) if row.audio else text
                 results[row.number] = RowResult(error=text)
         # Rows of similar length share a batch: less padding.
         loaded.sort(key=lambda pair: (len(pair[1]), pair[0].number))

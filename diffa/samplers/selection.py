@@ -19,6 +19,7 @@ def select_top_k(scores: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
 
 def select_threshold(scores: Tensor, masked: Tensor, threshold: float) -> Tensor:
     """Accept scores of at least ``threshold``, or else the best (Fast-dLLM, arXiv 2505.22618)."""
+    scores = scores.nan_to_num(nan=-torch.inf)  # whatever is compared with NaN is false
     best = scores.masked_fill(~masked, -torch.inf).amax(dim=1, keepdim=True)
     return (scores >= best.clamp(max=threshold)) & masked
 

@@ -113,6 +113,7 @@ class RequestBatch:
             self._publish(step, canvas)
             if not any(self._unfinished):
                 return
+        denoise.check_finite()
         for row in range(len(self.handles)):
             self._finish(row, canvas.answer[row])
 

@@ -15,7 +15,7 @@ from diffa.data.samples import DataError, ManifestRow, derive_seed
 from diffa.data.synthesis.attributes import Bands, describe_attributes, seed_transcript
 from diffa.data.synthesis.measures import RATE, Measures, measure_speech
 from diffa.data.synthesis.transcribers import TRANSCRIBE, Transcriber
-from diffa.errors import AudioError
+from diffa.errors import describe_error
 
 DESCRIBE = "What can you hear from the audio?"
 """The question of DIFFA's synthetic data."""
@@ -39,8 +39,8 @@ def measure_clip(path: Path, measured: bool = True) -> Measurement:
 
     try:
         measures = measure_speech(prepare(path, RATE).numpy())
-    except AudioError as error:
-        return Measurement(0.0, None, str(error))
+    except Exception as error:  # whatever is wrong with a recording is that recording's error
+        return Measurement(0.0, None, describe_error(error))
     return Measurement(measures.duration, measures)
 
 
