@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,28 @@ def test_every_benchmark_imports_and_explains_its_options(
     with pytest.raises(SystemExit) as end:
         module.main()
     assert end.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.forks
+def test_kills_find_what_is_lost_and_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile_disk = benchmark("hostile_disk", monkeypatch)
+
+    def careless(out: Path) -> None:
+        out.mkdir(exist_ok=True)
+        draft = out / f".draft-{time.monotonic_ns()}"
+        draft.write_text("half")
+        with (out / "a.wav").open("wb", buffering=0) as file:
+            file.write(b"half")
+            time.sleep(0.5)
+            file.write(b"whole")
+        draft.unlink()
+
+    (tmp_path / "place").mkdir()
+    trials = hostile_disk.Trials(careless, tmp_path / "place", tmp_path / "log")
+    trials.kill(0.2, full=False)
+    assert trials.counts == {
+        "trials": 1, "disturbed": 1, "losses": 1, "leftovers": 1, "unworded": 0
+    }  # fmt: skip
+    assert "a.wav is incomplete" in trials.faults[0] and ".draft-" in trials.faults[1]

@@ -28,7 +28,7 @@ _DRAFT = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[\w-]*)@(?P<pid>\d+)-(?P<token>\w+)-\d+\.(?P<kind>part|old)"
 )
 _LONGEST_WRITE = 24 * 3600  # seconds, after which a draft of any machine is abandoned
-_held: set[int] = set()  # descriptors of this process's locks
+_lock_handles: set[int] = set()  # of locks that this process holds
 
 
 def temporary_path(path: Path) -> Path:
@@ -181,23 +181,23 @@ def locked(folder: Path, work: str, name: str = LOCK) -> Iterator[None]:
         if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
         os.close(handle)
-    _held.add(handle)
+    _lock_handles.add(handle)
     try:
         with suppress(OSError):  # a full disk: the lock holds without its text
             os.ftruncate(handle, 0)
             os.write(handle, f"{work} (process {os.getpid()} on {_HOST})\n".encode())
         yield
     finally:
-        if handle in _held:  # else this process was forked from the one that holds the lock
-            _held.remove(handle)
+        if handle in _lock_handles:  # else this process was forked from the one that holds the lock
+            _lock_handles.remove(handle)
             path.unlink(missing_ok=True)
             os.close(handle)
 
 
 def _release_in_child() -> None:
     """Close the locks of the parent: workers that outlive it must not hold its folders."""
-    while _held:
-        os.close(_held.pop())
+    while _lock_handles:
+        os.close(_lock_handles.pop())
 
 
 if hasattr(os, "register_at_fork"):
