@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import Any
+
+_ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
+_LONGEST = 200  # characters of a value in a message
 
 
 class DiffaError(Exception):
     """Base of every error that a user of diffa can cause and correct."""
+
+    def __str__(self) -> str:
+        return _ADDRESS.sub("", super().__str__())
 
 
 class SpecError(DiffaError):
@@ -45,6 +53,38 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if close:
         return ", did you mean " + " or ".join(repr(name) for name in close) + "?"
     return "; known: " + ", ".join(names)
+
+
+def show(value: Any) -> str:
+    """Return a value as a message quotes it: at most 200 characters, whatever its size or depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of over 4,300 digits; values in themselves
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def describe(error: BaseException) -> str:
+    """Return what an exception means to a user, for exceptions that are no DiffaError, too."""
+    text = _ADDRESS.sub("", str(error)).strip()
+    match error:
+        case DiffaError():
+            return text
+        case RecursionError():
+            return "the input is nested too deeply, or holds itself"
+        case MemoryError():
+            return f"memory is exhausted{text and f' ({text})'}: use a smaller input or batch"
+        case OverflowError():
+            return f"a number is too large ({text})"
+        case UnicodeEncodeError():
+            return "a text holds half of a surrogate pair, which UTF-8 cannot write"
+        case UnicodeDecodeError():
+            return f"a file or text is not UTF-8 ({error.reason})"
+        case OSError() if error.strerror:
+            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        case KeyError():
+            return f"KeyError: there is no {text}"
+    return f"{type(error).__name__}: {text or 'no reason given'}"
 
 
 def check_at_least(least: int, **options: int | None) -> None:

@@ -156,7 +156,7 @@ def _evaluate_last_stage(model: Model, recipe: Recipe, out: Path) -> dict[str, f
     stage, number = recipe.stages[-1], len(recipe.stages) - 1
     if stage.evaluate is None:
         return {}
-    console = Console(stderr=True, quiet=True)
+    console = Console(stderr=True, quiet=True, markup=False)
     context = RunContext(recipe=recipe, out=out, device=model.device, console=console)
     sources = stage_mixture(stage, context, number).sources
     learner = build_learner(model, stage, sources, context).to(model.device).eval()

@@ -161,7 +161,9 @@ def _text_config(fields: Mapping[str, Any], source: str) -> Any:
     from transformers import AutoConfig
 
     model_type = fields.get("model_type")
-    options = {key: value for key, value in fields.items() if key != "model_type"}
+    # A checkpoint's own choice of attention can name code on the Hub.
+    unused = ("model_type", "auto_map", "attn_implementation", "_attn_implementation")
+    options = {key: value for key, value in fields.items() if key not in unused}
     try:
         return AutoConfig.for_model(model_type, **options).get_text_config()
     except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +199,7 @@ def _load_model(config: Any, folder: Path | None, seed: int) -> Any:
             with torch.random.fork_rng(devices=[]):
                 if not weights.is_meta():
                     torch.manual_seed(seed)
-                return AutoModelForCausalLM.from_config(config).eval()
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype="auto", trust_remote_code=False, output_loading_info=True
         )

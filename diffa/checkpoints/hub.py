@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffa.errors import CheckpointError
+from diffa.errors import CheckpointError, describe
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TEXT = (".json", ".jinja", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -22,7 +22,12 @@ def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights
     Raises:
         CheckpointError: The checkpoint is not there; within seconds if there is no network.
     """
-    folder = _cached(repository, sub, revision)
+    try:
+        folder = _cached(repository, sub, revision)
+    except (OSError, ValueError) as error:  # the Hub's client rejects the name
+        raise CheckpointError(
+            f"checkpoint {repository!r} is no folder here and no Hub id: {describe(error)}"
+        ) from error
     if folder is not None and not (weights and _weight_files(os.listdir(folder)) is None):
         return folder
     name = f"{repository}/{sub}" if sub else repository

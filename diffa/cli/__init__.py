@@ -22,7 +22,7 @@ from diffa.cli.serve import serve
 from diffa.cli.spec import app as spec_app
 from diffa.cli.train import train
 from diffa.cli.ui import ui
-from diffa.errors import DiffaError, SpecError
+from diffa.errors import DiffaError, SpecError, describe
 
 app = typer.Typer(
     help="Audio-language models whose language model is a masked-diffusion one.",
@@ -101,9 +101,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, DiffaError)
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        kind = "" if known else f"{type(error).__name__}: "
-        hint = "" if known else "\nadd --debug to see where this came from"
-        print_note(f"diffa: {kind}{error}{notes}{hint}")
+        hint = "" if isinstance(error, DiffaError) else "\nadd --debug to see where this came from"
+        print_note(f"diffa: {describe(error)}{notes}{hint}")
         sys.exit(2 if isinstance(error, SpecError) else 1)

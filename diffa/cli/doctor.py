@@ -191,39 +191,46 @@ def _espeak() -> Finding:
     return Finding("espeak-ng", version[0] if version else "", "works", program, False)
 
 
-def attempt(trials: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def attempt(trials: Mapping[str, str], timeout: float = _TIMEOUT) -> dict[str, tuple[str, str]]:
     """Run pieces of Python; return the state of each, and the note that it printed.
 
     One process runs them all, because importing torch in each would be slow. Those that fail
     there, or come after a crash, run again in a process of their own.
     """
-    batch = _run(_BATCH, json.dumps(list(trials.items())))
+    batch = _run(_BATCH, json.dumps(list(trials.items())), timeout=timeout)
     lines = [line for line in batch.stdout.splitlines() if line.startswith('["')]
     passed: dict[str, str] = dict(json.loads(line) for line in lines)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         failed = [name for name in trials if name not in passed]
-        retried = dict(zip(failed, pool.map(lambda name: _try(trials[name]), failed), strict=True))
+        retried = dict(
+            zip(failed, pool.map(lambda name: _try(trials[name], timeout), failed), strict=True)
+        )
     return {name: retried.get(name) or ("works", _note(passed[name])) for name in trials}
 
 
-def _try(trial: str) -> tuple[str, str]:
-    done = _run(trial)
+def _try(trial: str, timeout: float) -> tuple[str, str]:
+    done = _run(trial, timeout=timeout)
     if done.returncode == 0:
         return "works", _note(done.stdout)
     if done.returncode == _TIMED_OUT:
-        return f"broken: no answer within {_TIMEOUT} s", ""
+        return f"broken: no answer within {timeout:g} s", ""
     if done.returncode < 0:
         return f"broken: the process was killed by signal {-done.returncode}", ""
     return f"broken: {_last(done.stderr)}", ""
 
 
-def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", code, *arguments]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=timeout,
+            env=environment,
         )
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""

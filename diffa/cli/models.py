@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,9 @@ def resolve_device(name: str) -> str:
 
 
 def _is_saved(name: str) -> bool:
-    return (Path(name) / "model.safetensors").is_file()
+    from diffa.spec.spec import is_preset
+
+    return not is_preset(name) and os.path.isfile(Path(name) / "model.safetensors")
 
 
 def _check_only_sampler_differs(saved: dict[str, Any], new: dict[str, Any]) -> None:

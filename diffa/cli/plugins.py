@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffa.cli.doctor import attempt
 from diffa.cli.options import JsonOption
 from diffa.cli.output import print_json, print_note, print_table
-from diffa.errors import DiffaError, SpecError
+from diffa.errors import PluginError, SpecError, describe
 from diffa.spec import registry
+
+_IMPORT_SECONDS = 30.0
+_TRIAL = "from diffa.spec.registry import load_part; load_part({!r}, {!r})"
 
 app = typer.Typer(
     help="List and check the installed parts.",
@@ -32,9 +37,9 @@ def list_plugins(
     """List every installed part, its package and whether it works."""
     if context.invoked_subcommand:
         return
-    rows = [
-        _row(part, names) for kind in registry.PLUGIN_KINDS for part in registry.list_parts(kind)
-    ]
+    parts = [part for kind in registry.PLUGIN_KINDS for part in registry.list_parts(kind)]
+    health = {} if names else _health(parts)
+    rows = [_row(part, health.get(part)) for part in parts]
     for fault in registry.scan_faults():
         print_note(fault)
     if as_json:
@@ -56,7 +61,10 @@ def check_plugin(
     kind, colon, short = name.partition(":")
     if not colon or not short:
         raise SpecError(f"a part is named KIND:NAME, such as adapter:conv, got {name!r}")
-    part, signature = registry.find_part(kind, short), read_schema(registry.load_part(kind, short))
+    part = registry.find_part(kind, short)
+    if (state := _health([part])[part]) != "works":
+        raise PluginError(state.removeprefix("broken: "))
+    signature = read_schema(registry.load_part(kind, short))
     options = [
         {"option": key, "type": describe_type(option.hint), "default": option.default}
         for key, option in signature.options.items()
@@ -98,21 +106,35 @@ def new_plugin(
     print_note("next: " + "; ".join(result.next))
 
 
-def _row(part: registry.Part, names: bool) -> dict[str, str]:
+def _row(part: registry.Part, health: str | None) -> dict[str, str]:
     row = {
         "kind": part.kind,
         "name": registry.short_name(part),
         "package": f"{part.dist} {part.version}",
         "target": part.target,
     }
-    return row if names else {**row, "health": _health(part)}
+    return row if health is None else {**row, "health": health}
 
 
-def _health(part: registry.Part) -> str:
+def _health(parts: list[registry.Part]) -> dict[registry.Part, str]:
+    """Say of each part whether it can be imported; another package's in a process with a limit."""
+    trials = {
+        json.dumps(part): _TRIAL.format(part.kind, f"{part.dist}:{part.name}")
+        for part in parts
+        if not part.is_builtin
+    }
+    states = attempt(trials, timeout=_IMPORT_SECONDS) if trials else {}
+    return {
+        part: states[json.dumps(part)][0].replace("diffa.errors.PluginError: ", "")
+        if json.dumps(part) in states
+        else _own_health(part)
+        for part in parts
+    }
+
+
+def _own_health(part: registry.Part) -> str:
     try:
         registry.load_part(part.kind, f"{part.dist}:{part.name}")
-    except DiffaError as error:
-        return f"broken: {error}"
-    except Exception as error:  # a plugin may fail in any way, and the list must still be complete
-        return f"broken: {type(error).__name__}: {error}"
+    except Exception as error:  # an optional library may fail in any way
+        return f"broken: {describe(error)}"
     return "works"

@@ -57,7 +57,7 @@ def _print_report(report: Report, *, dry_run: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # names and paths may hold brackets
     table = Table("stage", "steps", "rows per epoch", "trainable", "skipped", "result")
     for stage in report.stages:
         numbers = {k.removeprefix("eval_"): v for k, v in stage.metrics.items()}

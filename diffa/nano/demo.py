@@ -55,7 +55,7 @@ def run(console: Console | None = None) -> None:
     import diffa
     from diffa.spec.spec import presets
 
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     trained = NANO in presets()
     begin = time.perf_counter()
     model = diffa.build(NANO if trained else UNTRAINED)
@@ -63,8 +63,9 @@ def run(console: Console | None = None) -> None:
     console.print(f"diffa {diffa.__version__}: {describe_model(model)}, built in {seconds:.1f} s")
     if not trained:
         console.print(
-            "[yellow]These weights are random: the wiring is real, the words are noise. Trained "
-            "ones: diffa ask FILE QUESTION --spec diffa-1 (needs the published weights)[/]"
+            "These weights are random: the wiring is real, the words are noise. Trained "
+            "ones: diffa ask FILE QUESTION --spec diffa-1 (needs the published weights)",
+            style="yellow",
         )
     for recording in sorted({ask.recording for ask in QUESTIONS}):
         console.print(describe_audio(model, recording))
@@ -104,7 +105,7 @@ def answer(model: Model, ask: DemoQuestion, console: Console) -> list[str]:
     """Answer one question with the fast sampler and the reference; return a row of the table."""
     import diffa
 
-    console.print(f"\n[bold]{ask.recording}[/]  {ask.question}")
+    console.print(Text.assemble("\n", (ask.recording, "bold"), f"  {ask.question}"))
     fast = diffa.swap(model, sampler=FAST)
     text, num_forwards, seconds = watch(fast, recordings() / ask.recording, ask, console)
     slow = diffa.swap(model, sampler=REFERENCE)
@@ -141,6 +142,9 @@ def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tup
         answer = model.answer(audio, ask.question, max_tokens=ask.tokens, on_step=show)
         seconds = time.perf_counter() - begin
     console.print(
-        f"  -> {answer.text}   [dim]({answer.num_forwards} forward passes, {seconds:.2f} s)[/]"
+        Text.assemble(
+            f"  -> {answer.text}   ",
+            (f"({answer.num_forwards} forward passes, {seconds:.2f} s)", "dim"),
+        )
     )
     return answer.text, answer.num_forwards, seconds

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import re
+import sys
 from typing import Any, NamedTuple
 
 from diffa.errors import PluginError, SpecError, suggest
@@ -118,7 +120,8 @@ def load_part(kind: str, name: str) -> type[Any]:
     part = find_part(kind, name)
     module, _, attribute = part.target.partition(":")
     try:
-        cls: Any = importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, such as --json
+            cls: Any = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"{part.origin} failed to import: {_reason(error)}{_remedy(part, error)}"

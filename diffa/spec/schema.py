@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from diffa.errors import PluginError, suggest
+from diffa.errors import PluginError, show, suggest
 
 Report = Callable[[str, str], None]
 """Called with the dotted path of a fault and what is wrong there."""
@@ -20,6 +20,7 @@ _SCALARS = (bool, int, float, str)
 _LISTS = (list, abc.Sequence)
 _MAPPINGS = (dict, abc.Mapping)
 _DEPTH = 32
+_INT_LIMIT = 2**63  # of torch's integers
 
 
 class Option(NamedTuple):
@@ -204,7 +205,7 @@ def _fit(value: Any, hint: Any, *, widen: bool) -> Any:
     if hint in (Any, object):
         return value if _is_json(value) else _MISFIT
     if hint is float and widen and type(value) is int:
-        return float(value)
+        return _as_float(value)
     fits_scalar = type(value) is (type(None) if hint is None else hint)
     return value if fits_scalar and _is_json(value) else _MISFIT
 
@@ -228,7 +229,16 @@ def _is_json(value: Any, depth: int = 0) -> bool:
         return depth < _DEPTH and all(_is_json(inner, depth + 1) for inner in value)
     if type(value) is float:
         return math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < _INT_LIMIT
     return value is None or type(value) in _SCALARS
+
+
+def _as_float(value: int) -> Any:
+    try:
+        return float(value)
+    except OverflowError:
+        return _MISFIT
 
 
 def _explain(value: Any, hint: Any, path: str, report: Report) -> None:
@@ -247,13 +257,15 @@ def _explain(value: Any, hint: Any, path: str, report: Report) -> None:
                 _explain(item, inner[-1], f"{path}.{key}".lstrip("."), report)
         if pairs != ():
             return
-    report(path, f"expected {describe_type(hint)}, got {value!r}{_hint_at(value, parts)}")
+    report(path, f"expected {describe_type(hint)}, got {show(value)}{_hint_at(value, parts)}")
 
 
 def _hint_at(value: Any, parts: tuple[Any, ...]) -> str:
     """Return what to do about the commonest misfits."""
     if type(value) is float and not math.isfinite(value):
         return "; it must be finite"
+    if type(value) is int and abs(value) >= _INT_LIMIT:
+        return "; integers have at most 64 bits"
     if str in parts and type(value) in (bool, int, float):
         return "; quote it"
     if value == "None" and type(None) in parts:

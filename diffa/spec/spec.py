@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,6 +16,8 @@ from diffa.spec import registry
 from diffa.spec.schema import Schema, to_plain
 from diffa.spec.validation import PROMPT_DEFAULTS, SPEC_KEYS, decoding_mismatch, validate_spec
 from diffa.spec.yaml import parse_json, parse_yaml, read_mapping, write_yaml
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PartSpec", "Schema", "Spec", "decoding_mismatch", "presets"]
 
@@ -191,22 +194,29 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
 
 
+def is_preset(spec: object) -> bool:
+    """Return whether a spec is a preset's name, which wins over a folder of that name."""
+    return isinstance(spec, str) and spec in presets()
+
+
 def _locate(spec: str | os.PathLike[str]) -> Path:
     """Return the file of a path or of a preset's name."""
     path = Path(spec)
-    if (path / "spec.json").is_file():
+    if is_preset(spec):
+        if os.path.isfile(path / "spec.json"):
+            log.warning("%s is the preset; the model saved in this folder is ./%s", spec, spec)
+        return _PRESETS / f"{spec}.yaml"
+    if os.path.isfile(path / "spec.json"):  # False for names that the system refuses
         return path / "spec.json"
-    if path.is_dir() and spec not in presets():  # a run's folder may be called as a preset is
+    if os.path.isdir(path):
         inner = path / "model"
         hint = f"; say {inner}" if (inner / "spec.json").is_file() else ""
         raise SpecError(f"the folder {path} holds no spec.json{hint}")
     named = isinstance(spec, str) and path.name == spec and spec.strip()
     if not named or path.suffix in (".yaml", ".yml", ".json"):
         return path
-    if spec not in presets():
-        near = suggest(str(spec), presets())
-        raise SpecError(f"there is no preset {spec!r}{near} (files end in .yaml, .yml or .json)")
-    return _PRESETS / f"{spec}.yaml"
+    near = suggest(str(spec), presets())
+    raise SpecError(f"there is no preset {spec!r}{near} (files end in .yaml, .yml or .json)")
 
 
 def _to_mapping(part: Any) -> dict[str, Any]:

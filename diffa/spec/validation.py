@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffa.errors import DiffaError, PluginError, SpecError, suggest
+from diffa.errors import DiffaError, PluginError, SpecError, show, suggest
 from diffa.spec import registry
 from diffa.spec.schema import Schema, coerce, read_schema
 
@@ -53,7 +53,7 @@ def decoding_mismatch(path: str, name: str, decoding: str, backbone: str, rule: 
     """Return the error for a sampler or objective that cannot drive a backbone."""
     remedy = _DEFAULTS.get(rule, {}).get(path.partition(".")[0])
     hint = f"; use {remedy!r}" if remedy else ""
-    return f"{path}: {name!r} is for {decoding} backbones, but {backbone!r} is {rule}{hint}"
+    return f"{path}: {show(name)} is for {decoding} backbones, but {backbone!r} is {rule}{hint}"
 
 
 class _Validator:
@@ -69,13 +69,13 @@ class _Validator:
         if type(number) is not int or number != FORMAT:
             self.fault(
                 "format",
-                f"{number!r} is not known; this diffa reads format {FORMAT}"
+                f"{show(number)} is not known; this diffa reads format {FORMAT}"
                 + ("; upgrade diffa" if isinstance(number, int) and number > FORMAT else ""),
             )
             return {}  # the other keys may mean something else in another format
         for key in self.written:
             if key not in SPEC_KEYS:
-                self.fault(str(key), f"unknown key{suggest(str(key), SPEC_KEYS)}")
+                self.fault(str(key), f"unknown key{suggest(show(key), SPEC_KEYS)}")
         done: dict[str, Any] = {"format": FORMAT}
         done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
         done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
@@ -114,11 +114,11 @@ class _Validator:
         if isinstance(value, str | type):
             value = {"name": value}
         if not isinstance(value, Mapping):
-            self.fault(path, f"expected a name or a mapping with a name, got {value!r}")
+            self.fault(path, f"expected a name or a mapping with a name, got {show(value)}")
             return {}
         name = value.get("name")
         if not isinstance(name, str | type):
-            wrong = "needs a name" if name is None else f"expected a name, got {name!r}"
+            wrong = "needs a name" if name is None else f"expected a name, got {show(name)}"
             self.fault(path, f"{wrong}; known: {', '.join(registry.available(kind))}")
             return {}
         schema = self.load(path, kind, name)
@@ -148,14 +148,14 @@ class _Validator:
             elif key in known.wires:
                 self.fault(f"{path}.{key}", "is set automatically; remove it from the spec")
             else:
-                self.fault(f"{path}.{key}", f"unknown option{suggest(str(key), known.options)}")
+                self.fault(f"{path}.{key}", f"unknown option{suggest(show(key), known.options)}")
         return done
 
     def named(self, key: str, kind: str, value: Any) -> dict[str, Any]:
         """Return an ordered mapping of names to parts: the adapters, or the sampler presets."""
         if not isinstance(value, Mapping):
             if value is not None:
-                self.fault(key, f"expected a mapping of names to {kind}s, got {value!r}")
+                self.fault(key, f"expected a mapping of names to {kind}s, got {show(value)}")
             return {}
         if key == "adapters" and not value:
             self.fault(key, f"at least one is needed; known: {', '.join(registry.available(kind))}")
@@ -185,7 +185,7 @@ class _Validator:
             if not any(name.rpartition(":")[2] == value for name in known):
                 names = [*sampler_presets, *known]
                 self.fault(
-                    "sampler", f"no sampler preset or sampler {value!r}{suggest(value, names)}"
+                    "sampler", f"no sampler preset or sampler {show(value)}{suggest(value, names)}"
                 )
                 return {}
         return self.part("sampler", "sampler", value)
@@ -195,7 +195,7 @@ class _Validator:
         value = self.written.get("train")
         value = ["adapters"] if value is None else value
         if not isinstance(value, list):
-            self.fault("train", f"expected a list such as [adapters], got {value!r}")
+            self.fault("train", f"expected a list such as [adapters], got {show(value)}")
             return []
         adapters = self.written.get("adapters")
         keys = adapters if isinstance(adapters, Mapping) else {}
@@ -205,9 +205,11 @@ class _Validator:
             known.append("backbone.lora")
         for index, entry in enumerate(value):
             if entry not in known:
-                self.fault(f"train.{index}", f"unknown part {entry!r}{suggest(str(entry), known)}")
+                self.fault(
+                    f"train.{index}", f"unknown part {show(entry)}{suggest(show(entry), known)}"
+                )
             elif entry in value[:index]:
-                self.fault(f"train.{index}", f"{entry!r} is given twice")
+                self.fault(f"train.{index}", f"{show(entry)} is given twice")
         return value
 
     def prompt(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class _Validator:
         value = self.written.get("prompt") or {}
         if not isinstance(value, Mapping):
             self.fault(
-                "prompt", f"expected a mapping with {', '.join(PROMPT_DEFAULTS)}, got {value!r}"
+                "prompt", f"expected a mapping with {', '.join(PROMPT_DEFAULTS)}, got {show(value)}"
             )
             return {}
         done: dict[str, Any] = dict(PROMPT_DEFAULTS)
@@ -223,13 +225,15 @@ class _Validator:
             if key in PROMPT_DEFAULTS:
                 done[key] = coerce(text, type(PROMPT_DEFAULTS[key]), f"prompt.{key}", self.fault)
             else:
-                self.fault(f"prompt.{key}", f"unknown key{suggest(str(key), PROMPT_DEFAULTS)}")
+                self.fault(f"prompt.{key}", f"unknown key{suggest(show(key), PROMPT_DEFAULTS)}")
         length = done["max_tokens"]
         if isinstance(length, int) and length < 1:
             self.fault("prompt.max_tokens", f"must be at least 1, got {length}")
         for place in ("<audio>", "{question}"):
             if isinstance(done["user"], str) and done["user"].count(place) != 1:
-                self.fault("prompt.user", f"must hold {place} exactly once, got {done['user']!r}")
+                self.fault(
+                    "prompt.user", f"must hold {place} exactly once, got {show(done['user'])}"
+                )
         return done
 
     def decodings(self, done: Mapping[str, Any]) -> None:

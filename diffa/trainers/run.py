@@ -112,7 +112,7 @@ def train(
         device=local_device(
             parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         ),
-        console=console or Console(stderr=True, quiet=not is_main_process()),
+        console=console or Console(stderr=True, quiet=not is_main_process(), markup=False),
         on_error=on_error,
         sources=sources or {},
         evaluators=evaluators or {},
