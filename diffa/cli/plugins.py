@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from diffa.cli.doctor import attempt
 from diffa.cli.options import JsonOption
 from diffa.cli.output import print_json, print_note, print_table
 from diffa.errors import PluginError, SpecError, describe
@@ -118,6 +117,8 @@ def _row(part: registry.Part, health: str | None) -> dict[str, str]:
 
 def _health(parts: list[registry.Part]) -> dict[registry.Part, str]:
     """Say of each part whether it can be imported; another package's in a process with a limit."""
+    from diffa.cli.doctor import attempt
+
     trials = {
         json.dumps(part): _TRIAL.format(part.kind, f"{part.dist}:{part.name}")
         for part in parts
