@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
+_ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+|0x[0-9a-fA-F]{6,}")
+INT_LIMIT = 2**63  # of torch's integers
 _LONGEST = 200  # characters of a value in a message
 
 
@@ -46,7 +47,7 @@ def describe_error(error: BaseException) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message: the known names close to ``word``, else all of them."""
-    names = sorted(known)
+    names, word = sorted(known), word[:_LONGEST]
     if not names:
         return "; there is none"
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
@@ -66,7 +67,7 @@ def show(value: Any) -> str:
 
 def describe(error: BaseException) -> str:
     """Return what an exception means to a user, for exceptions that are no DiffaError, too."""
-    text = _ADDRESS.sub("", str(error)).strip()
+    text = _ADDRESS.sub("", str(error).partition("\nException raised from")[0]).strip()
     match error:
         case DiffaError():
             return text
@@ -81,17 +82,24 @@ def describe(error: BaseException) -> str:
         case UnicodeDecodeError():
             return f"a file or text is not UTF-8 ({error.reason})"
         case OSError() if error.strerror:
-            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            where = f"{show(str(error.filename))[1:-1]}: " if error.filename else ""
+            return f"{where}{error.strerror}"
+        case RuntimeError() if "home directory" in text:
+            return "a path begins with a ~user that this machine does not know"
+        case ValueError() if "integer string conversion" in text:
+            return "an integer has more than 4,300 digits"
         case KeyError():
             return f"KeyError: there is no {text}"
     return f"{type(error).__name__}: {text or 'no reason given'}"
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise SpecError for an option below ``least``; None stands for a default."""
+    """Raise SpecError for an option below ``least`` or beyond 64 bits; None stands for a default."""
     for name, value in options.items():
         if value is not None and value < least:
             raise SpecError(f"{name} must be at least {least}, got {value}")
+        if value is not None and value >= INT_LIMIT:
+            raise SpecError(f"{name} must be below 2**63")
 
 
 def check_shares(**options: float | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,10 @@ def find_checkpoint(name: str, revision: str | None = None, *, weights: bool = T
     """
     if name.startswith("package:"):
         return _inside(_ASSETS / "weights", name.removeprefix("package:"), name)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
+    if name and os.path.isdir(folder):  # False for names that the system refuses
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"checkpoint {name!r} is a file: give the folder that holds it")
     repository, sub = _hub_id(name)
     shipped = _ASSETS / "configs" / repository.replace("/", "--") / sub
@@ -125,6 +127,11 @@ def _read_file(path: Path, prefix: str) -> dict[str, Tensor]:
         )
     except CheckpointError:
         raise
+    except pickle.UnpicklingError as error:  # torch advises to run the file's code
+        raise CheckpointError(
+            f"{path} is no PyTorch file, or holds more than tensors; such a file can run code when "
+            "it is read, so diffa refuses it: take a version in safetensors"
+        ) from error
     except Exception as error:  # damaged files raise a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

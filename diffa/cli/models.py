@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffa.cli.output import print_note
-from diffa.errors import SpecError, suggest
+from diffa.errors import SpecError, show, suggest
 
 if TYPE_CHECKING:
     from diffa.mapping.plan import ModelSource
@@ -53,11 +53,15 @@ def parse_override(text: str, option: str = "--set") -> tuple[str, Any]:
 
     path, equals, value = text.partition("=")
     if not path.strip() or not equals:
-        raise SpecError(f"{option} takes PATH=VALUE, such as sampler.block_length=16, got {text!r}")
+        raise SpecError(
+            f"{option} takes PATH=VALUE, such as sampler.block_length=16, got {show(text)}"
+        )
     try:
         return path.strip(), parse_yaml(value)
     except SpecError as error:
-        raise SpecError(f"{option} {text}: {error}; text with ': ' or '#' needs quotes") from error
+        raise SpecError(
+            f"{option} {show(text)[1:-1]}: {error}; text with ': ' or '#' needs quotes"
+        ) from error
 
 
 def load_model(

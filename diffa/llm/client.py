@@ -21,7 +21,7 @@ KEY = "OPENAI_API_KEY"
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
 _MAX_REPLY = 16 << 20  # bytes
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_FOR_ALL = (401, 403, 404, 405)  # no other request would fare better
+_FOR_ALL = (301, 302, 303, 307, 308, 401, 403, 404, 405)  # no other request would fare better
 
 
 class ChatError(DiffaError):

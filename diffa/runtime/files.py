@@ -101,14 +101,6 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1, sync: bool = T
     return write_text(path, text, sync=sync)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; any that cannot be read raises a ValueError."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 @contextmanager
 def replace_folder(folder: Path, draft: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``folder`` at the end.

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 import torch
-
-
-def import_ray(library: str) -> tuple[Any, Any]:
-    """Return the modules of Ray and of one of its libraries, such as ``serve``.
-
-    Ray sends usage reports by default; here it does so only where RAY_USAGE_STATS_ENABLED is 1.
-
-    Raises:
-        ImportError: Ray or the library is not installed.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    return import_module("ray"), import_module(f"ray.{library}")
 
 
 @contextmanager

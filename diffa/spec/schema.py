@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from diffa.errors import PluginError, show, suggest
+from diffa.errors import INT_LIMIT, PluginError, show, suggest
 
 Report = Callable[[str, str], None]
 """Called with the dotted path of a fault and what is wrong there."""
@@ -20,7 +20,6 @@ _SCALARS = (bool, int, float, str)
 _LISTS = (list, abc.Sequence)
 _MAPPINGS = (dict, abc.Mapping)
 _DEPTH = 32
-_INT_LIMIT = 2**63  # of torch's integers
 
 
 class Option(NamedTuple):
@@ -230,7 +229,7 @@ def _is_json(value: Any, depth: int = 0) -> bool:
     if type(value) is float:
         return math.isfinite(value)
     if type(value) is int:
-        return abs(value) < _INT_LIMIT
+        return abs(value) < INT_LIMIT
     return value is None or type(value) in _SCALARS
 
 
@@ -264,7 +263,7 @@ def _hint_at(value: Any, parts: tuple[Any, ...]) -> str:
     """Return what to do about the commonest misfits."""
     if type(value) is float and not math.isfinite(value):
         return "; it must be finite"
-    if type(value) is int and abs(value) >= _INT_LIMIT:
+    if type(value) is int and abs(value) >= INT_LIMIT:
         return "; integers have at most 64 bits"
     if str in parts and type(value) in (bool, int, float):
         return "; quote it"

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from diffa.errors import SpecError
+from diffa.errors import SpecError, describe
 from diffa.runtime.text import parse_json as load_json
 
-_MAX_NODES = 100_000  # of a document, aliases written out
+_MAX_REPEATED = 100_000  # values and characters that aliases may add to a document
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -57,21 +57,27 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _expanded_size(node, {}) > _MAX_NODES:
-            raise SpecError(
-                f"not YAML that can be read: its aliases expand to over {_MAX_NODES:,} values"
-            )
+        own: dict[int, int] = {}
+        if _expanded_size(node, {}, own) - sum(own.values()) > _MAX_REPEATED:
+            raise SpecError("not YAML that can be read: its aliases (`*name`) expand to too much")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise SpecError(f"not YAML: {where}{getattr(error, 'problem', None) or error}") from error
-    except (ValueError, RecursionError, TypeError) as error:
-        raise SpecError(f"not YAML that can be read: {error}") from error
+    except SpecError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"not YAML that can be read: {describe(error)}") from error
+    except Exception as error:  # PyYAML's constructors raise several types
+        raise SpecError(
+            "not YAML that can be read: a value does not fit its tag, or a key is a list or mapping"
+        ) from error
 
 
-def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Count the values below a node, what aliases repeat included.
+def _expanded_size(node: yaml.Node, sizes: dict[int, int | None], own: dict[int, int]) -> int:
+    """Count values and characters below a node, what aliases repeat included; ``own`` gets each
+    node's own.
 
     Raises:
         SpecError: An alias contains itself.
@@ -88,7 +94,8 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [part for pair in node.value for part in pair]
-    sizes[key] = size = 1 + sum(_expanded_size(part, sizes) for part in inner)
+    own[key] = 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+    sizes[key] = size = own[key] + sum(_expanded_size(part, sizes, own) for part in inner)
     return size
 
 

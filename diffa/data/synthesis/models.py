@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffa.data.samples import DataError
 from diffa.data.synthesis.writers import Conversation, Reply
-from diffa.errors import SpecError
+from diffa.errors import SpecError, describe
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -45,8 +45,10 @@ class TransformersWriter:
             self.model = AutoModelForCausalLM.from_pretrained(
                 checkpoint, dtype=dtype, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise DataError(f"{checkpoint} is no language model that loads: {error}") from error
+        except Exception as error:  # damaged files raise many types
+            raise DataError(
+                f"{checkpoint} is no language model that loads: {describe(error)}"
+            ) from error
         if not self.tokenizer.chat_template:
             raise DataError(f"{checkpoint} has no chat template: take an instruction-tuned model")
         self.model.to(device).eval()
@@ -61,18 +63,23 @@ class TransformersWriter:
             for place, reply in enumerate(self._replies(conversations[first : first + self.batch])):
                 yield first + place, reply
 
+    def _prompt(self, turns: Conversation) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self.template,
+                )
+            )
+        except Exception as error:  # templates raise errors of their own, and Jinja's
+            raise DataError(f"the chat template of {self.name} fails: {describe(error)}") from error
+
     def _replies(self, conversations: Sequence[Conversation]) -> list[Reply]:
         import torch
 
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns],
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.template,
-            )
-            for turns in conversations
-        ]
+        texts = [self._prompt(turns) for turns in conversations]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         batch = {k: batch[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
         most = self.settings["max_tokens"]
