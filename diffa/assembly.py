@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffa.errors import CheckpointError, SpecError
+from diffa.errors import CheckpointError, SpecError, show
 from diffa.model import Model
 from diffa.runtime.imports import imports_on_cpu
 from diffa.spec.schema import read_schema
@@ -84,7 +84,7 @@ def make_part(part: PartSpec, **wires: Any) -> Any:
             return cls(**own, **part.options)
     except Exception as error:
         set_options = {key: value for key, value in part.options.items() if value is not None}
-        error.add_note(f"while building {part.kind} {part.name!r} with options {set_options}")
+        error.add_note(f"while building {part.kind} {part.name!r} with options {show(set_options)}")
         raise
 
 

@@ -75,6 +75,8 @@ def describe(error: BaseException) -> str:
             return "the input is nested too deeply, or holds itself"
         case MemoryError():
             return f"memory is exhausted{text and f' ({text})'}: use a smaller input or batch"
+        case RuntimeError() if "allocate memory" in text or "out of memory" in text:
+            return f"memory is exhausted ({text.splitlines()[0]}): use a smaller input or batch"
         case OverflowError():
             return f"a number is too large ({text})"
         case UnicodeEncodeError():
@@ -94,10 +96,10 @@ def describe(error: BaseException) -> str:
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise SpecError for an option below ``least`` or beyond 64 bits; None stands for a default."""
+    """Raise SpecError for an option below ``least`` or beyond 64 bits; None means a default."""
     for name, value in options.items():
         if value is not None and value < least:
-            raise SpecError(f"{name} must be at least {least}, got {value}")
+            raise SpecError(f"{name} must be at least {least}, got {show(value)}")
         if value is not None and value >= INT_LIMIT:
             raise SpecError(f"{name} must be below 2**63")
 

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.errors import AudioError, SpecError
+from diffa.errors import AudioError, SpecError, show
 from diffa.types import Backbone, Embeds, Vocab
 
 if TYPE_CHECKING:
     from diffa.types import BackboneModule
 
 RowTensors = Tensor | Sequence[Tensor | None] | None
+
+_MAX_TOKENS = 2**20  # of an answer, far beyond every context
 
 
 class CanvasInputs(NamedTuple):
@@ -52,7 +54,9 @@ def validate_inputs(
         SpecError: The arguments are out of range, or do not fit together.
     """
     if max_tokens < 1:
-        raise SpecError(f"max_tokens must be at least 1, got {max_tokens}")
+        raise SpecError(f"max_tokens must be at least 1, got {show(max_tokens)}")
+    if max_tokens > _MAX_TOKENS:
+        raise SpecError(f"max_tokens must be at most {_MAX_TOKENS:,}, got {show(max_tokens)}")
     rows = [prompt] if isinstance(prompt, Tensor) else list(prompt)
     prompts = [validate_tokens(tokens, vocab) for tokens in rows]
     places = per_row_ints("audio_at", audio_at, len(prompts))

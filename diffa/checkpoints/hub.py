@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffa.errors import CheckpointError, describe
+from diffa.errors import CheckpointError, show
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _TEXT = (".json", ".jinja", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -26,7 +26,8 @@ def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights
         folder = _cached(repository, sub, revision)
     except (OSError, ValueError) as error:  # the Hub's client rejects the name
         raise CheckpointError(
-            f"checkpoint {repository!r} is no folder here and no Hub id: {describe(error)}"
+            f"checkpoint {show(repository)} is no folder here and no Hub id such as "
+            f"'openai/whisper-small': {str(error).partition(': ')[0]}"
         ) from error
     if folder is not None and not (weights and _weight_files(os.listdir(folder)) is None):
         return folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffa.checkpoints import hub
-from diffa.errors import CheckpointError, SpecError
+from diffa.errors import CheckpointError, SpecError, show
 from diffa.runtime.text import parse_json
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -60,7 +60,7 @@ def _hub_id(name: str) -> tuple[str, str]:
     parts = name.split("/")
     if len(parts) < 2 or not all(parts) or parts[0] in (".", "..", "~") or ".." in parts:
         raise CheckpointError(
-            f"checkpoint {name!r} is neither a folder here (looked in {Path.cwd()}) "
+            f"checkpoint {show(name)} is neither a folder here (looked in {Path.cwd()}) "
             "nor a Hub id such as 'openai/whisper-small'"
         )
     return "/".join(parts[:2]), "/".join(parts[2:])

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffa.data.samples import DataError
+from diffa.errors import describe
+from diffa.errors import describe
 from diffa.runtime.text import parse_json
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -147,9 +149,10 @@ def _list_items(data: bytes, name: str) -> Iterator[RowSpan]:
     while text[at : at + 1] != "]":
         try:
             value, end = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            reason = describe(error)
             yield RowSpan(
-                0, 0, BrokenRow(f"is broken JSON ({error}); nothing after it can be read")
+                0, 0, BrokenRow(f"is broken JSON ({reason}); nothing after it can be read")
             )
             return
         if ascii_only:
