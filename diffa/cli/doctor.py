@@ -191,21 +191,31 @@ def _espeak() -> Finding:
     return Finding("espeak-ng", version[0] if version else "", "works", program, False)
 
 
-def attempt(trials: Mapping[str, str], timeout: float = _TIMEOUT) -> dict[str, tuple[str, str]]:
+def attempt(trials: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Run pieces of Python; return the state of each, and the note that it printed.
 
     One process runs them all, because importing torch in each would be slow. Those that fail
     there, or come after a crash, run again in a process of their own.
     """
-    batch = _run(_BATCH, json.dumps(list(trials.items())), timeout=timeout)
+    batch = _run(_BATCH, json.dumps(list(trials.items())))
     lines = [line for line in batch.stdout.splitlines() if line.startswith('["')]
     passed: dict[str, str] = dict(json.loads(line) for line in lines)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        failed = [name for name in trials if name not in passed]
-        retried = dict(
-            zip(failed, pool.map(lambda name: _try(trials[name], timeout), failed), strict=True)
-        )
+    retried = attempt_apart({k: trial for k, trial in trials.items() if k not in passed})
     return {name: retried.get(name) or ("works", _note(passed[name])) for name in trials}
+
+
+def attempt_apart(
+    trials: Mapping[str, str], timeout: float = _TIMEOUT
+) -> dict[str, tuple[str, str]]:
+    """Run each piece of Python in a process of its own; return what ``attempt`` returns.
+
+    Args:
+        trials: Code by name.
+        timeout: Seconds after which a process is ended.
+    """
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        states = pool.map(lambda trial: _try(trial, timeout), trials.values())
+        return dict(zip(trials, states, strict=True))
 
 
 def _try(trial: str, timeout: float) -> tuple[str, str]:
@@ -219,7 +229,7 @@ def _try(trial: str, timeout: float) -> tuple[str, str]:
     return f"broken: {_last(done.stderr)}", ""
 
 
-def _run(code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+def _run(code: str, *arguments: str, timeout: float = _TIMEOUT) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", code, *arguments]

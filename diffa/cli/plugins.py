@@ -13,7 +13,7 @@ from diffa.cli.output import print_json, print_note, print_table
 from diffa.errors import PluginError, SpecError, describe
 from diffa.spec import registry
 
-_IMPORT_SECONDS = 30.0
+_IMPORT_SECONDS = 20.0  # for the package of one part
 _TRIAL = "from diffa.spec.registry import load_part; load_part({!r}, {!r})"
 
 app = typer.Typer(
@@ -117,14 +117,14 @@ def _row(part: registry.Part, health: str | None) -> dict[str, str]:
 
 def _health(parts: list[registry.Part]) -> dict[registry.Part, str]:
     """Say of each part whether it can be imported; another package's in a process with a limit."""
-    from diffa.cli.doctor import attempt
+    from diffa.cli.doctor import attempt_apart
 
     trials = {
         json.dumps(part): _TRIAL.format(part.kind, f"{part.dist}:{part.name}")
         for part in parts
         if not part.is_builtin
     }
-    states = attempt(trials, timeout=_IMPORT_SECONDS) if trials else {}
+    states = attempt_apart(trials, _IMPORT_SECONDS)
     return {
         part: states[json.dumps(part)][0].replace("diffa.errors.PluginError: ", "")
         if json.dumps(part) in states

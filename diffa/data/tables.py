@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from diffa.data.samples import DataError
 from diffa.errors import describe
-from diffa.errors import describe
 from diffa.runtime.text import parse_json
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".parquet")
