@@ -178,8 +178,8 @@ def _choices(answer: Any) -> list[ChatReply]:
             for one in answer["choices"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        shown = to_unicode(str(answer)[:200])
-        raise ValueError(f"not a chat completion: {shown}") from error
+        content = to_unicode(str(answer)[:200])
+        raise ValueError(f"not a chat completion: {content}") from error
     if not choices:
         raise ValueError("a chat completion without choices")
     return choices

@@ -59,7 +59,10 @@ def parse_yaml(text: str) -> Any:
             return None
         own: dict[int, int] = {}
         if _expanded_size(node, {}, own) - sum(own.values()) > _MAX_REPEATED:
-            raise SpecError("not YAML that can be read: its aliases (`*name`) expand to too much")
+            raise SpecError(
+                "not YAML that can be read: its aliases expand to over "
+                f"{_MAX_REPEATED:,} values or characters"
+            )
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
