@@ -1,0 +1,358 @@
+"""Decode recordings: the one reader of every command, with one list of formats and one bound."""
+
+from __future__ import annotations
+
+import io
+import logging
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffa.audio.formats import (
+    FORMATS,
+    MAX_FRAMES,
+    MORE_FORMATS,
+    find_links,
+    find_wav_data,
+    finish_wav_header,
+    has_known_header,
+)
+from diffa.audio.resampling import resample
+from diffa.errors import AudioError
+
+log = logging.getLogger(__name__)
+MAX_CHANNELS = 8  # of an untrusted recording: a header alone may claim a thousand
+_MIN_RATE, _MAX_RATE = 1000, 384_000  # Hz, of an untrusted recording
+_PIECE = 1 << 16  # frames decoded at once
+_HEAD = 1 << 16  # bytes in which a WAV file's data chunk begins
+_UNKNOWN = 1 << 40  # a header that claims more frames does not know its length
+_CANCELLED = 0.01  # energy of a mix of two channels, relative to the channels', that is silence
+_LARGEST = 1e10  # of a sample; full scale is 1, files of 32-bit integers read as floats have 2e9
+
+
+class AudioTooLongError(AudioError):
+    """A recording exceeds the length that its reader allows."""
+
+
+class Header(NamedTuple):
+    """What a recording's header says.
+
+    Attributes:
+        seconds: Duration; 0 if the header does not say.
+        fault: Why the recording cannot be read; empty if nothing is known against it.
+    """
+
+    seconds: float = 0.0
+    fault: str = ""
+
+
+class _Bound(NamedTuple):
+    name: str
+    max_seconds: float | None
+    max_frames: int
+
+    def check(self, frames: int, rate: int) -> None:
+        """Raise AudioTooLongError for this many frames."""
+        if self.max_seconds is not None and frames > int(self.max_seconds * rate):
+            raise AudioTooLongError(f"{self.name} is longer than {self.max_seconds:g} s")
+        if frames > self.max_frames:
+            raise AudioTooLongError(
+                f"{self.name} has {frames:,} frames or more, of at most {self.max_frames:,} "
+                f"({self.max_frames / rate:.0f} s at {rate} Hz): cut it into parts"
+            )
+
+
+def read(
+    source: str | Path | bytes | BinaryIO,
+    *,
+    max_seconds: float | None = None,
+    max_frames: int = MAX_FRAMES,
+    trusted: bool = True,
+    strict: bool = False,
+) -> tuple[Tensor, int]:
+    """Decode a recording and mix it down to mono.
+
+    WAV, FLAC, OGG and MP3 are decoded by soundfile, with all links of a chained stream; m4a, webm
+    and others by PyAV (``pip install 'diffa-audio[audio]'``). Of a cut or damaged file, what can
+    be decoded is returned, and a warning is logged. Two channels that cancel each other are not
+    mixed: the louder one is taken.
+
+    Args:
+        source: A path, the bytes of a file, or a binary file object.
+        max_seconds: Longest recording. Default: any length.
+        max_frames: Largest number of frames (samples of one channel).
+        trusted: False for data from a network: accept only ``FORMATS``, ``MAX_CHANNELS`` channels
+            and ordinary sample rates, and keep FFmpeg out.
+        strict: Raise an error for a cut or damaged file.
+
+    Returns:
+        The waveform (S,), float32, and its samples per second.
+
+    Raises:
+        AudioTooLongError: The recording is longer than ``max_seconds`` or ``max_frames``.
+        AudioError: It is missing, empty, damaged, or not audio.
+    """
+    with _opened(source) as (file, data, name):
+        if not trusted and not has_known_header(bytes(data[:4])):
+            raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
+        bound = _Bound(name, max_seconds, max_frames)
+        mono, damage = _decode(file, data, bound, trusted=trusted)
+        waveform = mono.result()
+        if waveform.numel() == 0:
+            raise AudioError(f"{name} holds no samples" + (f": {damage}" if damage else ""))
+        if damage and strict:
+            raise AudioError(f"{name} is damaged: {damage}")
+        if damage:
+            log.warning("%s is damaged: %s; the rest is used", name, damage)
+        return waveform, mono.rate
+
+
+def probe(path: Path) -> Header:
+    """Return what the header of a recording says, without decoding it."""
+    import soundfile
+
+    try:
+        with _opened(path) as (file, data, name):
+            wav = find_wav_data(bytes(data[:_HEAD]), len(data))
+            if wav is not None and wav.claimed is not None and wav.claimed > wav.present:
+                return Header(0.0, f"is cut: {wav.present} of {wav.claimed} bytes of samples")
+            try:
+                info = soundfile.info(file)
+            except (soundfile.SoundFileError, RuntimeError, TypeError):
+                return _probe_pyav(path, name)
+            if not info.frames and (wav is None or not wav.present):
+                return Header(0.0, "holds no samples")
+            return Header(info.frames / info.samplerate if info.frames < _UNKNOWN else 0.0)
+    except AudioError as error:
+        return Header(0.0, str(error))
+
+
+@contextmanager
+def _opened(
+    source: str | Path | bytes | BinaryIO,
+) -> Iterator[tuple[BinaryIO, bytes | mmap.mmap, str]]:
+    """Yield a source as a file and as bytes (a path's are mapped, not read), and its name."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source), source, f"the recording of {len(source)} bytes"
+        return
+    if not isinstance(source, str | Path):
+        data = source.read()
+        name = str(getattr(source, "name", "the recording"))
+        if not data:
+            raise AudioError(f"{name} is empty")
+        yield io.BytesIO(data), data, name
+        return
+    try:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise AudioError(f"there is no file {path}")
+        if path.is_dir():
+            raise AudioError(f"{path} is a folder: give one recording")
+        if path.stat().st_size == 0:
+            raise AudioError(f"{path} is an empty file")
+        # A file object: to FFmpeg, a name with a colon is an address.
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        ):
+            yield file, mapped, str(path)
+    except (OSError, ValueError, RuntimeError) as error:  # names that the system refuses
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{str(source)[:200]!r} cannot be opened: {error}") from error
+
+
+class _Mono:
+    """The mean of the channels of pieces (channels, S), in memory once.
+
+    Of two channels the first is kept as well, until it is known that they do not cancel.
+    """
+
+    def __init__(self, bound: _Bound, rate: int) -> None:
+        self.bound, self.rate, self.frames = bound, rate, 0
+        self._mix: list[Tensor] = []
+        self._first: list[Tensor] = []
+        self._energies = torch.zeros(3, dtype=torch.float64)  # of the mix and of both channels
+
+    def add(self, piece: Tensor) -> None:
+        """Add decoded samples; raises AudioTooLongError, whatever the header has said."""
+        self.frames += piece.shape[1]
+        self.bound.check(self.frames, self.rate)
+        mix = piece.mean(0)
+        self._mix.append(mix)
+        if len(piece) == 2:
+            self._first.append(piece[0].clone())
+            for place, values in enumerate((mix, *piece)):
+                self._energies[place] += values.double().square().sum()
+
+    def join(self, other: _Mono) -> None:
+        """Add the next link of a chained stream, which may have a rate of its own."""
+        waveform = resample(other.result(), other.rate, self.rate)
+        self._mix, self._first = [self.result(), waveform], []
+        self.frames = sum(map(len, self._mix))
+        self.bound.check(self.frames, self.rate)
+
+    def result(self) -> Tensor:
+        """Return the waveform (S,)."""
+        mix = torch.cat(self._mix) if self._mix else torch.empty(0)
+        channels = self._energies[1:]
+        if self._first and self._energies[0] < _CANCELLED * channels.mean():
+            log.warning(
+                "%s has two channels that cancel each other: the louder one is used",
+                self.bound.name,
+            )
+            first = torch.cat(self._first)
+            mix = first if channels[0] >= channels[1] else 2 * mix - first
+        if mix.numel() and float(mix.abs().max()) > _LARGEST:
+            raise AudioError(
+                f"{self.bound.name} has samples of size {float(mix.abs().max()):.1e}, where full "
+                "scale is 1: it is damaged"
+            )
+        return mix
+
+
+def _decode(
+    file: BinaryIO, data: bytes | mmap.mmap, bound: _Bound, *, trusted: bool
+) -> tuple[_Mono, str]:
+    """Decode all links of a file; return what is damaged as well."""
+    import soundfile
+
+    wav = find_wav_data(bytes(data[:_HEAD]), len(data))
+    damage = ""
+    if wav is not None and wav.claimed is None:
+        bound.check(wav.present // wav.frame, _MAX_RATE)
+        file = io.BytesIO(finish_wav_header(bytes(data), wav))
+    elif wav is not None and wav.claimed is not None and wav.claimed > wav.present:
+        damage = f"it is cut, {wav.present} of {wav.claimed} bytes of samples are there"
+    links = find_links(bytes(data)) if bytes(data[:4]) != b"RIFF" else [0]
+    try:
+        if len(links) == 1:
+            mono, fault = _decode_soundfile(file, bound, trusted=trusted)
+            return mono, fault or damage
+        ends = [*links[1:], len(data)]
+        whole: _Mono | None = None
+        for start, end in zip(links, ends, strict=True):
+            part = io.BytesIO(data[start:end])
+            mono, fault = _decode_soundfile(part, bound, trusted=trusted)
+            damage = damage or fault
+            if whole is None:
+                whole = mono
+            else:
+                whole.join(mono)
+        assert whole is not None
+        return whole, damage
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
+        if not trusted:
+            raise AudioError(f"{bound.name} cannot be decoded: {error}") from error
+    file.seek(0)
+    return _decode_pyav(file, bound)
+
+
+def _decode_soundfile(file: BinaryIO, bound: _Bound, *, trusted: bool) -> tuple[_Mono, str]:
+    import soundfile
+
+    with soundfile.SoundFile(file) as sound:
+        rate, channels, claimed = int(sound.samplerate), int(sound.channels), int(sound.frames)
+        if not trusted and not 1 <= channels <= MAX_CHANNELS:
+            raise AudioError(
+                f"{bound.name} has {channels} channels: mix them down to {MAX_CHANNELS}"
+            )
+        if not trusted and not _MIN_RATE <= rate <= _MAX_RATE:
+            raise AudioError(f"{bound.name} has {rate} samples per second: resample it to 16000")
+        if claimed < _UNKNOWN:
+            bound.check(claimed, rate)
+        mono = _Mono(bound, rate)
+        try:
+            while len(piece := sound.read(_PIECE, dtype="float32", always_2d=True)):
+                mono.add(torch.from_numpy(piece).T)
+        except soundfile.SoundFileError as error:
+            if not mono.frames:
+                raise
+            return mono, f"nothing behind second {mono.frames / rate:.2f} can be decoded ({error})"
+    # Lossy formats count a decoder's delay one way or the other.
+    missing = claimed - mono.frames - (0 if sound.format in ("WAV", "FLAC") else rate // 10)
+    if mono.frames and claimed < _UNKNOWN and missing > 0:
+        return mono, (
+            f"it is cut, {mono.frames / rate:.2f} of {claimed / rate:.2f} s can be decoded"
+        )
+    return mono, ""
+
+
+def _import_av(name: str) -> Any:
+    try:
+        return import_module("av")
+    except ImportError as error:
+        raise AudioError(
+            f"{name} cannot be read as WAV, FLAC, OGG or MP3: it is damaged, not audio, or in "
+            "another format (m4a, webm, ...) that pip install 'diffa-audio[audio]' adds"
+        ) from error
+
+
+def _decode_pyav(file: BinaryIO, bound: _Bound) -> tuple[_Mono, str]:
+    """Decode packet by packet: a damaged one costs its own samples."""
+    av = _import_av(bound.name)
+    lost = 0
+    try:
+        with av.open(file) as container:
+            stream = container.streams.audio[0]
+            mono = _Mono(bound, int(stream.rate))
+            claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
+            bound.check(int(claimed * mono.rate), mono.rate)
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets)
+                except StopIteration:
+                    break
+                except av.error.FFmpegError:
+                    lost += 1
+                    break
+                try:
+                    for frame in packet.decode():
+                        mono.add(_planar(frame))
+                except av.error.FFmpegError:
+                    lost += 1
+    except (av.error.FFmpegError, IndexError) as error:
+        raise AudioError(f"{bound.name} holds no audio that can be decoded: {error}") from error
+    if not mono.frames:
+        raise AudioError(f"{bound.name} holds no audio that can be decoded")
+    seconds = mono.frames / mono.rate
+    if lost:
+        return mono, f"{lost} packets cannot be decoded, {seconds:.2f} s can"
+    if claimed - seconds > max(0.2, 0.01 * claimed):
+        return mono, f"it is cut, {seconds:.2f} of {claimed:.2f} s can be decoded"
+    return mono, ""
+
+
+def _probe_pyav(path: Path, name: str) -> Header:
+    if path.suffix.lower().removeprefix(".") not in MORE_FORMATS:
+        try:
+            _import_av(name)
+        except AudioError:
+            return Header(0.0, f"audio file {name} is not readable audio")
+    try:
+        av = _import_av(name)
+        with path.open("rb") as file, av.open(file) as container:
+            stream = container.streams.audio[0]
+            return Header(float(stream.duration * stream.time_base) if stream.duration else 0.0)
+    except AudioError as error:
+        return Header(0.0, str(error))
+    except Exception as error:  # FFmpeg's errors, and files without sound
+        return Header(0.0, f"audio file {name} holds no audio that can be decoded: {error}")
+
+
+def _planar(frame: Any) -> Tensor:
+    """Return one frame of PyAV as floats (channels, S); integer formats are scaled to [-1, 1]."""
+    samples = torch.from_numpy(frame.to_ndarray())
+    if not frame.format.is_planar:
+        samples = samples.view(-1, len(frame.layout.channels)).T
+    if samples.dtype == torch.uint8:
+        return (samples.float() - 128) / 128
+    scale = 1.0 if samples.is_floating_point() else float(torch.iinfo(samples.dtype).max) + 1
+    return samples.float() / scale
