@@ -1,6 +1,7 @@
 """Reading, mixing down, resampling, checking and padding recordings."""
 
 import io
+import logging
 import sys
 import types
 
@@ -10,6 +11,7 @@ import soundfile
 import torch
 
 from diffa import audio
+from diffa.audio import decode, formats, resampling
 from diffa.errors import AudioError
 
 
@@ -76,7 +78,7 @@ def test_bytes_and_file_objects_decode_as_the_file_does(tmp_path):
 
 
 def test_a_recording_of_several_pieces_is_decoded_whole(tmp_path):
-    wave = torch.rand(audio._PIECE * 2 + 7) - 0.5
+    wave = torch.rand(decode._PIECE * 2 + 7) - 0.5
     waveform, _ = audio.read(write(tmp_path / "a.wav", wave, subtype="FLOAT"))
     assert waveform.equal(wave)
 
@@ -114,7 +116,7 @@ def test_untrusted_recordings_have_few_channels_and_an_ordinary_rate(tmp_path):
 
 
 def test_damaged_untrusted_recordings_never_reach_ffmpeg(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_decode_pyav", lambda *_: pytest.fail("FFmpeg was asked"))
+    monkeypatch.setattr(decode, "_decode_pyav", lambda *_: pytest.fail("FFmpeg was asked"))
     with pytest.raises(AudioError, match="cannot be decoded"):
         audio.read(b"RIFF" + b"x" * 100, trusted=False)
 
@@ -141,7 +143,7 @@ class FakeFrame:
     ],
 )
 def test_pyav_frames_become_floats_whatever_their_format(samples, planar):
-    frame = audio._planar(FakeFrame(samples, planar))
+    frame = decode._planar(FakeFrame(samples, planar))
     assert frame.equal(torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
 
 
@@ -268,3 +270,150 @@ def test_padding_keeps_every_waveform_and_its_length():
 def test_nothing_cannot_be_padded():
     with pytest.raises(AudioError, match="no waveforms"):
         audio.pad([])
+
+
+# files that lie, that are damaged, or that were joined
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
+def test_all_links_of_a_chained_stream_are_read(tmp_path, suffix):
+    one = write(tmp_path / f"one.{suffix}", tone(1.0))
+    data = one.read_bytes()
+    (tmp_path / f"two.{suffix}").write_bytes(data + data)
+    (tmp_path / f"three.{suffix}").write_bytes(data * 3)
+    single, _ = audio.read(one)
+    for name, count in (("two", 2), ("three", 3)):
+        wave, rate = audio.read(tmp_path / f"{name}.{suffix}")
+        assert rate == 16_000 and len(wave) == count * len(single)
+        assert torch.equal(wave[-len(single) :], single)
+
+
+def test_a_link_of_another_rate_is_resampled(tmp_path):
+    parts = [
+        write(tmp_path / "a.flac", tone(1.0)),
+        write(tmp_path / "b.flac", tone(1.0, 8000), 8000),
+    ]
+    wave, rate = audio.read(b"".join(part.read_bytes() for part in parts))
+    assert (len(wave), rate) == (32_000, 16_000)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0xFFFFFFFF - 44, 0x7FFFFFFF - 36])
+def test_a_wav_header_that_was_never_finished_is_read_to_the_end(tmp_path, size, caplog):
+    data = bytearray(write(tmp_path / "a.wav", tone()).read_bytes())
+    data[4:8] = data[40:44] = size.to_bytes(4, "little")
+    wave, _ = audio.read(bytes(data))
+    assert torch.allclose(wave, tone(), atol=1e-4) and not caplog.records
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+def test_of_a_cut_file_the_rest_is_used_with_a_warning(tmp_path, suffix, caplog):
+    data = write(tmp_path / f"a.{suffix}", torch.rand(48_000) - 0.5).read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(data[: len(data) // 2])
+    with caplog.at_level(logging.WARNING):
+        wave, rate = audio.read(path)
+    assert 0.5 < len(wave) / rate < 2.5
+    assert str(path) in caplog.text and "is damaged" in caplog.text
+    with pytest.raises(AudioError, match=f"{path} is damaged"):
+        audio.read(path, strict=True)
+
+
+def test_flac_of_unknown_length_is_read(tmp_path, caplog):
+    data = bytearray(write(tmp_path / "a.flac", tone(3.0)).read_bytes())
+    data[21] &= 0xF0  # total samples: 36 bits of STREAMINFO
+    data[22:26] = b"\0" * 4
+    wave, _ = audio.read(bytes(data))
+    assert len(wave) == 48_000 and not caplog.records
+
+
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_path):
+    data = bytearray(write(tmp_path / "a.flac", tone()).read_bytes())
+    data[21] |= 0x0F
+    data[22:26] = b"\xff" * 4
+    with pytest.raises(
+        audio.AudioTooLongError, match=r"68,719,476,735 frames.*at most 100,000,000"
+    ):
+        audio.read(bytes(data))
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_the_bound_is_on_frames(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", tone(1.0))
+    assert len(audio.read(path, max_frames=16_000)[0]) == 16_000
+    with pytest.raises(audio.AudioTooLongError, match=r"at most 15,999 \(1 s at 16000 Hz\)"):
+        audio.read(path, max_frames=15_999)
+
+
+def test_two_channels_that_cancel_are_not_mixed(tmp_path, caplog):
+    stereo = torch.stack([tone() / 2, -tone() / 2], dim=1)
+    wave, _ = audio.read(write(tmp_path / "a.wav", stereo))
+    assert torch.allclose(wave.abs(), (tone() / 2).abs(), atol=1e-4)
+    assert "cancel each other" in caplog.text
+
+
+def test_names_with_a_colon_are_files(tmp_path):
+    path = write(tmp_path / "http:a.wav", tone())
+    assert len(audio.read(path)[0]) == 8000
+    (tmp_path / "concat:b.aac").write_bytes(b"no audio at all")
+    with pytest.raises(AudioError, match=r"concat:b\.aac"):
+        audio.read(tmp_path / "concat:b.aac")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobody-of-this-name/a.wav"])
+def test_names_that_the_system_refuses_are_told(name):
+    with pytest.raises(AudioError, match="cannot be opened"):
+        audio.read(name)
+
+
+def test_samples_of_an_extreme_size_are_refused(tmp_path):
+    path = write(tmp_path / "a.wav", tone() * 1e18, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"samples of size 5\.0e"):
+        audio.read(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"RIFF", b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"RIFF\0\0\0\0WAVE"]
+)
+@pytest.mark.parametrize("length", [0, 20, 3000])
+def test_a_header_without_audio_is_told(data, length):
+    with pytest.raises(AudioError):
+        audio.read(data + b"\xab" * length)
+
+
+# odd rates
+
+
+@pytest.mark.parametrize("rate", [44_099, 47_999, 22_254, 8001, 16_001, 383_999])
+def test_odd_rates_are_resampled_by_the_same_formula(rate):
+    time = torch.arange(rate // 4) / rate
+    wave = torch.sin(2 * torch.pi * 440 * time)
+    out = audio.resample(wave, rate, 16_000)
+    assert abs(len(out) - 4000) <= 1
+    expected = torch.sin(2 * torch.pi * 440 * torch.arange(len(out)) / 16_000)
+    assert (out - expected)[50:-50].abs().max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "pair", [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (16_000, 8000)]
+)
+def test_sample_by_sample_agrees_with_torchaudio(pair):
+    wave = torch.randn(2, 5000)
+    expected = audio.resample(wave, *pair)
+    found = resampling._resample_by_sample(wave, *pair)
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_header_is_probed_without_decoding(tmp_path):
+    path = write(tmp_path / "a.wav", tone(2.0))
+    assert audio.probe(path) == audio.Header(2.0, "")
+    data = path.read_bytes()
+    path.write_bytes(data[:20_000])
+    assert "is cut" in audio.probe(path).fault
+    path.write_text("no audio")
+    assert "no audio" in audio.probe(path).fault or "not readable" in audio.probe(path).fault
+
+
+def test_find_links_of_other_data_is_one_link():
+    assert (
+        formats.find_links(b"RIFF") == formats.find_links(b"") == formats.find_links(b"xyz") == [0]
+    )

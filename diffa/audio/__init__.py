@@ -1,6 +1,7 @@
 """Recordings: decode, mix down, resample, validate, write, and pad a batch."""
 
 from diffa.audio.decode import (
+    MAX_CHANNELS,
     AudioTooLongError,
     Header,
     probe,
@@ -19,6 +20,7 @@ from diffa.audio.waveforms import (
 
 __all__ = [
     "FORMATS",
+    "MAX_CHANNELS",
     "MAX_FRAMES",
     "MORE_FORMATS",
     "AudioTooLongError",

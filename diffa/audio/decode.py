@@ -22,6 +22,7 @@ from diffa.audio.formats import (
     find_wav_data,
     finish_wav_header,
     has_known_header,
+    is_cut_ogg,
 )
 from diffa.audio.resampling import resample
 from diffa.errors import AudioError
@@ -113,19 +114,19 @@ def read(
         return waveform, mono.rate
 
 
-def probe(path: Path) -> Header:
+def probe(source: Path | bytes) -> Header:
     """Return what the header of a recording says, without decoding it."""
     import soundfile
 
     try:
-        with _opened(path) as (file, data, name):
+        with _opened(source) as (file, data, name):
             wav = find_wav_data(bytes(data[:_HEAD]), len(data))
             if wav is not None and wav.claimed is not None and wav.claimed > wav.present:
                 return Header(0.0, f"is cut: {wav.present} of {wav.claimed} bytes of samples")
             try:
                 info = soundfile.info(file)
             except (soundfile.SoundFileError, RuntimeError, TypeError):
-                return _probe_pyav(path, name)
+                return _probe_pyav(source, file, name)
             if not info.frames and (wav is None or not wav.present):
                 return Header(0.0, "holds no samples")
             return Header(info.frames / info.samplerate if info.frames < _UNKNOWN else 0.0)
@@ -230,7 +231,11 @@ def _decode(
         file = io.BytesIO(finish_wav_header(bytes(data), wav))
     elif wav is not None and wav.claimed is not None and wav.claimed > wav.present:
         damage = f"it is cut, {wav.present} of {wav.claimed} bytes of samples are there"
-    links = find_links(bytes(data)) if bytes(data[:4]) != b"RIFF" else [0]
+    links = [0]
+    if wav is None:
+        raw = bytes(data)
+        links = find_links(raw)
+        damage = "it is cut, its last page is missing" if is_cut_ogg(raw) else ""
     try:
         if len(links) == 1:
             mono, fault = _decode_soundfile(file, bound, trusted=trusted)
@@ -330,21 +335,22 @@ def _decode_pyav(file: BinaryIO, bound: _Bound) -> tuple[_Mono, str]:
     return mono, ""
 
 
-def _probe_pyav(path: Path, name: str) -> Header:
-    if path.suffix.lower().removeprefix(".") not in MORE_FORMATS:
+def _probe_pyav(source: Path | bytes, file: BinaryIO, name: str) -> Header:
+    if isinstance(source, bytes) or source.suffix.lower()[1:] not in MORE_FORMATS:
         try:
             _import_av(name)
         except AudioError:
             return Header(0.0, f"audio file {name} is not readable audio")
     try:
         av = _import_av(name)
-        with path.open("rb") as file, av.open(file) as container:
+        file.seek(0)
+        with av.open(file) as container:
             stream = container.streams.audio[0]
             return Header(float(stream.duration * stream.time_base) if stream.duration else 0.0)
     except AudioError as error:
         return Header(0.0, str(error))
     except Exception as error:  # FFmpeg's errors, and files without sound
-        return Header(0.0, f"audio file {name} holds no audio that can be decoded: {error}")
+        return Header(0.0, f"audio file {name} is not readable audio: {error}")
 
 
 def _planar(frame: Any) -> Tensor:

@@ -83,7 +83,7 @@ def finish_wav_header(data: bytes, wav: WavData) -> bytes:
 def find_links(data: bytes) -> list[int]:
     """Return where the links of a chained Ogg, FLAC or MP3 stream begin; [0] for a single one."""
     if data[:4] == b"OggS":
-        return _ogg_links(data)
+        return _ogg_links(data)[0]
     if data[:4] == b"fLaC":
         return [match.start() for match in _FLAC.finditer(data)] or [0]
     if data[:3] == b"ID3" or (data[:1] == b"\xff" and len(data) > 1 and data[1] & 0xE0 == 0xE0):
@@ -91,8 +91,16 @@ def find_links(data: bytes) -> list[int]:
     return [0]
 
 
-def _ogg_links(data: bytes) -> list[int]:
-    """Return the first pages of the links: streams that begin after all others have ended."""
+def is_cut_ogg(data: bytes) -> bool:
+    """Return whether an Ogg file ends without the last page of its streams."""
+    return data[:4] == b"OggS" and not _ogg_links(data)[1]
+
+
+def _ogg_links(data: bytes) -> tuple[list[int], bool]:
+    """Return the first pages of the links, and whether all streams have ended.
+
+    A link begins with the first page of a stream after all others have ended.
+    """
     links, open_streams, at = [], set[bytes](), 0
     while at + 27 <= len(data) and data[at : at + 4] == b"OggS":
         flags, serial, segments = data[at + 5], data[at + 14 : at + 18], data[at + 26]
@@ -103,11 +111,10 @@ def _ogg_links(data: bytes) -> list[int]:
         if flags & 4:  # last page
             open_streams.discard(serial)
         at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
-        if data[at : at + 4] != b"OggS":
-            at = max(at, 0)
+        if data[at : at + 4] != b"OggS":  # damaged: go on with the next page
             found = data.find(b"OggS", at)
             at = len(data) if found < 0 else found
-    return links or [0]
+    return links or [0], not open_streams
 
 
 def _mp3_links(data: bytes) -> list[int]:

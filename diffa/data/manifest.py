@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffa.audio import probe, read
 from diffa.data.fields import field_fault
 from diffa.data.formats import MANIFEST_FIELDS
 from diffa.data.samples import DataError, Fault, OnError, Sample, derive_seed, format_faults
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
-from diffa.errors import suggest
+from diffa.errors import AudioError, suggest
 
 
 class Manifest:
@@ -156,21 +157,25 @@ def _unpaired(rejected: Any, answer: str) -> str:
     return "rejects the answer that it prefers" if same else ""
 
 
-def probe_audio(path: Path) -> tuple[str, float]:
-    """Return what is wrong with an audio file's header (nothing: ``""``) and its seconds."""
-    import soundfile
+def probe_audio(path: Path, *, decode: bool = False) -> tuple[str, float]:
+    """Return what is wrong with an audio file (nothing: ``""``) and its seconds.
 
-    if path.stat().st_size == 0:
-        return f"audio file {path} is empty", 0.0
+    Args:
+        path: The file.
+        decode: Decode it as training does. Otherwise its header alone is read.
+    """
+    if not decode:
+        header = probe(path)
+        return _named(header.fault, path), header.seconds
     try:
-        header = soundfile.info(path)
-    except soundfile.LibsndfileError:
-        if path.suffix.lower() in (".m4a", ".mp4", ".aac", ".webm", ".opus", ".mka"):
-            return "", 0.0  # PyAV's formats are opened only when they are read
-        return f"audio file {path} is not readable audio", 0.0
-    if not header.frames:
-        return f"audio file {path} holds no samples", 0.0
-    return "", header.frames / header.samplerate
+        waveform, rate = read(path, strict=True)
+    except AudioError as error:
+        return _named(str(error), path), 0.0
+    return "", len(waveform) / rate
+
+
+def _named(fault: str, path: Path) -> str:
+    return fault if not fault or str(path) in fault else f"audio file {path} {fault}"
 
 
 def check_manifest_suffix(path: Path) -> None:

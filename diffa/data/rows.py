@@ -63,7 +63,7 @@ class AudioTransform:
         """Return the waveform (S,) of a sample, or None without audio; raises AudioError."""
         if sample.audio is None:
             return None
-        waveform = prepare(sample.audio, self.rate)
+        waveform = prepare(sample.audio, self.rate, strict=True)  # half an answer's audio misleads
         if sample.rate is not None:
             waveform = resample(waveform, sample.rate, self.rate)
         # The corruption draws from the seed's own stream: one more draw would tie them together.

@@ -35,7 +35,7 @@ def validate_manifest(path: str | os.PathLike[str], *, listen: bool = True) -> M
     """Check every row of a manifest (.json, .jsonl, .parquet; published or ``messages`` form).
 
     Args:
-        listen: open every recording's header, to compare durations and find broken files.
+        listen: decode every recording, to compare durations and find broken files.
 
     Raises:
         DataError: the file as a whole cannot be read, or holds no row.
@@ -105,7 +105,7 @@ def _check_preference(row: dict[str, Any]) -> str:
 def _check_recording(path: Path, listen: bool) -> tuple[str, float]:
     if not path.is_file():
         return f"audio file {path} is missing", 0.0
-    return probe_audio(path) if listen else ("", 0.0)
+    return probe_audio(path, decode=True) if listen else ("", 0.0)
 
 
 def _check_duration(row: dict[str, Any], seconds: float) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,20 +54,19 @@ class BenchmarkData:
 
     def duration(self, number: int) -> float:
         """Return the seconds of an item's audio by its header; 0 if the header does not say."""
-        import soundfile
+        from diffa.audio import probe
 
         try:
             audio = self._stored_audio(number)
             if isinstance(audio, dict) and audio.get("array") is not None:
                 return len(audio["array"]) / float(audio["sampling_rate"])
             if isinstance(audio, dict):
-                audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
+                audio = audio.get("bytes") or audio.get("path")
             if isinstance(audio, str):
                 audio = self._folder(number) / Path(audio).expanduser()
-            header = soundfile.info(audio)
-        except (AudioError, OSError, RuntimeError, TypeError):
+            return probe(audio).seconds
+        except (AudioError, OSError, RuntimeError, TypeError, ValueError):
             return 0.0  # audio() raises the error when the item is asked
-        return float(header.frames / header.samplerate)
 
     def _folder(self, number: int) -> Path:
         return self.audio_folder or self._places[number - 1][0].parent

@@ -113,7 +113,7 @@ def test_faulty_rows_are_left_out_and_listed(tones: Path) -> None:
         4: "empty answer",
         5: "repeats audio_id 'tone0' of row 1",
         6: "no audio_filepath",
-        7: "is empty",
+        7: "is an empty file",
         9: "broken JSON",
     }
     assert all(text in reasons[row] for row, text in expected.items())
