@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffa.audio import as_batch, pad, prepare
+from diffa.audio import as_batch, pad, prepare, probe
 from diffa.canvas.batch import (
     CanvasInputs,
     RowTensors,
@@ -42,6 +43,9 @@ from diffa.types import (
 
 if TYPE_CHECKING:
     from diffa.types import BackboneModule, EncoderModule
+
+
+_CERTAIN = 0.9  # of an estimated number of embeddings, which can be wrong by a few
 
 
 class Model(nn.Module):
@@ -209,6 +213,11 @@ class Model(nn.Module):
         recordings = [audio] if single else list(audio)
         if len(recordings) != len(questions):
             raise SpecError(f"{len(recordings)} recordings but {len(questions)} questions")
+        if max_tokens is None:
+            max_tokens = int(self.spec.data["prompt"]["max_tokens"])
+        for recording in recordings:
+            if isinstance(recording, str | Path):  # an hour is refused before it is decoded
+                self.check_duration(probe(Path(recording).expanduser()).seconds, max_tokens)
         waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in recordings]
         chat = self.chat_format
         prompts = [
@@ -219,7 +228,7 @@ class Model(nn.Module):
             [prompt.tokens for prompt in prompts],
             waves,
             audio_at=[prompt.audio_at or 0 for prompt in prompts],
-            max_tokens=self.spec.data["prompt"]["max_tokens"] if max_tokens is None else max_tokens,
+            max_tokens=max_tokens,
             on_step=on_step,
         )
         texts = [chat.decode(tokens) for tokens in generation.tokens]
@@ -324,9 +333,32 @@ class Model(nn.Module):
             forward=forward,
         )
 
+    def count_embeddings(self, seconds: float) -> int:
+        """Return the number of audio embeddings of a recording of this duration, about."""
+        if seconds <= 0:
+            return 0
+        frames = torch.tensor([max(1, round(seconds * self.encoder.out.rate))])
+        adapters: Any = self.adapters
+        return sum(int(adapter.out_lengths(frames)) for adapter in adapters.values())
+
+    def check_duration(self, seconds: float, max_tokens: int) -> None:
+        """Raise AudioError for a recording that is far too long for the context.
+
+        Decoding and encoding an hour take minutes. What is too long by less is told exactly once
+        the recording is encoded. Encoders that cut recordings take any.
+        """
+        limit = max_length(self.backbone)
+        cuts = any(getattr(part, "max_seconds", None) for part in self.encoder.modules())
+        count = self.count_embeddings(seconds)
+        if limit is not None and not cuts and _CERTAIN * count > limit:
+            check_context_length(0, count, max_tokens, seconds, limit)
+
     def _prepare(self, inputs: CanvasInputs) -> tuple[Canvas, Denoiser]:
         """Encode the audio, and return the canvas with its ``denoise``."""
         limit = max_length(self.backbone)
+        for wave in inputs.audio:
+            if wave is not None:
+                self.check_duration(len(wave) / self.encoder.sample_rate, inputs.answer.shape[1])
         with torch.no_grad():
             audio_embeds = self._encode_audio(inputs.audio)
             for tokens, embeds, wave in zip(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from helpers.golden import golden_spec
 
@@ -268,3 +270,17 @@ def test_a_precision_that_nothing_computes_in_is_refused(dtype: str) -> None:
 def test_a_spec_of_golden_folders_resolves_and_digests() -> None:
     spec = diffa.Spec.read(golden_spec("diffa1-tiny"))
     assert spec.digest() == spec.resolve().digest()
+
+
+def test_an_hour_is_refused_before_it_is_decoded_or_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = diffa.build("nano")
+    path = tmp_path / "hour.flac"
+    soundfile.write(path, torch.zeros(3600 * 8000).numpy(), 8000)
+    monkeypatch.setattr(type(model.encoder), "forward", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(AudioError, match=r"\(3600\.0 s\).*cut the recording"):
+        model.generate(torch.tensor([1]), torch.zeros(3600 * 16_000), max_tokens=8)
+    monkeypatch.setattr("diffa.model.prepare", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(AudioError, match=r"\(3600\.0 s\).*cut the recording"):
+        model.answer(path, "What can you hear?", max_tokens=8)

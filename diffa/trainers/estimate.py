@@ -122,11 +122,11 @@ def estimate(model: Model, stage: StageConfig, mixture: Mixture, *, half: bool) 
     shares = list(zip(mixture.shares, sizes, strict=True))
     clips_per_row = [packing + (1 - packing) * size.questions for size in sizes]
     embeddings = sum(
-        rows * clips * audio_embeddings(model, size.seconds)
+        rows * clips * model.count_embeddings(size.seconds)
         for (rows, size), clips in zip(shares, clips_per_row, strict=True)
     )
     slots = max(
-        size.questions * audio_embeddings(model, size.max_seconds) + size.max_tokens
+        size.questions * model.count_embeddings(size.max_seconds) + size.max_tokens
         for size in sizes
     )
     seconds = max(size.max_seconds for size in sizes)
@@ -185,15 +185,6 @@ def count_tokens(sample: Sample, model: Model) -> float:
         header = len(turns["system"]) + len(turns["user"]) + 60  # of the template
         rows = [round((header + len(q) + len(a)) / _CHARS_PER_TOKEN) for q, a in pairs]
     return sum(rows) / (len(rows) if sample.rejected else 1)
-
-
-def audio_embeddings(model: Model, seconds: float) -> int:
-    """Return the number of audio embeddings that the adapters make of a recording."""
-    if seconds <= 0:
-        return 0
-    frames = torch.tensor([max(1, round(seconds * model.encoder.out.rate))])
-    counts: list[int] = [int(a.out_lengths(frames)) for a in _adapters(model)]
-    return sum(counts)
 
 
 def _adapters(model: Model) -> list[Any]:
