@@ -39,12 +39,6 @@ class DecodingError(DiffaError):
     """Decoding gives no answer: numbers that are not finite, or a sampler that does not end."""
 
 
-def describe_error(error: BaseException) -> str:
-    """Return an error in one line; one that diffa does not raise itself begins with its type."""
-    text = str(error).strip().partition("\n")[0]
-    return text if isinstance(error, DiffaError) and text else f"{type(error).__name__}: {text}"
-
-
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message: the known names close to ``word``, else all of them."""
     names, word = sorted(known), word[:_LONGEST]
@@ -93,6 +87,12 @@ def describe(error: BaseException) -> str:
         case KeyError():
             return f"KeyError: there is no {text}"
     return f"{type(error).__name__}: {text or 'no reason given'}"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return ``describe`` in one line that any file can hold: the error of one row."""
+    line = describe(error).strip().partition("\n")[0]
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def check_at_least(least: int, **options: int | None) -> None:

@@ -210,12 +210,23 @@ class _Mono:
             )
             first = torch.cat(self._first)
             mix = first if channels[0] >= channels[1] else 2 * mix - first
+        check_finite(mix, self.bound.name)
         if mix.numel() and float(mix.abs().max()) > _LARGEST:
             raise AudioError(
                 f"{self.bound.name} has samples of size {float(mix.abs().max()):.1e}, where full "
                 "scale is 1: it is damaged"
             )
         return mix
+
+
+def check_finite(waveform: Tensor, what: str) -> None:
+    """Raise AudioError for samples that are NaN or infinite; ``what`` names the waveform."""
+    bad = (~waveform.isfinite()).nonzero()
+    if len(bad):
+        raise AudioError(
+            f"{what} holds {len(bad)} samples that are NaN or infinite, the first at "
+            f"{int(bad[0])}: repair the recording or cut them out"
+        )
 
 
 def _decode(

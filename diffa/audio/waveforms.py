@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.audio.decode import read
+from diffa.audio.decode import check_finite, read
 from diffa.audio.resampling import resample
 from diffa.errors import AudioError
 
@@ -67,7 +67,6 @@ def prepare(audio: object, rate: int, *, strict: bool = False) -> Tensor:
     """
     if isinstance(audio, str | Path):
         waveform, file_rate = read(audio, strict=strict)
-        _check_finite(waveform, str(audio))
         return resample(waveform, file_rate, rate)
     if not isinstance(audio, Tensor):
         audio = _tensor(audio)
@@ -80,7 +79,7 @@ def prepare(audio: object, rate: int, *, strict: bool = False) -> Tensor:
         )
     if audio.numel() == 0:
         raise AudioError("the waveform is empty: it has no samples")
-    _check_finite(audio, "the waveform")
+    check_finite(audio, "the waveform")
     return audio.to(torch.float32)
 
 
@@ -104,15 +103,6 @@ def _dtype_message(dtype: torch.dtype) -> str:
             f"use audio.float() / {torch.iinfo(dtype).max + 1}"
         )
     return f"the waveform is {name}, but floats between -1 and 1 are needed"
-
-
-def _check_finite(waveform: Tensor, what: str) -> None:
-    bad = (~waveform.isfinite()).nonzero()
-    if len(bad):
-        raise AudioError(
-            f"{what} holds {len(bad)} samples that are NaN or infinite, the first at "
-            f"{int(bad[0])}: repair the recording or cut them out"
-        )
 
 
 def write_wav(path: Path, waveform: np.ndarray[Any, Any], rate: int) -> None:

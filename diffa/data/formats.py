@@ -124,7 +124,7 @@ def _extract_audio(rows: Sequence[ManifestRow], path: Path) -> list[ManifestRow]
 def _select(row: ManifestRow, suffix: str) -> ManifestRow:
     empty: ManifestRow = dict.fromkeys(MANIFEST_FIELDS, "") | {"duration": 0.0}
     ours = [*PREFERENCE_FIELDS, *(EXTRA_FIELDS if suffix != ".json" else ())]
-    return {k: row.get(k, empty[k]) for k in MANIFEST_FIELDS} | {
+    return {k: empty[k] if row.get(k) is None else row[k] for k in MANIFEST_FIELDS} | {
         k: row[k] for k in ours if k in row
     }
 

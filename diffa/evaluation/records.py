@@ -10,7 +10,7 @@ from typing import Any
 
 from diffa.evaluation.items import EvaluationError
 from diffa.runtime.files import locked, remove_stale_drafts, write_json, write_text
-from diffa.runtime.text import parse_json
+from diffa.runtime.text import parse_json, to_unicode
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
 
@@ -68,7 +68,7 @@ class RunFolder:
         for name, lines in (("times", times), ("answers", answers)):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             with (self.path / "parts" / f"{name}-{self.rank:03d}.jsonl").open("ab") as file:
-                file.write(text.encode())
+                file.write(to_unicode(text).encode())
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold this process's files; raises DiffaError if another process has the same rank."""
@@ -86,7 +86,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a file atomically."""
-        write_text(self.path / name, text)
+        write_text(self.path / name, to_unicode(text))
 
     def _lines(self, name: str) -> dict[int, dict[str, Any]]:
         lines: dict[int, dict[str, Any]] = {}

@@ -212,11 +212,16 @@ def validate_chat_request(
 def validate_transcription_request(
     fields: Mapping[str, str], recording: bytes, limits: Limits
 ) -> tuple[Query, str]:
-    """Validate the form of ``/v1/audio/transcriptions``; return it with its response format."""
+    """Validate the form of ``/v1/audio/transcriptions``; return it with its response format.
+
+    ``prompt`` is context in OpenAI's protocol (names, the segment before), never the instruction.
+    The models here have not learned to read context: it is checked, and changes nothing.
+    """
     form = _validate(TranscriptionRequest, fields)
-    question = _check_text(form.prompt or _TRANSCRIBE, "prompt", limits)
+    if form.prompt:
+        _check_text(form.prompt, "prompt", limits)
     query = Query(
-        question, recording, temperature=form.temperature, stream=form.stream, model=form.model
+        _TRANSCRIBE, recording, temperature=form.temperature, stream=form.stream, model=form.model
     )
     return query, form.response_format
 
