@@ -344,8 +344,8 @@ class Model(nn.Module):
     def check_duration(self, seconds: float, max_tokens: int) -> None:
         """Raise AudioError for a recording that is far too long for the context.
 
-        Decoding and encoding an hour take minutes. What is too long by less is told exactly once
-        the recording is encoded. Encoders that cut recordings take any.
+        Decoding and encoding an hour take minutes. What is too long by less is refused after
+        encoding, by its true size. Encoders that cut recordings take any.
         """
         limit = max_length(self.backbone)
         cuts = any(getattr(part, "max_seconds", None) for part in self.encoder.modules())

@@ -99,7 +99,7 @@ def read(
         AudioTooLongError: The recording is longer than ``max_seconds`` or ``max_frames``.
         AudioError: It is missing, empty, damaged, or not audio.
     """
-    with _opened(source) as (file, data, name):
+    with _open(source) as (file, data, name):
         if not trusted and not has_known_header(bytes(data[:4])):
             raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
         bound = _Bound(name, max_seconds, max_frames)
@@ -119,7 +119,7 @@ def probe(source: Path | bytes) -> Header:
     import soundfile
 
     try:
-        with _opened(source) as (file, data, name):
+        with _open(source) as (file, data, name):
             wav = find_wav_data(bytes(data[:_HEAD]), len(data))
             if wav is not None and wav.claimed is not None and wav.claimed > wav.present:
                 return Header(0.0, f"is cut: {wav.present} of {wav.claimed} bytes of samples")
@@ -135,7 +135,7 @@ def probe(source: Path | bytes) -> Header:
 
 
 @contextmanager
-def _opened(
+def _open(
     source: str | Path | bytes | BinaryIO,
 ) -> Iterator[tuple[BinaryIO, bytes | mmap.mmap, str]]:
     """Yield a source as a file and as bytes (a path's are mapped, not read), and its name."""

@@ -112,8 +112,8 @@ def _ogg_links(data: bytes) -> tuple[list[int], bool]:
             open_streams.discard(serial)
         at += 27 + segments + sum(data[at + 27 : at + 27 + segments])
         if data[at : at + 4] != b"OggS":  # damaged: go on with the next page
-            found = data.find(b"OggS", at)
-            at = len(data) if found < 0 else found
+            following = data.find(b"OggS", at)
+            at = len(data) if following < 0 else following
     return links or [0], not open_streams
 
 

@@ -41,18 +41,18 @@ def field_fault(row: Any) -> str:
 
 def path_fault(name: str) -> str:
     """Return why the system takes no file of this name; nothing: ""."""
-    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    excerpt = name if len(name) <= 80 else f"{name[:77]}..."
     if "\0" in name:
-        return f"has an audio_filepath with a NUL character: {shown!r}"
+        return f"has an audio_filepath with a NUL character: {excerpt!r}"
     if len(name.encode()) > _LONGEST_PATH or any(
         len(part.encode()) > _LONGEST_NAME for part in name.split("/")
     ):
-        return f"has an audio_filepath that is too long: {shown!r}"
+        return f"has an audio_filepath that is too long: {excerpt!r}"
     if name.startswith("~"):
         try:
             Path(name).expanduser()
         except RuntimeError:
-            return f"has an audio_filepath of an unknown user: {shown!r}"
+            return f"has an audio_filepath of an unknown user: {excerpt!r}"
     return ""
 
 

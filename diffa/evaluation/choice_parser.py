@@ -59,9 +59,9 @@ def parse_choice(text: str, options: Mapping[str, str], *, letters: bool = True)
     # Options such as musical keys ("D") are letters themselves: there a letter is a text.
     texts_are_letters = not letters and any(text.upper() in options for text in folded.values())
     if not texts_are_letters:
-        found = _leading_letter(lines, options, folded) or _after_cue(words, options, folded)
-        if found:
-            return found
+        choice = _leading_letter(lines, options, folded) or _after_cue(words, options, folded)
+        if choice:
+            return choice
     mentioned = _option_mentioned(words, folded)
     return mentioned if mentioned or texts_are_letters else _standalone_letter(words, options)
 
@@ -89,8 +89,8 @@ def strip_markup(text: str, *, keep_lines: bool = False) -> str:
 def _exact_option(words: str, options: Mapping[str, str]) -> str | None:
     """Return the option that the answer equals: to the letter, or else in its words."""
     for fold in (lambda text: " ".join(text.casefold().split()), fold_words):
-        wanted = fold(words)
-        equal = [letter for letter, option in options.items() if wanted and fold(option) == wanted]
+        target = fold(words)
+        equal = [letter for letter, option in options.items() if target and fold(option) == target]
         if len(equal) == 1:
             return equal[0]
     return None
@@ -109,12 +109,12 @@ def _leading_letter(
 def _begins_with_option(text: str, letter: str, folded: Mapping[str, str]) -> str | None:
     """Return the option whose text stands at the beginning, and begins with this letter."""
     start = f"{fold_words(text)} "
-    found = [
+    matches = [
         key
         for key, option in folded.items()
         if option.startswith(f"{letter.lower()} ") and start.startswith(f"{option} ")
     ]
-    return max(found, key=lambda key: len(folded[key]), default=None)
+    return max(matches, key=lambda key: len(folded[key]), default=None)
 
 
 def fold_words(text: str) -> str:
@@ -124,11 +124,11 @@ def fold_words(text: str) -> str:
 
 def _after_cue(words: str, options: Mapping[str, str], folded: Mapping[str, str]) -> str | None:
     """Return the option after "answer", "option" or similar, if all of them agree."""
-    found = set()
+    matches = set()
     for match in _CUES.finditer(words):
         letter = match["letter"]
         if option := _begins_with_option(words[match.start("letter") :], letter, folded):
-            found.add(option)
+            matches.add(option)
             continue
         last = match.end() == len(words)
         marked = match["open"] or match["close"] or last
@@ -136,8 +136,8 @@ def _after_cue(words: str, options: Mapping[str, str], folded: Mapping[str, str]
         article = letter == "A" and not marked and re.match(rf" (?!(?:{_REASON})\b)", rest)
         # "is a dog": a lower-case letter counts only with a bracket, a mark or at the end.
         if letter.upper() in options and (letter.isupper() or marked) and not article:
-            found.add(letter.upper())
-    return found.pop() if len(found) == 1 else None
+            matches.add(letter.upper())
+    return matches.pop() if len(matches) == 1 else None
 
 
 def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:

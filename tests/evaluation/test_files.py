@@ -10,6 +10,7 @@ from helpers.evaluating import COUNT, records, row, write_benchmark
 
 import diffa
 from diffa.cli.eval import app
+from diffa.errors import AudioError
 from diffa.evaluation.files import BenchmarkData
 from diffa.evaluation.items import EvaluationError
 from diffa.evaluation.runner import EvalConfig, evaluate
@@ -141,3 +142,12 @@ class TestCommands:
         report = json.loads(made)
         assert (report["official"]["errors"], report["official"]["total"]) == (2, 3)
         assert (report["fixed"]["errors"], report["fixed"]["total"]) == (3, 4)
+
+
+@pytest.mark.parametrize("audio", [True, 3, [], ["a"], {"file": "a"}, {"array": "x"}, "caf\ud83d"])
+def test_a_recording_of_any_type_has_no_duration_and_a_reason(tmp_path, audio):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": 1, "audio_path": audio}) + "\n")
+    data = BenchmarkData(tmp_path / "rows.jsonl")
+    assert data.duration(1) == 0.0
+    with pytest.raises(AudioError):
+        data.audio(1)
