@@ -417,3 +417,15 @@ def test_find_links_of_other_data_is_one_link():
     assert (
         formats.find_links(b"RIFF") == formats.find_links(b"") == formats.find_links(b"xyz") == [0]
     )
+
+
+@pytest.mark.parametrize(
+    "pair", [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (22_050, 16_000)]
+)
+@pytest.mark.parametrize("size", [10_000, 44_101, 50_003])
+def test_long_waveforms_are_resampled_by_pieces_to_the_same_samples(monkeypatch, pair, size):
+    wave = torch.randn(size)
+    whole = audio.resample(wave, *pair)
+    monkeypatch.setattr(resampling, "_LONG", 9000)
+    pieces = audio.resample(wave, *pair)
+    assert pieces.shape == whole.shape and torch.allclose(pieces, whole, atol=1e-6)

@@ -12,6 +12,7 @@ from diffa.errors import AudioError
 
 _WIDTH, _ROLLOFF = 6, 0.99  # zero crossings and cutoff of torchaudio's windowed sinc
 _MAX_TAPS = 1 << 20  # of torchaudio's kernel, which grows with the product of the reduced rates
+_LONG = 1 << 22  # samples; longer waveforms are resampled by pieces
 _PIECE = 1 << 14  # output samples computed at once
 
 
@@ -40,7 +41,20 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
             f"({type(error).__name__}: {error}): install the torchaudio made for torch "
             f"{torch.__version__}, or give audio at {to_rate} Hz"
         ) from error
-    return torch.as_tensor(convert(waveform, from_rate, to_rate))
+    size = waveform.shape[-1]
+    if size <= _LONG:
+        return torch.as_tensor(convert(waveform, from_rate, to_rate))
+    # Pieces of whole periods, with the kernel's reach around them: memory does not grow with them.
+    reach = old * math.ceil(2 * _WIDTH * max(1, old / new) / old + 1)
+    step = old * (_LONG // old)
+    pieces = []
+    for start in range(0, size, step):
+        before = min(start, reach)
+        piece = waveform[..., start - before : start + step + reach]
+        values = torch.as_tensor(convert(piece, from_rate, to_rate))
+        skip, length = before // old * new, -(-min(step, size - start) * new // old)
+        pieces.append(values[..., skip : skip + length])
+    return torch.cat(pieces, dim=-1)
 
 
 def _resample_by_sample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
