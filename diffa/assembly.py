@@ -151,6 +151,11 @@ def _free(device: torch.device) -> int | None:
 
 def parse_device(name: str | torch.device) -> torch.device:
     """Return the device of a name; raises SpecError where it does not exist or work."""
+    if torch.device(name).type == "mps" if not isinstance(name, str) else name.startswith("mps"):
+        raise SpecError(
+            f"{name}: Apple's GPUs have no float64, with which samplers and objectives draw: use "
+            "cpu"
+        )
     try:
         torch.empty(0, device=name)
         return torch.device(name)  # "cuda" stays without an index: each process takes its own

@@ -15,6 +15,7 @@ of a head. Three layouts reach the kernel:
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -65,8 +66,12 @@ def plan_attention(
     *,
     causal: bool,
     implementation: AttnImplementation,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
 ) -> AttentionPlan:
     """Return the plan of a forward pass with queries at ``positions`` (B, K).
+
+    ``dtype`` and ``head_dim`` are those of queries and keys: kernels differ in what they take.
 
     Raises:
         SpecError: xformers is requested where it cannot run.
@@ -79,9 +84,10 @@ def plan_attention(
     # A block-diagonal bias cannot express branches or masks. It is causal by place, not by
     # position, so it needs all slots where attention is causal.
     if (
-        resolve_attn_implementation(implementation, positions.device) == "xformers"
-        and unrestricted
+        unrestricted
         and (all_slots or not causal)
+        and resolve_attn_implementation(implementation, positions.device, dtype, head_dim)
+        == "xformers"
     ):
         return AttentionPlan(causal=causal, varlen=varlen_layout(context, positions, causal=causal))
     if causal and all_slots and unrestricted and context.valid is None:
@@ -106,12 +112,16 @@ def select_queries(plan: AttentionPlan, index: Tensor) -> AttentionPlan | None:
 
 
 def resolve_attn_implementation(
-    implementation: AttnImplementation, device: torch.device
+    implementation: AttnImplementation,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
 ) -> Literal["sdpa", "xformers"]:
-    """Return the kernel to use on a device; ``auto`` takes xformers on CUDA if it loads.
+    """Return the kernel to use; ``auto`` takes xformers on CUDA where it has a kernel.
 
     Raises:
-        SpecError: ``xformers`` is requested and has no kernels for the device, or does not load.
+        SpecError: ``xformers`` is requested and does not load, or has no kernel for the device,
+            the dtype or the width of a head.
     """
     if implementation == "sdpa" or (implementation == "auto" and device.type != "cuda"):
         return "sdpa"
@@ -128,7 +138,35 @@ def resolve_attn_implementation(
                 f"attn_implementation 'xformers' does not load ({error}): {hint}"
             ) from error
         return "sdpa"
+    if reason := _missing_kernel(device, dtype, head_dim, torch.is_grad_enabled()):
+        if implementation == "xformers":
+            raise SpecError(
+                f"attn_implementation 'xformers' has no kernel for {dtype} and heads of width "
+                f"{head_dim} on {device} ({reason}); use 'auto'"
+            )
+        return "sdpa"
     return "xformers"
+
+
+@functools.cache
+def _missing_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool) -> str:
+    """Return why xformers has no kernel under a block-diagonal bias; empty if it has one.
+
+    Its dispatcher is asked with an input of this kind: bfloat16 on sm_75, float32 on sm_100,
+    float64, and widths that are no multiple of 8 have none.
+    """
+    from xformers.ops import fmha
+
+    try:
+        sample = torch.empty(1, 2, 1, head_dim, device=device, dtype=dtype)
+        bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens([1, 1], device=device)
+        inputs = fmha.Inputs(sample, sample, sample, attn_bias=bias)
+        fmha._dispatch_fw(inputs, grad)
+        if grad:
+            fmha._dispatch_bw(inputs, False)
+    except Exception as error:  # NotImplementedError without a kernel, KeyError for some dtypes
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
 
 
 def varlen_layout(context: AttentionContext, positions: Tensor, *, causal: bool) -> VarlenLayout:
@@ -145,7 +183,8 @@ def varlen_layout(context: AttentionContext, positions: Tensor, *, causal: bool)
         valid = torch.ones(rows, size, dtype=torch.bool, device=positions.device)
     real = valid if context.query_slots is None else torch.ones_like(positions, dtype=torch.bool)
     kind = attn_bias.BlockDiagonalCausalMask if causal else attn_bias.BlockDiagonalMask
-    bias = kind.from_seqlens(real.sum(dim=1).tolist(), valid.sum(dim=1).tolist())
+    lengths = real.sum(dim=1).tolist(), valid.sum(dim=1).tolist()
+    bias = kind.from_seqlens(*lengths, device=positions.device)
     return VarlenLayout(real.flatten().nonzero()[:, 0], valid.flatten().nonzero()[:, 0], bias)
 
 

@@ -52,7 +52,7 @@ TrainingDeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Device to train on: cpu, cuda, cuda:1 or mps (default: the GPU if there is one).",
+        help="Device to train on: cpu, cuda or cuda:1 (default: the GPU if there is one).",
     ),
 ]
 DtypeOption = Annotated[

@@ -108,7 +108,7 @@ class EncoderHeads(nn.Module):
     def forward(self, states: tuple[Tensor, ...], lengths: Tensor) -> dict[str, Tensor]:
         """Return the logits of every head for states (B, T, W) of ``lengths`` (B,) frames."""
         last, middle = states[-1], self.norm(states[-2])
-        valid = torch.arange(last.shape[1])[None] < lengths[:, None]
+        valid = torch.arange(last.shape[1], device=last.device)[None] < lengths[:, None]
         pooled = (middle * valid[..., None]).sum(1) / lengths[:, None]
         logits = {
             name: head(last if name == "digits" else middle) for name, head in self.frames.items()
@@ -130,7 +130,8 @@ def encoder_loss(
     """
     losses = {}
     for name, target in labels.frames.items():
-        padding = torch.arange(target.shape[1])[None] >= (lengths + _LABELED_PADDING)[:, None]
+        frames = torch.arange(target.shape[1], device=target.device)
+        padding = frames[None] >= (lengths + _LABELED_PADDING)[:, None]
         target = target.masked_fill(padding, IGNORE)
         weight = 1.0 if name == "digits" else 0.2
         losses[name] = weight * F.cross_entropy(logits[name].flatten(0, 1), target.flatten())
@@ -144,8 +145,9 @@ def encoder_loss(
 
 def _ctc(logits: Tensor, words: list[tuple[int, ...]], lengths: Tensor) -> Tensor:
     """Return CTC per word of the batch."""
-    counts = torch.tensor([len(row) for row in words])
-    flat = torch.tensor([digit + 1 for row in words for digit in row])
+    device = logits.device
+    counts = torch.tensor([len(row) for row in words], device=device)
+    flat = torch.tensor([digit + 1 for row in words for digit in row], device=device)
     frames = logits.log_softmax(-1).transpose(0, 1)
     total = F.ctc_loss(
         frames,

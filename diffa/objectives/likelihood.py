@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffa.runtime.cpu_linear import Linear
+from diffa.runtime.precision import no_grad
 
 # Default number of logits computed at a time: 128 MiB in float32, 265 tokens of LLaDA's vocabulary.
 MAX_LOGITS = 1 << 25
@@ -111,7 +112,7 @@ def _default_chunk(vocabulary: int) -> int:
 
 
 def _vocab_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
-    with torch.no_grad():
+    with no_grad():
         return head(hidden.new_zeros(1, hidden.shape[1])).shape[-1]
 
 

@@ -117,6 +117,8 @@ def train(
         sources=sources or {},
         evaluators=evaluators or {},
     )
+    if context.device.type == "cuda" and context.device.index is not None:
+        torch.cuda.set_device(context.device)  # Trainer takes the current one
     checkpoint = None if isinstance(resume, bool) else Path(resume)
     checkpoint_stage = None if checkpoint is None else _stage_of(context, checkpoint)
     if dry_run:

@@ -138,7 +138,7 @@ def training_arguments(
     for name in config.loggers:
         if find_spec(name) is None:
             raise TrainingError(f"loggers: {name} is not installed: pip install {name}")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=context.device.type == "cpu",
         per_device_train_batch_size=stage.batch_size,
@@ -162,3 +162,11 @@ def training_arguments(
         run_name=f"{context.out.name}-{stage.name}",
         label_names=[],
     )
+    # One process trains on one device. Trainer would wrap the model in DataParallel, which splits
+    # nothing of a batch that is one argument; several GPUs need torchrun.
+    if arguments.n_gpu > 1:
+        context.console.print(
+            f"{arguments.n_gpu} GPUs are visible, one is used: for all, start with torchrun"
+        )
+        arguments._n_gpu = 1
+    return arguments

@@ -74,6 +74,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.meter = LossMeter()
         self.skipped: list[str] = []
         self._weight: torch.Tensor | None = None
+        self._warned = False  # of weights without a gradient
         self._optimizer_state: dict[str, Any] | None = None
         super().__init__(
             model=learner,
@@ -109,7 +110,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self.skipped.extend(batch.skipped)
         with self.compute_loss_context_manager():
             loss: BatchLoss = model(batch=batch)
-        self.accelerator.backward(loss.sum + loss.auxiliary)
+        total = loss.sum + loss.auxiliary
+        if not total.requires_grad:
+            raise TrainingError("no trained weight has a gradient: nothing would be learned")
+        self.accelerator.backward(total)
         self.meter.add(loss)
         weight = loss.weight.detach()
         self._weight = weight if self._weight is None else self._weight + weight
@@ -123,9 +127,20 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         """Divide summed gradients by the weight of all devices; DDP has already averaged them."""
         total = self.accelerator.reduce(weight, reduction="sum").clamp(min=1e-8)
         factor = self.accelerator.num_processes / float(total)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        grads = [p.grad for p in trained if p.grad is not None]
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        grads = [p.grad for _, p in trained if p.grad is not None]
+        self._check_gradients([name for name, p in trained if p.grad is None], len(trained))
         torch._foreach_mul_(grads, factor)
+
+    def _check_gradients(self, missing: list[str], count: int) -> None:
+        """Warn once of trained weights without a gradient in a whole step."""
+        if missing and not self._warned and not is_sharded(self.model):
+            self._warned = True
+            names = ", ".join(missing[:4])
+            self.progress_bar.console.print(
+                f"{len(missing)} of {count} trained weights had no gradient in step "
+                f"{self.state.global_step + 1}: {names}"
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report the exact mean loss and accuracy since the last report."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffa.backbones import attention
 from diffa.backbones.attention import (
     AttentionPlan,
     compute_attention,
@@ -137,3 +138,38 @@ def test_packed_rows_equal_masked_rows_on_a_gpu():
         *made, plan_attention(context, ALL.cuda(), causal=False, implementation="sdpa")
     )
     assert (packed - masked).abs()[VALID.cuda()].max() < 5e-3
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_auto_takes_sdpa_where_xformers_has_no_kernel(monkeypatch, grad):
+    """The dispatcher is asked with the dtype and the width at hand, on any device."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    seen = []
+
+    def dispatch(inputs, *_):
+        seen.append((inputs.query.dtype, inputs.query.shape[-1]))
+        if inputs.query.dtype == torch.float64:
+            raise KeyError(torch.float64)
+        if inputs.query.shape[-1] % 8:
+            raise NotImplementedError("query.shape[-1] % 8 != 0")
+
+    monkeypatch.setattr(fmha, "_dispatch_fw", dispatch)
+    monkeypatch.setattr(fmha, "_dispatch_bw", dispatch)
+    attention._missing_kernel.cache_clear()
+    device = torch.device("cpu")
+    assert attention._missing_kernel(device, torch.bfloat16, 64, grad) == ""
+    assert "% 8" in attention._missing_kernel(device, torch.bfloat16, 60, grad)
+    assert "float64" in attention._missing_kernel(device, torch.float64, 64, grad)
+    assert (torch.bfloat16, 60) in seen
+    attention._missing_kernel.cache_clear()
+
+
+def test_without_a_kernel_xformers_is_refused_and_auto_falls_back(monkeypatch):
+    pytest.importorskip("xformers.ops")
+    monkeypatch.setattr(attention, "_missing_kernel", lambda *_: "of this kind")
+    device = torch.device("cuda")
+    assert resolve_attn_implementation("auto", device, torch.float32, 64) == "sdpa"
+    with pytest.raises(SpecError, match=r"no kernel for torch.float32 .*width 64.*of this kind"):
+        resolve_attn_implementation("xformers", device, torch.float32, 64)
+    monkeypatch.setattr(attention, "_missing_kernel", lambda *_: "")
+    assert resolve_attn_implementation("auto", device, torch.float32, 64) == "xformers"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from diffa.canvas.batch import forward_rows
@@ -13,6 +12,7 @@ from diffa.data.augment import Augment
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import AnswerTransform, AudioTransform
+from diffa.runtime.precision import no_grad
 from diffa.spec.schema import Report
 from diffa.spec.spec import Spec
 from diffa.trainers.checkpoints import TrainingError
@@ -141,7 +141,7 @@ def encode(model: Model, cache: FeatureCache | None, batch: Batch) -> Features:
     if cache is None:
         features: Features = model.encoder(batch.audio, batch.audio_lengths)
         return features
-    with torch.no_grad():
+    with no_grad():
         return cache.features(model.encoder, batch.audio, batch.audio_lengths)
 
 

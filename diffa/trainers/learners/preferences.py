@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from diffa.canvas.batch import forward_rows, unpad_embeds
 from diffa.data.cache import FeatureCache
 from diffa.data.collate import Batch, Collate
 from diffa.data.rows import AnswerTransform, AudioTransform, PreferenceTransform
+from diffa.runtime.precision import no_grad
 from diffa.spec.schema import Report
 from diffa.spec.spec import Spec
 from diffa.trainers.checkpoints import TrainingError
@@ -44,7 +44,7 @@ class Reference:
         try:
             for p, initial in zip(self._trained, self._initial, strict=True):
                 p.data = initial
-            with torch.no_grad():
+            with no_grad():
                 yield
         finally:
             for p, data in zip(self._trained, current, strict=True):
