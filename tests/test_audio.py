@@ -429,3 +429,13 @@ def test_long_waveforms_are_resampled_by_pieces_to_the_same_samples(monkeypatch,
     monkeypatch.setattr(resampling, "_LONG", 9000)
     pieces = audio.resample(wave, *pair)
     assert pieces.shape == whole.shape and torch.allclose(pieces, whole, atol=1e-6)
+
+
+def test_the_environment_sets_the_bound_of_every_command(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", tone(1.0))
+    monkeypatch.setenv("DIFFA_MAX_FRAMES", "8000")
+    with pytest.raises(audio.AudioTooLongError, match="at most 8,000"):
+        audio.prepare(path, 16_000)
+    monkeypatch.setenv("DIFFA_MAX_FRAMES", "many")
+    with pytest.raises(AudioError, match="DIFFA_MAX_FRAMES must be a number"):
+        audio.prepare(path, 16_000)

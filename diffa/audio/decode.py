@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -73,7 +74,7 @@ def read(
     source: str | Path | bytes | BinaryIO,
     *,
     max_seconds: float | None = None,
-    max_frames: int = MAX_FRAMES,
+    max_frames: int | None = None,
     trusted: bool = True,
     strict: bool = False,
 ) -> tuple[Tensor, int]:
@@ -87,7 +88,8 @@ def read(
     Args:
         source: A path, the bytes of a file, or a binary file object.
         max_seconds: Longest recording. Default: any length.
-        max_frames: Largest number of frames (samples of one channel).
+        max_frames: Largest number of frames (samples of one channel). Default: the environment's
+            DIFFA_MAX_FRAMES, or ``MAX_FRAMES``.
         trusted: False for data from a network: accept only ``FORMATS``, ``MAX_CHANNELS`` channels
             and ordinary sample rates, and keep FFmpeg out.
         strict: Raise an error for a cut or damaged file.
@@ -102,7 +104,7 @@ def read(
     with _open(source) as (file, data, name):
         if not trusted and not has_known_header(bytes(data[:4])):
             raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
-        bound = _Bound(name, max_seconds, max_frames)
+        bound = _Bound(name, max_seconds, _frame_limit() if max_frames is None else max_frames)
         mono, damage = _decode(file, data, bound, trusted=trusted)
         waveform = mono.result()
         if waveform.numel() == 0:
@@ -112,6 +114,14 @@ def read(
         if damage:
             log.warning("%s is damaged: %s; the rest is used", name, damage)
         return waveform, mono.rate
+
+
+def _frame_limit() -> int:
+    """Return the environment's bound on frames, or the default."""
+    text = os.environ.get("DIFFA_MAX_FRAMES", "")
+    if text and not (text.isdecimal() and int(text)):
+        raise AudioError(f"DIFFA_MAX_FRAMES must be a number above 0, got {text!r}")
+    return int(text) if text else MAX_FRAMES
 
 
 def probe(source: Path | bytes) -> Header:

@@ -208,6 +208,7 @@ def _load_model(config: Any, folder: Path | None, seed: int) -> Any:
         raise CheckpointError(f"{folder or 'config'}: no causal model here: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} lacks weights: {', '.join(missing[:6])}")
+    weights.check_weights(dict(model.named_parameters()), source=str(folder))
     return model
 
 

@@ -119,6 +119,7 @@ def load_lora_pairs(name: str, revision: str | None = None) -> dict[str, LoRAPai
     folder = checkpoint.find_checkpoint(name, revision)
     for prefix in PREFIXES:
         if state := checkpoint.read_weights(folder, prefix):
+            checkpoint.check_weights(state, source=folder)
             return group_lora_pairs(state, str(folder))
     raise CheckpointError(f"{folder} holds no LoRA pairs ({PREFIXES[0]}*.lora_A.*)")
 

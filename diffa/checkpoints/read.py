@@ -193,6 +193,16 @@ def tensor_faults(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> lis
     return [f"{key} {fault}" for key, fault in pairs if fault]
 
 
+def check_weights(state: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Refuse weights that are not finite; for modules that another library loads.
+
+    Raises:
+        CheckpointError: Names the first few.
+    """
+    if faults := tensor_faults(state, state):
+        raise CheckpointError(f"{source} has unusable weights: {_first_few(faults)}")
+
+
 def _fault(value: Tensor, target: Tensor) -> str | None:
     """Say what is wrong with a tensor, or return None."""
     if value.shape != target.shape:

@@ -245,6 +245,7 @@ def _init_model(cls: Any, config: Any, seed: int) -> Any:
 def _load_model(cls: Any, config: Any, folder: Path, prefix: str) -> Any:
     """Return the encoder with published weights; transformers renames keys of older layouts."""
     state = ckpt.read_weights(folder, prefix) or ckpt.read_weights(folder)
+    ckpt.check_weights(state, source=folder)
     try:
         model, report = cls.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True

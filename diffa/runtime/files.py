@@ -83,7 +83,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(draft), draft):
+        ours = (None, str(draft), draft)
+        if isinstance(error, OSError) and error.errno and error.filename in ours:
             error.filename = str(path)  # no user knows the draft
         raise
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -427,3 +428,15 @@ def test_an_utterance_is_planned_once_for_all_its_questions(monkeypatch):
     assert sorted(drawn) == list(range(10))
     assert seconds[:40] == seconds[40:] and len(set(seconds)) > 1
     assert all(len(set(seconds[i : i + 4])) == 1 for i in range(0, 40, 4))
+
+
+def test_a_cut_rendering_is_not_kept(tmp_path, monkeypatch):
+    def render(command, **_):
+        file = Path(command[command.index("-w") + 1])
+        file.write_bytes(b"RIFF" + (10_000).to_bytes(4, "little") + b"WAVE" + b"\0" * 100)
+
+    monkeypatch.setattr(voices.subprocess, "run", render)
+    voices._render.cache_clear()
+    with pytest.raises(OSError, match=r"was cut at 112 bytes: is the disk full\?"):
+        voices._render("espeak-ng", tmp_path, "en-us+f1@35", 3, 130)
+    assert not list(tmp_path.iterdir())
