@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from diffa.serving import responses
 from diffa.serving.errors import RequestError, bad_request, error_body
 from diffa.serving.middleware import RequestLimits
+from diffa.serving.pools import Deadline
 from diffa.serving.responses import ChatStream, StreamFormat, TranscriptStream
 from diffa.serving.service import EventStream, PreparedRequest, Service
 from diffa.serving.validation import (
@@ -97,12 +97,13 @@ class Routes:
         service.check_available()
         body = await request.body()
 
-        def prepare() -> tuple[Query, PreparedRequest]:
+        def parse() -> Query:
             fields = parse_json_object(body)
-            query = validate_chat_request(fields, service.limits, service.allowed_hosts)
-            return query, service.prepare(query)
+            return validate_chat_request(fields, service.limits, service.allowed_hosts)
 
-        query, prepared = await service.run_in_thread(prepare)
+        deadline = self._deadline(request)
+        query = await service.parsers.run(parse, deadline)
+        prepared = await service.prepare(query, deadline)
         name = query.model or service.name
         if query.stream:
             style = ChatStream(name, include_usage=query.include_usage)
@@ -126,7 +127,7 @@ class Routes:
                 raise bad_request("file: a recording is needed", "file")
             recording = await file.read()
         query, style = validate_transcription_request(fields, recording, service.limits)
-        prepared = await service.run_in_thread(partial(service.prepare, query))
+        prepared = await service.prepare(query, self._deadline(request))
         if query.stream:
             return await self._stream(request, prepared, TranscriptStream(), drafts=False)
         answer = await responses.wait_for_answer(service, prepared, _disconnect(request))
@@ -140,6 +141,9 @@ class Routes:
             more = {"task": "transcribe", "language": "", "duration": duration}
             more |= {"segments": [], "diffa": answer.diffa}
         return JSONResponse({**more, "text": answer.text})
+
+    def _deadline(self, request: Request) -> Deadline:
+        return Deadline(self._service.limits.deadline, request.scope["diffa.arrived"])
 
     async def _stream(
         self, request: Request, prepared: PreparedRequest, style: StreamFormat, *, drafts: bool
@@ -155,7 +159,7 @@ class Routes:
             stream.close()
             raise
         events = responses.stream_answer(service, stream, prepared, style, drafts=drafts)
-        timeout = prepared.deadline + service.limits.body_timeout
+        timeout = prepared.deadline.seconds_left + service.limits.body_timeout
         return EventStreamResponse(events, stream, timeout)
 
     async def list_models(self) -> Response:

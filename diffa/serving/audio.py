@@ -8,7 +8,8 @@ import math
 
 from torch import Tensor
 
-from diffa.audio import AudioTooLongError, prepare, read, resample
+from diffa.audio import AudioTooLongError, prepare, probe, read, resample
+from diffa.audio.formats import has_known_header
 from diffa.errors import AudioError
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
@@ -32,6 +33,11 @@ def decode_base64(text: str, param: str, limits: Limits) -> bytes:
     if not data:
         raise bad_request(f"{param} is empty", param)
     return data
+
+
+def probe_seconds(data: bytes) -> float:
+    """Return the seconds that a file's header claims; 0 if it does not say."""
+    return probe(data).seconds if has_known_header(data[:4]) else 0.0
 
 
 def decode_recording(data: bytes, rate: int, limits: Limits, param: str) -> Tensor:

@@ -18,6 +18,11 @@ class Limits(NamedTuple):
         max_tokens: tokens of an answer.
         deadline: seconds from a request's arrival to the end of its answer.
         body_timeout: seconds until a request's body must have arrived.
+        header_timeout: seconds from the first byte of a request's header to its last.
+        max_header_bytes: bytes of a request's header.
+        max_headers: lines of a request's header.
+        download_timeout: seconds that the download of a recording may take.
+        min_download_rate: bytes per second below which a download is given up.
         cached_embeddings: audio embeddings kept for further questions about a recording. A second
             of audio is about 12; 1,000 of an 8B model take 16 MiB in float32.
         drain_timeout: seconds that running requests may take at shutdown.
@@ -32,5 +37,10 @@ class Limits(NamedTuple):
     max_tokens: int = 1024
     deadline: float = 300.0
     body_timeout: float = 30.0
+    header_timeout: float = 10.0
+    max_header_bytes: int = 32 * 2**10
+    max_headers: int = 100
+    download_timeout: float = 30.0
+    min_download_rate: float = 16 * 2**10
     cached_embeddings: int = 8192
     drain_timeout: float = 30.0

@@ -29,7 +29,8 @@ class RequestLimits:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        service, begin = self._service, time.perf_counter()
+        service, begin = self._service, time.monotonic()
+        scope["diffa.arrived"] = begin
         status = 499  # unless a response starts, the client has disconnected
 
         async def send_counted(message: Any) -> None:
@@ -51,7 +52,7 @@ class RequestLimits:
         # Unknown paths share a label: clients must not be able to create new time series.
         path = next((known for known in _PATHS if scope["path"].startswith(known)), "other")
         service.metrics.http_requests.labels(path, str(status)).inc()
-        service.metrics.http_seconds.labels(path).observe(time.perf_counter() - begin)
+        service.metrics.http_seconds.labels(path).observe(time.monotonic() - begin)
 
     def _check_headers(self, scope: Scope) -> RequestError | None:
         """Return why a request is refused by its headers alone, or None."""
@@ -63,6 +64,8 @@ class RequestLimits:
             return RequestError(401, "a valid API key is needed: 'Authorization: Bearer KEY'")
         if service.num_inflight >= limits.max_connections:
             return RequestError(429, "too many connections", code="queue_full", retry_after=1)
+        if len(scope["headers"]) > limits.max_headers:
+            return RequestError(431, f"a request may have {limits.max_headers} headers at most")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             return RequestError(415, "send the body without Content-Encoding")
         length = headers.get(b"content-length", b"0")
@@ -85,7 +88,8 @@ class BoundedBody:
     def __init__(self, receive: Receive, service: Service) -> None:
         self._receive, self._limits = receive, service.limits
         self._bytes_left, self._complete = service.limits.max_body_bytes, False
-        self._until = time.monotonic() + service.limits.body_timeout
+        limits = service.limits
+        self._until = time.monotonic() + min(limits.body_timeout, limits.deadline)
 
     async def receive(self) -> Any:
         """Return the next ASGI message.

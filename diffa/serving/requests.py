@@ -78,14 +78,19 @@ class RequestHandle:
     Args:
         request: what to generate.
         on_event: receives every event, in threads of the engine; must return at once.
-        deadline: seconds from now until the answer must be finished.
+        deadline: seconds from the arrival until the answer must be finished.
+        arrived: when the request arrived (``time.monotonic``). Default: now.
     """
 
     def __init__(
-        self, request: GenerationRequest, on_event: Callable[[Event], None], deadline: float
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        deadline: float,
+        arrived: float | None = None,
     ) -> None:
         self.request, self.deadline = request, deadline
-        self.expires_at = time.monotonic() + deadline
+        self.expires_at = (time.monotonic() if arrived is None else arrived) + deadline
         self.num_audio_embeds = 0
         self._on_event, self._active = on_event, True
         # A worker, a canvas's thread, the engine's close() and the client's disconnect may end a

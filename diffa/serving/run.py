@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -12,6 +13,7 @@ import uvicorn
 
 from diffa.errors import SpecError
 from diffa.serving.app import create_app
+from diffa.serving.connection import connection_class
 from diffa.serving.service import Service
 
 
@@ -38,7 +40,7 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is option
         if self._service.draining:
             overdue = time.monotonic() > self._drain_until
             if overdue:  # close() joins threads, which must not block the event loop
-                await self._service.run_in_thread(self._service.engine.close)
+                await asyncio.to_thread(self._service.engine.close)
             if overdue or not self._service.num_inflight:
                 self.should_exit = True
         return bool(await super().on_tick(counter))
@@ -53,6 +55,8 @@ def create_server(service: Service, host: str, port: int, **options: Any) -> Dra
         log_level="warning",
         timeout_graceful_shutdown=2,
         timeout_keep_alive=15,
+        http=connection_class(service.limits),
+        h11_max_incomplete_event_size=service.limits.max_header_bytes,
         **options,
     )
     return DrainingServer(config, service)

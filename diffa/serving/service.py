@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from diffa.serving.audio import decode_recording
+from diffa.errors import AudioError
+from diffa.serving.audio import decode_recording, probe_seconds
+from diffa.serving.download import RemoteRecording, download_recording
 from diffa.serving.engine import Engine
-from diffa.serving.errors import RequestError, public_error, shutting_down
+from diffa.serving.errors import (
+    RequestError,
+    bad_request,
+    deadline_exceeded,
+    public_error,
+    shutting_down,
+)
 from diffa.serving.limits import Limits
 from diffa.serving.metrics import Metrics
+from diffa.serving.pools import Deadline, WorkPool
 from diffa.serving.requests import (
     Event,
     FailedEvent,
@@ -26,18 +33,19 @@ from diffa.serving.requests import (
 from diffa.serving.sampler_options import SamplerCache
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffa.model import Model
     from diffa.serving.validation import Query
 
-T = TypeVar("T")
-_PREPARE_THREADS = 4
+_BRIEF = 60.0  # seconds of a recording that does not wait behind longer ones
 
 
 class PreparedRequest(NamedTuple):
     """A request ready for the engine, its deadline, and the seconds of its recording."""
 
     request: GenerationRequest
-    deadline: float
+    deadline: Deadline
     audio_seconds: float
 
 
@@ -72,11 +80,12 @@ class Service:
         self.samplers = SamplerCache(model)
         self.draining = False
         self.num_inflight = 0  # requests under /v1/, whose bodies or responses are under way
-        # Decoding audio and downloading would block the event loop. One PyTorch thread each: many
-        # requests arrive at a time, and thread teams would compete for the workers' cores.
-        self._threads = ThreadPoolExecutor(
-            _PREPARE_THREADS, "prepare", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        # Four slow downloads or four large uploads must not delay an ordinary question.
+        most, few = self.limits.max_connections, self.limits.max_waiting
+        self.parsers = WorkPool("parsing", 2, most)
+        self._decoders = WorkPool("decoding", 2, most)
+        self._long_decoders = WorkPool("decoding long recordings", 2, few)
+        self._downloads = WorkPool("downloads", 4, few)
         self._tokenizer_lock = threading.Lock()  # tokenizers are not safe to share among threads
         self.engine = Engine(
             model,
@@ -107,47 +116,81 @@ class Service:
             raise RequestError(404, message, param="model", code="model_not_found")
         return model_name.removeprefix(f"{self.name}:")
 
-    async def run_in_thread(self, work: Callable[[], T]) -> T:
-        """Run work that would block the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
     def check_available(self) -> None:
         """Refuse before a body is read, while draining (503) or with a full queue (429)."""
         if self.draining:
             raise shutting_down()
         self.engine.check_queue()
 
-    def prepare(self, query: Query) -> PreparedRequest:
-        """Decode the recording, tokenise the prompt and build the sampler; raises RequestError."""
+    async def prepare(self, query: Query, deadline: Deadline) -> PreparedRequest:
+        """Download and decode the recording, tokenise the prompt and build the sampler.
+
+        Raises:
+            RequestError: the request is at fault, or its deadline passes meanwhile.
+        """
+        if query.deadline is not None:
+            deadline = deadline._replace(seconds=query.deadline)
+        data = query.recording
+        if isinstance(data, RemoteRecording):
+            work = partial(download_recording, data, self.limits)
+            data = await self._downloads.run(work, deadline)
+        waveform = None if data is None else await self._decode(data, query, deadline)
+        request = await self.parsers.run(partial(self._build, query, waveform), deadline)
+        seconds = 0.0 if waveform is None else len(waveform) / self.model.encoder.sample_rate
+        self.metrics.audio_seconds.inc(seconds)
+        return PreparedRequest(request, deadline, seconds)
+
+    async def _decode(self, data: bytes, query: Query, deadline: Deadline) -> Tensor:
+        """Return the waveform (S,) of a file, unless its header says that it does not fit."""
+        seconds = await self.parsers.run(partial(self._check_header, data, query), deadline)
+        pool = self._decoders if 0 < seconds <= _BRIEF else self._long_decoders
+        rate = self.model.encoder.sample_rate
+        work = partial(decode_recording, data, rate, self.limits, "the recording")
+        return await pool.run(work, deadline)
+
+    def _check_header(self, data: bytes, query: Query) -> float:
+        seconds = probe_seconds(data)
+        if seconds <= self.limits.max_audio_seconds:  # decoding refuses what is longer
+            self._check_duration(seconds, query)
+        return seconds
+
+    def _check_duration(self, seconds: float, query: Query) -> None:
+        try:
+            self.model.check_duration(seconds, query.max_tokens or self._default_tokens)
+        except AudioError as error:
+            raise bad_request(str(error), "the recording") from error
+
+    @property
+    def _default_tokens(self) -> int:
+        tokens: int = self.model.spec.data["prompt"]["max_tokens"]
+        return min(tokens, self.limits.max_tokens)
+
+    def _build(self, query: Query, waveform: Tensor | None) -> GenerationRequest:
         preset = self.preset_of(query.model)
         sampler = self.samplers.get(query.sampler, query.temperature, "sampler", preset)
-        waveform, rate = None, self.model.encoder.sample_rate
-        if query.recording is not None:
-            waveform = decode_recording(query.recording, rate, self.limits, "the recording")
+        if waveform is not None:
+            self._check_duration(len(waveform) / self.model.encoder.sample_rate, query)
         with self._tokenizer_lock:
             prompt = self.chat.encode(
                 query.question, system=query.system, audio=waveform is not None
             )
-        default = min(self.model.spec.data["prompt"]["max_tokens"], self.limits.max_tokens)
-        request = GenerationRequest(
+        return GenerationRequest(
             prompt.tokens,
             waveform,
             prompt.audio_at or 0,
-            query.max_tokens or default,
+            query.max_tokens or self._default_tokens,
             sampler.sampler,
             sampler.key,
             seed=query.seed,
             stream=query.stream,
         )
-        seconds = 0.0 if waveform is None else len(waveform) / rate
-        self.metrics.audio_seconds.inc(seconds)
-        return PreparedRequest(request, query.deadline or self.limits.deadline, seconds)
 
     def close(self, timeout: float = 0.0) -> None:
         """End running requests, after ``timeout`` seconds at most."""
         self.draining = True
         self.engine.close(timeout)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.parsers, self._decoders, self._long_decoders, self._downloads):
+            pool.close()
 
 
 class EventStream:
@@ -158,7 +201,7 @@ class EventStream:
         # call_soon_threadsafe alone.
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self._service, self._begin = service, time.perf_counter()
-        self._handle = RequestHandle(prepared.request, self._on_event, prepared.deadline)
+        self._handle = RequestHandle(prepared.request, self._on_event, *prepared.deadline)
 
     def __enter__(self) -> EventStream:
         self._service.engine.submit(self._handle)
@@ -179,7 +222,13 @@ class EventStream:
         Raises:
             RequestError: the request fails, or its deadline passes.
         """
-        event = await self._events.get()
+        handle = self._handle
+        try:  # the engine checks deadlines between forward passes: one may hang
+            async with asyncio.timeout(handle.expires_at - time.monotonic()):
+                event = await self._events.get()
+        except TimeoutError:
+            handle.finish(FailedEvent(deadline_exceeded(handle.deadline)))
+            event = await self._events.get()
         if isinstance(event, FailedEvent):
             self._service.metrics.finished.labels("failed").inc()
             raise public_error(event.error)

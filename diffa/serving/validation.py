@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffa.serving.audio import decode_base64
-from diffa.serving.download import download_recording
+from diffa.serving.download import RemoteRecording, check_url
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
 
@@ -132,7 +132,7 @@ class Query(NamedTuple):
 
     Attributes:
         question: text of the user's message.
-        recording: bytes of an audio file, or None.
+        recording: bytes of an audio file, where to download them, or None.
         system: text of the system messages, or None for the spec's.
         max_tokens: None for the spec's.
         temperature: None for the sampler's.
@@ -146,7 +146,7 @@ class Query(NamedTuple):
     """
 
     question: str
-    recording: bytes | None
+    recording: bytes | RemoteRecording | None
     system: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -177,7 +177,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 def validate_chat_request(
     fields: Mapping[str, Any], limits: Limits, allowed_hosts: Sequence[str]
 ) -> Query:
-    """Validate the body of ``/v1/chat/completions`` and decode or download its recording.
+    """Validate the body of ``/v1/chat/completions`` and decode its base64.
 
     Raises:
         RequestError: a field is wrong (400), or beyond the server's limits (400, 413).
@@ -253,7 +253,7 @@ def _field_path(location: Sequence[int | str], fields: Any) -> list[int | str]:
 
 def _read_messages(
     messages: Sequence[Message], limits: Limits, allowed_hosts: Sequence[str]
-) -> tuple[str | None, str, bytes | None]:
+) -> tuple[str | None, str, bytes | RemoteRecording | None]:
     """Return system prompt, question and recording: system messages, then one of the user."""
     system: list[str] = []
     for index, message in enumerate(messages):
@@ -283,12 +283,12 @@ def _read_content(
     param: str,
     limits: Limits,
     allowed_hosts: Sequence[str],
-) -> tuple[str, bytes | None]:
+) -> tuple[str, bytes | RemoteRecording | None]:
     """Return the text and the recording of a message."""
     if isinstance(content, str):
         return content, None
     texts: list[str] = []
-    recording: bytes | None = None
+    recording: bytes | RemoteRecording | None = None
     for index, part in enumerate(content):
         place = f"{param}[{index}]"
         if isinstance(part, TextPart):
@@ -303,7 +303,7 @@ def _read_content(
         if url[:5].lower() == "data:":
             recording = decode_base64(url, place, limits)
         else:
-            recording = download_recording(url, allowed_hosts, limits, place)
+            recording = check_url(url, allowed_hosts, place)
     return "\n".join(texts), recording
 
 
