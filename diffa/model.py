@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +48,17 @@ if TYPE_CHECKING:
     from diffa.types import BackboneModule, EncoderModule
 
 
+log = logging.getLogger(__name__)
 _CERTAIN = 0.9  # of an estimated number of embeddings, which can be wrong by a few
+
+
+@functools.cache
+def _warn_of_rate(rate: int) -> None:
+    log.warning(
+        "a waveform without a sample rate is taken to have %d samples per second: give "
+        "sample_rate=, or (waveform, rate)",
+        rate,
+    )
 
 
 class Model(nn.Module):
@@ -157,7 +170,8 @@ class Model(nn.Module):
         denoise.check_finite()
         if feed is not None:
             feed.end()
-        return Generation([row.clone() for row in canvas.answer.cpu()], denoise.num_forwards)
+        tokens = [row.clone() for row in canvas.answer.cpu()]
+        return Generation(tokens, denoise.num_forwards, canvas.mean_log_probs())
 
     def stream(
         self,
@@ -188,17 +202,20 @@ class Model(nn.Module):
         audio: Any,
         question: str | Sequence[str],
         *,
+        sample_rate: int | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
         trim: bool = True,
         on_step: Callable[[Step], None] | None = None,
     ) -> Answer:
-        """Answer a question about a recording, or a list of questions about a list of them.
+        """Answer a question about a recording, or questions about one or several of them.
 
         Args:
-            audio: Path, or waveform at ``encoder.sample_rate``; a list of these for a batch. None:
-                a question without a recording.
-            question: One question, or one per recording.
+            audio: Path, bytes, binary file, waveform, ``(waveform, rate)``, or what ``datasets``
+                hands out; a list of these for a batch. None: a question without a recording.
+            question: One question, or several: about the same recording, or one per recording.
+            sample_rate: Samples per second of waveforms without a rate of their own. Default: the
+                encoder's, with a warning.
             system: Override the spec's system prompt.
             max_tokens: Length of the answers. Default: the spec's ``prompt.max_tokens``.
             trim: Let the chat template strip whitespace around the question.
@@ -210,7 +227,8 @@ class Model(nn.Module):
         """
         single = isinstance(question, str)
         questions = [question] if isinstance(question, str) else list(question)
-        recordings = [audio] if single else list(audio)
+        several = isinstance(audio, list) or (isinstance(audio, Tensor) and audio.dim() == 2)
+        recordings = [audio] * len(questions) if single or not several else list(audio)
         if len(recordings) != len(questions):
             raise SpecError(f"{len(recordings)} recordings but {len(questions)} questions")
         if max_tokens is None:
@@ -218,7 +236,7 @@ class Model(nn.Module):
         for recording in recordings:
             if isinstance(recording, str | Path):  # an hour is refused before it is decoded
                 self.check_duration(probe(Path(recording).expanduser()).seconds, max_tokens)
-        waves = [None if a is None else prepare(a, self.encoder.sample_rate) for a in recordings]
+        waves = [None if a is None else self._waveform(a, sample_rate) for a in recordings]
         chat = self.chat_format
         prompts = [
             chat.encode(q, system=system, audio=wave is not None, trim=trim)
@@ -233,8 +251,10 @@ class Model(nn.Module):
         )
         texts = [chat.decode(tokens) for tokens in generation.tokens]
         if single:
-            return Answer(texts[0], generation.tokens[0], generation.num_forwards)
-        return Answer(texts, generation.tokens, generation.num_forwards)
+            return Answer(
+                texts[0], generation.tokens[0], generation.num_forwards, generation.confidence[0]
+            )
+        return Answer(texts, *generation)
 
     def score(
         self,
@@ -242,6 +262,7 @@ class Model(nn.Module):
         question: str,
         choices: Sequence[str],
         *,
+        sample_rate: int | None = None,
         system: str | None = None,
         trim: bool = True,
         samples: int = 128,
@@ -264,7 +285,7 @@ class Model(nn.Module):
             AudioError: Unusable audio.
             SpecError: The backbone has no tokenizer, or there is nothing to score.
         """
-        wave = None if audio is None else prepare(audio, self.encoder.sample_rate)
+        wave = None if audio is None else self._waveform(audio, sample_rate)
         prompt = self.chat_format.encode(question, system=system, audio=wave is not None, trim=trim)
         ids = [self.chat_format.ids(choice) for choice in choices]
         with torch.no_grad():
@@ -333,6 +354,13 @@ class Model(nn.Module):
             forward=forward,
         )
 
+    def _waveform(self, audio: Any, sample_rate: int | None) -> Tensor:
+        """Return a user's recording at the encoder's rate; warn once of one without a rate."""
+        rate: int = self.encoder.sample_rate
+        if sample_rate is None and isinstance(audio, Tensor | np.ndarray):
+            _warn_of_rate(rate)
+        return prepare(audio, rate, sample_rate=sample_rate)
+
     def count_embeddings(self, seconds: float) -> int:
         """Return the number of audio embeddings of a recording of this duration, about."""
         if seconds <= 0:
@@ -352,6 +380,20 @@ class Model(nn.Module):
         count = self.count_embeddings(seconds)
         if limit is not None and not cuts and _CERTAIN * count > limit:
             check_context_length(0, count, max_tokens, seconds, limit)
+
+    def __repr__(self) -> str:
+        """Show the parts with their parameters in millions, and how many of them are trained."""
+        lines = [f"Model ({self.device}, spec {self.spec.digest()})"]
+        for path, part in self.spec.parts().items():
+            name = part.name if isinstance(part.name, str) else part.name.__name__
+            weights = []
+            if part.kind in ("encoder", "adapter", "backbone"):
+                weights = list(self.get_submodule(path).parameters())
+            total = sum(weight.numel() for weight in weights)
+            trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+            count = f"{total / 1e6:10.2f} M  {trained / 1e6:8.2f} M trained" if weights else ""
+            lines.append(f"  {path:20} {name:14}{count}".rstrip())
+        return "\n".join(lines)
 
     def _prepare(self, inputs: CanvasInputs) -> tuple[Canvas, Denoiser]:
         """Encode the audio, and return the canvas with its ``denoise``."""

@@ -122,24 +122,31 @@ class Generation(NamedTuple):
     Attributes:
         tokens: Token ids of each row, (A,) int64.
         num_forwards: Forward passes of the backbone.
+        confidence: Mean log-probability of each row's tokens when they were written, up to EOS.
     """
 
     tokens: list[Tensor]
     num_forwards: int
+    confidence: list[float]
 
 
 class Answer(NamedTuple):
-    """An answer, or the answers of a batch.
+    """An answer, or the answers of a batch. It prints as its text.
 
     Attributes:
         text: The answer; a list of them for a batch.
         tokens: Its token ids, (A,); a list of them for a batch.
         num_forwards: Forward passes of the backbone.
+        confidence: Mean log-probability of its tokens when they were written; a list for a batch.
     """
 
     text: Any
     tokens: Any
     num_forwards: int
+    confidence: Any
+
+    def __str__(self) -> str:
+        return self.text if isinstance(self.text, str) else "\n".join(self.text)
 
 
 class Loss(NamedTuple):

@@ -12,6 +12,8 @@ import torch
 from helpers.golden import golden_spec
 
 import diffa
+from diffa import audio
+from diffa import model as module
 from diffa.errors import AudioError, CheckpointError, SpecError
 
 Golden = tuple[diffa.Model, dict[str, torch.Tensor]]
@@ -284,3 +286,87 @@ def test_an_hour_is_refused_before_it_is_decoded_or_encoded(
     monkeypatch.setattr("diffa.model.prepare", lambda *_: pytest.fail("decoded"))
     with pytest.raises(AudioError, match=r"\(3600\.0 s\).*cut the recording"):
         model.answer(path, "What can you hear?", max_tokens=8)
+
+
+# --- everyday use -------------------------------------------------------------------------------
+
+DIGITS = Path(diffa.__file__).parent / "assets" / "recordings" / "digits.flac"
+TRANSCRIBE = "Please transcribe the audio to text."
+
+
+@pytest.fixture(scope="module")
+def nano() -> diffa.Model:
+    return diffa.build("nano")
+
+
+def test_audio_is_taken_in_every_form_that_people_have(nano: diffa.Model) -> None:
+    wave, rate = soundfile.read(DIGITS, dtype="float32")
+    slow = torch.from_numpy(wave)
+    expected = nano.answer(DIGITS, TRANSCRIBE).text
+    with DIGITS.open("rb") as file:
+        forms: list[Any] = [
+            str(DIGITS), DIGITS.read_bytes(), file, (wave, rate), (slow, rate),
+            {"array": wave, "sampling_rate": rate}, {"bytes": DIGITS.read_bytes()},
+            {"path": str(DIGITS)},
+        ]  # fmt: skip
+        for form in forms:
+            assert nano.answer(form, TRANSCRIBE).text == expected, form
+    assert nano.answer(wave, TRANSCRIBE, sample_rate=rate).text == expected
+    double = audio.resample(slow, rate, 2 * rate)
+    assert nano.answer((double, 2 * rate), TRANSCRIBE).text == expected
+    assert nano.answer(double, TRANSCRIBE, sample_rate=2 * rate).text == expected
+    with pytest.raises(AudioError, match="samples per second"):
+        nano.answer((wave, "fast"), TRANSCRIBE)
+
+
+def test_a_waveform_without_a_rate_warns_once(
+    nano: diffa.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    module._warn_of_rate.cache_clear()
+    for _ in range(2):
+        nano.answer(torch.zeros(8000), "What can you hear?")
+    assert caplog.text.count("give sample_rate=") == 1
+    caplog.clear()
+    module._warn_of_rate.cache_clear()
+    nano.answer(DIGITS, TRANSCRIBE)
+    nano.answer(torch.zeros(8000), TRANSCRIBE, sample_rate=16_000)
+    assert not caplog.records
+
+
+def test_one_recording_answers_several_questions(nano: diffa.Model) -> None:
+    questions = ["How many digits are spoken?", TRANSCRIBE]
+    together = nano.answer(DIGITS, questions)
+    apart = [nano.answer(DIGITS, question) for question in questions]
+    assert together.text == [one.text for one in apart]
+    assert together.confidence == pytest.approx([one.confidence for one in apart], abs=1e-4)
+
+
+def test_an_answer_prints_as_its_text_and_knows_its_confidence(nano: diffa.Model) -> None:
+    answer = nano.answer(DIGITS, TRANSCRIBE)
+    assert str(answer) == answer.text and -1.0 < answer.confidence <= 0.0
+    noise = nano.answer(
+        torch.randn(16_000) * 0.01, "Which digit is the largest?", sample_rate=16_000
+    )
+    assert noise.confidence < answer.confidence
+    pair = nano.answer(DIGITS, [TRANSCRIBE, TRANSCRIBE])
+    assert str(pair) == f"{answer.text}\n{answer.text}"
+
+
+def test_a_model_and_a_spec_are_shown_shortly(nano: diffa.Model) -> None:
+    lines = repr(nano).splitlines()
+    assert len(lines) == 7 and lines[0].startswith("Model (cpu, spec ")
+    assert [line.split()[:2] for line in lines[1:3]] == [
+        ["encoder", "whisper"],
+        ["backbone", "llada"],
+    ]
+    assert "0.00 M trained" in lines[2]
+    shown = repr(nano.spec)
+    assert "block_length=24" in shown and "temperature" not in shown
+    changed = repr(nano.spec.set("sampler.temperature", 0.5))
+    assert "temperature=0.5" in changed
+
+
+def test_dir_is_the_public_api() -> None:
+    assert {"build", "load", "save", "swap", "Model", "Spec", "errors"} < set(dir(diffa))
+    assert not [name for name in dir(diffa) if name.startswith("_") and name != "__version__"]
+    assert "importlib" not in dir(diffa)

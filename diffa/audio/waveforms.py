@@ -53,21 +53,36 @@ def read_dataset_audio(value: Any, folder: Path | None = None) -> tuple[Tensor, 
     return read((folder or Path()) / Path(stored).expanduser())
 
 
-def prepare(audio: object, rate: int, *, strict: bool = False) -> Tensor:
-    """Return a waveform (S,), float32 at ``rate``, from a path or from a waveform at ``rate``.
+def prepare(
+    audio: Any, rate: int, *, strict: bool = False, sample_rate: int | None = None
+) -> Tensor:
+    """Return a waveform (S,), float32 at ``rate``, from any form in which people have audio.
 
     Args:
-        audio: A path, or a waveform (S,) of floats.
+        audio: A path, the bytes of a file, a binary file, a waveform (S,) of floats, a pair
+            ``(waveform, rate)``, or a recording of ``datasets`` (``read_dataset_audio``).
         rate: Samples per second.
         strict: Raise an error for a file that is cut or damaged, instead of a warning.
+        sample_rate: Samples per second of a waveform that comes without. Default: ``rate``.
 
     Raises:
         AudioError: The audio is missing, empty, not audio, not finite, not floating point or not
             one-dimensional.
     """
-    if isinstance(audio, str | Path):
+    if isinstance(audio, str | Path | bytes) or (
+        hasattr(audio, "read") and not hasattr(audio, "get_all_samples")
+    ):
         waveform, file_rate = read(audio, strict=strict)
         return resample(waveform, file_rate, rate)
+    if isinstance(audio, dict) or hasattr(audio, "get_all_samples"):
+        waveform, file_rate = read_dataset_audio(audio)
+        return resample(waveform, file_rate, rate)
+    if isinstance(audio, tuple):
+        if len(audio) != 2 or not isinstance(audio[1], int | np.integer):
+            raise AudioError("a pair of audio is (waveform, samples per second)")
+        return prepare(audio[0], rate, sample_rate=int(audio[1]))
+    if sample_rate is not None and sample_rate != rate:
+        return resample(prepare(audio, sample_rate), sample_rate, rate)
     if not isinstance(audio, Tensor):
         audio = _tensor(audio)
     if not audio.is_floating_point():
@@ -80,7 +95,8 @@ def prepare(audio: object, rate: int, *, strict: bool = False) -> Tensor:
     if audio.numel() == 0:
         raise AudioError("the waveform is empty: it has no samples")
     check_finite(audio, "the waveform")
-    return audio.to(torch.float32)
+    samples: Tensor = audio.to(torch.float32)
+    return samples
 
 
 def _tensor(audio: object) -> Tensor:

@@ -109,6 +109,14 @@ class Canvas:
         """Show slots (B, S) bool again, in the twins too; padding stays hidden."""
         self.valid = self.valid | (self._for_all_rows(slots) & self._filled)
 
+    def mean_log_probs(self) -> list[float]:
+        """Return the mean log-probability of each row's answer, up to its first EOS."""
+        ends = (self.answer == self.vocab.eos).cumsum(1)
+        counted = (ends == 0) | ((ends == 1) & (self.answer == self.vocab.eos))
+        logs = self.confidence.clamp(min=1e-30).log() * counted
+        means: list[float] = (logs.sum(1) / counted.sum(1).clamp(min=1)).tolist()
+        return means
+
     def write(self, slots: Tensor, tokens: Tensor, confidence: Tensor | None = None) -> None:
         """Write ``tokens`` (B, K) into ``slots`` (B, K) where the slot is not -1, twins included.
 

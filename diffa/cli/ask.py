@@ -63,6 +63,7 @@ def ask(
                 "text": answer.text,
                 "tokens": [int(token) for token in answer.tokens],
                 "num_forwards": answer.num_forwards,
+                "confidence": round(answer.confidence, 4),
                 "seconds": round(seconds, 3),
                 "spec": name,
                 "digest": model.spec.digest(),

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 def default_spec() -> str:
-    """Return the spec to use if none is named: nano, or the untrained tiny without nano."""
+    """Return the spec to use if none is named: DIFFA_SPEC, else nano, else the untrained tiny."""
     import diffa
 
+    if named := os.environ.get("DIFFA_SPEC", "").strip():
+        return named
     if (Path(diffa.__file__).parent / "assets" / "presets" / "nano.yaml").is_file():
         return "nano"
     print_note(

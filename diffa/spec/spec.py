@@ -11,9 +11,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffa.errors import SpecError, suggest
+from diffa.errors import PluginError, SpecError, show, suggest
 from diffa.spec import registry
-from diffa.spec.schema import Schema, to_plain
+from diffa.spec.schema import Schema, read_schema, to_plain
 from diffa.spec.validation import PROMPT_DEFAULTS, SPEC_KEYS, decoding_mismatch, validate_spec
 from diffa.spec.yaml import parse_json, parse_yaml, read_mapping, write_yaml
 
@@ -135,8 +135,12 @@ class Spec:
         return hash(self.digest())
 
     def __repr__(self) -> str:
-        names = {path: _class_name(part.name) for path, part in self.parts().items()}
-        return f"Spec({', '.join(f'{path}={name}' for path, name in names.items())})"
+        """Show every part with the options that differ from its defaults."""
+        texts = []
+        for path, part in self.parts().items():
+            options = ", ".join(f"{k}={show(v)}" for k, v in _changed_options(part).items())
+            texts.append(f"{path}={_class_name(part.name)}" + (f"({options})" if options else ""))
+        return f"Spec({', '.join(texts)})"
 
     def _refuse_classes(self) -> None:
         for path, part in self.parts().items():
@@ -234,6 +238,17 @@ def _parent_of(
         node[step] = dict(inner or {})
         node, known = node[step], {}
     return node
+
+
+def _changed_options(part: PartSpec) -> dict[str, Any]:
+    """Return the options of a part that are not its defaults; all of a part that is not here."""
+    try:
+        cls = registry.load_part(part.kind, part.name) if isinstance(part.name, str) else part.name
+        known = read_schema(cls).options
+    except PluginError:
+        known = {}
+    defaults = {name: option.default for name, option in known.items()}
+    return {k: v for k, v in part.options.items() if k not in defaults or defaults[k] != v}
 
 
 def _class_name(name: Any) -> str:

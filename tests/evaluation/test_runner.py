@@ -180,7 +180,10 @@ class TestBatches:
         def told_by(waves):
             time.sleep(0.001 * (len(waves) % 3))
             return diffa.Answer(
-                [str(int(wave[0])) for wave in waves], [wave.long() for wave in waves], 1
+                [str(int(wave[0])) for wave in waves],
+                [wave.long() for wave in waves],
+                1,
+                [0.0] * len(waves),
             )
 
         def hear(number):

@@ -49,7 +49,7 @@ class Stub:
     def answer(self, waves, questions, **options) -> diffa.Answer:
         self.asked += len(waves)
         texts = ["ABCD"[len(wave) % 4] for wave in waves]
-        return diffa.Answer(texts, [torch.zeros(0)] * len(texts), 1)
+        return diffa.Answer(texts, [torch.zeros(0)] * len(texts), 1, [0.0] * len(texts))
 
 
 def records(out: Path) -> bytes:
