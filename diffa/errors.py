@@ -69,7 +69,7 @@ def describe(error: BaseException) -> str:
             return "the input is nested too deeply, or holds itself"
         case MemoryError():
             return f"memory is exhausted{text and f' ({text})'}: use a smaller input or batch"
-        case RuntimeError() if "allocate memory" in text or "out of memory" in text:
+        case RuntimeError() if is_out_of_memory(error):
             return f"memory is exhausted ({text.splitlines()[0]}): use a smaller input or batch"
         case OverflowError():
             return f"a number is too large ({text})"
@@ -87,6 +87,14 @@ def describe(error: BaseException) -> str:
         case KeyError():
             return f"KeyError: there is no {text}"
     return f"{type(error).__name__}: {text or 'no reason given'}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory is exhausted, the CPU's or an accelerator's."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+    )
 
 
 def describe_error(error: BaseException) -> str:

@@ -180,7 +180,8 @@ class Routes:
         """Return 200 and how busy the engine is, or 503 while shutting down."""
         service = self._service
         healthy = service.engine.alive and not service.draining
-        status = {"status": "ok" if healthy else "closing", **service.engine.load()._asdict()}
+        state = "ok" if healthy else "failed" if service.engine.failed else "closing"
+        status = {"status": state, **service.engine.load()._asdict()}
         return JSONResponse(status, status_code=200 if healthy else 503)
 
     async def metrics(self) -> Response:

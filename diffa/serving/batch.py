@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffa.canvas.batch import CanvasInputs, initial_answer, make_canvas
 from diffa.canvas.denoiser import Denoiser
+from diffa.errors import is_out_of_memory
 from diffa.serving.batched_forward import BackboneCall
-from diffa.serving.errors import log_error
+from diffa.serving.errors import as_exception, log_error
 from diffa.serving.requests import FailedEvent, FinishedEvent, RequestHandle, StepEvent
 from diffa.types import PartialBackbone
 
@@ -55,6 +56,9 @@ class RequestBatch:
         handles: the requests, one row of the canvas each.
         embeds: audio embeddings (N, W) of each request, or None.
         on_pause: receives the batch and the reason whenever its thread pauses or ends.
+
+    Attributes:
+        retries: after an error, requests to be decoded in batches of their own.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class RequestBatch:
         # A queue rather than an event: it hands the result over and wakes the thread in one step.
         self._results: SimpleQueue[Tensor | Exception] = SimpleQueue()
         self._unfinished = [True] * len(handles)
+        self.retries: list[list[tuple[RequestHandle, Tensor | None]]] = []
         self.num_forwards = 0
 
     @property
@@ -86,13 +91,26 @@ class RequestBatch:
         try:
             with torch.no_grad():  # the setting is per thread
                 self._decode(self._make_canvas())
-        except Exception as error:
+        except BaseException as error:  # of a sampler that raises SystemExit, too
             message = f"{len(self.handles)} requests fail after {self.num_forwards} forward passes"
             log_error(_log, message, error)
-            for handle in self.handles:
-                handle.finish(FailedEvent(error))
+            self._retry_or_fail(error)
         finally:
             self._on_pause(self, None)  # the worker waits for it, also after an error
+
+    def _retry_or_fail(self, error: BaseException) -> None:
+        """Fail a single request; otherwise leave ``retries``: one request must not fail others.
+
+        Seeds are the requests', so a retry decides the same tokens. Without memory each half
+        may fit; after other errors each request is alone, and the one at fault fails alone.
+        """
+        triples = zip(self.handles, self._embeds, self._unfinished, strict=True)
+        rest = [(handle, embeds) for handle, embeds, left in triples if left and handle.active]
+        if len(rest) == 1 and len(self.handles) == 1:
+            rest[0][0].finish(FailedEvent(as_exception(error)))
+            return
+        size = (len(rest) + 1) // 2 if is_out_of_memory(error) else 1
+        self.retries = [rest[start : start + size] for start in range(0, len(rest), max(1, size))]
 
     def _make_canvas(self) -> Canvas:
         requests = [handle.request for handle in self.handles]

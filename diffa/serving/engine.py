@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict, deque
@@ -13,7 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from diffa.serving.encoder_cache import EncoderCache
-from diffa.serving.errors import deadline_exceeded, queue_full, shutting_down
+from diffa.serving.errors import (
+    deadline_exceeded,
+    engine_failed,
+    log_error,
+    queue_full,
+    shutting_down,
+)
 from diffa.serving.requests import FailedEvent, RequestHandle
 from diffa.serving.worker import Worker
 
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
 # Rows that are worth a worker of their own: for nano on two cores, two forward passes of 8 rows
 # side by side take three quarters of the time of one pass of 16 rows on both cores.
 _MIN_ROWS_PER_WORKER = 4
+_MAX_IDLE_DEATHS = 3
+_log = logging.getLogger(__name__)
 
 
 class EngineLoad(NamedTuple):
@@ -46,6 +55,8 @@ class Engine:
     idle; alone, it uses the cores of the others as well. All workers together never compute on
     more threads than there are cores (``diffa.runtime.threads``).
 
+    A worker that an error ends is replaced.
+
     Args:
         model: decodes the answers.
         max_batch_size: requests decoded at the same time, in all workers together.
@@ -55,6 +66,9 @@ class Engine:
             ``_MIN_ROWS_PER_WORKER`` rows each.
         on_forward: receives the rows of every forward pass and its seconds, in any worker's
             thread.
+
+    Attributes:
+        failed: whether a worker could not be replaced; then no request is accepted.
     """
 
     def __init__(
@@ -89,20 +103,20 @@ class Engine:
         self._canvas_threads = ThreadPoolExecutor(
             max_batch_size, "canvas", initializer=torch.set_num_threads, initargs=(1,)
         )
+        self.failed, self._idle_deaths = False, 0
         encoder_cache = EncoderCache(model, cached_embeddings)
-        self._workers = [
-            Worker(
-                model,
-                encoder_cache,
-                (max_batch_size + index) // num_workers,
-                self._canvas_threads,
-                next_requests=self._next_requests,
-                num_threads=partial(self._num_threads, index),
-                on_forward=self._count_forward,
-                on_batch_end=self._count_answers,
-            )
-            for index in range(num_workers)
-        ]
+        self._new_worker: Callable[[int], Worker] = lambda index: Worker(
+            model,
+            encoder_cache,
+            (max_batch_size + index) // num_workers,
+            self._canvas_threads,
+            next_requests=self._next_requests,
+            num_threads=partial(self._num_threads, index),
+            on_forward=self._count_forward,
+            on_batch_end=self._count_answers,
+            on_end=self._replace_worker,
+        )
+        self._workers = [self._new_worker(index) for index in range(num_workers)]
         for worker in self._workers:
             worker.thread.start()
 
@@ -113,7 +127,9 @@ class Engine:
             RequestError: the queue is full (429), or the engine is shutting down (503).
         """
         with self._changed:
-            if self._closed or not any(worker.thread.is_alive() for worker in self._workers):
+            if self.failed:
+                raise engine_failed()
+            if self._closed:
                 raise shutting_down()
             self.check_queue()
             self._queue.append(handle)
@@ -135,8 +151,10 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether all workers' threads run."""
-        return all(worker.thread.is_alive() for worker in self._workers)
+        """Whether requests are accepted, and all workers' threads run."""
+        return not (self._closed or self.failed) and all(
+            worker.thread.is_alive() for worker in self._workers
+        )
 
     def close(self, timeout: float = 0.0) -> None:
         """Refuse new requests, wait up to ``timeout`` seconds for the others, then fail them."""
@@ -152,6 +170,29 @@ class Engine:
             handle.finish(FailedEvent(shutting_down()))
         self._join(time.monotonic() + 10)  # batches end at their next forward pass
         self._canvas_threads.shutdown(wait=False)
+
+    def _replace_worker(self, ended: Worker, had_requests: bool) -> None:
+        """Start another worker in the place of one that an error has ended.
+
+        A worker that dies of a request takes it along, so the next one may live. One after the
+        other that dies without any means that none can live: then the engine has failed.
+        """
+        with self._changed:
+            self._idle_deaths = 0 if had_requests else self._idle_deaths + 1
+            index = self._workers.index(ended)
+            try:
+                if self._idle_deaths > _MAX_IDLE_DEATHS:
+                    raise RuntimeError("workers end as soon as they begin")
+                worker = self._new_worker(index)
+                worker.thread.start()
+                self._workers[index] = worker
+            except RuntimeError as error:  # also: the system has no more threads
+                log_error(_log, "no worker can be started", error)
+                self.failed = True
+                for handle in self._queue:
+                    handle.finish(FailedEvent(engine_failed()))
+                self._queue.clear()
+            self._changed.notify_all()
 
     def _join(self, until: float) -> None:
         for worker in self._workers:

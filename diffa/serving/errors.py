@@ -70,6 +70,18 @@ def deadline_exceeded(seconds: float) -> RequestError:
     return RequestError(504, message, code="deadline_exceeded")
 
 
+def engine_failed() -> RequestError:
+    """Return the error of a server whose workers cannot be replaced, 503."""
+    return RequestError(503, "the server's engine has ended: ask another one", retry_after=5)
+
+
+def as_exception(error: BaseException) -> Exception:
+    """Return what a request may fail with: SystemExit, say, would end who raises it again."""
+    if isinstance(error, Exception):
+        return error
+    return DiffaError(f"{type(error).__name__} while answering")
+
+
 def public_error(error: Exception) -> Exception:
     """Return what a client may know of an engine's error: the request's faults are 400, others
     500; errors that are not diffa's stay as they are and become a message without details."""
@@ -80,7 +92,7 @@ def public_error(error: Exception) -> Exception:
     return RequestError(500, str(error))
 
 
-def log_error(log: logging.Logger, what: str, error: Exception) -> None:
+def log_error(log: logging.Logger, what: str, error: BaseException) -> None:
     """Log an error that becomes a response: one line if a user can fix it, else its traceback."""
     if isinstance(error, DiffaError):
         log.warning("%s: %s", what, error)

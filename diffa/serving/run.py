@@ -11,10 +11,12 @@ from typing import Any
 
 import uvicorn
 
-from diffa.errors import SpecError
+from diffa.errors import DiffaError, SpecError
 from diffa.serving.app import create_app
 from diffa.serving.connection import connection_class
 from diffa.serving.service import Service
+
+_LAST_ANSWERS = 5.0  # seconds in which a failed engine's requests are answered with 503
 
 
 class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional: mypy skips it
@@ -37,6 +39,9 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]  # uvicorn is option
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second, stop if nothing is left to finish or the time is over."""
+        if self._service.engine.failed and not self._service.draining:
+            self._service.draining = True
+            self._drain_until = time.monotonic() + _LAST_ANSWERS
         if self._service.draining:
             overdue = time.monotonic() > self._drain_until
             if overdue:  # close() joins threads, which must not block the event loop
@@ -79,7 +84,13 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def run_server(service: Service, bound: socket.socket) -> None:
-    """Serve at a bound socket until SIGTERM or SIGINT."""
+    """Serve at a bound socket until SIGTERM or SIGINT.
+
+    Raises:
+        DiffaError: the engine has failed; a supervisor may start the server again.
+    """
     logging.getLogger("diffa.serving").setLevel(logging.INFO)
     host, port = bound.getsockname()[:2]
     create_server(service, host, port).run(sockets=[bound])
+    if service.engine.failed:
+        raise DiffaError("the server ends: its workers end with errors as soon as they begin")

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffa.canvas.batch import check_context_length
 from diffa.serving.batch import HeadCall, Pause, RequestBatch
 from diffa.serving.batched_forward import BackboneCall, run_together
-from diffa.serving.errors import deadline_exceeded, log_error
+from diffa.serving.errors import as_exception, deadline_exceeded, log_error
 from diffa.serving.requests import FailedEvent, RequestHandle, StartedEvent
 from diffa.types import max_length
 
@@ -50,6 +50,7 @@ class Worker:
         num_threads: returns the threads that PyTorch may use in this worker from now on.
         on_forward: receives the rows of each forward pass and its seconds.
         on_batch_end: receives the number of requests of each batch that ends.
+        on_end: called when an error ends the worker; receives whether it had requests.
 
     Attributes:
         batches: the batches that are running.
@@ -68,6 +69,7 @@ class Worker:
         num_threads: Callable[[], int],
         on_forward: Callable[[int, float], None],
         on_batch_end: Callable[[int], None],
+        on_end: Callable[[Worker, bool], None],
     ) -> None:
         self.model, self.batches = model, list[RequestBatch]()
         self.idle, self.was_used = True, False
@@ -75,6 +77,7 @@ class Worker:
         self._encoder_cache, self._canvas_threads = encoder_cache, canvas_threads
         self._next_requests, self._num_threads = next_requests, num_threads
         self._on_forward, self._on_batch_end = on_forward, on_batch_end
+        self._on_end = on_end
         # Filled by the batches' threads, emptied by this worker's alone.
         self._pauses: SimpleQueue[tuple[RequestBatch, Pause]] = SimpleQueue()
         self._pending: list[tuple[RequestBatch, BackboneCall]] = []
@@ -88,20 +91,28 @@ class Worker:
 
     def _run(self) -> None:
         with torch.no_grad():  # the setting is per thread
-            while (new := self._next_requests(self)) is not None:
-                try:
+            new: Sequence[RequestHandle] | None = ()
+            try:
+                while (new := self._next_requests(self)) is not None:
                     self._set_num_threads()
                     self._start_batches(new)
                     if self.batches:
                         self._set_num_threads()  # encoding took a while: others may have begun
                         self._step()
-                except Exception as error:
-                    log_error(_log, "a worker ends", error)
-                    for batch in self.batches:
-                        batch.resume(error)  # its thread waits for a pass that will not come
-                    for handle in new:
-                        handle.finish(FailedEvent(error))
-                    raise
+                    new = ()
+            except BaseException as error:
+                self._end(error, new or ())
+
+    def _end(self, error: BaseException, new: Sequence[RequestHandle]) -> None:
+        """Fail the worker's requests, and let the engine start another worker."""
+        log_error(_log, "a worker ends", error)
+        reason, batches = as_exception(error), tuple(self.batches)
+        for handle in (*new, *(handle for batch in batches for handle in batch.handles)):
+            handle.finish(FailedEvent(reason))
+        for batch in batches:
+            batch.resume(reason)  # its thread waits for a pass that will not come
+        self.batches.clear()
+        self._on_end(self, bool(new or batches))
 
     def _set_num_threads(self) -> None:
         torch.set_num_threads(self._num_threads())  # PyTorch keeps the number per thread
@@ -113,11 +124,14 @@ class Worker:
             handle.publish(StartedEvent())
             groups[handle.request.batch_key].append((handle, embeds))
         for pairs in groups.values():
-            handles, rows = zip(*pairs, strict=True)
-            batch = RequestBatch(self.model.backbone, handles, rows, self._on_pause)
-            self.batches.append(batch)
-            self._canvas_threads.submit(batch.run)
-            self._run_until_pause()
+            self._start_batch(pairs)
+
+    def _start_batch(self, pairs: Sequence[tuple[RequestHandle, Tensor | None]]) -> None:
+        handles, rows = zip(*pairs, strict=True)
+        batch = RequestBatch(self.model.backbone, handles, rows, self._on_pause)
+        self.batches.append(batch)
+        self._canvas_threads.submit(batch.run)
+        self._run_until_pause()
 
     def _encode(self, new: Sequence[RequestHandle]) -> list[tuple[RequestHandle, Tensor | None]]:
         """Return requests with their audio embeddings (N, W); fail those that cannot begin."""
@@ -169,6 +183,8 @@ class Worker:
         if pause is None:
             self.batches.remove(batch)
             self._on_batch_end(len(batch.handles))
+            for pairs in batch.retries:
+                self._start_batch(pairs)
         else:
             self._pending.append((batch, pause))
 

@@ -345,9 +345,8 @@ def test_requests_that_can_share_a_canvas_are_admitted_together(model):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_worker_that_dies_fails_its_requests(model, monkeypatch, caplog, before):
+def test_a_worker_that_dies_fails_its_requests_and_is_replaced(model, monkeypatch, caplog, before):
     """Whether its canvases have their forward by then, or wait for it."""
-    monkeypatch.setattr(threading, "excepthook", lambda told: None)
     calls = []
 
     def fail(*_):
@@ -363,10 +362,11 @@ def test_a_worker_that_dies_fails_its_requests(model, monkeypatch, caplog, befor
         assert ends.get(timeout=20) == StartedEvent()
         end = ends.get(timeout=20)
         assert isinstance(end, FailedEvent) and "the observer" in str(end.error)
-        engine._workers[0].thread.join(20)
-        assert not engine.alive and len(calls) == 1
-        with pytest.raises(RequestError):
-            engine.submit(RequestHandle(request, ends.put, 60))
+        assert len(calls) == 1
+        monkeypatch.undo()
+        engine._on_forward = None
+        (answer,) = answered(engine, [request])
+        assert answer.tokens.tolist() == alone(model, request)[0] and engine.alive
     finally:
         engine.close()
     for thread in engine._canvas_threads._threads:

@@ -77,30 +77,37 @@ HEADS = {
 @pytest.mark.parametrize("part", HEADS)
 def test_slow_downloads_delay_no_other_question_and_are_given_up(model, part):
     limits = LIMITS._replace(download_timeout=2.0)
-    with dripping_host(HEADS[part]) as host, ThreadPoolExecutor(6) as threads:
-        with serving(model, limits=limits, allowed_hosts=[host]) as (_, address):
-            ask(address)
-            slow = [threads.submit(outcome, address, remote(host)) for _ in range(6)]
-            time.sleep(0.3)
-            assert outcome(address)[2] < 1.5
-            results = [each.result(20) for each in slow]
+    with (
+        dripping_host(HEADS[part]) as host,
+        ThreadPoolExecutor(6) as threads,
+        serving(model, limits=limits, allowed_hosts=[host]) as (_, address),
+    ):
+        ask(address)
+        slow = [threads.submit(outcome, address, remote(host)) for _ in range(6)]
+        time.sleep(0.3)
+        assert outcome(address)[2] < 1.5
+        results = [each.result(20) for each in slow]
     assert {(status, code) for status, code, _ in results} == {(400, "download_too_slow")}
     assert max(seconds for *_, seconds in results) < 6
 
 
 def test_a_download_below_the_least_rate_is_given_up(model, monkeypatch):
     monkeypatch.setattr("diffa.serving.download._GRACE", 0.3, raising=False)
-    with dripping_host(HEADS["body"]) as host:
-        with serving(model, limits=LIMITS, allowed_hosts=[host]) as (_, address):
-            status, code, seconds = outcome(address, remote(host))
+    with (
+        dripping_host(HEADS["body"]) as host,
+        serving(model, limits=LIMITS, allowed_hosts=[host]) as (_, address),
+    ):
+        status, code, seconds = outcome(address, remote(host))
     assert (status, code) == (400, "download_too_slow") and seconds < 5
 
 
 def test_the_deadline_counts_while_a_recording_is_downloaded(model):
-    with dripping_host(HEADS["body"]) as host:
-        with serving(model, limits=LIMITS, allowed_hosts=[host]) as (_, address):
-            more = {"extra_body": {"diffa": {"deadline": 0.5}}}
-            status, _, seconds = outcome(address, remote(host), **more)
+    with (
+        dripping_host(HEADS["body"]) as host,
+        serving(model, limits=LIMITS, allowed_hosts=[host]) as (_, address),
+    ):
+        more = {"extra_body": {"diffa": {"deadline": 0.5}}}
+        status, _, seconds = outcome(address, remote(host), **more)
     assert status == 504 and seconds < 1.5
 
 
@@ -145,9 +152,11 @@ def test_a_recording_that_cannot_fit_is_refused_by_its_header(model, monkeypatch
     monkeypatch.setattr(
         service_module, "decode_recording", lambda *args: decoded.append(1) or decode(*args)
     )
-    with serving(model, limits=LIMITS) as (_, address):
-        with pytest.raises(openai.BadRequestError, match="cut the recording"):
-            ask(address, question(recording(seconds=50)))
+    with (
+        serving(model, limits=LIMITS) as (_, address),
+        pytest.raises(openai.BadRequestError, match="cut the recording"),
+    ):
+        ask(address, question(recording(seconds=50)))
     assert not decoded
 
 
