@@ -277,15 +277,13 @@ class Transformer(nn.Module):
                 rows.pack(embeds), rows.pack(positions), rows.pack_context(context)
             )
             return rows.unpack(hidden)
-        kind = embeds.device.type
+        half = embeds.is_cuda and torch.is_autocast_enabled("cuda")
         plan = plan_attention(
             context,
             positions,
             causal=self.causal,
             implementation=self.attn_implementation,
-            dtype=torch.get_autocast_dtype(kind)
-            if torch.is_autocast_enabled(kind)
-            else embeds.dtype,
+            dtype=torch.get_autocast_dtype("cuda") if half else embeds.dtype,
             head_dim=self.config.head_dim,
         )
         cos_sin = rotary_embedding(positions, self.config).to(embeds.device)
