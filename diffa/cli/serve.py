@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -90,6 +92,14 @@ FetchOption = Annotated[
         help="Host allowed in audio_url; may be repeated (default: none).",
     ),
 ]
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        metavar="ORIGIN",
+        help="Web origin whose pages may send requests (default: none); may be repeated.",
+    ),
+]
 ReplicasOption = Annotated[
     int, typer.Option("--replicas", min=1, help="Number of model replicas; needs --ray.")
 ]
@@ -117,6 +127,7 @@ def serve(
     drain: DrainOption = 30.0,
     api_keys: KeysOption = None,
     fetch_from: FetchOption = None,
+    allow_origin: OriginOption = None,
     ray: RayOption = None,
     replicas: ReplicasOption = 1,
     threads: ThreadsOption = 1,
@@ -144,7 +155,13 @@ def serve(
         place = ("cuda" if gpus else "cpu") if device == "auto" else device
         load = model_source(spec, overrides, sampler_preset, place, dtype).load
     hosts = [entry.lower() for entry in fetch_from or ()]
-    deployment = Deployment(load, name or Path(spec).stem, limits, keys, hosts)
+    origins = [check_origin(origin) for origin in allow_origin or ()]
+    deployment = Deployment(load, name or Path(spec).stem, limits, keys, hosts, origins)
+    if not keys and not _is_loopback(host):
+        print_note(
+            f"WARNING: --host {host} without API keys: everyone who reaches this address can use "
+            f"the model; set {KEYS} or --api-keys"
+        )
     _run(deployment, host, port, ray, ReplicaConfig(replicas, threads, gpus))
 
 
@@ -171,10 +188,14 @@ def read_keys(path: Path | None) -> list[str]:
     """Read API keys from a file (one per line) or the environment (separated by commas).
 
     Raises:
-        SpecError: The file cannot be read or is empty.
+        SpecError: The file cannot be read or is empty, or the variable is set to nothing.
     """
     if path is None:
-        return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+        text = os.environ.get(KEYS)
+        keys = [key.strip() for key in (text or "").split(",") if key.strip()]
+        if text is not None and not keys:
+            raise SpecError(f"{KEYS} is set but holds no key: set one, or unset it to need none")
+        return keys
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -183,6 +204,21 @@ def read_keys(path: Path | None) -> list[str]:
     if not keys:
         raise SpecError(f"--api-keys {path} holds no key")
     return keys
+
+
+def check_origin(origin: str) -> str:
+    """Return a web origin (``https://host[:port]``, or ``*``); SpecError for anything else."""
+    parts = urlsplit(origin)
+    if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+        raise SpecError(f"--allow-origin {origin!r} is no origin such as https://example.org")
+    return origin
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _load(

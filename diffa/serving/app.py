@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from diffa.serving import responses
@@ -48,6 +49,11 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_exception)
+    if service.allowed_origins:  # the outermost layer: refusals carry its headers too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.allowed_origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"], expose_headers=["Retry-After"],
+        )  # fmt: skip
     routes, schemas = Routes(service), dict[str, Any]()
     chat = _describe_body(ChatRequest, "application/json", schemas)
     form = _describe_body(TranscriptionRequest, "multipart/form-data", schemas)

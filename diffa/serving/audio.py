@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,21 +19,29 @@ from diffa.serving.limits import Limits
 _MAX_FILTER = 1 << 22
 
 
-def decode_base64(text: str, param: str, limits: Limits) -> bytes:
+class SentRecording(NamedTuple):
+    """Bytes of an audio file, and the field of the request that holds them."""
+
+    data: bytes
+    param: str
+
+
+def decode_base64(text: str, param: str, limits: Limits) -> SentRecording:
     """Decode base64 or a ``data:`` URI; raises RequestError (400, 413)."""
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise bad_request(f"{param}: a data URI must be 'data:audio/...;base64,...'", param)
-    if len(text) > limits.max_body_bytes * 4 // 3 + 4:
+    if len(text) > limits.max_body_bytes * 3 // 2:
         raise too_large(f"{param} is longer than {limits.max_body_bytes} bytes", param)
     try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
+        letters = text.encode("ascii").translate(None, b" \t\r\n")  # MIME breaks lines
+        data = base64.b64decode(letters, validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
         raise bad_request(f"{param} is not base64: {error}", param) from error
     if not data:
         raise bad_request(f"{param} is empty", param)
-    return data
+    return SentRecording(data, param)
 
 
 def probe_seconds(data: bytes) -> float:
@@ -40,12 +49,13 @@ def probe_seconds(data: bytes) -> float:
     return probe(data).seconds if has_known_header(data[:4]) else 0.0
 
 
-def decode_recording(data: bytes, rate: int, limits: Limits, param: str) -> Tensor:
+def decode_recording(recording: SentRecording, rate: int, limits: Limits) -> Tensor:
     """Return the waveform (S,) of a file's bytes at ``rate`` samples per second.
 
     Raises:
         RequestError: not audio, damaged, not finite (400), or too long (413).
     """
+    data, param = recording
     try:
         waveform, file_rate = read(data, max_seconds=limits.max_audio_seconds, trusted=False)
         common = math.gcd(file_rate, rate)

@@ -60,6 +60,11 @@ class RequestLimits:
         headers = {key.lower(): value for key, value in scope["headers"]}
         if service.draining:
             return shutting_down()
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and not {origin, "*"} & set(service.allowed_origins):
+            # A page of any site can send text/plain and forms to a server on its visitor's machine.
+            message = f"pages of {origin[:200]!r} may not use this server (--allow-origin)"
+            return RequestError(403, message, code="origin_not_allowed")
         if service.api_keys and not self._has_valid_key(headers.get(b"authorization", b"")):
             return RequestError(401, "a valid API key is needed: 'Authorization: Bearer KEY'")
         if service.num_inflight >= limits.max_connections:

@@ -46,6 +46,7 @@ class Deployment(NamedTuple):
         limits: what each replica accepts.
         api_keys: keys that are accepted. Empty: none is needed.
         allowed_hosts: from which recordings may be downloaded.
+        allowed_origins: web origins whose pages may send requests.
     """
 
     load_model: Callable[[], Model]
@@ -53,6 +54,7 @@ class Deployment(NamedTuple):
     limits: Limits
     api_keys: Sequence[str]
     allowed_hosts: Sequence[str]
+    allowed_origins: Sequence[str] = ()
 
     def create_service(self) -> Service:
         """Load the model and start its engine."""
@@ -64,6 +66,7 @@ class Deployment(NamedTuple):
             limits=self.limits,
             api_keys=self.api_keys,
             allowed_hosts=self.allowed_hosts,
+            allowed_origins=self.allowed_origins,
         )
 
 

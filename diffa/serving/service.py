@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import AudioError
-from diffa.serving.audio import decode_recording, probe_seconds
+from diffa.serving.audio import SentRecording, decode_recording, probe_seconds
 from diffa.serving.download import RemoteRecording, download_recording
 from diffa.serving.engine import Engine
 from diffa.serving.errors import (
@@ -58,6 +58,7 @@ class Service:
         limits: what is accepted. Default: ``Limits()``.
         api_keys: keys that are accepted. Empty: none is needed.
         allowed_hosts: ``host`` or ``host:port`` from which recordings may be downloaded.
+        allowed_origins: web origins whose pages may send requests, or ``*``. Empty: none.
 
     Raises:
         SpecError: the backbone has no tokenizer.
@@ -71,9 +72,11 @@ class Service:
         limits: Limits | None = None,
         api_keys: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
+        allowed_origins: Sequence[str] = (),
     ) -> None:
         self.model, self.name = model, name
         self.api_keys, self.allowed_hosts = tuple(api_keys), tuple(allowed_hosts)
+        self.allowed_origins = tuple(allowed_origins)
         self.limits = limits or Limits()
         self.chat = model.chat_format
         self.created = int(time.time())
@@ -130,26 +133,27 @@ class Service:
         """
         if query.deadline is not None:
             deadline = deadline._replace(seconds=query.deadline)
-        data = query.recording
-        if isinstance(data, RemoteRecording):
-            work = partial(download_recording, data, self.limits)
-            data = await self._downloads.run(work, deadline)
-        waveform = None if data is None else await self._decode(data, query, deadline)
+        recording, waveform = query.recording, None
+        if isinstance(recording, RemoteRecording):
+            work = partial(download_recording, recording, self.limits)
+            recording = SentRecording(await self._downloads.run(work, deadline), recording.param)
+        if recording is not None:
+            waveform = await self._decode(recording, query, deadline)
         request = await self.parsers.run(partial(self._build, query, waveform), deadline)
         seconds = 0.0 if waveform is None else len(waveform) / self.model.encoder.sample_rate
         self.metrics.audio_seconds.inc(seconds)
         return PreparedRequest(request, deadline, seconds)
 
-    async def _decode(self, data: bytes, query: Query, deadline: Deadline) -> Tensor:
+    async def _decode(self, recording: SentRecording, query: Query, deadline: Deadline) -> Tensor:
         """Return the waveform (S,) of a file, unless its header says that it does not fit."""
-        seconds = await self.parsers.run(partial(self._check_header, data, query), deadline)
+        seconds = await self.parsers.run(partial(self._check_header, recording, query), deadline)
         pool = self._decoders if 0 < seconds <= _BRIEF else self._long_decoders
         rate = self.model.encoder.sample_rate
-        work = partial(decode_recording, data, rate, self.limits, "the recording")
+        work = partial(decode_recording, recording, rate, self.limits)
         return await pool.run(work, deadline)
 
-    def _check_header(self, data: bytes, query: Query) -> float:
-        seconds = probe_seconds(data)
+    def _check_header(self, recording: SentRecording, query: Query) -> float:
+        seconds = probe_seconds(recording.data)
         if seconds <= self.limits.max_audio_seconds:  # decoding refuses what is longer
             self._check_duration(seconds, query)
         return seconds
@@ -158,7 +162,7 @@ class Service:
         try:
             self.model.check_duration(seconds, query.max_tokens or self._default_tokens)
         except AudioError as error:
-            raise bad_request(str(error), "the recording") from error
+            raise bad_request(str(error), query.recording and query.recording.param) from error
 
     @property
     def _default_tokens(self) -> int:

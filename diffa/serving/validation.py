@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffa.serving.audio import decode_base64
+from diffa.serving.audio import SentRecording, decode_base64
 from diffa.serving.download import RemoteRecording, check_url
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
@@ -132,7 +132,7 @@ class Query(NamedTuple):
 
     Attributes:
         question: text of the user's message.
-        recording: bytes of an audio file, where to download them, or None.
+        recording: an audio file, where to download them, or None.
         system: text of the system messages, or None for the spec's.
         max_tokens: None for the spec's.
         temperature: None for the sampler's.
@@ -146,7 +146,7 @@ class Query(NamedTuple):
     """
 
     question: str
-    recording: bytes | RemoteRecording | None
+    recording: SentRecording | RemoteRecording | None
     system: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -221,7 +221,11 @@ def validate_transcription_request(
     if form.prompt:
         _check_text(form.prompt, "prompt", limits)
     query = Query(
-        _TRANSCRIBE, recording, temperature=form.temperature, stream=form.stream, model=form.model
+        _TRANSCRIBE,
+        SentRecording(recording, "file"),
+        temperature=form.temperature,
+        stream=form.stream,
+        model=form.model,
     )
     return query, form.response_format
 
@@ -253,7 +257,7 @@ def _field_path(location: Sequence[int | str], fields: Any) -> list[int | str]:
 
 def _read_messages(
     messages: Sequence[Message], limits: Limits, allowed_hosts: Sequence[str]
-) -> tuple[str | None, str, bytes | RemoteRecording | None]:
+) -> tuple[str | None, str, SentRecording | RemoteRecording | None]:
     """Return system prompt, question and recording: system messages, then one of the user."""
     system: list[str] = []
     for index, message in enumerate(messages):
@@ -283,12 +287,12 @@ def _read_content(
     param: str,
     limits: Limits,
     allowed_hosts: Sequence[str],
-) -> tuple[str, bytes | RemoteRecording | None]:
+) -> tuple[str, SentRecording | RemoteRecording | None]:
     """Return the text and the recording of a message."""
     if isinstance(content, str):
         return content, None
     texts: list[str] = []
-    recording: bytes | RemoteRecording | None = None
+    recording: SentRecording | RemoteRecording | None = None
     for index, part in enumerate(content):
         place = f"{param}[{index}]"
         if isinstance(part, TextPart):

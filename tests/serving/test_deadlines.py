@@ -128,10 +128,10 @@ def test_the_deadline_counts_while_a_forward_pass_hangs(model, monkeypatch):
 def test_long_recordings_delay_no_short_one(model, monkeypatch):
     decode, released = service_module.decode_recording, threading.Event()
 
-    def slow(data, *args):
-        if len(data) > 2_000_000:
+    def slow(sent, *args):
+        if len(sent.data) > 2_000_000:
             released.wait(10)
-        return decode(data, *args)
+        return decode(sent, *args)
 
     monkeypatch.setattr(service_module, "decode_recording", slow)
     long = question(recording(seconds=70))

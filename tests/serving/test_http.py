@@ -259,8 +259,12 @@ WRONG = {
         400, "messages[0].content[0].input_audio.data",
     ),
     "long text": ({"messages": question(words="x" * 3000)}, 413, "messages[0]"),
-    "not audio": ({"messages": question(b"x" * 100)}, 400, "the recording"),
-    "long audio": ({"messages": question(recording(6.0))}, 413, "the recording"),
+    "not audio": (
+        {"messages": question(b"x" * 100)}, 400, "messages[0].content[0].input_audio.data"
+    ),
+    "long audio": (
+        {"messages": question(recording(6.0))}, 413, "messages[0].content[0].input_audio.data"
+    ),
     "remote": (
         {"messages": [{"role": "user", "content": [
             {"type": "audio_url", "audio_url": {"url": "http://localhost:1/a.wav"}}]}]},
