@@ -102,6 +102,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if debug:
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        hint = "" if isinstance(error, DiffaError) else "\nadd --debug to see where this came from"
+        # A disk's or a name's errors say what they mean: only the unexpected ones need a traceback.
+        clear = isinstance(error, DiffaError | OSError | UnicodeError)
+        hint = "" if clear else "\nadd --debug to see where this came from"
         print_note(f"diffa: {describe(error)}{notes}{hint}")
         sys.exit(2 if isinstance(error, SpecError) else 1)

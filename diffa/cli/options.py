@@ -15,7 +15,7 @@ SpecOption = Annotated[
     typer.Option(
         "--spec",
         help="Model to run: a preset, a YAML or JSON file, or a saved model's folder "
-        "(default: the preset nano).",
+        "(default: DIFFA_SPEC, else the preset nano).",
     ),
 ]
 SpecArgument = Annotated[
@@ -106,7 +106,7 @@ RecipeSetOption = Annotated[
     typer.Option(
         "--set",
         metavar="PATH=VALUE",
-        help="Value to override in the recipe, such as stages.0.steps=100; may be repeated.",
+        help="Value to override in the recipe, such as stages.0.max_steps=100; may be repeated.",
     ),
 ]
 

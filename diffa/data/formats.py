@@ -163,7 +163,8 @@ def _write_parquet(path: Path, rows: Sequence[ManifestRow]) -> None:
         "audios": pyarrow.list_(pyarrow.string()),
     }
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in columns])
-    parquet.write_table(pyarrow.Table.from_pylist(paired, schema=schema), path)
+    with path.open("wb") as file:  # names may look like addresses to pyarrow
+        parquet.write_table(pyarrow.Table.from_pylist(paired, schema=schema), file)
 
 
 def _from_pairs(row: Any) -> Any:

@@ -118,7 +118,7 @@ def open_parquet(path: Path) -> Any:
     """Open a file as ``pyarrow.parquet.ParquetFile``; raises DataError where that fails."""
     pyarrow, parquet = import_pyarrow()
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path.open("rb"))  # names may look like addresses to pyarrow
     except FileNotFoundError as error:
         raise DataError(f"there is no manifest {path}") from error
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -116,7 +116,8 @@ def _write_summary(plan: MapPlan, out: Path) -> None:
     seconds = 0.0
     for index in range(plan.num_shards):
         columns = ["error", "seconds", "num_forwards"]
-        shard = parquet.read_table(plan.shard_path(out, index), columns=columns).to_pydict()
+        with plan.shard_path(out, index).open("rb") as file:
+            shard = parquet.read_table(file, columns=columns).to_pydict()
         rows += len(shard["error"])
         errors += sum(error is not None for error in shard["error"])
         seconds += sum(value or 0.0 for value in shard["seconds"])

@@ -108,5 +108,6 @@ def _write_parquet(
     schema = pa.schema([(name, kind) for name, (kind, _) in columns.items()])
     schema = schema.with_metadata({"diffa.manifest": plan.digest})
     arrays = [pa.array(values, kind) for kind, values in columns.values()]
-    with atomic_write(path) as draft:
-        parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), draft)
+    # An open file: pyarrow takes names such as ~x and http:x for something else.
+    with atomic_write(path) as draft, draft.open("wb") as file:
+        parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), file)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -323,3 +324,12 @@ def test_a_ray_node_that_is_killed_changes_nothing(whole, manifest, saved, tmp_p
         cluster.shutdown()
     assert killed and killed[0] < 6
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("name", ["http:x", "~nobody-of-this-name", "[red]"])
+def test_folders_with_names_like_addresses_are_folders(
+    manifest, saved, tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    run_map(planned(manifest, saved), Path(name))
+    assert len(list((tmp_path / name).glob("*.parquet"))) == 6

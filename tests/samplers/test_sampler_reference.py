@@ -327,6 +327,15 @@ def test_acceptance_rules_are_those_of_one_row_at_a_time() -> None:
                 assert set(accepted[row].nonzero()[:, 0].tolist()) == expected, (rule, value, row)
 
 
+def test_a_threshold_accepts_no_score_that_is_no_number() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[nan, 0.5, 0.3], [nan, 0.95, 0.99], [nan, nan, 0.2]])
+    masked = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
+    accepted = selection.select_threshold(scores, masked, 0.9)
+    expected = [[False, True, False], [False, True, True], [True, False, False]]
+    assert accepted.tolist() == expected  # a row of nothing else ends nevertheless
+
+
 def test_the_rules_of_the_papers_are_the_defaults() -> None:
     """The factor rule is the paper's; LocalLeap reaches four places."""
     scores = torch.tensor([[0.9, 0.1]])
