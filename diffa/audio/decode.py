@@ -19,6 +19,7 @@ from diffa.audio.formats import (
     FORMATS,
     MAX_FRAMES,
     MORE_FORMATS,
+    find_container,
     find_links,
     find_wav_data,
     finish_wav_header,
@@ -90,8 +91,8 @@ def read(
         max_seconds: Longest recording. Default: any length.
         max_frames: Largest number of frames (samples of one channel). Default: the environment's
             DIFFA_MAX_FRAMES, or ``MAX_FRAMES``.
-        trusted: False for data from a network: accept only ``FORMATS``, ``MAX_CHANNELS`` channels
-            and ordinary sample rates, and keep FFmpeg out.
+        trusted: False for data from a network: accept only ``FORMATS``, webm and m4a,
+            ``MAX_CHANNELS`` channels and ordinary sample rates; FFmpeg gets webm and m4a alone.
         strict: Raise an error for a cut or damaged file.
 
     Returns:
@@ -102,10 +103,14 @@ def read(
         AudioError: It is missing, empty, damaged, or not audio.
     """
     with _open(source) as (file, data, name):
-        if not trusted and not has_known_header(bytes(data[:4])):
+        container = None if trusted else find_container(bytes(data[:12]))
+        if not trusted and container is None and not has_known_header(bytes(data[:4])):
             raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
         bound = _Bound(name, max_seconds, _frame_limit() if max_frames is None else max_frames)
-        mono, damage = _decode(file, data, bound, trusted=trusted)
+        if container is None:
+            mono, damage = _decode(file, data, bound, trusted=trusted)
+        else:
+            mono, damage = _decode_pyav(file, bound, container)
         waveform = mono.result()
         if waveform.numel() == 0:
             raise AudioError(f"{name} holds no samples" + (f": {damage}" if damage else ""))
@@ -285,12 +290,8 @@ def _decode_soundfile(file: BinaryIO, bound: _Bound, *, trusted: bool) -> tuple[
 
     with soundfile.SoundFile(file) as sound:
         rate, channels, claimed = int(sound.samplerate), int(sound.channels), int(sound.frames)
-        if not trusted and not 1 <= channels <= MAX_CHANNELS:
-            raise AudioError(
-                f"{bound.name} has {channels} channels: mix them down to {MAX_CHANNELS}"
-            )
-        if not trusted and not _MIN_RATE <= rate <= _MAX_RATE:
-            raise AudioError(f"{bound.name} has {rate} samples per second: resample it to 16000")
+        if not trusted:
+            _check_ordinary(bound.name, channels, rate)
         if claimed < _UNKNOWN:
             bound.check(claimed, rate)
         mono = _Mono(bound, rate)
@@ -310,6 +311,13 @@ def _decode_soundfile(file: BinaryIO, bound: _Bound, *, trusted: bool) -> tuple[
     return mono, ""
 
 
+def _check_ordinary(name: str, channels: int, rate: int) -> None:
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise AudioError(f"{name} has {channels} channels: mix them down to {MAX_CHANNELS}")
+    if not _MIN_RATE <= rate <= _MAX_RATE:
+        raise AudioError(f"{name} has {rate} samples per second: resample it to 16000")
+
+
 def _import_av(name: str) -> Any:
     try:
         return import_module("av")
@@ -320,13 +328,20 @@ def _import_av(name: str) -> Any:
         ) from error
 
 
-def _decode_pyav(file: BinaryIO, bound: _Bound) -> tuple[_Mono, str]:
-    """Decode packet by packet: a damaged one costs its own samples."""
+def _decode_pyav(
+    file: BinaryIO, bound: _Bound, container_format: str | None = None
+) -> tuple[_Mono, str]:
+    """Decode packet by packet: a damaged one costs its own samples.
+
+    A format is given for untrusted data.
+    """
     av = _import_av(bound.name)
     lost = 0
     try:
-        with av.open(file) as container:
+        with av.open(file, format=container_format) as container:
             stream = container.streams.audio[0]
+            if container_format is not None:
+                _check_ordinary(bound.name, int(stream.channels), int(stream.rate))
             mono = _Mono(bound, int(stream.rate))
             claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
             bound.check(int(claimed * mono.rate), mono.rate)

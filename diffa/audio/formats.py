@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 FORMATS = ("wav", "mp3", "flac", "ogg")
-"""Formats that are read without an extra, and the only ones accepted from untrusted sources."""
+"""Formats that are read without an extra."""
 MORE_FORMATS = ("m4a", "mp4", "aac", "webm", "opus", "mka")
 """Endings of further formats, which PyAV reads (``pip install 'diffa-audio[audio]'``)."""
 MAX_FRAMES = 100_000_000
@@ -43,6 +43,16 @@ def has_known_header(head: bytes) -> bool:
     """Return whether the first four bytes are those of one of ``FORMATS``."""
     mpeg_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
     return head in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or mpeg_frame
+
+
+def find_container(head: bytes) -> str | None:
+    """Return FFmpeg's name of a webm (mka) or m4a (mp4) file by its first 12 bytes, or None.
+
+    Naming it keeps FFmpeg's other readers, which follow addresses, from untrusted data.
+    """
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "mov" if head[4:8] == b"ftyp" else None
 
 
 def find_wav_data(data: bytes, size: int) -> WavData | None:

@@ -112,12 +112,13 @@ class Routes:
         prepared = await service.prepare(query, deadline)
         name = query.model or service.name
         if query.stream:
-            style = ChatStream(name, include_usage=query.include_usage)
+            style = ChatStream(name, include_usage=query.include_usage, logprobs=query.logprobs)
             return await self._stream(request, prepared, style, drafts=query.drafts)
-        answer = await responses.wait_for_answer(service, prepared, _disconnect(request))
-        if answer is None:
+        count, gone = query.num_answers, _disconnect(request)
+        answers = await responses.wait_for_answers(service, prepared, count, gone)
+        if answers is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        return JSONResponse(responses.chat_completion(name, answer))
+        return JSONResponse(responses.chat_completion(name, answers, logprobs=query.logprobs))
 
     async def transcribe(self, request: Request) -> Response:
         """Transcribe a recording."""
@@ -136,9 +137,10 @@ class Routes:
         prepared = await service.prepare(query, self._deadline(request))
         if query.stream:
             return await self._stream(request, prepared, TranscriptStream(), drafts=False)
-        answer = await responses.wait_for_answer(service, prepared, _disconnect(request))
-        if answer is None:
+        answers = await responses.wait_for_answers(service, prepared, 1, _disconnect(request))
+        if answers is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        answer = answers[0]
         if style == "text":
             return PlainTextResponse(answer.text + "\n")
         more: dict[str, Any] = {}

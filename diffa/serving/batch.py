@@ -126,6 +126,7 @@ class RequestBatch:
     def _decode(self, canvas: Canvas) -> None:
         proxy = BackboneProxy(self._backbone, self._pause)
         denoise = Denoiser(cast("Backbone", proxy), canvas)
+        step: Step | None = None
         for step in self.handles[0].request.sampler(canvas, denoise):
             self.num_forwards += 1
             self._publish(step, canvas)
@@ -133,7 +134,7 @@ class RequestBatch:
                 return
         denoise.check_finite()
         for row in range(len(self.handles)):
-            self._finish(row, canvas.answer[row])
+            self._finish(row, canvas.answer[row], None if step is None else step.confidence[row])
 
     def _pause(self, call: BackboneCall | HeadCall) -> Tensor:
         """Hand a call to the worker and wait for its result."""
@@ -156,13 +157,15 @@ class RequestBatch:
                 tokens, is_final, confidence = (values[row].cpu() for values in step)
                 handle.publish(StepEvent(tokens, is_final, confidence, self.num_forwards))
             if final[row]:
-                self._finish(row, step.tokens[row])
+                self._finish(row, step.tokens[row], step.confidence[row])
 
-    def _finish(self, row: int, tokens: Tensor) -> None:
+    def _finish(self, row: int, tokens: Tensor, confidence: Tensor | None) -> None:
         if self._unfinished[row]:
             self._unfinished[row] = False
             handle, answer = self.handles[row], tokens.cpu().clone()
-            handle.finish(FinishedEvent(answer, self.num_forwards, handle.num_audio_embeds))
+            confidence = None if confidence is None else confidence.cpu().clone()
+            counts = self.num_forwards, handle.num_audio_embeds
+            handle.finish(FinishedEvent(answer, *counts, confidence))
 
     def _drop(self, row: int, canvas: Canvas) -> None:
         """Fill a row with EOS: samplers leave decided rows out of their forward passes."""

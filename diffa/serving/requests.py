@@ -56,11 +56,15 @@ class StepEvent(NamedTuple):
 
 
 class FinishedEvent(NamedTuple):
-    """The answer (A,), the forward passes it took, and the number of its audio embeddings."""
+    """The answer (A,), the forward passes it took, and the number of its audio embeddings.
+
+    ``confidence`` (A,) is the probability of each token when it was written.
+    """
 
     tokens: Tensor
     num_forwards: int
     num_audio_embeds: int
+    confidence: Tensor | None = None
 
 
 class FailedEvent(NamedTuple):

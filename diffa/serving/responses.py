@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Protocol
 
 from diffa.serving.errors import RequestError, error_body
 from diffa.serving.requests import Event, FinishedEvent, StepEvent
 from diffa.serving.service import EventStream, PreparedRequest, Service
-from diffa.serving.streaming import TextStream, count_tokens, format_draft
+from diffa.serving.streaming import (
+    TextStream,
+    count_tokens,
+    cut_at_stop,
+    format_draft,
+    format_logprobs,
+)
 
 Json = dict[str, Any]
 
@@ -24,9 +31,12 @@ class FinishedAnswer:
         self, service: Service, prepared: PreparedRequest, event: FinishedEvent, seconds: float
     ) -> None:
         vocab = service.model.backbone.vocab
-        self.text = service.chat.decode(event.tokens)
+        text = service.chat.decode(event.tokens)
+        self.text = cut_at_stop(text, prepared.stops)
+        self.logprobs = format_logprobs(event, service.chat, vocab)
         num_tokens = count_tokens(event.tokens, vocab)
-        self.finish_reason = "stop" if bool((event.tokens == vocab.eos).any()) else "length"
+        ended = self.text != text or bool((event.tokens == vocab.eos).any())
+        self.finish_reason = "stop" if ended else "length"
         num_prompt_tokens = len(prepared.request.prompt) + event.num_audio_embeds
         self.usage = {
             "prompt_tokens": num_prompt_tokens,
@@ -42,23 +52,37 @@ class FinishedAnswer:
         service.metrics.tokens.inc(num_tokens)
 
 
-async def wait_for_answer(
-    service: Service, prepared: PreparedRequest, disconnect: Awaitable[None]
-) -> FinishedAnswer | None:
-    """Return the answer, or None if the client disconnects first.
+async def wait_for_answers(
+    service: Service, prepared: PreparedRequest, count: int, disconnect: Awaitable[None]
+) -> list[FinishedAnswer] | None:
+    """Return answers to a request, or None if the client disconnects first.
+
+    The first has the request's seed, the others have seeds drawn from it.
 
     Raises:
         RequestError: the request fails.
     """
+    request, draws = prepared.request, random.Random(prepared.request.seed)
+    seeds = [request.seed, *(draws.getrandbits(62) for _ in range(count - 1))]
+    each = [prepared._replace(request=request._replace(seed=seed)) for seed in seeds]
     disconnected = asyncio.ensure_future(disconnect)
+    tasks = [asyncio.ensure_future(_wait(service, one, disconnected)) for one in each]
     try:
-        with EventStream(service, prepared) as stream:
-            while (event := await next_event(stream, disconnected)) is not None:
-                if isinstance(event, FinishedEvent):
-                    return FinishedAnswer(service, prepared, event, stream.seconds)
-            return None
+        answers = [answer for answer in await asyncio.gather(*tasks) if answer is not None]
+        return answers if len(answers) == count else None
     finally:
-        disconnected.cancel()
+        for task in (disconnected, *tasks):
+            task.cancel()
+
+
+async def _wait(
+    service: Service, prepared: PreparedRequest, disconnected: Awaitable[None]
+) -> FinishedAnswer | None:
+    with EventStream(service, prepared) as stream:
+        while (event := await next_event(stream, disconnected)) is not None:
+            if isinstance(event, FinishedEvent):
+                return FinishedAnswer(service, prepared, event, stream.seconds)
+    return None
 
 
 async def next_event(stream: EventStream, disconnect: Awaitable[None]) -> Event | None:
@@ -74,17 +98,25 @@ async def next_event(stream: EventStream, disconnect: Awaitable[None]) -> Event 
             disconnected.cancel()
 
 
-def chat_completion(model_name: str, answer: FinishedAnswer) -> Json:
+def chat_completion(model_name: str, answers: Sequence[FinishedAnswer], *, logprobs: bool) -> Json:
     """Return a ``chat.completion``; numbers that OpenAI's lacks are under ``diffa``."""
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice = {
-        "index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason,
-    }  # fmt: skip
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": answer.logprobs if logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
+        for index, answer in enumerate(answers)
+    ]
+    usage = dict(answers[0].usage)
+    usage["completion_tokens"] = sum(answer.usage["completion_tokens"] for answer in answers)
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     return {
         **_completion_fields(model_name, "chat.completion"),
-        "choices": [choice],
-        "usage": answer.usage,
-        "diffa": answer.diffa,
+        "choices": choices,
+        "usage": usage,
+        "diffa": max((answer.diffa for answer in answers), key=lambda numbers: numbers["seconds"]),
     }
 
 
@@ -116,13 +148,19 @@ class StreamFormat(Protocol):
 class ChatStream:
     """Events of ``/v1/chat/completions``: chunks with deltas; drafts under ``diffa``."""
 
-    def __init__(self, model_name: str, *, include_usage: bool) -> None:
+    def __init__(self, model_name: str, *, include_usage: bool, logprobs: bool = False) -> None:
         self._fields = _completion_fields(model_name, "chat.completion.chunk")
-        self._include_usage = include_usage
+        self._include_usage, self._logprobs = include_usage, logprobs
 
-    def _chunk(self, delta: Json, finish_reason: str | None = None, **more: Any) -> Json:
+    def _chunk(
+        self,
+        delta: Json,
+        finish_reason: str | None = None,
+        logprobs: Json | None = None,
+        **more: Any,
+    ) -> Json:
         choice = {
-            "index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason,
+            "index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
         }  # fmt: skip
         return {**self._fields, "choices": [choice], **more}
 
@@ -140,7 +178,8 @@ class ChatStream:
 
     def end(self, answer: FinishedAnswer) -> list[Json]:
         """Return the chunk with the reason, and one with the usage if it is wanted."""
-        last = [self._chunk({}, answer.finish_reason, diffa=answer.diffa)]
+        logprobs = answer.logprobs if self._logprobs else None
+        last = [self._chunk({}, answer.finish_reason, logprobs, diffa=answer.diffa)]
         usage = {**self._fields, "choices": [], "usage": answer.usage}
         return [*last, usage] if self._include_usage else last
 
@@ -200,7 +239,7 @@ async def _answer_events(
     *,
     drafts: bool,
 ) -> AsyncIterator[Json]:
-    text, has_text = TextStream(service.chat), False
+    text, has_text = TextStream(service.chat, prepared.stops), False
     vocab = service.model.backbone.vocab
     event: Event | None = None
     while not isinstance(event, FinishedEvent):

@@ -42,11 +42,12 @@ _BRIEF = 60.0  # seconds of a recording that does not wait behind longer ones
 
 
 class PreparedRequest(NamedTuple):
-    """A request ready for the engine, its deadline, and the seconds of its recording."""
+    """A request ready for the engine, its deadline, the seconds of its recording, and its stops."""
 
     request: GenerationRequest
     deadline: Deadline
     audio_seconds: float
+    stops: tuple[str, ...] = ()
 
 
 class Service:
@@ -142,7 +143,7 @@ class Service:
         request = await self.parsers.run(partial(self._build, query, waveform), deadline)
         seconds = 0.0 if waveform is None else len(waveform) / self.model.encoder.sample_rate
         self.metrics.audio_seconds.inc(seconds)
-        return PreparedRequest(request, deadline, seconds)
+        return PreparedRequest(request, deadline, seconds, query.stops)
 
     async def _decode(self, recording: SentRecording, query: Query, deadline: Deadline) -> Tensor:
         """Return the waveform (S,) of a file, unless its header says that it does not fit."""

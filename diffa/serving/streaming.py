@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffa.runtime.render import token_text
@@ -10,15 +12,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffa.chat import Chat
-    from diffa.serving.requests import StepEvent
+    from diffa.serving.requests import FinishedEvent, StepEvent
     from diffa.types import Vocab
 
 
 class TextStream:
     """Turn the steps of an answer into pieces of text that together are the whole answer."""
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat, self._sent, self._num_final = chat, "", 0
+    def __init__(self, chat: Chat, stops: Sequence[str] = ()) -> None:
+        self._chat, self._stops, self._sent, self._num_final = chat, stops, "", 0
 
     def push(self, step: StepEvent) -> str:
         """Return the text that became final: everything before the first undecided token."""
@@ -28,17 +30,47 @@ class TextStream:
         self._num_final = num_final
         text = self._chat.decode(step.tokens[:num_final])
         # Half a UTF-8 character, or a blank that decoding strips at the end, waits for the next.
-        return self._next_piece(text.removesuffix("\ufffd").rstrip())
+        text = text.removesuffix("\ufffd").rstrip()
+        before = cut_at_stop(text, self._stops)
+        if before == text:  # it may end in the beginning of a stop
+            starts = [stop[:size] for stop in self._stops for size in range(1, len(stop))]
+            held = max((len(start) for start in starts if text.endswith(start)), default=0)
+            before = text[: len(text) - held]
+        return self._next_piece(before)
 
     def finish(self, tokens: Tensor) -> str:
         """Return the rest of the finished answer (A,)."""
-        return self._next_piece(self._chat.decode(tokens))
+        return self._next_piece(cut_at_stop(self._chat.decode(tokens), self._stops))
 
     def _next_piece(self, text: str) -> str:
         if not text.startswith(self._sent):
             return ""
         piece, self._sent = text[len(self._sent) :], text
         return piece
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first of the stops, which is left out."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def format_logprobs(event: FinishedEvent, chat: Chat, vocab: Vocab) -> dict[str, Any] | None:
+    """Return OpenAI's ``logprobs``: of each token when it was written, up to the end."""
+    if event.confidence is None:
+        return None
+    ids, entries = event.tokens.tolist(), []
+    for index in range(ids.index(vocab.eos) if vocab.eos in ids else len(ids)):
+        text = token_text(ids[index], ids, index, chat.tokenizer)
+        value = max(float(event.confidence[index]), 1e-30)
+        entries.append(
+            {
+                "token": text,
+                "logprob": round(math.log(value), 6),
+                "bytes": list(text.encode("utf-8", "replace")),
+                "top_logprobs": [],
+            }
+        )
+    return {"content": entries, "refusal": None}
 
 
 def format_draft(step: StepEvent, chat: Chat, vocab: Vocab) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from diffa.serving.download import RemoteRecording, check_url
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
 
-_UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "prediction", "stop")
+_UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "prediction")
 _TRANSCRIBE = "Please transcribe the audio to text."
 
 M = TypeVar("M", bound=BaseModel)
 Temperature = Annotated[float | None, Field(ge=0, le=2)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 NumTokens = Annotated[int | None, Field(ge=1)]
 
 
@@ -38,7 +39,7 @@ class AudioData(StrictModel):
     """A recording's bytes, in base64 or as a data URI."""
 
     data: str
-    format: Literal["wav", "mp3", "flac", "ogg"] | None = None
+    format: Literal["wav", "mp3", "flac", "ogg", "opus", "webm", "m4a", "mp4"] | None = None
 
 
 class InputAudioPart(StrictModel):
@@ -110,8 +111,11 @@ class ChatRequest(StrictModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
+    n: int | None = Field(default=None, ge=1, le=8, description="Answers, of seeds of their own.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    logprobs: bool | None = Field(
+        default=None, description="Log-probability of each token when it was written."
+    )
     top_logprobs: Literal[0] | None = None
     response_format: ResponseFormat | None = None
     diffa: DiffaOptions = DiffaOptions()
@@ -143,6 +147,9 @@ class Query(NamedTuple):
         sampler: a sampler preset's name, or options. None: those of ``model``.
         deadline: seconds, or None for the server's.
         model: the name in the request, ``NAME`` or ``NAME:PRESET``; None for the server's.
+        stops: texts before which the answer ends.
+        num_answers: answers, each with a seed of its own.
+        logprobs: whether the answer carries its tokens' log-probabilities.
     """
 
     question: str
@@ -157,6 +164,9 @@ class Query(NamedTuple):
     sampler: str | dict[str, Any] | None = None
     deadline: float | None = None
     model: str | None = None
+    stops: tuple[str, ...] = ()
+    num_answers: int = 1
+    logprobs: bool = False
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -189,6 +199,8 @@ def validate_chat_request(
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise bad_request(f"max_tokens is at most {limits.max_tokens}", "max_tokens", "too_large")
+    if body.stream and (body.n or 1) > 1:
+        raise bad_request("n must be 1 with stream", "n", "unsupported")
     deadline = body.diffa.deadline
     if deadline is not None and deadline > limits.deadline:
         raise bad_request(f"the deadline is at most {limits.deadline:g} s", "diffa.deadline")
@@ -206,6 +218,9 @@ def validate_chat_request(
         sampler=body.diffa.sampler,
         deadline=deadline,
         model=body.model,
+        stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        num_answers=body.n or 1,
+        logprobs=bool(body.logprobs),
     )
 
 
