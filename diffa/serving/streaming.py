@@ -34,8 +34,8 @@ class TextStream:
         before = cut_at_stop(text, self._stops)
         if before == text:  # it may end in the beginning of a stop
             starts = [stop[:size] for stop in self._stops for size in range(1, len(stop))]
-            held = max((len(start) for start in starts if text.endswith(start)), default=0)
-            before = text[: len(text) - held]
+            overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
+            before = text[: len(text) - overlap]
         return self._next_piece(before)
 
     def finish(self, tokens: Tensor) -> str:
