@@ -36,9 +36,10 @@ def ui(
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve a web page that shows answers forming (needs the extra `ui`)."""
-    from diffa.ui.launch import launch, require
+    from diffa.ui.launch import check_address, launch, require
 
     require()  # before weights are read
+    check_address(host, port)
     with single_core():  # the page answers in a thread of its own
         model, name = load_model(spec, overrides, sampler_preset, device, dtype)
     launch(model, name, host=host, port=port, browser=browser)

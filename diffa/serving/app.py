@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from diffa.serving import responses
-from diffa.serving.errors import RequestError, bad_request, error_body
+from diffa.serving.errors import ErrorResponse, RequestError, bad_request, error_body
 from diffa.serving.middleware import RequestLimits
 from diffa.serving.pools import Deadline
 from diffa.serving.responses import ChatStream, StreamFormat, TranscriptStream
@@ -32,6 +32,12 @@ from diffa.serving.validation import (
 )
 
 _CLIENT_CLOSED_REQUEST = 499
+_TEMPLATE = "#/components/schemas/{model}"
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+_ERROR = {
+    "description": "The request is refused, or fails.",
+    "content": {"application/json": {"schema": {"$ref": _TEMPLATE.format(model="Error")}}},
+}
 _log = logging.getLogger("diffa.serving")
 
 
@@ -67,6 +73,12 @@ def create_app(service: Service) -> FastAPI:
     app.get("/health")(routes.health)
     app.get("/metrics")(routes.metrics)
     document = app.openapi()  # FastAPI keeps it
+    schemas["Error"] = ErrorResponse.model_json_schema(ref_template=_TEMPLATE)
+    schemas |= schemas["Error"].pop("$defs")
+    for path in (path for path in document["paths"] if path.startswith("/v1/")):
+        for operation in document["paths"][path].values():
+            operation["responses"] |= {str(status): _ERROR for status in _STATUSES}
+            operation["responses"].pop("422", None)
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return app
 
@@ -79,11 +91,12 @@ def _describe_body(
     FastAPI would parse declared bodies itself, in the event loop and without a bound on nesting:
     the routes parse them, and only the description is FastAPI's.
     """
-    template = "#/components/schemas/{model}"
-    schema = model.model_json_schema(ref_template=template)
+    schema = model.model_json_schema(ref_template=_TEMPLATE)
     schemas |= schema.pop("$defs", {})
     schemas[model.__name__] = schema
-    content = {media_type: {"schema": {"allOf": [{"$ref": template.format(model=model.__name__)}]}}}
+    content = {
+        media_type: {"schema": {"allOf": [{"$ref": _TEMPLATE.format(model=model.__name__)}]}}
+    }
     return {"requestBody": {"required": True, "content": content}}
 
 

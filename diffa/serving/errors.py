@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pydantic import BaseModel
+
 from diffa.errors import AudioError, DiffaError, SpecError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -33,6 +35,21 @@ class RequestError(DiffaError):
         """Return ``Retry-After``, and ``Connection: close`` if the body was not read."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return {**headers, "Connection": "close"} if self.status in (408, 413, 503) else headers
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
 
 
 def error_body(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 from diffa.errors import DiffaError, PluginError
@@ -26,6 +27,18 @@ def require() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise PluginError("the page needs Gradio: pip install 'diffa-audio[ui]'") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise DiffaError unless the page can listen there: before a model is loaded in vain."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise DiffaError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; end what does, or choose "
+            "another --port"
+        ) from error
 
 
 def launch(
@@ -52,6 +65,8 @@ def launch(
         DiffaError: the port cannot be listened on.
     """
     require()
+    if port is not None:
+        check_address(host, port)
     import gradio as gr
 
     from diffa.nano.demo import recordings

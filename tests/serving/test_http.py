@@ -216,6 +216,11 @@ def test_the_openapi_document_describes_the_bodies(place):
         schema = paths[path]["post"]["requestBody"]["content"][media_type]["schema"]
         name = schema["allOf"][0]["$ref"].rpartition("/")[2]
         assert field in schemas[name]["properties"]
+        for status in ("400", "413", "429", "503", "504"):
+            content = paths[path]["post"]["responses"][status]["content"]["application/json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/Error"}
+    assert schemas["Error"]["properties"]["error"]["$ref"].endswith("/ErrorDetail")
+    assert {"message", "type", "param", "code"} == set(schemas["ErrorDetail"]["properties"])
     assert '"$defs"' not in json.dumps(document)
     for part in json.dumps(document).split('"#/components/schemas/')[1:]:
         assert part.partition('"')[0] in schemas

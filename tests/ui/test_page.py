@@ -254,3 +254,17 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(PluginError, match=r"pip install 'diffa-audio\[ui\]'"):
         require()
+
+
+def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(monkeypatch):
+    import importlib
+    import socket
+
+    from diffa.errors import DiffaError
+
+    ui = importlib.import_module("diffa.cli.ui")
+    monkeypatch.setattr(ui, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DiffaError, match=f"cannot listen on 127.0.0.1:{port}: .*--port"):
+            ui.ui(port=port)
