@@ -318,12 +318,55 @@ def test_of_a_cut_file_the_rest_is_used_with_a_warning(tmp_path, suffix, caplog)
         audio.read(path, strict=True)
 
 
-def test_flac_of_unknown_length_is_read(tmp_path, caplog):
-    data = bytearray(write(tmp_path / "a.flac", tone(3.0)).read_bytes())
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 3.0, 4.096, 10.0, 61.3])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_flac_of_unknown_length_is_read(tmp_path, caplog, seconds, trusted):
+    noise = torch.rand(int(16_000 * seconds)) - 0.5
+    path = write(tmp_path / "a.flac", noise)
+    whole, _ = audio.read(path)
+    data = bytearray(path.read_bytes())
     data[21] &= 0xF0  # total samples: 36 bits of STREAMINFO
     data[22:26] = b"\0" * 4
+    wave, _ = audio.read(bytes(data), trusted=trusted, strict=True)
+    assert torch.equal(wave, whole) and not caplog.records
+
+
+def test_a_damaged_place_costs_what_is_there_and_not_the_rest(tmp_path, caplog):
+    path = write(tmp_path / "a.flac", torch.rand(160_000) - 0.5)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    wave, _ = audio.read(bytes(data), trusted=False)
+    assert len(wave) > 70_000 and "is damaged" in caplog.text
+    pytest.importorskip("av")
+    assert len(audio.read(bytes(data))[0]) > 140_000
+
+
+def encode(path, wave, codec="aac"):
+    """Write a file with PyAV."""
+    av = pytest.importorskip("av")
+    with path.open("wb") as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave.numpy()[None], format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return path
+
+
+def test_m4a_is_read_by_pyav_whatever_its_name(tmp_path):
+    for name in ("a.m4a", "http:a.m4a", "concat:b.m4a"):
+        wave, rate = audio.read(encode(tmp_path / name, tone(2.0)))
+        assert rate == 16_000 and abs(len(wave) - 32_000) < 3000
+        assert audio.probe(tmp_path / name).seconds == pytest.approx(2.0, abs=0.1)
+
+
+def test_of_a_damaged_m4a_the_rest_is_used(tmp_path, caplog):
+    path = encode(tmp_path / "a.m4a", torch.rand(64_000) - 0.5)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4000
+    data[start : start + 300] = b"\xff" * 300
     wave, _ = audio.read(bytes(data))
-    assert len(wave) == 48_000 and not caplog.records
+    assert 16_000 < len(wave) < 70_000
 
 
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_path):
@@ -344,11 +387,29 @@ def test_the_bound_is_on_frames(tmp_path, suffix):
         audio.read(path, max_frames=15_999)
 
 
-def test_two_channels_that_cancel_are_not_mixed(tmp_path, caplog):
-    stereo = torch.stack([tone() / 2, -tone() / 2], dim=1)
-    wave, _ = audio.read(write(tmp_path / "a.wav", stereo))
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1), (1, -1, 1, -1), (1, 1, -1, -1, 0)])
+def test_channels_that_cancel_are_not_mixed(tmp_path, caplog, signs):
+    channels = torch.stack([sign * tone() / 2 for sign in signs], dim=1)
+    wave, _ = audio.read(write(tmp_path / "a.wav", channels))
     assert torch.allclose(wave.abs(), (tone() / 2).abs(), atol=1e-4)
-    assert "cancel each other" in caplog.text
+    assert caplog.text.count("cancel each other") == 1
+    wave, _ = audio.read_dataset_audio({"array": channels.T, "sampling_rate": 16_000})
+    assert torch.allclose(wave.abs(), (tone() / 2).abs(), atol=1e-4)
+
+
+def test_channels_that_cancel_in_one_half_are_heard_in_both(tmp_path):
+    right = torch.cat([-tone(1.0), tone(1.0)])
+    stereo = torch.stack([torch.cat([tone(1.0), tone(1.0)]), right], dim=1)
+    wave, _ = audio.read(write(tmp_path / "a.wav", stereo))
+    energies = wave.view(2, -1).square().mean(1)
+    assert 0.7 < float(energies[0] / energies[1]) < 1.3
+
+
+def test_the_bound_holds_for_what_resampling_makes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", torch.rand(1000), 8)
+    monkeypatch.setenv("DIFFA_MAX_FRAMES", "100000")
+    with pytest.raises(audio.AudioTooLongError, match="too long at 16000 Hz"):
+        audio.prepare(path, 16_000)
 
 
 def test_names_with_a_colon_are_files(tmp_path):

@@ -22,6 +22,7 @@ from diffa.audio.formats import (
     find_container,
     find_links,
     find_wav_data,
+    finish_flac_header,
     finish_wav_header,
     has_known_header,
     is_cut_ogg,
@@ -32,7 +33,9 @@ from diffa.errors import AudioError
 log = logging.getLogger(__name__)
 MAX_CHANNELS = 8  # of an untrusted recording: a header alone may claim a thousand
 _MIN_RATE, _MAX_RATE = 1000, 384_000  # Hz, of an untrusted recording
-_PIECE = 1 << 16  # frames decoded at once
+# Frames decoded at once. A damaged place in FLAC costs at most one piece; libsndfile seeks between
+# pieces, which other formats do not take as well.
+_PIECE, _FLAC_PIECE = 1 << 16, 1 << 12
 _HEAD = 1 << 16  # bytes in which a WAV file's data chunk begins
 _UNKNOWN = 1 << 40  # a header that claims more frames does not know its length
 _CANCELLED = 0.01  # energy of a mix of two channels, relative to the channels', that is silence
@@ -106,7 +109,7 @@ def read(
         container = None if trusted else find_container(bytes(data[:12]))
         if not trusted and container is None and not has_known_header(bytes(data[:4])):
             raise AudioError(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
-        bound = _Bound(name, max_seconds, _frame_limit() if max_frames is None else max_frames)
+        bound = _Bound(name, max_seconds, frame_limit() if max_frames is None else max_frames)
         if container is None:
             mono, damage = _decode(file, data, bound, trusted=trusted)
         else:
@@ -121,7 +124,7 @@ def read(
         return waveform, mono.rate
 
 
-def _frame_limit() -> int:
+def frame_limit() -> int:
     """Return the environment's bound on frames, or the default."""
     text = os.environ.get("DIFFA_MAX_FRAMES", "")
     if text and not (text.isdecimal() and int(text)):
@@ -184,47 +187,50 @@ def _open(
         raise AudioError(f"{str(source)[:200]!r} cannot be opened: {error}") from error
 
 
-class _Mono:
-    """The mean of the channels of pieces (channels, S), in memory once.
+def mix_down(piece: Tensor) -> tuple[Tensor, bool]:
+    """Return the mean of channels (C, S) as (S,), and False; or one channel, and True.
 
-    Of two channels the first is kept as well, until it is known that they do not cancel.
+    Channels whose mean has less than 1 % of their energy cancel each other, as where one plug of a
+    balanced line is reversed: the first of at least mean energy is taken.
     """
+    mix = piece.mean(0)
+    if len(piece) > 1:
+        energies = piece.double().square().sum(1)
+        if mix.double().square().sum() < _CANCELLED * energies.mean():
+            return piece[int((energies >= energies.mean()).nonzero()[0, 0])].clone(), True
+    return mix, False
+
+
+class _Mono:
+    """The waveform of pieces (channels, S)."""
 
     def __init__(self, bound: _Bound, rate: int) -> None:
         self.bound, self.rate, self.frames = bound, rate, 0
         self._mix: list[Tensor] = []
-        self._first: list[Tensor] = []
-        self._energies = torch.zeros(3, dtype=torch.float64)  # of the mix and of both channels
+        self._cancelled = False
 
     def add(self, piece: Tensor) -> None:
         """Add decoded samples; raises AudioTooLongError, whatever the header has said."""
         self.frames += piece.shape[1]
         self.bound.check(self.frames, self.rate)
-        mix = piece.mean(0)
+        mix, cancelled = mix_down(piece)
         self._mix.append(mix)
-        if len(piece) == 2:
-            self._first.append(piece[0].clone())
-            for place, values in enumerate((mix, *piece)):
-                self._energies[place] += values.double().square().sum()
+        if cancelled and not self._cancelled:
+            self._cancelled = True
+            log.warning(
+                "%s has channels that cancel each other: one of them is used", self.bound.name
+            )
 
     def join(self, other: _Mono) -> None:
         """Add the next link of a chained stream, which may have a rate of its own."""
         waveform = resample(other.result(), other.rate, self.rate)
-        self._mix, self._first = [self.result(), waveform], []
-        self.frames = sum(map(len, self._mix))
+        self._mix.append(waveform)
+        self.frames += len(waveform)
         self.bound.check(self.frames, self.rate)
 
     def result(self) -> Tensor:
         """Return the waveform (S,)."""
         mix = torch.cat(self._mix) if self._mix else torch.empty(0)
-        channels = self._energies[1:]
-        if self._first and self._energies[0] < _CANCELLED * channels.mean():
-            log.warning(
-                "%s has two channels that cancel each other: the louder one is used",
-                self.bound.name,
-            )
-            first = torch.cat(self._first)
-            mix = first if channels[0] >= channels[1] else 2 * mix - first
         check_finite(mix, self.bound.name)
         if mix.numel() and float(mix.abs().max()) > _LARGEST:
             raise AudioError(
@@ -259,12 +265,15 @@ def _decode(
         damage = f"it is cut, {wav.present} of {wav.claimed} bytes of samples are there"
     links = [0]
     if wav is None:
-        raw = bytes(data)
-        links = find_links(raw)
-        damage = "it is cut, its last page is missing" if is_cut_ogg(raw) else ""
+        links = find_links(data)
+        damage = "it is cut, its last page is missing" if is_cut_ogg(data) else ""
+        if len(links) == 1 and (whole_flac := finish_flac_header(data)) is not None:
+            file = io.BytesIO(whole_flac)
     try:
         if len(links) == 1:
             mono, fault = _decode_soundfile(file, bound, trusted=trusted)
+            if fault and trusted:
+                mono, fault = _decode_more(file, bound, mono, fault)
             return mono, fault or damage
         ends = [*links[1:], len(data)]
         whole: _Mono | None = None
@@ -296,7 +305,8 @@ def _decode_soundfile(file: BinaryIO, bound: _Bound, *, trusted: bool) -> tuple[
             bound.check(claimed, rate)
         mono = _Mono(bound, rate)
         try:
-            while len(piece := sound.read(_PIECE, dtype="float32", always_2d=True)):
+            size = _FLAC_PIECE if sound.format == "FLAC" else _PIECE
+            while len(piece := sound.read(size, dtype="float32", always_2d=True)):
                 mono.add(torch.from_numpy(piece).T)
         except soundfile.SoundFileError as error:
             if not mono.frames:
@@ -316,6 +326,18 @@ def _check_ordinary(name: str, channels: int, rate: int) -> None:
         raise AudioError(f"{name} has {channels} channels: mix them down to {MAX_CHANNELS}")
     if not _MIN_RATE <= rate <= _MAX_RATE:
         raise AudioError(f"{name} has {rate} samples per second: resample it to 16000")
+
+
+def _decode_more(file: BinaryIO, bound: _Bound, mono: _Mono, fault: str) -> tuple[_Mono, str]:
+    """Let FFmpeg decode what libsndfile gave up at; keep what is longer."""
+    try:
+        file.seek(0)
+        other, other_fault = _decode_pyav(file, bound)
+    except AudioTooLongError:
+        raise
+    except AudioError:  # PyAV is not installed, or decodes nothing
+        return mono, fault
+    return (other, other_fault or fault) if other.frames > mono.frames else (mono, fault)
 
 
 def _import_av(name: str) -> Any:

@@ -6,6 +6,7 @@ libsndfile reads the first link of a chained stream alone, and believes a WAV he
 from __future__ import annotations
 
 import re
+from mmap import mmap
 from typing import NamedTuple
 
 FORMATS = ("wav", "mp3", "flac", "ogg")
@@ -90,7 +91,58 @@ def finish_wav_header(data: bytes, wav: WavData) -> bytes:
     return bytes(head) + data[wav.at : wav.at + present]
 
 
-def find_links(data: bytes) -> list[int]:
+def finish_flac_header(data: bytes | mmap) -> bytes | None:
+    """Return a FLAC file whose header lacks the length with the length of its frames.
+
+    Streaming encoders leave it out, and libsndfile loses the end of such files.
+
+    Returns:
+        None for other files, and where no frame is found.
+    """
+    if data[:4] != b"fLaC" or len(data) < 42 or int.from_bytes(data[21:26], "big") % (1 << 36):
+        return None
+    block = int.from_bytes(data[10:12], "big")
+    at = len(data)
+    while (at := data.rfind(b"\xff", max(0, len(data) - (1 << 20)), at)) >= 42:
+        if data[at + 1 : at + 2] not in (b"\xf8", b"\xf9"):
+            continue
+        if (end := _flac_frame_end(data, at, block)) is not None:
+            head = bytearray(data[:])
+            head[21] |= end >> 32
+            head[22:26] = (end & 0xFFFFFFFF).to_bytes(4, "big")
+            return bytes(head)
+    return None
+
+
+def _flac_frame_end(data: bytes | mmap, at: int, block: int) -> int | None:
+    """Return the number of the sample behind the frame at ``at``; None if none begins there."""
+    head = data[at : at + 16]
+    if len(head) < 16:
+        return None
+    code, rate = head[2] >> 4, head[2] & 15
+    ones = next((n for n in range(8) if not head[4] << n & 0x80), 8)  # as UTF-8 counts bytes
+    extra = max(0, ones - 1)
+    number = head[4] & (0x7F >> ones)
+    for byte in head[5 : 5 + extra]:
+        number = number << 6 | byte & 0x3F
+    place = 5 + extra
+    if code in (6, 7):
+        size = int.from_bytes(head[place : place + code - 5], "big") + 1
+        place += code - 5
+    else:
+        size = {0: 0, 1: 192}.get(code, 576 << code - 2 if code < 6 else 256 << max(0, code - 8))
+    place += {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    crc = 0
+    for byte in head[:place]:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x07 if crc & 0x80 else crc << 1) & 0xFF
+    if not size or place >= len(head) or crc != head[place]:
+        return None
+    return number + size if head[1] & 1 else number * block + size
+
+
+def find_links(data: bytes | mmap) -> list[int]:
     """Return where the links of a chained Ogg, FLAC or MP3 stream begin; [0] for a single one."""
     if data[:4] == b"OggS":
         return _ogg_links(data)[0]
@@ -101,12 +153,12 @@ def find_links(data: bytes) -> list[int]:
     return [0]
 
 
-def is_cut_ogg(data: bytes) -> bool:
+def is_cut_ogg(data: bytes | mmap) -> bool:
     """Return whether an Ogg file ends without the last page of its streams."""
     return data[:4] == b"OggS" and not _ogg_links(data)[1]
 
 
-def _ogg_links(data: bytes) -> tuple[list[int], bool]:
+def _ogg_links(data: bytes | mmap) -> tuple[list[int], bool]:
     """Return the first pages of the links, and whether all streams have ended.
 
     A link begins with the first page of a stream after all others have ended.
@@ -127,7 +179,7 @@ def _ogg_links(data: bytes) -> tuple[list[int], bool]:
     return links or [0], not open_streams
 
 
-def _mp3_links(data: bytes) -> list[int]:
+def _mp3_links(data: bytes | mmap) -> list[int]:
     """Return where files were joined: at ID3 tags and at frames that hold a file's length."""
     links, first = [0], 64  # until where the first frame of the newest link may begin
     for match in sorted([*_ID3.finditer(data), *_XING.finditer(data)], key=lambda m: m.start()):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffa.audio.decode import check_finite, read
+from diffa.audio.decode import AudioTooLongError, check_finite, frame_limit, mix_down, read
 from diffa.audio.resampling import resample
 from diffa.errors import AudioError
 
@@ -41,7 +41,8 @@ def read_dataset_audio(value: Any, folder: Path | None = None) -> tuple[Tensor, 
         except (KeyError, TypeError, ValueError) as error:
             raise AudioError(f"a recording's samples cannot be read: {error!r}") from error
         if samples.dim() == 2:  # the shorter dimension is the channels, in either order
-            samples = samples.to(torch.float32).mean(0 if len(samples) < samples.shape[1] else 1)
+            samples = samples.to(torch.float32)
+            samples, _ = mix_down(samples if len(samples) < samples.shape[1] else samples.T)
         return prepare(samples, rate), rate
     stored = fields.get("bytes") or fields.get("path") or value
     if isinstance(stored, bytes):
@@ -73,6 +74,11 @@ def prepare(
         hasattr(audio, "read") and not hasattr(audio, "get_all_samples")
     ):
         waveform, file_rate = read(audio, strict=strict)
+        if len(waveform) * rate / file_rate > frame_limit():
+            raise AudioTooLongError(
+                f"{str(audio)[:200] if isinstance(audio, str | Path) else 'the recording'} has "
+                f"{len(waveform) / file_rate:.0f} s at {file_rate} Hz, too long at {rate} Hz"
+            )
         return resample(waveform, file_rate, rate)
     if isinstance(audio, dict) or hasattr(audio, "get_all_samples"):
         waveform, file_rate = read_dataset_audio(audio)

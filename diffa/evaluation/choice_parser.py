@@ -18,13 +18,14 @@ _ALONE = re.compile(r"[\[({\"']*([A-Za-z])[\])}.:,;\"']*")
 # A leading letter: before a bracket, a mark, a dash, a line end, a word such as "because", or a
 # character of another script.
 _REASON = "because|since|as|for|is|was|seems|would"
+_NEGATION = r"(?:not|wrong|incorrect|false|unlikely|impossible)\b"
 _LEADING = re.compile(
     r"""[\[({"']*([A-Z])(?:[\])}"']+(?=\W|$)|[\])}"']*[.:;](?=\s|$)|,(?!\s*[A-Z]\b)|\s*[-\u2013\u2014]+(?=\s|$)|\n"""
-    rf"""|\s+(?=(?:{_REASON})\b)|(?=[^\W\d_a-zA-Z']))"""
-    r"""|[\[({"']*([a-z])[\])}.:](?=\s|$)"""
+    rf"""|\s+(?=(?:{_REASON})\b(?! {_NEGATION}))|\s+(?=\((?:not|instead))|(?=[^\W\d_a-zA-Z']))"""
+    r"""|[\[({"']*([a-z])(?:[\])}.:](?=\s|$)|,?\s+(?=because\b|since\b)|\n)"""
 )
 _JSON_ANSWER = re.compile(
-    r"""["']?(?:final_)?(?:answer|option|choice|letter)["']?\s*:\s*["']([^"'}]+)["']\s*[,}]""",
+    r"""["']?(?:final_)?(?:answer|option|choice|letter)["']?\s*:\s*["']?([^"'},]+)["']?\s*[,}]""",
     re.IGNORECASE,
 )
 
@@ -68,7 +69,7 @@ def parse_choice(text: str, options: Mapping[str, str], *, letters: bool = True)
 
 def _without_thoughts(text: str) -> str:
     """Return an answer without its block of thoughts; one that never ends leaves nothing."""
-    return re.sub(r"<think>.*?(?:</think>|$)", "", text.rpartition("</think>")[2], flags=re.DOTALL)
+    return re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.DOTALL | re.IGNORECASE)
 
 
 def strip_markup(text: str, *, keep_lines: bool = False) -> str:
@@ -143,7 +144,11 @@ def _after_cue(words: str, options: Mapping[str, str], folded: Mapping[str, str]
 def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:
     """Return the only option whose text occurs; of nested options, the longest."""
     answer = f" {fold_words(words)} "
-    mentioned = [letter for letter, option in folded.items() if option and f" {option} " in answer]
+    mentioned = [
+        letter
+        for letter, option in folded.items()
+        if option and (option if _is_cjk(option) else f" {option} ") in answer
+    ]
     outer = [
         a
         for a in mentioned
@@ -152,10 +157,15 @@ def _option_mentioned(words: str, folded: Mapping[str, str]) -> str | None:
     return outer[0] if len(outer) == 1 else None
 
 
+def _is_cjk(text: str) -> bool:
+    """Return whether a text is of a script that puts no spaces between words, or few."""
+    return any(character >= "\u2e80" for character in text)
+
+
 def _standalone_letter(words: str, options: Mapping[str, str]) -> str | None:
     """Return the only capital letter that stands alone."""
     letters = set()
-    for match in re.finditer(r"(?<![\w'-])([A-Z])(?![\w'-])", words):
+    for match in re.finditer(r"(?<![A-Za-z0-9_'-])([A-Z])(?![A-Za-z0-9_'-])", words):
         # "A" and "I" are English words if another word follows.
         article = match[1] in "AI" and re.match(r"\s+(?!or\b|and\b)\w", words[match.end() :])
         if match[1] in options and not article:

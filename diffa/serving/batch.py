@@ -129,6 +129,7 @@ class RequestBatch:
         step: Step | None = None
         for step in self.handles[0].request.sampler(canvas, denoise):
             self.num_forwards += 1
+            denoise.check_finite()  # no row of numbers that are none is published
             self._publish(step, canvas)
             if not any(self._unfinished):
                 return

@@ -69,7 +69,9 @@ def fake(monkeypatch):
         if audio == "missing.wav":
             raise AudioError("there is no file missing.wav")
         calls.update(system=system, max_tokens=max_tokens)
-        return SimpleNamespace(text=f"{audio}: {question}", tokens=[1, 2], num_forwards=3)
+        return SimpleNamespace(
+            text=f"{audio}: {question}", tokens=[1, 2], num_forwards=3, confidence=-0.5
+        )
 
     monkeypatch.setattr(diffa, "build", build, raising=False)
     return calls
@@ -133,7 +135,7 @@ def test_a_saved_model_is_loaded_and_only_its_sampler_changes(diffa_, mine, monk
     spec = diffa.Spec.read(mine).resolve()
     (tmp_path / "spec.json").write_text(spec.to_json())
     (tmp_path / "model.safetensors").write_text("")
-    answer = SimpleNamespace(text="yes", tokens=[], num_forwards=1)
+    answer = SimpleNamespace(text="yes", tokens=[], num_forwards=1, confidence=-0.5)
     model = SimpleNamespace(spec=spec, answer=lambda *_, **__: answer)
     swapped = []
 

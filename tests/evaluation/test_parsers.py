@@ -173,10 +173,23 @@ class TestTheFixedLetterParser:
             ("A, B", None),
             ("B or C", None),
             ("seven, not nine", None),
+            ("A is wrong, B is right", "B"),
+            ("A is incorrect; the answer is B", "B"),
+            ("b, because A is wrong", "B"),
+            ("b\nA is wrong", "B"),
+            ("B (not C)", "B"),
+            ("我认为B正确", "B"),
+            ("答えはBです", "B"),
+            ('{"answer": b}', "B"),
+            ("<THINK>A</THINK>B", "B"),
         ],
     )
     def test_a_leading_letter_wins_over_its_explanation(self, text, letter):
         assert parse_choice(text, SEVEN) == letter
+
+    @pytest.mark.parametrize("text", ["这是女人的声音", "정답은 女人입니다", "女人"])
+    def test_options_are_found_in_sentences_without_spaces(self, text):
+        assert parse_choice(text, {"A": "男人", "B": "女人"}) == "B"
 
     @pytest.mark.parametrize(
         ("text", "letter"),
