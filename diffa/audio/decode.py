@@ -35,7 +35,7 @@ MAX_CHANNELS = 8  # of an untrusted recording: a header alone may claim a thousa
 _MIN_RATE, _MAX_RATE = 1000, 384_000  # Hz, of an untrusted recording
 # Frames decoded at once. A damaged place in FLAC costs at most one piece; libsndfile seeks between
 # pieces, which other formats do not take as well.
-_PIECE, _FLAC_PIECE = 1 << 16, 1 << 12
+_PIECE, _SHORT_PIECE = 1 << 16, 1 << 12
 _HEAD = 1 << 16  # bytes in which a WAV file's data chunk begins
 _UNKNOWN = 1 << 40  # a header that claims more frames does not know its length
 _CANCELLED = 0.01  # energy of a mix of two channels, relative to the channels', that is silence
@@ -213,8 +213,11 @@ class _Mono:
         """Add decoded samples; raises AudioTooLongError, whatever the header has said."""
         self.frames += piece.shape[1]
         self.bound.check(self.frames, self.rate)
-        mix, cancelled = mix_down(piece)
-        self._mix.append(mix)
+        cancelled = False
+        for part in piece.split(_SHORT_PIECE, dim=1):  # channels may cancel for a while only
+            mix, silent = mix_down(part)
+            self._mix.append(mix)
+            cancelled = cancelled or silent
         if cancelled and not self._cancelled:
             self._cancelled = True
             log.warning(
@@ -305,7 +308,7 @@ def _decode_soundfile(file: BinaryIO, bound: _Bound, *, trusted: bool) -> tuple[
             bound.check(claimed, rate)
         mono = _Mono(bound, rate)
         try:
-            size = _FLAC_PIECE if sound.format == "FLAC" else _PIECE
+            size = _SHORT_PIECE if sound.format == "FLAC" else _PIECE
             while len(piece := sound.read(size, dtype="float32", always_2d=True)):
                 mono.add(torch.from_numpy(piece).T)
         except soundfile.SoundFileError as error:
