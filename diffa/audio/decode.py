@@ -214,7 +214,7 @@ class _Mono:
         self.frames += piece.shape[1]
         self.bound.check(self.frames, self.rate)
         cancelled = False
-        for part in piece.split(_SHORT_PIECE, dim=1):  # channels may cancel for a while only
+        for part in torch.split(piece, _SHORT_PIECE, dim=1):  # channels may cancel for a while only
             mix, silent = mix_down(part)
             self._mix.append(mix)
             cancelled = cancelled or silent
