@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diffa.serving.limits import Limits
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.ERROR)  # a line per malformed request would let one client fill the disk
 
 
 class BoundedConnection(H11Protocol):  # type: ignore[misc]  # uvicorn is optional: mypy skips it
@@ -24,6 +28,7 @@ class BoundedConnection(H11Protocol):  # type: ignore[misc]  # uvicorn is option
     def connection_made(self, transport: Any) -> None:
         """Refuse a connection too many, or begin to wait for its first header."""
         super().connection_made(transport)
+        self.logger = _log
         if len(self.connections) > 2 * self.limits.max_connections:
             transport.close()
         self._watch_header()
