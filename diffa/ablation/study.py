@@ -93,6 +93,7 @@ def ablate(
         raise SpecError(f"--score needs the words {{model}} and {{json}}, got {score!r}")
     axes = parse_axes(vary)
     runs = make_grid(Recipe.read(recipe).change(overrides), axes, seeds)
+    # A combination that cannot be built is told before hours of training.
     _check_builds(runs)
     study = Study(axes, runs, {}, {}, Path(out).expanduser())
     if not dry_run:
@@ -129,6 +130,7 @@ def _run_trainings(
     """Run the missing trainings; return why some of them failed."""
     queue = list(_missing_jobs(study, score, device))
     on_message(f"{len(study.runs)} runs, {len(queue)} trainings to run")
+    # Results are files, so a stopped study goes on with what is missing.
     finished = _run_processes(study, queue, jobs) if jobs else _run_here(queue)
     faults: dict[str, str] = {}
     for done, (name, fault) in enumerate(finished, start=1):
@@ -143,6 +145,7 @@ def _missing_jobs(
 ) -> Iterator[tuple[str, TrainingJob]]:
     """Yield the trainings of runs without a result, or with one of another score command."""
     shared: dict[str, list[GridRun]] = {}
+    # Runs that differ in their sampler alone share a training.
     for run in study.runs:
         result = load_json(study.result_path(run))
         if result is None or result["score"] != score:

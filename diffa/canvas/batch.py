@@ -83,6 +83,7 @@ def make_canvas(
         inputs: What the canvas is made of.
         audio_embeds: Embeddings (N, W) of each row's audio, or None.
     """
+    # The encoder may be elsewhere: everything moves to the backbone once, here.
     device = next(backbone.parameters()).device
     prompts = [tokens.to(device) for tokens in inputs.prompts]
     embeds, text = insert_audio(prompts, audio_embeds, inputs.audio_at, backbone.embed)
@@ -100,6 +101,7 @@ def per_row_tensors(values: RowTensors, count: int, name: str) -> list[Tensor | 
         return [None] * count
     if hasattr(values, "__array__"):  # a waveform of numpy's is one row too
         values = torch.as_tensor(values)
+    # One tensor is one row: a batch is a list, since rows differ in length.
     rows: list[Tensor | None] = [values] if isinstance(values, Tensor) else list(values)
     if len(rows) != count:
         raise SpecError(f"{count} prompts but {len(rows)} {name}")
@@ -132,6 +134,7 @@ def initial_answer(drafts: Sequence[Tensor | None], length: int, vocab: Vocab) -
     Raises:
         SpecError: A draft is too long, or the backbone writes every token itself.
     """
+    # A causal backbone appends, so its undecided slots hold padding instead of masks.
     answer = torch.full((len(drafts), length), vocab.pad if vocab.mask is None else vocab.mask)
     for row, tokens in enumerate(drafts):
         if tokens is None:
@@ -152,6 +155,7 @@ def check_context_length(
     Raises:
         AudioError: The row has audio, which can be cut; otherwise a SpecError.
     """
+    # Every embedding takes a position of the context, audio like text.
     total = prompt + audio + answer
     if max_length is None or total <= max_length:
         return
@@ -174,6 +178,7 @@ def concat_embeds(parts: Sequence[Embeds]) -> Embeds:
     if len(parts) == 1:
         return parts[0]
     lengths = torch.stack([part.lengths for part in parts]).sum(dim=0)
+    # Padding between parts would shift the positions of what follows.
     rows = [torch.cat(row) for row in zip(*(unpad_embeds(part) for part in parts), strict=True)]
     return Embeds(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
@@ -182,6 +187,7 @@ def forward_embeds(backbone: Backbone, embeds: Embeds) -> Tensor:
     """Return the hidden states (B, S, W) of whole rows, each from position 0."""
     positions = torch.arange(embeds.values.shape[1], device=embeds.values.device)
     valid = positions < embeds.lengths[:, None]
+    # Without padding no mask is built, and the kernel may take its fastest path.
     context = AttentionContext(valid=None if bool(valid.all()) else valid)
     return backbone(embeds.values, positions.expand(valid.shape), context)
 
@@ -216,11 +222,13 @@ def text_slots(tokens: Tensor, audio_embeds: Sequence[Tensor | None], audio_at: 
     """
     counts = [0 if embeds is None else len(embeds) for embeds in audio_embeds]
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    # prompt a b | c d with audio of n before c: slots 0 1 | 2 + n, 3 + n
     behind = index >= audio_at[:, None]
     return index + torch.tensor(counts, device=tokens.device)[:, None] * behind
 
 
 def gather_slots(hidden: Tensor, slots: Tensor) -> Tensor:
     """Return the states (B, L, W) of slots (B, L) among (B, S, W); padding gets any."""
+    # Slots of padding may lie behind the longest row; nobody reads their states.
     slots = slots.clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -73,9 +73,15 @@ class Canvas:
         self.positions = torch.cat(
             [prompt_slots.expand(self.count, -1), prompt.lengths[:, None] + answer_slots], dim=1
         )
+        # Prompts are padded at the end: answers of a batch begin at one slot, at other positions:
+        #
+        #     slots      0 1 2 3 4 | 5 6 7
+        #     row 0      p p p . . | a a a     positions 0 1 2 . . | 3 4 5
+        #     row 1      p p p p p | a a a     positions 0 1 2 3 4 | 5 6 7
         filled = prompt_slots < prompt.lengths[:, None]
         self.ragged = not bool(filled.all())
         self.valid = torch.cat([filled, torch.ones_like(answer, dtype=torch.bool)], dim=1)
+        # What ``show`` may show again: padding never holds anything.
         self._filled = self.valid
         self.tokens = torch.cat([text, answer], dim=1)
         self.content = torch.cat([prompt.values, embed(answer).to(prompt.values.dtype)], dim=1)
@@ -98,6 +104,7 @@ class Canvas:
 
     def undecided(self) -> Tensor:
         """Return which answer tokens are still masks, (B, A) bool."""
+        # A causal backbone has no mask; no token is -2, so everything is decided.
         return torch.eq(self.answer, -2 if self.vocab.mask is None else self.vocab.mask)
 
     def hide(self, slots: Tensor) -> None:
@@ -111,6 +118,7 @@ class Canvas:
 
     def mean_log_probs(self) -> list[float]:
         """Return the mean log-probability of each row's answer, up to its first EOS."""
+        # The first EOS counts: ending is a decision too. What follows is padding.
         ends = (self.answer == self.vocab.eos).cumsum(1)
         counted = (ends == 0) | ((ends == 1) & (self.answer == self.vocab.eos))
         logs = self.confidence.clamp(min=1e-30).log() * counted
@@ -132,9 +140,11 @@ class Canvas:
         source = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
         source = torch.where(slots < 0, first_index(slots), source)
         active = (slots >= 0).any(dim=1, keepdim=True)
+        # Inactive rows need some index to gather from; slot 0 exists.
         at = torch.where(active, at, 0)
         self._put(at, active, tokens.gather(1, source))
         if confidence is not None:
+            # Scratch slots hold drafts, which have no confidence to keep.
             inside = (at >= self.start) & (at < self.start + self.length) & active
             at = (at - self.start).clamp(0, self.length - 1)
             new = confidence.gather(1, source).to(self.confidence.dtype)
@@ -145,6 +155,7 @@ class Canvas:
         """Write tokens (B, K) and their embeddings at slots ``at`` of the ``active`` rows."""
         at, active, tokens = map(self._for_all_rows, (at, active, tokens))
         self.tokens.scatter_(1, at, torch.where(active, tokens, self.tokens.gather(1, at)))
+        # (B, K) -> (B, K, W): one embedding per written slot.
         wide = at[:, :, None].expand(-1, -1, self.content.shape[2])
         new = self._embed(torch.where(active, tokens, 0)).to(self.content.dtype)
         new = torch.where(active[:, :, None], new, self.content.gather(1, wide))
@@ -175,15 +186,18 @@ class Canvas:
         content, valid, filled = self.content.clone(), self.valid.clone(), self._filled
         if hide in ("text", "both"):
             columns = torch.arange(self.size, device=valid.device) < self.start
+            # LLaDA's unconditional prompt is all masks, of the same length.
             mask = torch.tensor([self.vocab.mask], device=valid.device)
             content[(self.tokens != NO_TOKEN) & columns] = self._embed(mask).to(content.dtype)
         if hide in ("audio", "both"):
+            # Hidden, not removed: positions behind the audio stay those of the row.
             valid, filled = valid & ~audio, filled & ~audio
             self.ragged = self.ragged or bool(audio.any())
         self.content = torch.cat([self.content, content])
         self.valid = torch.cat([self.valid, valid])
         self._filled = torch.cat([self._filled, filled])
         self.twins = True
+        # Twins share what decoding writes; only content and validity of the prompt differ.
         self.tokens = self._for_all_rows(self.tokens)
         self.positions = self._for_all_rows(self.positions)
         self.branches = None if self.branches is None else self._for_all_rows(self.branches)
@@ -197,6 +211,7 @@ class Canvas:
         pad = self.tokens.new_full((rows, count), self.vocab.pad)
         hidden = torch.zeros_like(pad, dtype=torch.bool)
         if self.branches is None:
+            # Branch 0 is the text itself; a draft sees branch 0 and its own.
             self.branches = torch.zeros_like(self.tokens)
         self.branches = torch.cat([self.branches, torch.full_like(pad, branch)], dim=1)
         self.tokens = torch.cat([self.tokens, pad], dim=1)
@@ -236,6 +251,7 @@ def insert_audio(
         words = embed(tokens)
         if embeds is not None:
             words = torch.cat([words[:at], embeds.to(words.dtype), words[at:]])
+            # Audio slots have no token: NO_TOKEN keeps them apart from every id.
             gap = tokens.new_full((len(embeds),), NO_TOKEN)
             tokens = torch.cat([tokens[:at], gap, tokens[at:]])
         values.append(words)

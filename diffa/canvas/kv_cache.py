@@ -59,6 +59,7 @@ class AttentionContext(NamedTuple):
             rules.append(keys[:, None] <= positions[:, :, None])
         if self.attn_mask is not None:
             rules.append(self.attn_mask)
+        # (B, 1, S) and (B, K, S) rules broadcast: one row of keys where no rule needs more.
         for rule in rules:
             mask = rule if mask is None else mask & rule
         return mask
@@ -68,6 +69,7 @@ class AttentionContext(NamedTuple):
 
         Without a cache the new ones are all there are.
         """
+        # Training and scoring run whole rows once: nothing is kept.
         if self.kv_cache is None:
             return keys, values
         return self.kv_cache.update(
@@ -92,6 +94,7 @@ class AttentionContext(NamedTuple):
             for context, own in zip(contexts, positions, strict=True)
         ]
         size, queries = max(k.shape[1] for k in keys), max(p.shape[1] for p in positions)
+        # A slot that a shorter canvas lacks has to be hidden, whatever its context says.
         uneven = any(k.shape[1] < size for k in keys)
 
         def stacked(field: str, default: Callable[[int], Tensor]) -> Tensor | None:
@@ -106,6 +109,7 @@ class AttentionContext(NamedTuple):
         def all_true(i: int) -> Tensor:
             return torch.ones_like(keys[i], dtype=torch.bool)
 
+        # All contexts compute some slots, or all compute whole canvases: the engine groups them.
         slots = [context.query_slots for context in contexts if context.query_slots is not None]
         outputs = [context.output_slots for context in contexts if context.output_slots is not None]
         width = max((output.shape[1] for output in outputs), default=0)
@@ -178,11 +182,13 @@ class KVCache:
             rows: Rows of the cache, (B,). None: all rows, in order.
             write: Keep the new entries; else they are used in this pass alone.
         """
+        # A pass over everything: the new tensors become the memory, nothing is copied.
         if slots is None and rows is None:
             if write:
                 self._measure_drift(layer, keys, slots, rows)
                 self._store(layer, keys, values)
             return keys, values
+        # The first pass may compute some slots: the others hold zeros and are not valid yet.
         if layer == len(self._keys):
             empty = keys.new_zeros(self._num_rows, self._num_slots, *keys.shape[2:])
             self._store(layer, empty, torch.zeros_like(empty))
@@ -190,7 +196,9 @@ class KVCache:
         if write:
             self._measure_drift(layer, keys, slots, rows)
         else:
+            # Drafts see their own keys in this pass; the memory must not.
             all_keys, all_values = all_keys.clone(), all_values.clone()
+        # Advanced indexing writes in place: rows (B, 1) against slots (B, K).
         index = self._index(slots, rows, keys)
         all_keys[index], all_values[index] = keys, values
         if rows is None:
@@ -205,6 +213,7 @@ class KVCache:
 
     def reserve(self, rows: int, slots: int) -> None:
         """Grow the cache to ``rows`` x ``slots``; new slots hold zeros until they are computed."""
+        # Canvases that grow (DAEDAL) add slots at the end; twins come before the first pass.
         added, self._num_rows, self._num_slots = slots - self._num_slots, rows, slots
         if not added or not self._keys:
             return
@@ -236,12 +245,14 @@ class KVCache:
     ) -> None:
         if self.probe is None or layer >= len(self._keys):
             return
+        # Negative layers count from the end, which is known once a pass has run.
         if layer != self.probe % len(self._keys):
             return
         index = self._index(slots, rows, keys)
         old = self._keys[layer]
         if self._drift is None:
             self._drift = old.new_zeros(old.shape[:2], dtype=torch.float32)
+        # Cosines over all heads at once, in float32: bfloat16 has no digits for 1 - cosine.
         new, before = keys.flatten(2).float(), old[index].flatten(2).float()
         self._drift[index] = 1 - torch.cosine_similarity(new, before, dim=-1)
 
@@ -273,6 +284,7 @@ class StackedKVCache:
         """Let every canvas update its own cache; return the keys and values of all, padded."""
         all_keys = keys.new_zeros(len(keys), self._size, *keys.shape[2:])
         all_values = values.new_zeros(len(values), self._size, *values.shape[2:])
+        # Rows of a canvas begin where those of the one before end; its queries stand first.
         first = 0
         for context, (count, queries) in zip(self._contexts, self._shapes, strict=True):
             here = slice(first, first + count)

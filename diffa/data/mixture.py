@@ -56,6 +56,8 @@ class Mixture:
             if size == 0:
                 raise DataError(f"{source!r} has no samples")
         self.shares = _shares(sizes, list(weights), batch)
+        # Two epochs: workers near a boundary ask for both. Everything follows from the seed, so a
+        # resumed run and every worker draw the same order without sharing any state.
         self._order = lru_cache(maxsize=2)(self._draw_epoch)
         self._permutation = lru_cache(maxsize=2 * len(sizes))(self._shuffle)
 
@@ -66,6 +68,7 @@ class Mixture:
 
     def draw(self, position: int) -> DrawnRow:
         """Return what stands at a position of the stage, counted from 0 over all epochs."""
+        # A position alone decides the row: resuming at step n needs no replay.
         epoch, at = divmod(position, self.size)
         source, row = self._order(epoch)[at]
         # consecutive over all ranks, as objectives that spread their levels over a step want it;
@@ -77,6 +80,7 @@ class Mixture:
         """Return (source, row) for every position of an epoch."""
         rows: list[tuple[int, int]] = []
         for source, share in enumerate(self.shares):
+            # A weight below 1 goes through the source over several epochs, one above 1 repeats it.
             rows += [(source, self._row(source, epoch * share + i)) for i in range(share)]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "order"))
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
@@ -95,6 +99,7 @@ class Mixture:
         self, rows: list[tuple[int, int]], generator: torch.Generator
     ) -> list[tuple[int, int]]:
         """Sort pools of batches by length, then shuffle the batches."""
+        # Sorting within pools, not over the epoch, keeps batches random enough.
         span = self.micro * _POOL
         pools = [sorted(rows[i : i + span], key=self._seconds) for i in range(0, len(rows), span)]
         ordered = [row for pool in pools for row in pool]
@@ -117,6 +122,7 @@ def _shares(sizes: list[int], weights: list[float], batch: int) -> list[int]:
             raise DataError(f"a source's weight must be above 0, got {weight}")
     shares = [max(1, round(w * n)) for w, n in zip(weights, sizes, strict=True)]
     steps = max(1, round(sum(shares) / batch))
+    # Rounding to whole steps is taken from the largest source, which notices it least.
     largest = max(range(len(shares)), key=shares.__getitem__)
     rest = sum(shares) - shares[largest]
     while steps * batch <= rest:  # tiny epochs: one more step rather than a source left out

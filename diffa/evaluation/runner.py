@@ -92,11 +92,13 @@ def evaluate(
     config = config or EvalConfig()
     config = config._replace(prompt=config.prompt or suite.prompts[0])
     _check_config(suite, config)
+    # The header names data, spec and options: another value of any of them is another run.
     items = data.items[: config.limit]
     folder = RunFolder(out, config.rank)
     header = _run_header(model, suite, data, items, config)
     with folder.locked():
         folder.write_header(header)
+        # A killed process may have left half a line; its row is answered again.
         folder.truncate_partial_lines()
         return _run_share(model, suite, data, items, folder, config, header, on_progress)
 
@@ -121,6 +123,7 @@ def _run_share(
     # Neighbouring batches cost alike, so every process gets the same amount of work.
     share = batches[config.rank :: config.world_size]
     _answer_batches(model, data, folder, share, config, on_progress)
+    # The last process to finish scores the answers of all.
     answers = folder.answers()
     if any(row.number not in answers for row in rows):
         return None
@@ -144,18 +147,21 @@ def _answer_batches(
     batched = BatchedModel(
         model, mode=config.mode, num_samples=config.num_samples, seed=config.seed
     )
+    # Items may be filtered by a limit; ids are looked up by number.
     ids = {item.number: item.fields.get("id") for item in data.items}
     versions, rate = _library_versions(), model.encoder.sample_rate
     begin = last = time.perf_counter()
     load = partial(_load_waveform, data, rate=rate)
     batches = batched.answer_batches(unfinished_batches(share, done), load, config.batch_size)
     fresh = 0
+    # Closing the generator ends its threads, also after an error or Ctrl-C.
     with closing(batches):
         for rows, waves, results in batches:
             now = time.perf_counter()
             seconds, last = round((now - last) / len(rows), 4), now
             records, times = [], []
             for row, wave, result in zip(rows, waves, results, strict=True):
+                # Batches are formed as they were: rows keep their padding, and so their answers.
                 if row.number in done:
                     continue
                 length = 0.0 if isinstance(wave, str) else len(wave) / rate

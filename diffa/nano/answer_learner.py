@@ -142,6 +142,7 @@ class NanoAnswerLearner(AnswerLearner):
         packing = self.packing(batch)
         embeds = concat_embeds(list(outputs.values())) if outputs else None
         loss = self.objective_loss(batch, embeds, packing)
+        # The trainer divides sums by the weight: means are multiplied by it first.
         weight, auxiliary = loss.weight.detach(), loss.sum.new_zeros(())
         if self.ctc is not None and outputs.keys() & self.ctc.weights.keys():
             auxiliary = self.ctc(outputs, batch.ctc_targets, self._gates()) * weight
@@ -151,6 +152,7 @@ class NanoAnswerLearner(AnswerLearner):
 
     def _embeds(self, batch: Batch) -> dict[str, Embeds]:
         """Return what each adapter makes of the audio, or the embedded transcripts."""
+        # Text alone: embedded transcripts stand where the adapters' embeddings would.
         if batch.audio_text is not None and batch.audio_text_lengths is not None:
             numbers = word_numbers(batch.audio_text, batch.speech_start, self.blank)
             return {
@@ -166,6 +168,7 @@ class NanoAnswerLearner(AnswerLearner):
         packing = super().packing(batch)
         if self.alignment is None:
             return packing
+        # The alignment loss reads a layer's input, which only a Packing keeps.
         return Packing(None if packing is None else packing.owner, layer=self.alignment.layer)
 
     def _gates(self) -> dict[str, Any]:
@@ -178,6 +181,7 @@ class NanoAnswerLearner(AnswerLearner):
         if self.match_scale:
             self._match_scales(stream)
         if self.ordinals and self.blank is not None:
+            # Numbers begin as the words that they count: the backbone knows these already.
             blank, *words = self._embedded([self.blank, *self.ordinals])
             for adapter in self.model.adapters.values():
                 if any(p.requires_grad for p in adapter.parameters()):
@@ -189,6 +193,7 @@ class NanoAnswerLearner(AnswerLearner):
             init_for_copying(transformer, seed)
 
     def _match_scales(self, stream: TrainingDataset) -> None:
+        # Eight recordings are enough for a root mean square.
         rows = [stream[i] for i in range(min(8, len(stream)))]
         batch = self.collator()(rows).to(self.model.device)
         if batch.audio is None or batch.audio_lengths is None:

@@ -77,6 +77,7 @@ class _Validator:
             if key not in SPEC_KEYS:
                 self.fault(str(key), f"unknown key{suggest(show(key), SPEC_KEYS)}")
         done: dict[str, Any] = {"format": FORMAT}
+        # In this order: defaults of objective and sampler depend on the backbone's decoding.
         done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
         done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
         done["backbone"] = self.part("backbone", "backbone", self.required("backbone"))
@@ -84,6 +85,7 @@ class _Validator:
         done["sampler_presets"] = self.named(
             "sampler_presets", "sampler", self.written.get("sampler_presets") or {}
         )
+        # A sampler may be the name of a preset, so presets come first.
         done["sampler"] = self.sampler(done["sampler_presets"])
         done["train"] = self.train()
         done["prompt"] = self.prompt()
@@ -104,6 +106,7 @@ class _Validator:
         """Return the written sampler or objective, or the default for the backbone's decoding."""
         if self.written.get(key) is not None:
             return self.written[key]
+        # A backbone that could not be loaded has a fault of its own: assume the common case.
         decoding = getattr(self.classes.get("backbone"), "decoding", "masked")
         return _DEFAULTS.get(decoding, _DEFAULTS["masked"])[key]
 
@@ -177,6 +180,7 @@ class _Validator:
         """Return the sampler, which may be written as the name of a sampler preset."""
         value = self.or_default("sampler")
         if isinstance(value, str) and value in sampler_presets:
+            # The preset's class stands for the sampler where decodings are compared.
             if f"sampler_presets.{value}" in self.classes:
                 self.classes["sampler"] = self.classes[f"sampler_presets.{value}"]
             return dict(sampler_presets[value])
@@ -197,6 +201,7 @@ class _Validator:
         if not isinstance(value, list):
             self.fault("train", f"expected a list such as [adapters], got {show(value)}")
             return []
+        # Names as written: a faulty adapter is reported once, not again as an unknown part.
         adapters = self.written.get("adapters")
         keys = adapters if isinstance(adapters, Mapping) else {}
         known = ["adapters", "backbone", "encoder", *(f"adapters.{key}" for key in keys)]

@@ -80,9 +80,11 @@ class Packing:
             SpecError: Rows of one recording differ before the audio.
         """
         at = torch.zeros_like(lengths) if audio_at is None else audio_at
+        # Without owners every row is its own recording: the layout is that of ``forward_rows``.
         owner = list(range(len(tokens))) if self.owner is None else self.owner.tolist()
         _check_prefixes(owner, tokens, at.tolist())
         packed = _pack(owner, backbone.embed(tokens), lengths.tolist(), audio, at.tolist())
+        # (shared prefix, then every suffix) per recording, padded to the longest: (G, S, W)
         sequences = [torch.cat([row.prefix, *row.suffixes]) for row in packed]
         embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         positions, branch, self.slots = _layout(packed, embeds, len(tokens), tokens.shape[1])
@@ -91,9 +93,11 @@ class Packing:
         if self.layer is None:
             hidden = backbone(embeds, positions, context)
         else:
+            # The backbone replaces the value of the key by that layer's input.
             inputs: dict[int, Tensor] = {self.layer: embeds}
             hidden = backbone(embeds, positions, context, inputs)
             self.layer_state = LayerState(inputs[self.layer], positions, context)
+        # (G, S, W) -> (G * S, W) -> (B, L, W): a prefix is read by all of its rows.
         return hidden.flatten(0, 1)[self.slots]
 
 
@@ -117,6 +121,7 @@ def _pack(
 ) -> list[PackedRow]:
     packed: dict[int, PackedRow] = {}
     for row, name in enumerate(owner):
+        # The first row of a recording brings prefix and audio; the others only their questions.
         at = audio_at[row]
         if name not in packed:
             clip = None if audio is None else audio[row]
@@ -136,6 +141,7 @@ def _layout(
     branch = torch.full((count, size), -1)  # padding has no branch and is not valid
     slots = torch.zeros(rows, length, dtype=torch.long)
     for number, pack in enumerate(packed):
+        # ``first`` counts slots of the packed rows before: slots index the flattened batch.
         shared, start, first = len(pack.prefix), len(pack.prefix), number * size
         positions[number, :shared] = torch.arange(shared)
         branch[number, :shared] = 0
