@@ -13,6 +13,7 @@ from diffa.checkpoints import read as checkpoint
 from diffa.errors import CheckpointError, SpecError, suggest
 
 # Prefixes of LoRA's keys in DIFFA-2's checkpoint, and in a model that diffa saved.
+_HEADS = ("lm_head", "ff_out", "head", "embed_out", "output_layer")
 PREFIXES = ("llm_model.base_model.model.model.transformer.", "backbone.lora.")
 DIFFA2_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")
 _ADAPTER = "default"  # peft's name of the adapter, part of DIFFA-2's keys
@@ -226,14 +227,33 @@ def _target_names(body: nn.Module, targets: tuple[str, ...]) -> list[str]:
     last_names = {
         name: name.rpartition(".")[2]
         for name, module in body.named_modules()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module))
-        and getattr(module, "out_features", None) != vocab_size
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
     }
+    for name in _head_names(body, vocab_size):
+        del last_names[name]
     for target in targets:
         if target not in last_names.values():
             close = suggest(target, set(last_names.values()))
             raise SpecError(f"lora.target_modules: no layer is called {target!r}{close}")
     return [name for name, last in last_names.items() if not targets or last in targets]
+
+
+def _head_names(body: nn.Module, vocab_size: int) -> list[str]:
+    """Return the names of the linear layers that map to the vocabulary.
+
+    Where other layers are as wide as the vocabulary, the head is the outermost one.
+    """
+    names = [
+        name
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == vocab_size
+    ]
+    if len(names) > 1:
+        outermost = min(name.count(".") for name in names)
+        names = [name for name in names if name.count(".") == outermost]
+    if len(names) > 1:  # a body without a head, or one whose layers have no blocks around them
+        names = [name for name in names if name.rpartition(".")[2] in _HEADS]
+    return names
 
 
 def _inject(body: nn.Module, names: list[str], rank: int, options: LoRAOptions) -> None:

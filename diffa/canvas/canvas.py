@@ -8,7 +8,8 @@ One row, with P slots for the prompt and A for the answer::
 
 A slot is a column: it has content (an embedding), a RoPE position, a branch and a flag that says
 whether it may be attended to. The order of slots carries no meaning, positions do: the answer's
-positions continue at the true length n of the row's prompt, so padding between them is harmless.
+positions continue at the true length n of the row's prompt, so padding between prompt and answer
+is harmless.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from diffa.types import Embeds, Vocab
 
 NO_TOKEN = -1  # in ``tokens``: the slot's content is an embedding without a token (audio, padding)
-HiddenInputs = Literal["text", "audio", "both"]
+HiddenInputs = Literal["text", "audio", "both"]  # text becomes masks, audio is not attended to
 
 
 class Canvas:
@@ -135,7 +136,8 @@ class Canvas:
         """
         if not slots.numel():
             return
-        # Padding repeats the row's first write. A row without any writes back what it holds.
+        # ``scatter_`` needs a slot for padding too: it repeats the row's first write. A row without
+        # any writes back what it holds.
         at = repeat_first(slots)
         source = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
         source = torch.where(slots < 0, first_index(slots), source)
@@ -162,7 +164,7 @@ class Canvas:
         self.content.scatter_(1, wide, new)
 
     def fill(self, where: Tensor, token: int) -> None:
-        """Write one token into the answer where ``where`` (B, A) is true; masks are undecided."""
+        """Write a token into the answer where ``where`` (B, A) is true; a mask has confidence 0."""
         answer = slice(self.start, self.start + self.length)
         self.confidence.masked_fill_(where, 0.0 if token == self.vocab.mask else 1.0)
         where = self._for_all_rows(where)

@@ -19,7 +19,7 @@ class AttentionContext(NamedTuple):
 
     Attributes:
         valid: (B, S) bool, False for padding. None: all slots are valid.
-        positions: (B, S) RoPE position of every slot. None: the queries are all slots.
+        positions: (B, S) RoPE position of every slot. None: keys are at the queries' positions.
         branch: (B, S) branch of every slot; branch 0 is shared, others see themselves and 0.
             None: one branch.
         query_slots: (B, K) slot of each query. None: all slots, in order.
@@ -109,7 +109,7 @@ class AttentionContext(NamedTuple):
         def all_true(i: int) -> Tensor:
             return torch.ones_like(keys[i], dtype=torch.bool)
 
-        # All contexts compute some slots, or all compute whole canvases: the engine groups them.
+        # All contexts compute some slots, or all whole canvases: ``batched_forward`` plans it.
         slots = [context.query_slots for context in contexts if context.query_slots is not None]
         outputs = [context.output_slots for context in contexts if context.output_slots is not None]
         width = max((output.shape[1] for output in outputs), default=0)
@@ -125,7 +125,7 @@ class AttentionContext(NamedTuple):
             kv_cache=StackedKVCache(contexts, [p.shape for p in positions], size)
             if cached
             else None,
-            write=True,
+            write=True,  # StackedKVCache asks each context for its own
             output_slots=torch.cat([pad_queries(o, width) for o in outputs])
             if len(outputs) == len(contexts)
             else None,
@@ -149,7 +149,8 @@ class KVCache:
     """Keys and values of every layer for every slot of a canvas, (B, S, H, D) per layer.
 
     A slot's entry is overwritten whenever the slot is recomputed. Between two recomputations the
-    entries of a bidirectional model are stale: that is the approximation of a dual cache.
+    entries of a bidirectional model are stale: that is the approximation of prefix and dual
+    caches.
 
     Attributes:
         probe: Layer whose keys ``drift`` compares, -1 for the last. None: nothing is compared.
@@ -182,7 +183,7 @@ class KVCache:
             rows: Rows of the cache, (B,). None: all rows, in order.
             write: Keep the new entries; else they are used in this pass alone.
         """
-        # A pass over everything: the new tensors become the memory, nothing is copied.
+        # A pass over everything: the new tensors become the cache, nothing is copied.
         if slots is None and rows is None:
             if write:
                 self._measure_drift(layer, keys, slots, rows)
@@ -196,7 +197,7 @@ class KVCache:
         if write:
             self._measure_drift(layer, keys, slots, rows)
         else:
-            # Drafts see their own keys in this pass; the memory must not.
+            # Drafts see their own keys in this pass; the cache must not.
             all_keys, all_values = all_keys.clone(), all_values.clone()
         # Advanced indexing writes in place: rows (B, 1) against slots (B, K).
         index = self._index(slots, rows, keys)

@@ -21,13 +21,12 @@ from diffa.cli.options import (
     WatchOption,
 )
 from diffa.cli.output import print_json, print_note
+from diffa.spec.validation import TRANSCRIBE
 
 if TYPE_CHECKING:
     from diffa.model import Model
     from diffa.types import Step
 
-TRANSCRIBE = "Please transcribe the audio to text."
-"""The instruction of DIFFA's own ASR evaluation."""
 
 AudioArgument = Annotated[
     str, typer.Argument(metavar="AUDIO", help="Recording: a wav, flac, ogg or mp3 file.")

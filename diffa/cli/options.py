@@ -52,7 +52,7 @@ TrainingDeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Device to train on: cpu, cuda or cuda:1 (default: the GPU if there is one).",
+        help="Device to train on: cpu or cuda (default: the GPU if there is one).",
     ),
 ]
 DtypeOption = Annotated[

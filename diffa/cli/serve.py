@@ -40,7 +40,7 @@ HostOption = Annotated[str, typer.Option("--host", help="Address to listen on.")
 PortOption = Annotated[
     int,
     typer.Option(
-        "--port", min=0, max=65535, help="Port to listen on; 0 takes a free one without --ray."
+        "--port", min=0, max=65535, help="Port to listen on. 0 takes a free port; not with --ray."
     ),
 ]
 BatchOption = Annotated[
@@ -70,7 +70,7 @@ CacheOption = Annotated[
     typer.Option(
         "--cached-embeddings",
         min=0,
-        help="Audio embeddings kept for further questions about a recording; 0 keeps none.",
+        help="Number of audio embeddings kept for further questions; 0 keeps none.",
     ),
 ]
 DrainOption = Annotated[

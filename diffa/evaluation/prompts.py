@@ -27,8 +27,6 @@ VOICEBENCH_DIFFA = (
     "\n### Response:\n"
 )
 """DIFFA's addition to VoiceBench's audio; results are not comparable with the leaderboard."""
-TRANSCRIBE = "Please transcribe the audio to text."
-"""DIFFA-2's instruction for ASR."""
 
 
 def list_choices(choices: Sequence[str | None], separator: str = "\n") -> str:

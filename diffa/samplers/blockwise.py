@@ -46,8 +46,9 @@ class Blockwise:
             pass (Fast-dLLM, arXiv 2505.22618).
         factor: Accept the n most confident tokens while (n + 1)(1 - c_n) < factor (Fast-dLLM;
             DIFFA-2: 1.0).
-        factor_rule: Follow the paper's inequality, or the released loop of Fast-dLLM and DIFFA-2,
-            which also accepts all tokens where only the least confident one fails.
+        factor_rule: ``paper`` takes the largest n with (n + 1)(1 - c_n) < factor. ``released`` is
+            the loop of Fast-dLLM and DIFFA-2. It also accepts all masks where only the least
+            confident one fails.
         entropy_bound: Accept tokens of lowest entropy while the entropies before sum up to at most
             this many nats (EB sampler, arXiv 2505.24857).
         neighbor_threshold: With ``threshold``, a lower threshold within four positions of a token
@@ -156,14 +157,15 @@ class Blockwise:
         """
         if self.cfg_scale:
             canvas.add_unconditional(self.cfg_drop)  # rows, then their unconditional twins
-        draft = ~canvas.undecided()  # answer tokens that were given
+        fixed = ~canvas.undecided()  # answer tokens of the caller stay as they are
         blocks = BlockTracker(canvas, self.block_length)
         recompute_slots = RecomputeSlots(self._policies(canvas, denoise))
         credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
         # Each row decodes its leftmost block with masks; rows advance independently.
         while (state := blocks.current()) is not None:
-            # Logits (B, R, V) of the block's masks. Slots not recomputed come from the KV cache.
+            # Slots not recomputed come from the KV cache; ``write`` keeps this pass's keys in it.
             recompute, write = recompute_slots(canvas, state)
+            # Logits (B, R, V) of the block's masks; (2 B, R, V) with unconditional twins.
             logits = denoise(recompute, state.masked_slots, write=write)
             if self.cfg_scale:
                 logits = apply_cfg(logits, self.cfg_scale)
@@ -178,9 +180,9 @@ class Blockwise:
             accepted = torch.where(accept(predictions, state), state.masked_slots, -1)
             canvas.write(accepted, predictions.tokens, predictions.confidence)
             if self.stop_at_eos:
-                fill_after_eos(canvas, draft)
+                fill_after_eos(canvas, fixed)
             blocks.advance()
-            yield make_step(canvas, draft=draft if self.stop_at_eos else None)
+            yield make_step(canvas, draft=fixed if self.stop_at_eos else None)
 
     def _policies(self, canvas: Canvas, denoise: Denoise) -> list[RecomputePolicy]:
         """Build the policies that the options ask for."""
@@ -192,6 +194,7 @@ class Blockwise:
         if self.audio_refresh_interval > 1:
             policies.append(AudioRefresh(self.audio_refresh_interval, canvas))
         if self.drift_threshold:
-            denoiser = cast("Denoiser", denoise)  # only a KV cache knows how far keys have moved
+            # Only a KV cache knows how far keys have moved: the model's ``denoise`` has one.
+            denoiser = cast("Denoiser", denoise)
             policies.append(DriftRefresh(self.drift_threshold, canvas, denoiser.kv_cache))
         return policies

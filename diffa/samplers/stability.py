@@ -41,7 +41,7 @@ class Stability:
             self._ids = state.places.new_zeros(shape)
             self._log_probs = log_probs.new_full(shape, torch.nan)
         moved = coarse_kl_divergence(log_probs.gather(-1, self._ids[index]), self._log_probs[index])
-        moved = moved.nan_to_num(nan=torch.inf)  # NaN: the slot's first prediction
+        moved = moved.nan_to_num(nan=torch.inf).float()  # NaN: the slot's first prediction
         recent = torch.cat([self._recent[index][..., 1:], moved[..., None]], dim=-1)
         self._recent[index] = recent
         likeliest = log_probs.topk(top, dim=-1)

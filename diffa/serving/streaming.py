@@ -31,12 +31,11 @@ class TextStream:
         text = self._chat.decode(step.tokens[:num_final])
         # Half a UTF-8 character, or a blank that decoding strips at the end, waits for the next.
         text = text.removesuffix("\ufffd").rstrip()
-        before = cut_at_stop(text, self._stops)
-        if before == text:  # it may end in the beginning of a stop
-            starts = [stop[:size] for stop in self._stops for size in range(1, len(stop))]
-            overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
-            before = text[: len(text) - overlap]
-        return self._next_piece(before)
+        # The end may be the beginning of a stop, also of one that begins before a stop found now.
+        starts = [stop[:size] for stop in self._stops for size in range(1, len(stop))]
+        overlap = max((len(start) for start in starts if text.endswith(start)), default=0)
+        safe = min(len(cut_at_stop(text, self._stops)), len(text) - overlap)
+        return self._next_piece(text[:safe])
 
     def finish(self, tokens: Tensor) -> str:
         """Return the rest of the finished answer (A,)."""

@@ -12,9 +12,9 @@ from diffa.serving.audio import SentRecording, decode_base64
 from diffa.serving.download import RemoteRecording, check_url
 from diffa.serving.errors import bad_request, too_large
 from diffa.serving.limits import Limits
+from diffa.spec.validation import TRANSCRIBE
 
 _UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "prediction")
-_TRANSCRIBE = "Please transcribe the audio to text."
 
 M = TypeVar("M", bound=BaseModel)
 Temperature = Annotated[float | None, Field(ge=0, le=2)]
@@ -236,7 +236,7 @@ def validate_transcription_request(
     if form.prompt:
         _check_text(form.prompt, "prompt", limits)
     query = Query(
-        _TRANSCRIBE,
+        TRANSCRIBE,
         SentRecording(recording, "file"),
         temperature=form.temperature,
         stream=form.stream,

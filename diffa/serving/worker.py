@@ -41,21 +41,21 @@ class Worker:
         thread b   waits                              samples, pauses     waits
 
     Args:
-        model: shared by all workers; its weights are only read.
-        encoder_cache: encodes recordings, and keeps recent results.
-        max_batch_size: requests decoded at the same time.
-        canvas_threads: pool from which each batch takes a thread.
-        next_requests: blocks until there is work. Returns new requests, [] if there are none but
+        model: Shared by all workers; its weights are only read.
+        encoder_cache: Encodes recordings, and keeps recent results.
+        max_batch_size: Requests decoded at the same time.
+        canvas_threads: Pool from which each batch takes a thread.
+        next_requests: Blocks until there is work. Returns new requests, [] if there are none but
             batches are running, None at shutdown.
-        num_threads: returns the threads that PyTorch may use in this worker from now on.
-        on_forward: receives the rows of each forward pass and its seconds.
-        on_batch_end: receives the number of requests of each batch that ends.
-        on_end: called when an error ends the worker; receives whether it had requests.
+        num_threads: Returns the threads that PyTorch may use in this worker from now on.
+        on_forward: Receives the rows of each forward pass and its seconds.
+        on_batch_end: Receives the number of requests of each batch that ends.
+        on_end: Called when an error ends the worker; receives whether it had requests.
 
     Attributes:
-        batches: the batches that are running.
-        idle: whether the worker waits for requests; guarded by the engine's lock.
-        was_used: whether it has ever decoded; guarded by the engine's lock.
+        batches: The batches that are running.
+        idle: Whether the worker waits for requests; guarded by the engine's lock.
+        was_used: Whether it has ever decoded; guarded by the engine's lock.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Worker:
         return handle.active
 
     def _on_pause(self, batch: RequestBatch, pause: Pause) -> None:
-        """Called in the batch's thread."""
+        """Queue a pause of a batch; runs in the batch's thread."""
         self._pauses.put((batch, pause))
 
     def _run_until_pause(self) -> None:

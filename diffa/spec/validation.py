@@ -21,6 +21,8 @@ SPEC_KEYS = (
     "prompt",
     "sampler_presets",
 )
+TRANSCRIBE = "Please transcribe the audio to text."
+"""DIFFA's question for a transcript."""
 PROMPT_DEFAULTS: dict[str, str | int] = {
     "system": "You are a helpful voice assistant.",
     "user": "This is the audio: <audio>. {question}",

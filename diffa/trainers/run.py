@@ -106,19 +106,21 @@ def train(
         DataError: Training data is unusable.
         TrainingError: The run cannot start, continue or be saved.
     """
+    place = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and place.index:
+        raise TrainingError(  # of transformers' Trainer
+            f"training runs on the first visible GPU: set CUDA_VISIBLE_DEVICES={place.index} and "
+            "give --device cuda"
+        )
     context = RunContext(
         recipe=Recipe.read(recipe).change(overrides),
         out=Path(out).expanduser(),
-        device=local_device(
-            parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        ),
+        device=local_device(place),
         console=console or Console(stderr=True, quiet=not is_main_process(), markup=False),
         on_error=on_error,
         sources=sources or {},
         evaluators=evaluators or {},
     )
-    if context.device.type == "cuda" and context.device.index is not None:
-        torch.cuda.set_device(context.device)  # Trainer takes the current one
     checkpoint = None if isinstance(resume, bool) else Path(resume)
     checkpoint_stage = None if checkpoint is None else _stage_of(context, checkpoint)
     if dry_run:

@@ -41,7 +41,8 @@ def build_trainer(
     rows_per_step = stage.batch_size * stage.gradient_accumulation_steps * context.num_devices
     steps = num_steps(stage, mixture.size, rows_per_step)
     seed = context.recipe.config.seed
-    torch.manual_seed(seed * 1009 + number)  # weights of the learner's own are drawn here
+    # The learner's own weights are drawn here; a prime keeps stages of nearby seeds apart.
+    torch.manual_seed(seed * 1009 + number)
     learner = build_learner(model, stage, mixture.sources, context)
     make_row = learner.row_transform(training=True)
     stream = TrainingDataset(mixture, steps * rows_per_step, make_row, context.on_error)
@@ -69,7 +70,7 @@ def build_trainer(
 def build_learner(
     model: Model, stage: StageConfig, sources: Sequence[Source], context: RunContext
 ) -> Learner:
-    """Return the stage's learner, with the positional parameters that its constructor asks for."""
+    """Return the stage's learner, with the wires that its constructor asks for."""
     cls = stage.learner.load()
     wires = {
         "model": model,
@@ -160,7 +161,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to=list(config.loggers),
         run_name=f"{context.out.name}-{stage.name}",
-        label_names=[],
+        label_names=[],  # batches are objects: Trainer must not look for labels in them
     )
     # One process trains on one device. Trainer would wrap the model in DataParallel, which splits
     # nothing of a batch that is one argument; several GPUs need torchrun.

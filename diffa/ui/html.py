@@ -86,7 +86,7 @@ def comparison(replays: Sequence[Replay]) -> str:
     )
 
 
-def complaint(text: str) -> str:
+def error_message(text: str) -> str:
     """A fault as a sentence, announced by screen readers."""
     if not text:
         return ""

@@ -12,8 +12,7 @@ import gradio as gr
 from diffa.errors import DiffaError, SpecError
 from diffa.nano.demo import describe_model, recordings
 from diffa.runtime.threads import ComputeThread
-from diffa.ui import html as drawing
-from diffa.ui import sampler_options
+from diffa.ui import html, sampler_options
 from diffa.ui.audio import load_recording, picture
 from diffa.ui.controls import Controls, controls
 from diffa.ui.sampler_options import SamplerForm
@@ -80,7 +79,7 @@ def page(model: Model, name: str) -> gr.Blocks:
                 first = controls(spec, decoding, known[0], "First sampler preset")
             with gr.Column(visible=False) as column:
                 second = controls(spec, decoding, known[-1], "Second sampler preset")
-        gr.HTML(drawing.legend())
+        gr.HTML(html.legend())
         with gr.Row():
             with gr.Column(min_width=300):
                 one = _result("Answer", "first")
@@ -170,7 +169,7 @@ def _frame(number: float, replay: Replay | None) -> str:
     if replay is None:
         return ""
     place = min(max(int(number), 1), replay.num_forwards)
-    return drawing.canvas(replay.frames[place - 1], place, replay.num_forwards)
+    return html.canvas(replay.frames[place - 1], place, replay.num_forwards)
 
 
 def _play(replay: Replay | None) -> Iterator[tuple[Any, Any]]:
@@ -188,7 +187,7 @@ def _draw_recording(model: Model, path: str | None) -> tuple[str, str]:
         rate = model.encoder.sample_rate
         return picture(load_recording(path, rate), rate), ""
     except DiffaError as error:
-        return "", drawing.complaint(str(error))
+        return "", html.error_message(str(error))
 
 
 def _example(label: str) -> tuple[str, str]:
@@ -233,13 +232,13 @@ def _runner(
                 if replay is not None:
                     done.append(replay)
                     yield _update(place, replay, final=True)
-            yield {table: drawing.comparison(done)}
+            yield {table: html.comparison(done)}
         except DiffaError as error:
-            yield {status: drawing.complaint(str(error))}
+            yield {status: html.error_message(str(error))}
         except Exception as error:
             log.exception("a question failed")
             text = f"an unexpected error occurred ({type(error).__name__}: {error})"
-            yield {status: drawing.complaint(f"{text}; see the terminal")}
+            yield {status: html.error_message(f"{text}; see the terminal")}
 
     outputs = [status, table, *views[0], *views[1]]
     inputs = [*form, *presets[0].inputs, *presets[1].inputs]
@@ -268,10 +267,10 @@ def _update(place: AnswerView, replay: Replay, *, final: bool = False) -> dict[A
     count = replay.num_forwards
     updates: dict[Any, Any] = {
         place.answer: replay.text,
-        place.canvas: drawing.canvas(replay.frames[-1], count, count),
+        place.canvas: html.canvas(replay.frames[-1], count, count),
     }
     if final:
-        updates[place.numbers] = drawing.numbers(replay)
+        updates[place.numbers] = html.numbers(replay)
         updates[place.slider] = gr.update(value=count, maximum=max(count, 2))
         updates[place.replay] = replay
     return updates

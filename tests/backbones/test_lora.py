@@ -13,9 +13,11 @@ import torch
 from helpers import GOLDEN
 from helpers.golden import golden_spec
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import diffa
+from diffa.backbones import lora
 from diffa.backbones.lora import apply_lora, lora_layers, lora_module, merge_lora_pairs
 from diffa.errors import CheckpointError, SpecError
 from diffa.trainers.trainable import eval_frozen_parts, set_trainable
@@ -348,3 +350,14 @@ def test_a_dry_build_counts_the_pairs() -> None:
     model = diffa.build(spec(rank=4), device="meta")
     own = sum(p.numel() for p in model.backbone.lora.parameters())
     assert own == 2 * 4 * (3 * (32 + 32) + 2 * (32 + 48))
+
+
+def test_layers_as_wide_as_the_vocabulary_are_no_heads() -> None:
+    body = nn.Module()
+    body.wte = nn.Embedding(64, 64)
+    body.blocks = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(64, 64),
+                                                "up": nn.Linear(64, 96),
+                                                "down": nn.Linear(96, 64)})])  # fmt: skip
+    body.lm_head = nn.Linear(64, 64)
+    assert lora._target_names(body, ()) == ["blocks.0.q_proj", "blocks.0.up", "blocks.0.down"]
+    assert lora._target_names(body, ("q_proj",)) == ["blocks.0.q_proj"]

@@ -114,3 +114,9 @@ def test_every_rule_accepts_a_token_whatever_the_scores(scores: list[float], dat
     ]
     for accepted in rules:
         assert bool((accepted & masked).any()) and not bool((accepted & ~masked).any())
+
+
+def test_klass_decodes_a_model_in_float64() -> None:
+    model = diffa.build("nano", dtype="float64")
+    model = diffa.swap(model, sampler={"name": "blockwise", "threshold": 0.9, "kl_threshold": 0.01})
+    assert model.answer(WAVE, "What can you hear?", max_tokens=8).text

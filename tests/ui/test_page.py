@@ -20,8 +20,7 @@ from diffa.spec import registry
 from diffa.spec.docstrings import option_descriptions
 from diffa.spec.schema import read_schema
 from diffa.spec.spec import Spec
-from diffa.ui import html as drawing
-from diffa.ui import sampler_options
+from diffa.ui import html, sampler_options
 from diffa.ui.audio import MAX_SECONDS, load_recording, picture
 from diffa.ui.launch import require
 from diffa.ui.sampler_options import ONE, SamplerForm
@@ -78,18 +77,18 @@ def test_tokens_are_counted_up_to_the_end_of_the_text() -> None:
 
 def test_words_of_an_answer_are_no_markup() -> None:
     frame = (Token("<script>", "word", 0.5, 1), Token('"&', "word", 0.9, 2))
-    drawn = drawing.canvas(frame, 2, 2)
+    drawn = html.canvas(frame, 2, 2)
     assert "<script>" not in drawn and "&lt;script&gt;" in drawn
-    assert drawing.complaint("<b>no</b>").count("<b>") == 0
+    assert html.error_message("<b>no</b>").count("<b>") == 0
 
 
 def test_doubt_and_lateness_show_in_two_colours() -> None:
     frame = (Token("a", "word", 0.1, 1), Token("b", "word", 1.0, 9), Token("", "mask", 0, 0))
-    drawn = drawing.canvas(frame, 9, 9)
+    drawn = html.canvas(frame, 9, 9)
     backgrounds = re.findall(r"background:(#\w{6})", drawn)
     lines = re.findall(r"border-bottom-color:(#\w{6})", drawn)
     assert len(set(backgrounds)) == 2 and len(set(lines)) == 2
-    assert backgrounds[1] == drawing.mix(drawing._DOUBT, drawing._SURE, 1.0)
+    assert backgrounds[1] == html.mix(html._DOUBT, html._SURE, 1.0)
     assert "a undecided" not in drawn and "ab undecided" in drawn  # as a screen reader says it
 
 
@@ -101,16 +100,16 @@ def test_dark_letters_stay_readable_on_every_background() -> None:
 
     letters = light("#14181f")
     for tenth in range(11):
-        ground = light(drawing.mix(drawing._DOUBT, drawing._SURE, tenth / 10))
+        ground = light(html.mix(html._DOUBT, html._SURE, tenth / 10))
         assert (ground + 0.05) / (letters + 0.05) > 7
 
 
 def test_a_comparison_says_what_each_setting_took(replay: Replay) -> None:
     other = replay._replace(name="slow", seconds=replay.seconds * 3, text="else")
-    told = drawing.comparison([replay, other])
+    told = html.comparison([replay, other])
     assert "mine" in told and "slow" in told and f"<td>{replay.num_forwards}</td>" in told
     assert "The answers differ. The second took 3.0 times as long." in told
-    assert drawing.comparison([replay]) == ""
+    assert html.comparison([replay]) == ""
 
 
 def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
@@ -239,7 +238,7 @@ def test_faults_of_recordings_are_sentences(tmp_path: Path) -> None:
     soundfile.write(long, np.zeros(int(4000 * (MAX_SECONDS + 1)), "f4"), 4000)
     with pytest.raises(AudioError, match="longer than the 300 s"):
         load_recording(str(long), 4000)
-    shown = drawing.complaint(str(caught.value))
+    shown = html.error_message(str(caught.value))
     assert 'role="alert"' in shown and re.search(r">[A-Z].*\.</div>", shown)
 
 

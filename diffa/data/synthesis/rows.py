@@ -14,8 +14,9 @@ from diffa.data.manifest import probe_audio
 from diffa.data.samples import DataError, ManifestRow, derive_seed
 from diffa.data.synthesis.attributes import Bands, describe_attributes, seed_transcript
 from diffa.data.synthesis.measures import RATE, Measures, measure_speech
-from diffa.data.synthesis.transcribers import TRANSCRIBE, Transcriber
+from diffa.data.synthesis.transcribers import Transcriber
 from diffa.errors import describe_error
+from diffa.spec.validation import TRANSCRIBE
 
 DESCRIBE = "What can you hear from the audio?"
 """The question of DIFFA's synthetic data."""

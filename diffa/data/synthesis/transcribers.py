@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from diffa.data.samples import DataError
 from diffa.data.synthesis.models import model_name
+from diffa.spec.validation import TRANSCRIBE
 
 if TYPE_CHECKING:
     from diffa.model import Model
 
-TRANSCRIBE = "Please transcribe the audio to text."
 _RATE = 16_000
 
 

@@ -18,7 +18,6 @@ from diffa.evaluation.items import (
     as_text,
     to_jsonl,
 )
-from diffa.evaluation.prompts import TRANSCRIBE
 from diffa.evaluation.word_errors import (
     british_spellings,
     count_edits,
@@ -26,6 +25,7 @@ from diffa.evaluation.word_errors import (
     whisper_characters,
     whisper_words,
 )
+from diffa.spec.validation import TRANSCRIBE
 
 _REFERENCES = ("reference", "text", "transcription", "transcript", "sentence", "target")
 _TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
