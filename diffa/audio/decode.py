@@ -86,8 +86,8 @@ def read(
 
     WAV, FLAC, OGG and MP3 are decoded by soundfile, with all links of a chained stream; m4a, webm
     and others by PyAV (``pip install 'diffa-audio[audio]'``). Of a cut or damaged file, what can
-    be decoded is returned, and a warning is logged. Two channels that cancel each other are not
-    mixed: the louder one is taken.
+    be decoded is returned, and a warning is logged. Channels that cancel each other are not mixed:
+    one of them is taken (``mix_down``).
 
     Args:
         source: A path, the bytes of a file, or a binary file object.

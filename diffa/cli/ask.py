@@ -21,6 +21,7 @@ from diffa.cli.options import (
     WatchOption,
 )
 from diffa.cli.output import print_json, print_note
+from diffa.runtime.text import count_passes
 from diffa.spec.validation import TRANSCRIBE
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def ask(
         )
         return
     print(answer.text)
-    print_note(f"{name}: {answer.num_forwards} forward passes in {seconds:.1f} s")
+    print_note(f"{name}: {count_passes(answer.num_forwards)} in {seconds:.1f} s")
 
 
 def transcribe(

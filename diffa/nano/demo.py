@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffa.runtime.render import render_step
+from diffa.runtime.text import count_passes
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -144,7 +145,7 @@ def watch(model: Model, audio: Path, ask: DemoQuestion, console: Console) -> tup
     console.print(
         Text.assemble(
             f"  -> {answer.text}   ",
-            (f"({answer.num_forwards} forward passes, {seconds:.2f} s)", "dim"),
+            (f"({count_passes(answer.num_forwards)}, {seconds:.2f} s)", "dim"),
         )
     )
     return answer.text, answer.num_forwards, seconds

@@ -1,4 +1,4 @@
-"""Texts from outside: JSON of any shape, and text that is no Unicode."""
+"""Texts from outside (JSON of any shape, text that is no Unicode) and numbers in words."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def to_unicode(text: str) -> str:
 def is_unicode(text: str) -> bool:
     """Return whether a text can be encoded: lone surrogates cannot."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def count_passes(count: int) -> str:
+    """Return a number of forward passes in words."""
+    return f"{count} forward pass" + ("" if count == 1 else "es")

@@ -47,6 +47,12 @@ def test_logits_that_are_no_numbers_end_every_sampler(
         model.answer(WAVE, "What can you hear?", max_tokens=16)
 
 
+def test_no_step_of_such_logits_is_yielded(damaged: Model) -> None:
+    steps = damaged.stream(torch.tensor([5, 6, 7]), WAVE, max_tokens=8)
+    with pytest.raises(DecodingError, match="NaN or infinite"):
+        next(steps)
+
+
 def test_scores_that_are_no_numbers_are_told(damaged: Model) -> None:
     with pytest.raises(DecodingError, match="not finite"):
         damaged.score(WAVE, "What can you hear?", ["one", "two"], samples=2)

@@ -119,6 +119,14 @@ def test_replace_folder_keeps_the_old_content_on_an_error(tmp_path: Path) -> Non
     assert (place / "a").read_text() == "old" and names(tmp_path) == ["model"]
 
 
+def old_folder(tmp_path: Path) -> Path:
+    """Write a folder that the test then tries to replace."""
+    place = tmp_path / "model"
+    with replace_folder(place) as draft:
+        (draft / "a").write_text("old")
+    return place
+
+
 @pytest.fixture(params=["exchange", "two renames"])
 def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two renames":
@@ -142,9 +150,7 @@ def test_the_old_folder_returns_when_the_new_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_renameat2", lambda: None)
-    place = tmp_path / "model"
-    with replace_folder(place) as draft:
-        (draft / "a").write_text("old")
+    place = old_folder(tmp_path)
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
@@ -162,9 +168,7 @@ def test_an_error_names_the_copy_that_could_not_be_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_renameat2", lambda: None)
-    place = tmp_path / "model"
-    with replace_folder(place) as draft:
-        (draft / "a").write_text("old")
+    place = old_folder(tmp_path)
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
