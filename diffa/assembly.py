@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffa.encoders.none import NoEncoder
 from diffa.errors import CheckpointError, SpecError, show
 from diffa.model import Model
 from diffa.runtime.imports import imports_on_cpu
@@ -45,6 +46,9 @@ def assemble(
 
     def part_of(kind: str, **wires: Any) -> Any:
         return shared[kind] if kind in shared else make_part(parts[kind], **wires)
+
+    if "encoder" not in parts:
+        shared = {**shared, "encoder": NoEncoder()}
 
     with torch.device("meta" if meta else "cpu"):
         encoder = part_of("encoder")

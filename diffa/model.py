@@ -20,6 +20,7 @@ from diffa.canvas.batch import (
     concat_embeds,
     forward_rows,
     make_canvas,
+    per_row_tensors,
     unpad_embeds,
     validate_inputs,
 )
@@ -133,6 +134,7 @@ class Model(nn.Module):
         max_tokens: int = 128,
         seeds: int | Sequence[int] | None = None,
         draft: RowTensors = None,
+        embeds: RowTensors = None,
         on_step: Callable[[Step], None] | None = None,
         streamer: Streamer | None = None,
     ) -> Generation:
@@ -148,6 +150,8 @@ class Model(nn.Module):
             draft: Token ids (up to ``max_tokens``) that the answer begins with, or a list with one
                 such or None per prompt. Mask ids and the rest of the answer are decoded; whether
                 the sampler may change the others depends on it (``revise`` does).
+            embeds: Vectors (N, W) of the backbone's width in place of a recording, or a list with
+                one such or None per prompt.
             on_step: Called with every ``Step`` as the answers form.
             streamer: A streamer of transformers, for one prompt.
 
@@ -160,7 +164,7 @@ class Model(nn.Module):
             self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
         )
         feed = None if streamer is None else StreamerFeed(streamer, len(inputs.prompts))
-        canvas, denoise = self._prepare(inputs)
+        canvas, denoise = self._prepare(inputs, embeds)
         with torch.no_grad():
             for step in self.sampler(canvas, denoise):
                 if on_step is not None:
@@ -170,7 +174,7 @@ class Model(nn.Module):
         denoise.check_finite()
         if feed is not None:
             feed.end()
-        tokens = [row.clone() for row in canvas.answer.cpu()]
+        tokens = [row.clone() for row in canvas.answer[:, : canvas.requested].cpu()]
         return Generation(tokens, denoise.num_forwards, canvas.mean_log_probs())
 
     def stream(
@@ -395,7 +399,9 @@ class Model(nn.Module):
             lines.append(f"  {path:20} {name:14}{count}".rstrip())
         return "\n".join(lines)
 
-    def _prepare(self, inputs: CanvasInputs) -> tuple[Canvas, Denoiser]:
+    def _prepare(
+        self, inputs: CanvasInputs, embeds: RowTensors = None
+    ) -> tuple[Canvas, Denoiser]:
         """Encode the audio, and return the canvas with its ``denoise``."""
         limit = max_length(self.backbone)
         for wave in inputs.audio:
@@ -403,14 +409,27 @@ class Model(nn.Module):
                 self.check_duration(len(wave) / self.encoder.sample_rate, inputs.answer.shape[1])
         with torch.no_grad():
             audio_embeds = self._encode_audio(inputs.audio)
-            for tokens, embeds, wave in zip(
-                inputs.prompts, audio_embeds, inputs.audio, strict=True
-            ):
-                count = 0 if embeds is None else len(embeds)
+            if embeds is not None:
+                given = per_row_tensors(embeds, len(inputs.prompts), "embeds")
+                audio_embeds = [
+                    heard if own is None else self._given(own, heard)
+                    for own, heard in zip(given, audio_embeds, strict=True)
+                ]
+            for tokens, own, wave in zip(inputs.prompts, audio_embeds, inputs.audio, strict=True):
+                count = 0 if own is None else len(own)
                 seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
                 check_context_length(len(tokens), count, inputs.answer.shape[1], seconds, limit)
             canvas = make_canvas(self.backbone, inputs, audio_embeds)
         return canvas, Denoiser(self.backbone, canvas)
+
+    def _given(self, embeds: Tensor, heard: Tensor | None) -> Tensor:
+        """Return a row's own vectors (N, W) in place of a recording."""
+        if heard is not None:
+            raise SpecError("a row has both audio and embeds: give one of them")
+        if embeds.dim() != 2 or embeds.shape[1] != self.backbone.width:
+            shape, width = tuple(embeds.shape), self.backbone.width
+            raise SpecError(f"embeds must be vectors (N, {width}), got the shape {shape}")
+        return embeds.to(self.device, self.dtype)
 
     def _encode_audio(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return embeddings (N, W) of each row's audio; None for a row without."""

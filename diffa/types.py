@@ -86,6 +86,25 @@ class Vocab(NamedTuple):
     mask: int | None
 
 
+class BlockAttention(NamedTuple):
+    """How a block-causal backbone attends: to the own block and to all blocks before it.
+
+    Attributes:
+        length: Positions per block.
+        from_prompt: Whether blocks count from the end of the prompt, which is then one block, or
+            from position 0.
+        shifted: Whether the state of a slot predicts the token of the next slot.
+    """
+
+    length: int
+    from_prompt: bool
+    shifted: bool
+
+    def offset(self, prompt_lengths: Tensor, width: int) -> Tensor:
+        """Return how many slots of the prompt (B,) lie in the answer's first block of a width."""
+        return prompt_lengths * 0 if self.from_prompt else prompt_lengths % width
+
+
 class Noised(NamedTuple):
     """A corrupted answer.
 
@@ -295,6 +314,16 @@ class BoundedBackbone(Protocol):
 
 
 @runtime_checkable
+class BlockCausalBackbone(Protocol):
+    """Optional: a backbone whose slots attend to their own block and to the blocks before it;
+    ``block_length`` None stands for attention without blocks (see ``BlockAttention``)."""
+
+    block_length: int | None
+    block_origin: Literal["sequence", "prompt"]
+    shifted: bool
+
+
+@runtime_checkable
 class BlockObjective(Protocol):
     """Optional: an objective that trains answers block by block, ``block_length`` tokens each;
     None for whole answers (block diffusion, arXiv 2503.09573)."""
@@ -354,6 +383,14 @@ class PairedObjective(Protocol):
 def max_length(backbone: Backbone) -> int | None:
     """Return the longest sequence that a backbone can read, in slots; None for any."""
     return backbone.max_length if isinstance(backbone, BoundedBackbone) else None
+
+
+def block_attention(backbone: Backbone) -> BlockAttention | None:
+    """Return how a block-causal backbone attends; None for any other."""
+    if not isinstance(backbone, BlockCausalBackbone) or backbone.block_length is None:
+        return None
+    from_prompt = backbone.block_origin == "prompt"
+    return BlockAttention(backbone.block_length, from_prompt, backbone.shifted)
 
 
 if TYPE_CHECKING:

@@ -66,12 +66,14 @@ def plan_attention(
     *,
     causal: bool,
     implementation: AttnImplementation,
+    block_length: int = 1,
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
 ) -> AttentionPlan:
     """Return the plan of a forward pass with queries at ``positions`` (B, K).
 
-    ``dtype`` and ``head_dim`` are those of queries and keys: kernels differ in what they take.
+    ``causal`` and ``block_length`` are those of ``AttentionContext.mask``. ``dtype`` and
+    ``head_dim`` are those of queries and keys: kernels differ in what they take.
 
     Raises:
         SpecError: xformers is requested where it cannot run.
@@ -82,17 +84,17 @@ def plan_attention(
     all_slots = context.query_slots is None
     unrestricted = context.branch is None and context.attn_mask is None
     # A block-diagonal bias cannot express branches or masks. It is causal by place, not by
-    # position, so it needs all slots where attention is causal.
+    # position, so it needs all slots where attention is causal. It knows no blocks.
     if (
         unrestricted
-        and (all_slots or not causal)
+        and (not causal or (all_slots and block_length == 1))
         and resolve_attn_implementation(implementation, positions.device, dtype, head_dim)
         == "xformers"
     ):
         return AttentionPlan(causal=causal, varlen=varlen_layout(context, positions, causal=causal))
-    if causal and all_slots and unrestricted and context.valid is None:
+    if causal and block_length == 1 and all_slots and unrestricted and context.valid is None:
         return AttentionPlan(causal=True)
-    mask = context.mask(positions, causal=causal)
+    mask = context.mask(positions, causal=causal, block_length=block_length)
     return AttentionPlan(None if mask is None else mask[:, None])
 
 

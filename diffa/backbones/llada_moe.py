@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffa.backbones.llama import parse_llama_config, rename_llama_keys
-from diffa.backbones.transformer import Block, MoEConfig, RMSNorm, TransformerConfig
+from diffa.backbones.transformer import Block, MoEConfig, TransformerConfig
 from diffa.backbones.transformer_backbone import TransformerBackbone, check_fields
 from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError
@@ -47,10 +47,7 @@ class MoEFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., W)."""
         flat = x.flatten(0, -2)  # (tokens, W)
-        probs = self.gate(flat).float().softmax(dim=-1)
-        top_probs, top_experts = probs.topk(self.moe.num_experts_per_tok, dim=-1)
-        if self.moe.norm_topk_prob:
-            top_probs = top_probs / top_probs.sum(dim=-1, keepdim=True)
+        top_probs, top_experts = self.route(flat)
         top_probs = top_probs.to(flat.dtype)
         out = torch.zeros_like(flat)
         for expert in range(self.moe.num_experts):
@@ -61,30 +58,32 @@ class MoEFeedForward(nn.Module):
             out = out.index_add(0, token, outputs * top_probs[token, rank, None])
         return out.view_as(x)
 
+    def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight and index, (tokens, K) each, of the K experts of every token."""
+        probs = self.gate(flat).float().softmax(dim=-1)
+        top_probs, top_experts = probs.topk(self.moe.num_experts_per_tok, dim=-1)
+        if self.moe.norm_topk_prob:
+            top_probs = top_probs / top_probs.sum(dim=-1, keepdim=True)
+        return top_probs, top_experts
+
 
 class MoEBlock(Block):
-    """A block with RMSNorm on every head's queries and keys, and experts as feed-forward."""
+    """A layer with experts as feed-forward."""
 
-    def init_feed_forward(self, config: TransformerConfig) -> None:
-        """Create the norms and the experts."""
+    experts_class: ClassVar[type[MoEFeedForward]] = MoEFeedForward
+
+    def init_feed_forward(self, config: TransformerConfig, layer: int) -> None:
+        """Create the experts, or the dense feed-forward of the first layers."""
         assert config.moe is not None
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.experts = MoEFeedForward(config.hidden_size, config.moe)
-
-    def queries(self, h: Tensor) -> Tensor:
-        """Return normalised queries (B, R, H, D) of states (B, R, W), before RoPE."""
-        normalised: Tensor = self.q_norm(super().queries(h))
-        return normalised
-
-    def keys(self, h: Tensor) -> Tensor:
-        """Return normalised keys (B, K, G, D) of states (B, K, W), before RoPE."""
-        normalised: Tensor = self.k_norm(super().keys(h))
-        return normalised
+        self.dense = layer < config.moe.dense_layers
+        if self.dense:
+            super().init_feed_forward(config, layer)
+        else:
+            self.experts = self.experts_class(config.hidden_size, config.moe)
 
     def feed_forward(self, h: Tensor) -> Tensor:
         """Map normalised states (B, R, W)."""
-        out: Tensor = self.experts(h)
+        out: Tensor = super().feed_forward(h) if self.dense else self.experts(h)
         return out
 
 
@@ -113,7 +112,7 @@ class LLaDAMoE(TransformerBackbone):
             norm_topk_prob=bool(fields.get("norm_topk_prob")),
         )
         fields = {"intermediate_size": moe.intermediate_size, "rms_norm_eps": 1e-5, **fields}
-        return parse_llama_config(fields, source)._replace(moe=moe)
+        return parse_llama_config(fields, source)._replace(moe=moe, qk_norm=True)
 
     def read_state_dict(self, folder: Path) -> dict[str, Tensor]:
         """Return the weights in a folder under the names of ``Transformer``."""

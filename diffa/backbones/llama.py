@@ -19,6 +19,8 @@ _BLOCK_KEYS = {
     "self_attn.k_proj": "k_proj",
     "self_attn.v_proj": "v_proj",
     "self_attn.o_proj": "attn_out",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
     "mlp.gate_proj": "ff_proj",
     "mlp.up_proj": "up_proj",
     "mlp.down_proj": "ff_out",

@@ -1,4 +1,4 @@
-"""The Transformer that LLaDA, Llama and Dream share: RMSNorm, RoPE, grouped queries, SwiGLU.
+"""The Transformer that most backbones share: RMSNorm, RoPE, grouped queries, SwiGLU.
 
 Shapes: B rows, K queries (the slots computed in this pass), S slots of the canvas, R queries whose
 states are read, W hidden size, H query heads, G key/value heads, D width of a head.
@@ -37,19 +37,29 @@ if TYPE_CHECKING:
 
 
 class MoEConfig(NamedTuple):
-    """Mixture-of-experts feed-forward of every layer.
+    """Mixture-of-experts feed-forward.
 
     Attributes:
         num_experts: experts of a layer.
         num_experts_per_tok: experts that process each token.
         intermediate_size: width of one expert.
         norm_topk_prob: whether the weights of a token's experts are scaled to sum to one.
+        dense_layers: number of first layers with a dense feed-forward instead.
+        shared_size: width of the feed-forward that every token passes besides. 0: none.
+        num_groups: groups of experts; a token's experts come from the best ones.
+        topk_groups: groups that a token's experts come from.
+        scale: factor of the experts' weights.
     """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
     norm_topk_prob: bool
+    dense_layers: int = 0
+    shared_size: int = 0
+    num_groups: int = 1
+    topk_groups: int = 1
+    scale: float = 1.0
 
 
 class TransformerConfig(NamedTuple):
@@ -70,6 +80,8 @@ class TransformerConfig(NamedTuple):
         attention_bias: whether queries, keys and values have a bias.
         tie_word_embeddings: whether the head shares the embedding's weights.
         moe: experts instead of a dense feed-forward. None: dense.
+        qk_norm: whether every head's queries and keys are normalised before RoPE (Qwen3).
+        rotary_dim: dimensions of a head that RoPE turns, the first ones. None: all.
     """
 
     hidden_size: int
@@ -86,6 +98,8 @@ class TransformerConfig(NamedTuple):
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     moe: MoEConfig | None = None
+    qk_norm: bool = False
+    rotary_dim: int | None = None
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +123,9 @@ class Block(nn.Module):
     The submodules have the names of LLaDA's published weights.
     """
 
-    def __init__(self, config: TransformerConfig, *, compile: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer: int = 0, *, compile: bool = False
+    ) -> None:
         super().__init__()
         width, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.split = (-1, head_dim)
@@ -120,10 +136,13 @@ class Block(nn.Module):
         self.v_proj = Linear(width, config.num_kv_heads * head_dim, bias=bias)
         self.attn_out = Linear(config.num_heads * head_dim, width, bias=False)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
-        self.init_feed_forward(config)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.init_feed_forward(config, layer)
 
-    def init_feed_forward(self, config: TransformerConfig) -> None:
-        """Create the modules of ``feed_forward``."""
+    def init_feed_forward(self, config: TransformerConfig, layer: int) -> None:
+        """Create the modules of ``feed_forward`` of a layer."""
         width, intermediate = config.hidden_size, config.intermediate_size
         self.ff_proj = Linear(width, intermediate, bias=False)
         self.up_proj = Linear(width, intermediate, bias=False)
@@ -132,12 +151,12 @@ class Block(nn.Module):
     def queries(self, h: Tensor) -> Tensor:
         """Return queries (B, R, H, D) of normalised states (B, R, W), before RoPE."""
         heads: Tensor = self.q_proj(h).unflatten(-1, self.split)
-        return heads
+        return self.q_norm(heads) if hasattr(self, "q_norm") else heads
 
     def keys(self, h: Tensor) -> Tensor:
         """Return keys (B, K, G, D) of normalised states (B, K, W), before RoPE."""
         heads: Tensor = self.k_proj(h).unflatten(-1, self.split)
-        return heads
+        return self.k_norm(heads) if hasattr(self, "k_norm") else heads
 
     def feed_forward(self, h: Tensor) -> Tensor:
         """Map normalised states (B, R, W)."""
@@ -216,13 +235,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm and head. ``forward`` ends before the head."""
+    """Embedding, layers, final norm and head. ``forward`` ends before the head.
+
+    Args:
+        config: Sizes and constants.
+        attention_block: None: every slot attends to every slot. Else a slot attends to its own
+            block of so many positions and to the blocks before; 1 is causal attention.
+        attn_implementation: Attention kernel.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        compile: Compile the window steps of cached decoding.
+        block_class: Class of a layer.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        causal: bool,
+        attention_block: int | None,
         attn_implementation: AttnImplementation,
         gradient_checkpointing: bool,
         compile: bool = False,
@@ -230,12 +259,12 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.causal = causal
+        self.attention_block = attention_block
         self.attn_implementation: AttnImplementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            block_class(config, compile=compile) for _ in range(config.num_layers)
+            block_class(config, layer, compile=compile) for layer in range(config.num_layers)
         )
         self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ff_out = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -271,7 +300,8 @@ class Transformer(nn.Module):
 
         ``layer_inputs``: for each layer that is a key, the layer's input (B, K, W) is put there.
         """
-        rows = None if self.causal else pack_rows(context, embeds)
+        causal = self.attention_block is not None
+        rows = None if causal else pack_rows(context, embeds)
         if rows is not None:
             hidden = self.forward(
                 rows.pack(embeds), rows.pack(positions), rows.pack_context(context)
@@ -281,7 +311,8 @@ class Transformer(nn.Module):
         plan = plan_attention(
             context,
             positions,
-            causal=self.causal,
+            causal=causal,
+            block_length=self.attention_block or 1,
             implementation=self.attn_implementation,
             dtype=torch.get_autocast_dtype("cuda") if half else embeds.dtype,
             head_dim=self.config.head_dim,
@@ -310,9 +341,10 @@ class Transformer(nn.Module):
 def rotary_embedding(positions: Tensor, config: TransformerConfig) -> Tensor:
     """Return cosines and sines of RoPE at positions (B, K) in float32, (2, B, K, 1, D).
 
-    The sines of the first half of each head are negated, as ``rotate`` needs them.
+    The sines of the first half of each head are negated, as ``rotate`` needs them. Where RoPE
+    turns only the first dimensions of a head, D is their number.
     """
-    dim = config.head_dim
+    dim = config.rotary_dim or config.head_dim
     even = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** (-even / dim)
     if config.rope_scaling is not None:
@@ -334,6 +366,9 @@ def scale_rope_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> T
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Apply RoPE to queries or keys (B, K, H, D) in float32; element i is paired with i + D/2."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dim = cos_sin.shape[-1]
+    if dim < wide.shape[-1]:  # partial RoPE: the other dimensions stay
+        return torch.cat([rotate(wide[..., :dim], cos_sin), wide[..., dim:]], -1).to(x.dtype)
     # (a, b) -> (a cos - b sin, b cos + a sin); rolling by D/2 brings each element its partner
     partner = wide.roll(wide.shape[-1] // 2, dims=-1)
     return torch.addcmul(wide * cos_sin[0], partner, cos_sin[1]).to(x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from diffa.backbones.lora import DIFFA2_TARGET_MODULES, apply_lora, lora_module
 from diffa.backbones.tokenizer import load_tokenizer
 from diffa.backbones.transformer import Block, Transformer, TransformerConfig, load_weights
 from diffa.checkpoints import read as weights
-from diffa.errors import CheckpointError, SpecError
+from diffa.errors import CheckpointError, SpecError, check_at_least
 from diffa.types import Decoding, Vocab
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TransformerBackbone(nn.Module):
     """A backbone that runs diffa's Transformer.
 
     A subclass says how its family's files are read: ``parse_config`` and ``read_state_dict``. Its
-    attention is causal if its ``decoding`` is.
+    attention is causal if its ``decoding`` is, and block-causal if it has a ``block_length``.
 
     Args:
         checkpoint: Folder or Hub id of published weights.
@@ -37,6 +37,10 @@ class TransformerBackbone(nn.Module):
             SDPA.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Compile the window steps of cached decoding with torch, for GPUs.
+        block_length: Attend only to the own block of so many slots and to earlier blocks
+            (block-causal attention). Default: the checkpoint's own rule.
+        mask_token_id: Id of the mask token. Default: the one that the configuration names.
+        eos_token_id: Id of the token that ends an answer. Default: the configuration's.
         lora: LoRA options: checkpoint, revision, rank, alpha, dropout, target_modules, merge,
             seed. Default: no LoRA.
         seed: Seed of the weights without a checkpoint.
@@ -50,6 +54,9 @@ class TransformerBackbone(nn.Module):
     block_class: ClassVar[type[Block]] = Block
     lora_target_modules: ClassVar[tuple[str, ...]] = DIFFA2_TARGET_MODULES
     compilable: ClassVar[bool] = True
+    # Where blocks are counted from: position 0, or the end of the prompt, which is then one block.
+    block_origin: ClassVar[Literal["sequence", "prompt"]] = "sequence"
+    shifted: ClassVar[bool] = False  # whether a state predicts the token of the next slot
 
     def __init__(
         self,
@@ -61,6 +68,9 @@ class TransformerBackbone(nn.Module):
         attn_implementation: AttnImplementation = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        block_length: int | None = None,
+        mask_token_id: int | None = None,
+        eos_token_id: int | None = None,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -68,6 +78,8 @@ class TransformerBackbone(nn.Module):
         if compile and not self.compilable:
             raise SpecError("compile: this backbone cannot be compiled; leave it out")
         folder, fields = weights.resolve_config(checkpoint, revision, config)
+        given = {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id}
+        fields = {**fields, **{name: own for name, own in given.items() if own is not None}}
         source = folder or "config"
         try:
             parsed = self.parse_config(fields, source)
@@ -76,12 +88,16 @@ class TransformerBackbone(nn.Module):
         except KeyError as error:
             raise CheckpointError(f"{source}: the configuration lacks {error}") from None
         _check_heads(parsed, source)
+        check_at_least(1, block_length=block_length)
+        if block_length is not None and self.decoding == "causal":
+            raise SpecError("block_length: this backbone is causal; leave it out")
+        self.block_length = block_length or self.parse_block_length(fields)
         self.width, self.max_length = parsed.hidden_size, parsed.max_position_embeddings
         # ``load_state`` allocates the weights of a checkpoint when it reads them.
         with torch.device("meta") if folder else torch.get_default_device():
             self.transformer = Transformer(
                 parsed,
-                causal=self.decoding == "causal",
+                attention_block=1 if self.decoding == "causal" else self.block_length,
                 attn_implementation=attn_implementation,
                 gradient_checkpointing=gradient_checkpointing,
                 compile=compile,
@@ -98,6 +114,10 @@ class TransformerBackbone(nn.Module):
             CheckpointError: the fields describe another architecture.
         """
         raise NotImplementedError
+
+    def parse_block_length(self, fields: Mapping[str, Any]) -> int | None:
+        """Return the block length in a ``config.json``; None: attention knows no blocks."""
+        return None
 
     def read_state_dict(self, folder: Path) -> dict[str, Tensor]:
         """Return the weights in a folder under the names of ``Transformer``."""
@@ -159,7 +179,8 @@ def check_fields(
 
 def _check_heads(config: TransformerConfig, source: str | Path) -> None:
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    if config.hidden_size % heads or heads % kv_heads or config.head_dim % 2:
+    split = config.hidden_size % heads and config.head_dim == config.hidden_size // heads
+    if split or heads % kv_heads or config.head_dim % 2 or (config.rotary_dim or 0) % 2:
         raise CheckpointError(
             f"{source}: width {config.hidden_size}, {heads} heads and {kv_heads} key/value heads "
             "do not divide: the width must split into even heads, the heads into key/value heads"

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import AudioError, SpecError, show
-from diffa.types import Backbone, Embeds, Vocab
+from diffa.types import Backbone, Embeds, Vocab, block_attention
 
 if TYPE_CHECKING:
     from diffa.types import BackboneModule
@@ -88,7 +88,10 @@ def make_canvas(
     prompts = [tokens.to(device) for tokens in inputs.prompts]
     embeds, text = insert_audio(prompts, audio_embeds, inputs.audio_at, backbone.embed)
     answer, seeds = inputs.answer.to(device), torch.tensor(inputs.seeds, device=device)
-    return Canvas(embeds, text, answer, embed=backbone.embed, vocab=backbone.vocab, seeds=seeds)
+    return Canvas(
+        embeds, text, answer, embed=backbone.embed, vocab=backbone.vocab, seeds=seeds,
+        attention=block_attention(backbone),
+    )  # fmt: skip
 
 
 def per_row_tensors(values: RowTensors, count: int, name: str) -> list[Tensor | None]:

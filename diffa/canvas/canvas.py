@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffa.types import Embeds, Vocab
+from diffa.canvas.kv_cache import AttentionContext
+from diffa.types import BlockAttention, Embeds, Vocab
 
 NO_TOKEN = -1  # in ``tokens``: the slot's content is an embedding without a token (audio, padding)
 HiddenInputs = Literal["text", "audio", "both"]  # text becomes masks, audio is not attended to
@@ -36,11 +37,15 @@ class Canvas:
         embed: Maps token ids to embeddings of the backbone.
         vocab: The backbone's vocabulary.
         seeds: One seed per row; every random draw for a row derives from it.
+        attention: How a block-causal backbone attends. None: all slots attend to all.
 
     Attributes:
         count: Rows of the batch, B.
         start: Slot of the first answer token, P.
-        length: Answer tokens per row, A.
+        length: Answer tokens per row, A. With block-causal attention the answers reach to the end
+            of their last block.
+        surplus: How many of them exceed what was asked for.
+        prompt_lengths: True slots of each prompt, (B,).
         tokens: (B, S) token ids, ``NO_TOKEN`` where a slot has none.
         content: (B, S, W) embeddings.
         positions: (B, S) RoPE positions.
@@ -60,8 +65,16 @@ class Canvas:
         embed: Callable[[Tensor], Tensor],
         vocab: Vocab,
         seeds: Tensor,
+        attention: BlockAttention | None = None,
     ) -> None:
         self.vocab = vocab
+        self.attention, self.prompt_lengths, self.surplus = attention, prompt.lengths, 0
+        if attention is not None:
+            width = attention.length
+            offset = attention.offset(prompt.lengths, width)
+            self.surplus = int((-(offset + answer.shape[1]) % width).max())
+            mask = answer.new_full((len(answer), self.surplus), vocab.pad)
+            answer = torch.cat([answer, mask if vocab.mask is None else mask.fill_(vocab.mask)], 1)
         self.seeds = seeds
         self.count, self.start = text.shape
         self.length = answer.shape[1]
@@ -108,6 +121,33 @@ class Canvas:
         # A causal backbone has no mask; no token is -2, so everything is decided.
         return torch.eq(self.answer, -2 if self.vocab.mask is None else self.vocab.mask)
 
+    @property
+    def requested(self) -> int:
+        """Answer tokens per row that were asked for."""
+        return self.length - self.surplus
+
+    @property
+    def block_origin(self) -> Tensor | None:
+        """Position (rows,) from which blocks count; None: position 0."""
+        if self.attention is None or not self.attention.from_prompt:
+            return None
+        return self._for_all_rows(self.prompt_lengths)
+
+    def block_numbers(self, width: int, *, ahead: int = 0) -> Tensor:
+        """Return the number (B, S) of the block of every slot, -1 before the first block.
+
+        Args:
+            width: Positions per block.
+            ahead: Look so many positions ahead of each slot; -1 gives the slot before it.
+        """
+        context = AttentionContext(block_origin=self.block_origin)
+        return context.blocks((self.positions + ahead).clamp(min=0), width)[: self.count]
+
+    def previous_slots(self, slots: Tensor) -> Tensor:
+        """Return the slot (B, K) at the position before each answer slot; -1 stays."""
+        last = (self._for_all_rows(self.prompt_lengths)[:, None] - 1).clamp(min=0)
+        return torch.where(slots == self.start, last, slots - (slots >= 0).long())
+
     def hide(self, slots: Tensor) -> None:
         """Hide slots (B, S) bool from attention, in the twins too; they keep what they hold."""
         self.valid = self.valid & ~self._for_all_rows(slots)
@@ -119,10 +159,11 @@ class Canvas:
 
     def mean_log_probs(self) -> list[float]:
         """Return the mean log-probability of each row's answer, up to its first EOS."""
+        answer, confidence = (x[:, : self.requested] for x in (self.answer, self.confidence))
         # The first EOS counts: ending is a decision too. What follows is padding.
-        ends = (self.answer == self.vocab.eos).cumsum(1)
-        counted = (ends == 0) | ((ends == 1) & (self.answer == self.vocab.eos))
-        logs = self.confidence.clamp(min=1e-30).log() * counted
+        ends = (answer == self.vocab.eos).cumsum(1)
+        counted = (ends == 0) | ((ends == 1) & (answer == self.vocab.eos))
+        logs = confidence.clamp(min=1e-30).log() * counted
         means: list[float] = (logs.sum(1) / counted.sum(1).clamp(min=1)).tolist()
         return means
 

@@ -64,6 +64,10 @@ class Denoiser:
             output_slots = output_slots.repeat(2, 1)
             recompute = None if recompute is None else recompute.repeat(2, 1)
             attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
+        attention = canvas.attention
+        if attention is not None and attention.shifted:
+            # The token of a slot is predicted by the state of the slot before it.
+            output_slots = canvas.previous_slots(output_slots)
         self.num_forwards += 1
         if self.num_forwards > _PASSES_PER_TOKEN * canvas.length + _MORE_PASSES:
             raise DecodingError(
@@ -104,6 +108,7 @@ class Denoiser:
             kv_cache=self.kv_cache if write or slots is not None else None,
             cache_rows=rows,
             write=write,
+            block_origin=None if canvas.block_origin is None else pick(canvas.block_origin),
             output_slots=index.clamp(min=0) if self._partial else None,
         )
         if slots is not None:

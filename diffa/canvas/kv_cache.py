@@ -29,6 +29,8 @@ class AttentionContext(NamedTuple):
         write: Whether the cache keeps the keys and values of this pass.
         output_slots: (B, R) queries whose hidden states are read. A backbone with
             ``partial = True`` may skip the last layer for all others.
+        block_origin: (B,) position from which blocks of a block-causal backbone count; all slots
+            before it are one block. None: position 0.
         row_lengths: Lengths of rows packed into one sequence (block-diagonal attention).
     """
 
@@ -41,12 +43,19 @@ class AttentionContext(NamedTuple):
     cache_rows: Tensor | None = None
     write: bool = False
     output_slots: Tensor | None = None
+    block_origin: Tensor | None = None
     row_lengths: list[int] | None = None
 
-    def mask(self, positions: Tensor, *, causal: bool) -> Tensor | None:
+    def mask(self, positions: Tensor, *, causal: bool, block_length: int = 1) -> Tensor | None:
         """Return the boolean mask (B, K or 1, S) of queries at ``positions`` (B, K).
 
-        None stands for "everything may be attended to".
+        Args:
+            positions: Position of each query.
+            causal: Whether a query attends only to its own block and those before it.
+            block_length: Positions per block; 1 is the attention of autoregressive models.
+
+        Returns:
+            The mask; None stands for "everything may be attended to".
         """
         mask = None if self.valid is None else self.valid[:, None, :]
         rules = []
@@ -56,13 +65,20 @@ class AttentionContext(NamedTuple):
             rules.append((branch[:, None] == 0) | (branch[:, None] == own[:, :, None]))
         if causal:
             keys = positions if self.positions is None else self.positions
-            rules.append(keys[:, None] <= positions[:, :, None])
+            own, other = (self.blocks(p, block_length) for p in (positions, keys))
+            rules.append(other[:, None] <= own[:, :, None])
         if self.attn_mask is not None:
             rules.append(self.attn_mask)
         # (B, 1, S) and (B, K, S) rules broadcast: one row of keys where no rule needs more.
         for rule in rules:
             mask = rule if mask is None else mask & rule
         return mask
+
+    def blocks(self, positions: Tensor, block_length: int) -> Tensor:
+        """Return the number of the block of each position (B, K), -1 before the origin."""
+        if self.block_origin is not None:
+            positions = positions - self.block_origin[:, None]
+        return (positions // block_length).clamp(min=-1)
 
     def update_cache(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values (B, K, H, D); return those of all slots (B, S, H, D).
@@ -114,6 +130,8 @@ class AttentionContext(NamedTuple):
         outputs = [context.output_slots for context in contexts if context.output_slots is not None]
         width = max((output.shape[1] for output in outputs), default=0)
         cached = any(context.kv_cache is not None for context in contexts)
+        # All canvases are of one backbone: all have an origin, or none has.
+        origins = [c.block_origin for c in contexts if c.block_origin is not None]
         return cls(
             valid=stacked("valid", all_true),
             positions=torch.cat([pad_slots(k, size) for k in keys]),
@@ -129,6 +147,7 @@ class AttentionContext(NamedTuple):
             output_slots=torch.cat([pad_queries(o, width) for o in outputs])
             if len(outputs) == len(contexts)
             else None,
+            block_origin=torch.cat(origins) if origins else None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from diffa.canvas.kv_cache import AttentionContext
 from diffa.errors import SpecError
 from diffa.types import (
     Backbone,
+    BlockAttention,
     BlockObjective,
     CountingObjective,
+    Embeds,
     Loss,
     Noised,
     Objective,
     SecondCorruption,
+    block_attention,
 )
 
 
@@ -38,18 +42,16 @@ def compute_loss(
     """Corrupt answers, run the backbone over the rows, and return the objective's loss.
 
     The sums of a ``SecondCorruption`` join those of the first; both use the same audio. A
-    ``BlockObjective`` attends to the blocks before each one as they are. The other arguments are
-    those of ``Model.loss`` and ``forward_rows``.
+    ``BlockObjective``, or a block-causal backbone, attends to the blocks before each one as they
+    are. The other arguments are those of ``Model.loss`` and ``forward_rows``.
 
     Raises:
-        SpecError: A ``BlockObjective`` with a ``forward`` of its own.
+        SpecError: Blocks with a ``forward`` of its own.
     """
     block_length = objective.block_length if isinstance(objective, BlockObjective) else None
-    if block_length is not None:
+    if block_length is not None or block_attention(backbone) is not None:
         if forward is not forward_rows:
-            raise SpecError(
-                "an objective with a block reads rows in its own way: leave packing out"
-            )
+            raise SpecError("block by block, rows are read in a way of their own: leave packing out")
         forward = partial(forward_blocks, clean=tokens, answer=answer, block_length=block_length)
     first = objective.corrupt(tokens, answer, seeds)
     hidden = forward(backbone, first.tokens, lengths, audio_embeds, audio_at)
@@ -86,14 +88,17 @@ def forward_blocks(
     *,
     clean: Tensor,
     answer: Tensor,
-    block_length: int,
+    block_length: int | None = None,
 ) -> Tensor:
     """Run a backbone over corrupted answers block by block, each after clean blocks, in one pass.
 
     A row is its clean tokens, then a corrupted copy of its answer at the positions of the
-    originals (BD3-LM, arXiv 2503.09573, section 3)::
+    originals (BD3-LM, arXiv 2503.09573, section 3; SDAR, Fast-dLLM v2)::
 
         prompt  clean block 1  clean block 2 | noisy block 1  noisy block 2
+
+    A block-causal backbone has blocks of its own; where the answer's first one begins in the
+    prompt, the copy begins there too. Audio before it is computed once.
 
     Args:
         backbone: Embeds the tokens and reads the rows.
@@ -103,59 +108,105 @@ def forward_blocks(
         audio_at: Index before which each row's audio goes, (B,). Default: 0.
         clean: The tokens before corruption, (B, L).
         answer: Which tokens belong to the answer, (B, L) bool.
-        block_length: Answer tokens per block.
+        block_length: Answer tokens per block with a bidirectional backbone.
 
     Returns:
-        Hidden states (B, L, W): those of the copies where the answer is.
+        Hidden states (B, L, W) that predict the tokens: those of the copies where the answer is.
     """
     at = torch.zeros_like(lengths) if audio_at is None else audio_at
     audio = [None] * len(tokens) if audio_embeds is None else list(audio_embeds)
-    sizes = lengths.tolist()
-    copied = [own[:size].nonzero()[:, 0] for own, size in zip(answer, sizes, strict=True)]
+
+    def embed(rows: Tensor) -> Embeds:
+        own = [row[:size] for row, size in zip(rows, lengths.tolist(), strict=True)]
+        return insert_audio(own, audio, at.tolist(), backbone.embed)[0]
+
+    before, noisy = embed(clean), embed(tokens)
+    slots = text_slots(tokens, audio, at)
+    layout = block_layout(slots, answer, before.lengths, block_attention(backbone), block_length)
     rows = [
-        torch.cat([own[:size], noisy[columns]])
-        for own, noisy, size, columns in zip(clean, tokens, sizes, copied, strict=True)
+        torch.cat([own[:size], other[copied]])
+        for own, other, size, copied in zip(
+            before.values, noisy.values, before.lengths.tolist(), layout.copied, strict=True
+        )
     ]
-    embeds, text = insert_audio(rows, audio, at.tolist(), backbone.embed)
-    num_slots = text.shape[1]
-    slots, positions, attn_mask = block_layout(
-        text_slots(tokens, audio, at), copied, embeds.lengths, num_slots, block_length
+    embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    sizes = torch.tensor([len(row) for row in rows], device=embeds.device)
+    context = AttentionContext(
+        valid=torch.arange(embeds.shape[1], device=embeds.device) < sizes[:, None],
+        attn_mask=layout.attn_mask,
+        block_origin=layout.origin,
     )
-    valid = torch.arange(num_slots, device=text.device) < embeds.lengths[:, None]
-    hidden = backbone(embeds.values, positions, AttentionContext(valid=valid, attn_mask=attn_mask))
-    return gather_slots(hidden, slots)
+    return gather_slots(backbone(embeds, layout.positions, context), layout.states)
+
+
+class BlockLayout(NamedTuple):
+    """Where the copies of ``forward_blocks`` are and what they may attend to.
+
+    Attributes:
+        copied: Slots (A,) of each row that are copied to its end.
+        positions: Position of every slot, copies included, (B, S).
+        attn_mask: (B, S, S) bool. A clean slot attends to clean slots up to its own block; a copy
+            to clean slots before its block and to the copies of its block.
+        states: Slot of the state that predicts each token, (B, L).
+        origin: Position (B,) from which a block-causal backbone counts blocks. None: position 0.
+    """
+
+    copied: list[Tensor]
+    positions: Tensor
+    attn_mask: Tensor
+    states: Tensor
+    origin: Tensor | None
 
 
 def block_layout(
-    slots: Tensor, copied: Sequence[Tensor], lengths: Tensor, num_slots: int, block_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the copies of ``forward_blocks`` are and what they may attend to.
+    slots: Tensor,
+    answer: Tensor,
+    lengths: Tensor,
+    attention: BlockAttention | None,
+    block_length: int | None = None,
+) -> BlockLayout:
+    """Lay out clean rows and the copies of their answers.
 
     Args:
         slots: Slot of each of the rows' tokens, (B, L).
-        copied: Indices of the tokens that are copied to the end of each row, (A,).
-        lengths: Slots of each row, copies included, (B,).
-        num_slots: Slots of the longest row, S.
-        block_length: Answer tokens per block.
-
-    Returns:
-        The slot whose state each token takes, (B, L); positions (B, S); and the attention mask
-        (B, S, S). A clean slot attends to clean slots up to its own block; a copy to clean slots
-        before its block and to the copies of its block. The prompt is block 0.
+        answer: Which tokens belong to the answer, (B, L) bool.
+        lengths: Slots of each row without copies, (B,).
+        attention: How a block-causal backbone attends: copies begin with the first answer's block.
+        block_length: Answer tokens per block without ``attention``. The prompt is block 0.
     """
-    slots = slots.clone()
-    positions = torch.arange(num_slots, device=slots.device).repeat(len(slots), 1)
-    block, noisy = torch.zeros_like(positions), torch.zeros_like(positions, dtype=torch.bool)
-    for row, columns in enumerate(copied):
-        end = int(lengths[row])
-        copies = torch.arange(end - len(columns), end, device=slots.device)
-        originals = slots[row, columns]
-        numbers = torch.arange(len(columns), device=slots.device) // block_length + 1
-        positions[row, copies] = originals
-        block[row, originals], block[row, copies] = numbers, numbers
-        noisy[row, copies] = True
-        slots[row, columns] = copies
-    before = block[:, None] < block[:, :, None]
-    same = block[:, None] == block[:, :, None]
+    number, width = len(slots), int(lengths.max())
+    real = answer & (slots < lengths[:, None])
+    is_answer = torch.zeros(number, width + 1, dtype=torch.bool, device=slots.device)
+    is_answer = is_answer.scatter(1, torch.where(real, slots, width), True)[:, :width]
+    positions = torch.arange(width, device=slots.device).repeat(number, 1)
+    inside, origin = positions < lengths[:, None], None
+    if attention is None:
+        assert block_length is not None
+        block = torch.where(is_answer, (is_answer.cumsum(1) - 1) // block_length + 1, 0)
+        chosen = is_answer
+    else:
+        first = torch.where(is_answer, positions, width).amin(dim=1)
+        origin = first if attention.from_prompt else None
+        block = AttentionContext(block_origin=origin).blocks(positions, attention.length)
+        last = (width - 1) * torch.ones_like(first[:, None])
+        opening = block.gather(1, torch.minimum(first[:, None], last))
+        chosen = inside & (block >= opening) & (first < width)[:, None]
+    copied = [row.nonzero()[:, 0] for row in chosen]
+    # Where each slot's copy is: behind the row's true slots.
+    copy_of = torch.where(chosen, lengths[:, None] + chosen.cumsum(1) - 1, positions)
+    read = slots if attention is None or not attention.shifted else (slots - 1).clamp(min=0)
+    states = copy_of.gather(1, read.clamp(max=width - 1))
+    size = int((lengths + chosen.sum(dim=1)).max())
+    all_positions = torch.arange(size, device=slots.device).repeat(number, 1)
+    numbers = torch.zeros_like(all_positions)
+    numbers[:, :width] = torch.where(inside, block, numbers[:, :width])
+    noisy = torch.zeros_like(all_positions, dtype=torch.bool)
+    for row, own in enumerate(copied):
+        there = copy_of[row, own]
+        all_positions[row, there], numbers[row, there] = own, block[row, own]
+        noisy[row, there] = True
+    earlier = numbers[:, None] < numbers[:, :, None]
+    same = numbers[:, None] == numbers[:, :, None]
     query, key = noisy[:, :, None], noisy[:, None]
-    return slots, positions, (~key & (before | (same & ~query))) | (key & query & same)
+    mask = (~key & (earlier | (same & ~query))) | (key & query & same)
+    return BlockLayout(copied, all_positions, mask, states, origin)

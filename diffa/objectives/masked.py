@@ -36,13 +36,15 @@ class Masked(CountedLoss):
         schedule: Noise schedule from time to masking level (MD4, arXiv 2406.04329). Changes the
             variance of the loss, not its expectation.
         power: Exponent of the polynomial schedule.
-        eps: Lowest masking level (LLaDA: 1e-3). Biases the bound by as much.
+        eps: Lowest masking level (LLaDA: 1e-3; LLaDA2: 0.3). Biases the bound by as much.
+        max_level: Highest masking level (LLaDA2: 0.8).
         masking: Mask each token independently (bernoulli), or an exact share of them (count), which
             has less variance.
         time_sampling: Noise times of a step's rows: independent, antithetic pairs, or
             low_discrepancy, spread evenly over the rows. The last two need consecutive seeds.
         complementary_masking: Train every row twice, on a set of masks and on all other tokens
-            (LaViDa, arXiv 2505.16839). Needs ``masking: count``.
+            (LaViDa, arXiv 2505.16839). Needs ``masking: count``, or ``normalization: masked``
+            (Fast-dLLM v2).
         block_length: Answer tokens per block for block diffusion, each with its own level (BD3-LM,
             arXiv 2503.09573). Default: the whole answer is one block.
         normalization: Average the loss over the batch's answer tokens (batch, DIFFA), over samples
@@ -72,6 +74,7 @@ class Masked(CountedLoss):
         schedule: Literal["linear", "cosine", "polynomial", "geometric"] = "linear",
         power: float = 2.0,
         eps: float = 1e-3,
+        max_level: float = 1.0,
         masking: Literal["bernoulli", "count"] = "bernoulli",
         time_sampling: TimeSampling = "independent",
         complementary_masking: bool = False,
@@ -99,11 +102,14 @@ class Masked(CountedLoss):
                 "certainty_weight must be at least 0 and certainty_temperature above 0, "
                 f"got {certainty_weight} and {certainty_temperature}"
             )
-        if complementary_masking and masking != "count":
-            raise SpecError("complementary_masking needs masking: count")
+        if complementary_masking and masking != "count" and normalization != "masked":
+            raise SpecError("complementary_masking needs masking: count or normalization: masked")
+        if not eps < max_level <= 1.0:
+            raise SpecError(f"max_level must lie in (eps, 1], got {max_level}")
         self.mask: int = vocab.mask
         self.eos, self.eos_weight, self.chunk_size = vocab.eos, eos_weight, chunk_size
         self.schedule, self.eps = noise_schedule(schedule, power), eps
+        self.max_level = max_level
         self.masking, self.time_sampling, self.block_length = masking, time_sampling, block_length
         self.complementary_masking, self.full_mask_prob = complementary_masking, full_mask_prob
         self.normalization, self.cart_p = normalization, cart_p
@@ -131,8 +137,8 @@ class Masked(CountedLoss):
         t = sample_times(
             self.time_sampling, seeds, None if self.block_length is None else blocks.number
         )
-        level, slope = self.schedule.level(t), self.schedule.slope(t)
-        if self.complementary_masking:
+        level, slope = self.schedule.level(t) * self.max_level, self.schedule.slope(t)
+        if self.complementary_masking and self.masking == "count":
             masked, weight, complement = mask_complementary(level, draws, answer, blocks)
         elif self.masking == "count":
             masked, weight = mask_count(level, draws, answer, blocks)

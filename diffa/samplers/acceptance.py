@@ -11,14 +11,14 @@ from diffa.samplers import selection
 from diffa.samplers.blocks import BlockState
 from diffa.samplers.predictions import Predictions, Ranking
 from diffa.samplers.stability import Stability
-from diffa.samplers.transfer_schedule import num_transfer_tokens
+from diffa.samplers.transfer_schedule import num_transfer_tokens, planned_tokens
 
 FactorRule = Literal["paper", "released"]
 
 
 class AcceptanceRule:
     """At most one of ``steps``, ``threshold``, ``factor`` and ``entropy_bound``; a threshold may
-    be refined by one of three more. ``Blockwise`` documents the options.
+    be refined by one of four more. ``Blockwise`` documents the options.
 
     Raises:
         SpecError: more than one rule, or a number out of its range.
@@ -29,6 +29,8 @@ class AcceptanceRule:
         *,
         block_length: int,
         steps: int | None = None,
+        steps_per_block: int | None = None,
+        minimal_topk: int = 1,
         threshold: float | None = None,
         factor: float | None = None,
         factor_rule: FactorRule = "paper",
@@ -41,16 +43,22 @@ class AcceptanceRule:
         self.factor, self.factor_rule, self.entropy_bound = factor, factor_rule, entropy_bound
         self.neighbor_threshold, self.run_threshold = neighbor_threshold, run_threshold
         self.kl_threshold = kl_threshold
+        self.steps_per_block, self.minimal_topk = steps_per_block, minimal_topk
         self.kind = _only_one(
             steps=steps, threshold=threshold, factor=factor, entropy_bound=entropy_bound
         )
         refinement = _only_one(
             neighbor_threshold=neighbor_threshold, run_threshold=run_threshold,
-            kl_threshold=kl_threshold,
+            kl_threshold=kl_threshold, steps_per_block=None if threshold is None else steps_per_block,
         )  # fmt: skip
+        if steps_per_block is not None and self.kind not in (None, "threshold"):
+            raise SpecError(f"choose one of steps_per_block and {self.kind}")
+        if minimal_topk != 1 and steps_per_block is None:
+            raise SpecError("minimal_topk bounds steps_per_block: set it as well")
         if refinement and threshold is None:
             raise SpecError(f"{refinement} refines a threshold: set threshold as well")
-        check_at_least(1, block_length=block_length, steps=steps)
+        check_at_least(1, block_length=block_length, steps=steps, minimal_topk=minimal_topk)
+        check_at_least(1, steps_per_block=steps_per_block)
         check_shares(
             threshold=threshold, neighbor_threshold=neighbor_threshold, run_threshold=run_threshold
         )
@@ -58,7 +66,8 @@ class AcceptanceRule:
 
     def check_ranking(self, ranking: Ranking) -> None:
         """Raise SpecError for a ranking whose scores the rule cannot test."""
-        if self.kind in ("threshold", "factor") and ranking in ("entropy", "random"):
+        unscored = ("entropy", "random", "left_to_right")
+        if self.kind in ("threshold", "factor") and ranking in unscored:
             raise SpecError(
                 f"ranking: {ranking!r} gives no probability to compare with {self.kind}; "
                 "use confidence or margin"
@@ -79,6 +88,10 @@ class AcceptanceRule:
             stability: Earlier predictions of the same canvas; needed for ``kl_threshold``.
         """
         score, masked = predictions.score, state.masked
+        if self.steps_per_block is not None:
+            steps = min(self.steps_per_block, max(1, state.requested // self.minimal_topk))
+            counts = planned_tokens(state, steps)
+            return selection.select_planned(score, masked, counts, self.threshold)
         if self.threshold is not None:
             if self.neighbor_threshold is not None:
                 return selection.select_local_leap(

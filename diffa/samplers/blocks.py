@@ -35,6 +35,8 @@ class BlockState(NamedTuple):
         masked_slots: (B, R) slots of the block that are masks, -1 for padding.
         places: (B, R) the same slots as indices within the answer.
         answer_length: Answer tokens per row, A.
+        requested: How many of them were asked for.
+        width: Tokens per block.
     """
 
     active: Tensor
@@ -48,6 +50,8 @@ class BlockState(NamedTuple):
     masked_slots: Tensor
     places: Tensor
     answer_length: int
+    requested: int
+    width: int
 
     @property
     def masked(self) -> Tensor:
@@ -62,39 +66,53 @@ class BlockState(NamedTuple):
 
 
 class BlockTracker:
-    """Follows every row of a canvas through blocks of ``block_length`` answer tokens."""
+    """Follows every row of a canvas through blocks of ``block_length`` answer tokens.
+
+    With block-causal attention these are the backbone's blocks, or parts of them. The first one
+    then begins in the prompt if the prompt does not fill its last block.
+    """
 
     def __init__(self, canvas: Canvas, block_length: int) -> None:
         self._canvas, self._block_length = canvas, block_length
+        self._offset = torch.zeros_like(canvas.seeds)
+        if canvas.attention is not None:
+            self._offset = canvas.attention.offset(canvas.prompt_lengths, block_length)
         self._columns = torch.arange(block_length, device=canvas.tokens.device)
         self._block = torch.full_like(canvas.seeds, -1)
         self._step, self._entry_step, self._initial_masks = (
             torch.zeros_like(self._block) for _ in range(3)
         )
 
-    def current(self) -> BlockState | None:
-        """Return each row's leftmost block with masks, or None when no row has masks left."""
-        canvas, width = self._canvas, self._block_length
+    def current(self, stay: Tensor | None = None) -> BlockState | None:
+        """Return each row's leftmost block with masks, or None when no row has masks left.
+
+        Rows that ``stay`` (B,) remain in their block though its masks are gone.
+        """
+        canvas, width, offset = self._canvas, self._block_length, self._offset
         masked = canvas.undecided()
-        active = masked.any(dim=1)
+        requested = masked[:, : canvas.requested]
+        active = requested.any(dim=1)
+        block = (requested.int().argmax(dim=1) + offset) // width
+        if stay is not None:
+            active, block = active | stay, torch.where(stay, self._block, block)
         if not bool(active.any()):
             return None
-        block = torch.where(active, masked.int().argmax(dim=1) // width, self._block)
+        block = torch.where(active, block, self._block)
         entered = block != self._block
-        places = block[:, None] * width + self._columns
+        places = (block * width - offset)[:, None] + self._columns
         in_block = masked.gather(1, places.clamp(0, canvas.length - 1))
-        in_block &= places < canvas.length
+        in_block &= (places >= 0) & (places < canvas.length)
         self._block = block
         self._entry_step = torch.where(entered, self._step, self._entry_step)
         self._initial_masks = torch.where(entered, in_block.sum(dim=1), self._initial_masks)
         # A row without masks from the start has never entered a block: its number is still -1.
-        start = canvas.start + block.clamp(min=0) * width
+        first = canvas.start + block.clamp(min=0) * width - offset
         slots = drop_padding(torch.where(in_block, canvas.start + places, -1))
         return BlockState(
             active=active,
             block=block,
-            start=start,
-            end=(start + width).clamp(max=canvas.start + canvas.length),
+            start=first.clamp(min=canvas.start),
+            end=(first + width).clamp(max=canvas.start + canvas.length),
             entered=entered,
             step=self._step,
             block_step=self._step - self._entry_step,
@@ -102,6 +120,8 @@ class BlockTracker:
             masked_slots=slots,
             places=slots - canvas.start,
             answer_length=canvas.length,
+            requested=canvas.requested,
+            width=width,
         )
 
     def advance(self, steps: Tensor | int = 1) -> None:
@@ -138,6 +158,19 @@ def fill_after_eos(canvas: Canvas, draft: Tensor) -> None:
         canvas.fill(after, eos)
 
 
+def fill_after_block(canvas: Canvas, state: BlockState, where: Tensor | None = None) -> None:
+    """Fill the masks of a row with EOS once the block that it decoded is complete and holds one.
+
+    ``where`` (B,) names the rows to look at. Default: all.
+    """
+    slots = torch.arange(canvas.length, device=canvas.tokens.device) + canvas.start
+    masked, before = canvas.undecided(), slots < state.end[:, None]
+    complete = ~(masked & before).any(dim=1)
+    ended = ((canvas.answer == canvas.vocab.eos) & before).any(dim=1) & complete
+    ended = ended if where is None else ended & where
+    canvas.fill(masked & ended[:, None], canvas.vocab.eos)
+
+
 def make_step(
     canvas: Canvas, *, draft: Tensor | None = None, revisable_block_length: int | None = None
 ) -> Step:
@@ -157,4 +190,5 @@ def make_step(
         done = ~masked.any(dim=1, keepdim=True)
         current = masked.int().argmax(dim=1, keepdim=True) // width * width
         final = done | (torch.arange(canvas.length, device=masked.device) < current)
-    return Step(canvas.answer.clone(), final, canvas.confidence.clone())
+    here = slice(canvas.requested)
+    return Step(canvas.answer[:, here].clone(), final[:, here], canvas.confidence[:, here].clone())

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from diffa.errors import SpecError, check_non_negative
 from diffa.samplers.acceptance import AcceptanceRule, FactorRule
-from diffa.samplers.blocks import BlockState, BlockTracker, fill_after_eos, make_step
+from diffa.samplers.block_memory import BlockMemory, block_width
+from diffa.samplers.blocks import (
+    BlockState,
+    BlockTracker,
+    fill_after_block,
+    fill_after_eos,
+    make_step,
+)
 from diffa.samplers.credit import Credit
 from diffa.samplers.predictions import Predictions, Ranking, apply_cfg, exclude_mask, predict
 from diffa.samplers.recompute import (
@@ -37,11 +44,20 @@ class Blockwise:
     The defaults are LLaDA's decoding loop, one token per pass. At most one of ``steps``,
     ``threshold``, ``factor`` and ``entropy_bound`` chooses how many tokens a pass accepts.
 
+    With a block-causal backbone the blocks are the backbone's, or parts of them where
+    ``block_length`` is smaller, and ``cache`` is exact: ``none`` gives the same tokens as
+    ``prefix``.
+
     Args:
         vocab: The backbone's vocabulary.
         block_length: Answer tokens per block (LLaDA, arXiv 2502.09992).
         steps: Denoising steps for the whole answer, divided among blocks by their length, at least
             one each (LLaDA). Default: one token per step.
+        steps_per_block: Accept an equal share of the block in so many passes, whatever part of it
+            is prompt (SDAR). With ``threshold``, all tokens above it where they are at least as
+            many (SDAR's dynamic rule, LLaDA2.0).
+        minimal_topk: Lower ``steps_per_block`` to one per this many tokens of the answer
+            (LLaDA2.0).
         threshold: Accept every token whose probability reaches this value, and at least one per
             pass (Fast-dLLM, arXiv 2505.22618).
         factor: Accept the n most confident tokens while (n + 1)(1 - c_n) < factor (Fast-dLLM;
@@ -60,14 +76,19 @@ class Blockwise:
         credit_strength: Raise the logits of tokens that ranked first in earlier passes, by this
             factor (CreditDecoding, arXiv 2510.06133). Default: off.
         ranking: Order in which masked tokens are accepted: highest confidence, margin to the second
-            token, lowest entropy, or random (LLaDA's ``remasking``, Dream's ``alg``).
+            token, lowest entropy, random (LLaDA's ``remasking``, Dream's ``alg``), or left_to_right
+            (SDAR's sequential rule).
         temperature: Sampling temperature. Default: take the most likely token.
+        confidence_temperature: Temperature of the probabilities that rules compare (SDAR).
         cfg_scale: Classifier-free guidance (LLaDA): logits are u + (cfg_scale + 1)(c - u). Doubles
             the work. Default: off.
         cfg_drop: What the unconditional pass leaves out: the prompt's text (DIFFA), the audio, or
             both.
         cache: Keys and values kept within a block: none, those before the block (prefix), or also
-            those after it (dual; Fast-dLLM). Refreshed when a block begins.
+            those after it (dual; Fast-dLLM). Refreshed when a block begins. With a block-causal
+            backbone ``prefix`` is exact, and ``dual`` keeps the rest of its block (Fast-dLLM v2).
+        merge_commit: Store a finished block of a block-causal backbone in the first pass of the
+            next block, not in a pass of its own.
         vicinity_window: With a cache, recompute this many slots on each side of the block too
             (dInfer's vicinity refresh).
         suffix_window: Attend to only the next N answer slots after the block, plus the last one
@@ -78,6 +99,8 @@ class Blockwise:
             than this cosine distance. Default: refresh at every block.
         stop_at_eos: End a row once all tokens before its first EOS are decided; the rest becomes
             EOS.
+        eos_check: When ``stop_at_eos`` looks for it: after every pass, after passes that write an
+            EOS (LLaDA2.0), or after complete blocks (SDAR).
 
     Raises:
         SpecError: more than one rule, or a number out of its range.
@@ -91,6 +114,8 @@ class Blockwise:
         *,
         block_length: int = 32,
         steps: int | None = None,
+        steps_per_block: int | None = None,
+        minimal_topk: int = 1,
         threshold: float | None = None,
         factor: float | None = None,
         factor_rule: FactorRule = "paper",
@@ -101,17 +126,21 @@ class Blockwise:
         credit_strength: float = 0.0,
         ranking: Ranking = "confidence",
         temperature: float = 0.0,
+        confidence_temperature: float = 1.0,
         cfg_scale: float = 0.0,
         cfg_drop: Literal["text", "audio", "both"] = "text",
         cache: CacheMode = "none",
+        merge_commit: bool = True,
         vicinity_window: int = 0,
         suffix_window: int | None = None,
         audio_refresh_interval: int = 1,
         drift_threshold: float = 0.0,
         stop_at_eos: bool = True,
+        eos_check: Literal["pass", "written", "block"] = "pass",
     ) -> None:
         self.rule = AcceptanceRule(
             block_length=block_length, steps=steps, threshold=threshold, factor=factor,
+            steps_per_block=steps_per_block, minimal_topk=minimal_topk,
             factor_rule=factor_rule, entropy_bound=entropy_bound, run_threshold=run_threshold,
             neighbor_threshold=neighbor_threshold, kl_threshold=kl_threshold,
         )  # fmt: skip
@@ -125,10 +154,16 @@ class Blockwise:
         )  # fmt: skip
         if cfg_scale and drift_threshold:
             raise SpecError("drift_threshold and cfg_scale do not combine: leave one of them out")
+        if not confidence_temperature > 0:
+            raise SpecError(
+                f"confidence_temperature must be positive, got {confidence_temperature}"
+            )
         self.vocab, self.block_length, self.credit_strength = vocab, block_length, credit_strength
         self.ranking: Ranking = "entropy" if entropy_bound is not None else ranking
         self.temperature, self.cfg_scale, self.cfg_drop = temperature, cfg_scale, cfg_drop
         self.cache: CacheMode = cache
+        self.confidence_temperature, self.merge_commit = confidence_temperature, merge_commit
+        self.eos_check = eos_check
         self.vicinity_window, self.suffix_window = vicinity_window, suffix_window
         self.audio_refresh_interval = audio_refresh_interval
         self.drift_threshold, self.stop_at_eos = drift_threshold, stop_at_eos
@@ -158,11 +193,15 @@ class Blockwise:
         if self.cfg_scale:
             canvas.add_unconditional(self.cfg_drop)  # rows, then their unconditional twins
         fixed = ~canvas.undecided()  # answer tokens of the caller stay as they are
-        blocks = BlockTracker(canvas, self.block_length)
-        recompute_slots = RecomputeSlots(self._policies(canvas, denoise))
+        width = block_width(canvas, self.block_length)
+        blocks, memory = BlockTracker(canvas, width), self._memory(canvas, width)
+        recompute_slots = RecomputeSlots(self._policies(canvas, denoise, memory))
         credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
         # Each row decodes its leftmost block with masks; rows advance independently.
         while (state := blocks.current()) is not None:
+            commits: Tensor | int = 0
+            if memory is not None:
+                state, commits = memory.narrow(state)
             # Slots not recomputed come from the KV cache; ``write`` keeps this pass's keys in it.
             recompute, write = recompute_slots(canvas, state)
             # Logits (B, R, V) of the block's masks; (2 B, R, V) with unconditional twins.
@@ -175,17 +214,44 @@ class Blockwise:
             predictions = predict(
                 logits, seeds=canvas.seeds, step=state.step, places=state.places,
                 ranking=self.ranking, temperature=self.temperature,
+                confidence_temperature=self.confidence_temperature,
             )  # fmt: skip
             # Accepted tokens are written once; all other slots of the block stay masks.
             accepted = torch.where(accept(predictions, state), state.masked_slots, -1)
             canvas.write(accepted, predictions.tokens, predictions.confidence)
             if self.stop_at_eos:
-                fill_after_eos(canvas, fixed)
-            blocks.advance()
+                self._stop(canvas, state, accepted, fixed)
+            blocks.advance(1 - commits)  # a pass that only commits is no step of its block
             yield make_step(canvas, draft=fixed if self.stop_at_eos else None)
 
-    def _policies(self, canvas: Canvas, denoise: Denoise) -> list[RecomputePolicy]:
+    def _stop(self, canvas: Canvas, state: BlockState, accepted: Tensor, fixed: Tensor) -> None:
+        """Fill what follows a row's first EOS, where ``eos_check`` looks for it."""
+        if self.eos_check == "pass":
+            fill_after_eos(canvas, fixed)
+        elif self.eos_check == "written":
+            slots = accepted.clamp(min=0)
+            wrote = (accepted >= 0) & (canvas.tokens[: canvas.count].gather(1, slots) == canvas.vocab.eos)
+            fill_after_eos(canvas, fixed | ~wrote.any(dim=1, keepdim=True))
+        if self.eos_check != "pass":
+            fill_after_block(canvas, state)
+
+    def _memory(self, canvas: Canvas, width: int) -> BlockMemory | None:
+        """Return the memory of a block-causal canvas, None for any other."""
+        if canvas.attention is None:
+            return None
+        if self.suffix_window is not None or self.vicinity_window or self.drift_threshold:
+            raise SpecError(
+                "suffix_window, vicinity_window and drift_threshold refresh what a bidirectional "
+                "backbone forgets: leave them out with a block-causal one"
+            )
+        return BlockMemory(canvas, width, cache=self.cache, merge_commit=self.merge_commit)
+
+    def _policies(
+        self, canvas: Canvas, denoise: Denoise, memory: BlockMemory | None
+    ) -> list[RecomputePolicy]:
         """Build the policies that the options ask for."""
+        if memory is not None:
+            return [] if self.cache == "none" else [memory]
         policies: list[RecomputePolicy] = []
         if self.cache != "none":
             policies.append(BlockCache(self.cache, self.vicinity_window))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffa.samplers.rng import sample_categorical, slot_uniform
 
-Ranking = Literal["confidence", "margin", "entropy", "random"]
+Ranking = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
 
 
 class Predictions(NamedTuple):
@@ -52,6 +52,7 @@ def predict(
     places: Tensor,
     ranking: Ranking = "confidence",
     temperature: float = 0.0,
+    confidence_temperature: float = 1.0,
 ) -> Predictions:
     """Choose a token for every slot and rank the slots.
 
@@ -63,7 +64,13 @@ def predict(
             makes draws independent of the prompt's length.
         ranking: What ``score`` is.
         temperature: 0 takes the most likely token.
+        confidence_temperature: Temperature of the probabilities.
     """
+    if confidence_temperature != 1.0:
+        logits, temperature = (
+            logits / confidence_temperature,
+            temperature / confidence_temperature,
+        )
     best, tokens = logits.max(dim=-1)
     log_total = logits.logsumexp(dim=-1)
     if temperature:
@@ -74,6 +81,8 @@ def predict(
     score = confidence
     if ranking == "random":
         score = slot_uniform(seeds, step, places, stream=2)
+    elif ranking == "left_to_right":
+        score = -places.to(confidence.dtype)
     elif ranking == "margin":  # p(first) - p(second), arXiv 2502.06768
         top = (logits.topk(2, dim=-1).values - log_total[..., None]).exp()
         score = top[..., 0] - top[..., 1]

@@ -24,6 +24,19 @@ def select_threshold(scores: Tensor, masked: Tensor, threshold: float) -> Tensor
     return (scores >= best.clamp(max=threshold)) & masked
 
 
+def select_planned(
+    scores: Tensor, masked: Tensor, counts: Tensor, threshold: float | None
+) -> Tensor:
+    """Accept scores above ``threshold`` if there are at least ``counts`` (B,) of them, or else the
+    ``counts`` highest (SDAR's dynamic and LLaDA2.0's rule; without a threshold SDAR's static one).
+    """
+    best = select_top_k(scores, masked, counts)
+    if threshold is None:
+        return best
+    high = (scores > threshold) & masked
+    return torch.where((high.sum(dim=1) >= counts)[:, None], high, best)
+
+
 def select_factor(
     scores: Tensor, masked: Tensor, factor: float, *, released: bool = False
 ) -> Tensor:

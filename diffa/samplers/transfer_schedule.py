@@ -15,9 +15,21 @@ def num_transfer_tokens(state: BlockState, steps: int | None, block_length: int)
     m % n steps (``get_num_transfer_tokens`` of LLaDA's code).
     """
     schedule = steps_per_block(steps, state.answer_length, block_length)
-    count = torch.tensor(schedule, device=state.block.device)[state.block.clamp(min=0)]
+    # With block-causal attention the first block may be cut short, which makes one block more.
+    index = state.block.clamp(0, len(schedule) - 1)
+    count = torch.tensor(schedule, device=state.block.device)[index]
     masks = state.initial_masks
     return masks // count + (state.block_step < masks % count).long()
+
+
+def planned_tokens(state: BlockState, steps: int) -> Tensor:
+    """Return how many tokens (B,) a pass accepts where every block takes ``steps`` passes.
+
+    A block of B slots accepts B // steps per pass, and one more in its first B % steps passes,
+    however many of its slots are prompt (SDAR, LLaDA2.0).
+    """
+    width = state.width
+    return width // steps + (state.block_step < width % steps).long()
 
 
 def steps_per_block(steps: int | None, answer_length: int, block_length: int) -> list[int]:

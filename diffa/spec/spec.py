@@ -100,7 +100,8 @@ class Spec:
         entries = [(kind, kind, spec[kind]) for kind in ("encoder", "backbone")]
         entries += [(f"adapters.{k}", "adapter", part) for k, part in spec["adapters"].items()]
         entries += [(kind, kind, spec[kind]) for kind in ("objective", "sampler")]
-        return {p: PartSpec(p, kind, part.pop("name"), part) for p, kind, part in entries}
+        # A text model has no encoder.
+        return {p: PartSpec(p, kind, part.pop("name"), part) for p, kind, part in entries if part}
 
     def digest(self) -> str:
         """Return a digest of the model that the spec builds, 12 hexadecimal digits.

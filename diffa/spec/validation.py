@@ -80,8 +80,12 @@ class _Validator:
                 self.fault(str(key), f"unknown key{suggest(show(key), SPEC_KEYS)}")
         done: dict[str, Any] = {"format": FORMAT}
         # In this order: defaults of objective and sampler depend on the backbone's decoding.
-        done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
-        done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
+        # Without encoder and adapters: a text model.
+        if not self.written.get("encoder") and not self.written.get("adapters"):
+            done["encoder"], done["adapters"] = None, {}
+        else:
+            done["encoder"] = self.part("encoder", "encoder", self.required("encoder"))
+            done["adapters"] = self.named("adapters", "adapter", self.required("adapters"))
         done["backbone"] = self.part("backbone", "backbone", self.required("backbone"))
         done["objective"] = self.part("objective", "objective", self.or_default("objective"))
         done["sampler_presets"] = self.named(
@@ -199,7 +203,8 @@ class _Validator:
     def train(self) -> list[str]:
         """Return the parts to train; by default the adapters."""
         value = self.written.get("train")
-        value = ["adapters"] if value is None else value
+        if value is None:
+            value = ["adapters"] if self.written.get("adapters") else []
         if not isinstance(value, list):
             self.fault("train", f"expected a list such as [adapters], got {show(value)}")
             return []

@@ -93,11 +93,10 @@ def test_a_block_is_read_as_if_only_the_blocks_before_it_were_there(make, block)
 def test_one_block_reads_the_answer_whole():
     """With one block the copies see the prompt and each other, as a diffusion model's answer."""
     index = torch.arange(5)[None]
-    read_off, positions, attn_mask = block_layout(
-        index, [torch.tensor([2, 3, 4])], torch.tensor([8]), 8, 3
-    )
-    assert read_off.tolist() == [[0, 1, 5, 6, 7]]
-    assert positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
+    layout = block_layout(index, index >= 2, torch.tensor([5]), None, 3)
+    attn_mask = layout.attn_mask
+    assert layout.states.tolist() == [[0, 1, 5, 6, 7]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
     assert attn_mask[0, 6].tolist() == [True, True, False, False, False, True, True, True]
     assert attn_mask[0, 3].tolist() == [True] * 5 + [False] * 3
     assert attn_mask[0, 1].tolist() == [True, True] + [False] * 6

@@ -234,7 +234,7 @@ class SeesTheFuture(Llama):
     """A causal backbone that attends to later tokens."""
 
     def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        self.transformer.causal = False
+        self.transformer.attention_block = None
         return super().forward(embeds, positions, context)
 
 
@@ -242,5 +242,5 @@ class SeesNoFuture(LLaDA):
     """A masked backbone that attends to earlier tokens only."""
 
     def forward(self, embeds: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        self.transformer.causal = True
+        self.transformer.attention_block = 1
         return super().forward(embeds, positions, context)
