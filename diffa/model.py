@@ -399,9 +399,7 @@ class Model(nn.Module):
             lines.append(f"  {path:20} {name:14}{count}".rstrip())
         return "\n".join(lines)
 
-    def _prepare(
-        self, inputs: CanvasInputs, embeds: RowTensors = None
-    ) -> tuple[Canvas, Denoiser]:
+    def _prepare(self, inputs: CanvasInputs, embeds: RowTensors = None) -> tuple[Canvas, Denoiser]:
         """Encode the audio, and return the canvas with its ``denoise``."""
         limit = max_length(self.backbone)
         for wave in inputs.audio:

@@ -34,6 +34,25 @@ MOE = {
 TINY = {"name": "tiny", "width": 16, "layers": 4, "heads": 2, "window_seconds": 1.0}
 SMALL = {"intermediate_size": 16, "num_queries": 3}
 
+QWEN = MODELS["qwen2"] | {"max_position_embeddings": 4096, "mask_token_id": 35}
+LLADA2 = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "partial_rotary_factor": 0.5,
+    "vocab_size": 40,
+    "mask_token_id": 39,
+    "pad_token_id": 3,
+}
+
 ENCODERS = {
     "tiny": TINY,
     "whisper": {"name": "whisper"},  # its configuration ships with diffa
@@ -64,15 +83,18 @@ ADAPTERS = {
 BACKBONES = {
     "causal": {"name": "causal", "config": MODELS["qwen2"] | {"max_position_embeddings": 4096}},
     "dream": {"name": "dream", "config": DREAM | {"max_position_embeddings": 4096}},
+    "fastdllm2": {"name": "fastdllm2", "config": QWEN, "block_length": 8},
     "llada": {"name": "llada", "config": LLADA},
     "llada-moe": {"name": "llada-moe", "config": MOE},
+    "llada2": {"name": "llada2", "config": LLADA2},
     "llama": {"name": "llama", "config": MODELS["llama"] | {"max_position_embeddings": 4096}},
+    "sdar": {"name": "sdar", "config": QWEN},
 }
-MASKED = {"dream", "llada", "llada-moe"}
+CAUSAL = {"causal", "llama"}
 
 
 def spec(encoder, adapter, backbone):
-    masked = backbone in MASKED
+    masked = backbone not in CAUSAL
     return {
         "encoder": ENCODERS[encoder],
         "adapters": {"audio": ADAPTERS[adapter]},
@@ -118,6 +140,9 @@ SOUNDING = [
     ("ast", "conv", "llada"),
     ("clap", "linear", "llama"),
     ("tiny", "linear", "llada-moe"),
+    ("tiny", "pool", "sdar"),
+    ("mel", "pool", "llada2"),
+    ("tiny", "linear", "fastdllm2"),
 ]
 
 

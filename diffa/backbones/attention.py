@@ -85,14 +85,15 @@ def plan_attention(
     unrestricted = context.branch is None and context.attn_mask is None
     # A block-diagonal bias cannot express branches or masks. It is causal by place, not by
     # position, so it needs all slots where attention is causal. It knows no blocks.
+    plain = block_length == 1 and context.block_origin is None
     if (
         unrestricted
-        and (not causal or (all_slots and block_length == 1))
+        and (not causal or (all_slots and plain))
         and resolve_attn_implementation(implementation, positions.device, dtype, head_dim)
         == "xformers"
     ):
         return AttentionPlan(causal=causal, varlen=varlen_layout(context, positions, causal=causal))
-    if causal and block_length == 1 and all_slots and unrestricted and context.valid is None:
+    if causal and plain and all_slots and unrestricted and context.valid is None:
         return AttentionPlan(causal=True)
     mask = context.mask(positions, causal=causal, block_length=block_length)
     return AttentionPlan(None if mask is None else mask[:, None])

@@ -35,6 +35,7 @@ class LLaDA(TransformerBackbone):
     decoding: Literal["masked"] = "masked"
     ragged = True  # a CPU computes nothing for padding: see ``backbones.ragged``
     partial = True  # the last layer is computed for the output slots only
+    block_origin = "prompt"  # with a ``block_length``: the prompt is one block (BD3-LM, D2F)
 
     def parse_config(self, fields: Mapping[str, Any], source: str | Path) -> TransformerConfig:
         """Return the configuration in LLaDA's ``config.json``."""

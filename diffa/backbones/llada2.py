@@ -66,10 +66,12 @@ class SharedExpert(nn.Module):
 class GroupedMoE(MoEFeedForward):
     """Experts chosen among the best groups by sigmoid scores plus a bias (DeepSeek-V3's router)."""
 
+    bias: Tensor
+
     def __init__(self, width: int, moe: MoEConfig) -> None:
         super().__init__(width, moe)
-        # Balances the experts' load in training; part of the choice, not of the weight.
-        self.gate.bias = nn.Parameter(torch.zeros(moe.num_experts))
+        # Balances the experts' load; part of their choice, not of their weight: no gradient.
+        self.register_buffer("bias", torch.zeros(moe.num_experts))
         self.shared = SharedExpert(width, moe.shared_size) if moe.shared_size else None
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +79,7 @@ class GroupedMoE(MoEFeedForward):
         moe = self.moe
         wide = torch.promote_types(flat.dtype, torch.float32)
         scores = nn.functional.linear(flat.to(wide), self.gate.weight.to(wide)).sigmoid()
-        ranked = scores + self.gate.bias.to(wide)
+        ranked = scores + self.bias.to(wide)
         groups = ranked.unflatten(-1, (moe.num_groups, -1))  # (tokens, groups, experts of each)
         # The score of a group is the sum of its two best experts.
         best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
@@ -169,7 +171,7 @@ class LLaDA2(TransformerBackbone):
             layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
             prefix, inner = (f"blocks.{layer[1]}.", layer[2]) if layer else ("", name)
             if field == "expert_bias":
-                state[f"{prefix}experts.gate.bias"] = value
+                state[f"{prefix}experts.bias"] = value
             elif inner == _FUSED and len(value) == queries + 2 * keys:
                 parts = value.split([queries, keys, keys])
                 for part, own in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):

@@ -123,9 +123,7 @@ class Block(nn.Module):
     The submodules have the names of LLaDA's published weights.
     """
 
-    def __init__(
-        self, config: TransformerConfig, layer: int = 0, *, compile: bool = False
-    ) -> None:
+    def __init__(self, config: TransformerConfig, layer: int = 0, *, compile: bool = False) -> None:
         super().__init__()
         width, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.split = (-1, head_dim)

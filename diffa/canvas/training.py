@@ -51,7 +51,9 @@ def compute_loss(
     block_length = objective.block_length if isinstance(objective, BlockObjective) else None
     if block_length is not None or block_attention(backbone) is not None:
         if forward is not forward_rows:
-            raise SpecError("block by block, rows are read in a way of their own: leave packing out")
+            raise SpecError(
+                "block by block, rows are read in a way of their own: leave packing out"
+            )
         forward = partial(forward_blocks, clean=tokens, answer=answer, block_length=block_length)
     first = objective.corrupt(tokens, answer, seeds)
     hidden = forward(backbone, first.tokens, lengths, audio_embeds, audio_at)

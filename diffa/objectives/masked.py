@@ -37,7 +37,7 @@ class Masked(CountedLoss):
             variance of the loss, not its expectation.
         power: Exponent of the polynomial schedule.
         eps: Lowest masking level (LLaDA: 1e-3; LLaDA2: 0.3). Biases the bound by as much.
-        max_level: Highest masking level (LLaDA2: 0.8).
+        max_level: Highest masking level (LLaDA2: 0.8). Needs ``masking: bernoulli``.
         masking: Mask each token independently (bernoulli), or an exact share of them (count), which
             has less variance.
         time_sampling: Noise times of a step's rows: independent, antithetic pairs, or
@@ -106,10 +106,12 @@ class Masked(CountedLoss):
             raise SpecError("complementary_masking needs masking: count or normalization: masked")
         if not eps < max_level <= 1.0:
             raise SpecError(f"max_level must lie in (eps, 1], got {max_level}")
+        if max_level < 1.0 and masking != "bernoulli":
+            raise SpecError("max_level needs masking: bernoulli")
         self.mask: int = vocab.mask
         self.eos, self.eos_weight, self.chunk_size = vocab.eos, eos_weight, chunk_size
         self.schedule, self.eps = noise_schedule(schedule, power), eps
-        self.max_level = max_level
+        self.level_range = (max_level - eps) / (1.0 - eps)
         self.masking, self.time_sampling, self.block_length = masking, time_sampling, block_length
         self.complementary_masking, self.full_mask_prob = complementary_masking, full_mask_prob
         self.normalization, self.cart_p = normalization, cart_p
@@ -137,14 +139,16 @@ class Masked(CountedLoss):
         t = sample_times(
             self.time_sampling, seeds, None if self.block_length is None else blocks.number
         )
-        level, slope = self.schedule.level(t) * self.max_level, self.schedule.slope(t)
+        level, slope = self.schedule.level(t), self.schedule.slope(t)
         if self.complementary_masking and self.masking == "count":
             masked, weight, complement = mask_complementary(level, draws, answer, blocks)
         elif self.masking == "count":
             masked, weight = mask_count(level, draws, answer, blocks)
             complement = weight
         else:
-            masked, weight = mask_bernoulli(floor_level(level, self.eps), draws, answer)
+            masked, weight = mask_bernoulli(
+                floor_level(level * self.level_range, self.eps), draws, answer
+            )
             complement = weight
         full = row_uniform(seeds, torch.full_like(seeds, -2)) < self.full_mask_prob
         masked = torch.where(full, answer, masked)

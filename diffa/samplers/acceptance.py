@@ -47,9 +47,10 @@ class AcceptanceRule:
         self.kind = _only_one(
             steps=steps, threshold=threshold, factor=factor, entropy_bound=entropy_bound
         )
+        planned = None if threshold is None else steps_per_block
         refinement = _only_one(
             neighbor_threshold=neighbor_threshold, run_threshold=run_threshold,
-            kl_threshold=kl_threshold, steps_per_block=None if threshold is None else steps_per_block,
+            kl_threshold=kl_threshold, steps_per_block=planned,
         )  # fmt: skip
         if steps_per_block is not None and self.kind not in (None, "threshold"):
             raise SpecError(f"choose one of steps_per_block and {self.kind}")

@@ -34,9 +34,7 @@ class BlockMemory:
             A shifted backbone decides the next block's first token in a pass of its own anyway.
     """
 
-    def __init__(
-        self, canvas: Canvas, width: int, *, cache: CacheMode, merge_commit: bool
-    ) -> None:
+    def __init__(self, canvas: Canvas, width: int, *, cache: CacheMode, merge_commit: bool) -> None:
         attention = canvas.attention
         assert attention is not None
         self.cache, self._canvas = cache, canvas
@@ -64,9 +62,7 @@ class BlockMemory:
         self._commits = state.active & (opens | alone)
         kept = ~self._commits[:, None] | (opens[:, None] & (slots == leftmost))
         slots = torch.where(kept, slots, -1)
-        return state._replace(
-            masked_slots=slots, places=slots - self._canvas.start
-        ), self._commits
+        return state._replace(masked_slots=slots, places=slots - self._canvas.start), self._commits
 
     def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
         """Return the slots (B, S) to recompute: what is not stored yet, up to the row's block."""

@@ -101,7 +101,7 @@ class BlockTracker:
         entered = block != self._block
         places = (block * width - offset)[:, None] + self._columns
         in_block = masked.gather(1, places.clamp(0, canvas.length - 1))
-        in_block &= (places >= 0) & (places < canvas.length)
+        in_block &= (places >= 0) & (places < canvas.length) & active[:, None]
         self._block = block
         self._entry_step = torch.where(entered, self._step, self._entry_step)
         self._initial_masks = torch.where(entered, in_block.sum(dim=1), self._initial_masks)
@@ -161,10 +161,14 @@ def fill_after_eos(canvas: Canvas, draft: Tensor) -> None:
 def fill_after_block(canvas: Canvas, state: BlockState, where: Tensor | None = None) -> None:
     """Fill the masks of a row with EOS once the block that it decoded is complete and holds one.
 
-    ``where`` (B,) names the rows to look at. Default: all.
+    With block-causal attention it is the backbone's block. ``where`` (B,) names the rows to look
+    at. Default: all.
     """
-    slots = torch.arange(canvas.length, device=canvas.tokens.device) + canvas.start
-    masked, before = canvas.undecided(), slots < state.end[:, None]
+    masked, answer = canvas.undecided(), slice(canvas.start, canvas.start + canvas.length)
+    before = torch.arange(canvas.size, device=masked.device)[answer] < state.end[:, None]
+    if canvas.attention is not None:
+        number = canvas.block_numbers(canvas.attention.length)
+        before = (number <= number.gather(1, state.start[:, None]))[:, answer]
     complete = ~(masked & before).any(dim=1)
     ended = ((canvas.answer == canvas.vocab.eos) & before).any(dim=1) & complete
     ended = ended if where is None else ended & where

@@ -199,7 +199,7 @@ class Blockwise:
         credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
         # Each row decodes its leftmost block with masks; rows advance independently.
         while (state := blocks.current()) is not None:
-            commits: Tensor | int = 0
+            commits = torch.zeros_like(state.active)
             if memory is not None:
                 state, commits = memory.narrow(state)
             # Slots not recomputed come from the KV cache; ``write`` keeps this pass's keys in it.
@@ -221,7 +221,7 @@ class Blockwise:
             canvas.write(accepted, predictions.tokens, predictions.confidence)
             if self.stop_at_eos:
                 self._stop(canvas, state, accepted, fixed)
-            blocks.advance(1 - commits)  # a pass that only commits is no step of its block
+            blocks.advance((~commits).long())  # a pass that only commits is no step of its block
             yield make_step(canvas, draft=fixed if self.stop_at_eos else None)
 
     def _stop(self, canvas: Canvas, state: BlockState, accepted: Tensor, fixed: Tensor) -> None:
@@ -230,7 +230,9 @@ class Blockwise:
             fill_after_eos(canvas, fixed)
         elif self.eos_check == "written":
             slots = accepted.clamp(min=0)
-            wrote = (accepted >= 0) & (canvas.tokens[: canvas.count].gather(1, slots) == canvas.vocab.eos)
+            wrote = (accepted >= 0) & (
+                canvas.tokens[: canvas.count].gather(1, slots) == canvas.vocab.eos
+            )
             fill_after_eos(canvas, fixed | ~wrote.any(dim=1, keepdim=True))
         if self.eos_check != "pass":
             fill_after_block(canvas, state)

@@ -12,7 +12,7 @@ from diffa.samplers import selection
 from diffa.samplers.block_memory import BlockMemory, block_width
 from diffa.samplers.blocks import BlockTracker, block_slots, fill_after_block
 from diffa.samplers.predictions import exclude_mask, predict
-from diffa.samplers.recompute import RecomputeSlots
+from diffa.samplers.recompute import RecomputePolicy, RecomputeSlots
 from diffa.types import Denoise, Step, Vocab
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Edit:
     """Unmask blocks from left to right; a pass may also replace tokens of its block (LLaDA2.1).
 
     A block is left when a pass over its tokens changes none of them, or after ``max_post_steps``
-    such passes. Prompt, draft and earlier blocks stay as they are. Needs a block-causal backbone.
+    such passes. Prompt, draft and earlier blocks stay as they are.
 
     Args:
         vocab: The backbone's vocabulary.
@@ -33,8 +33,8 @@ class Edit:
             nothing is replaced.
         max_post_steps: Passes over a block after its last mask is gone.
         num_to_transfer: Accept at least so many masked tokens per pass.
-        cache: Keys and values of earlier blocks: none, or kept (prefix), which gives the same
-            tokens.
+        cache: Keys and values of a block-causal backbone's earlier blocks: none, or kept (prefix),
+            which gives the same tokens. Other backbones recompute everything.
         stop_at_eos: End a row after the block that holds an EOS; what follows becomes EOS.
 
     Raises:
@@ -65,15 +65,17 @@ class Edit:
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the masks and edit the blocks, yielding after every forward pass."""
-        if canvas.attention is None or canvas.attention.shifted:
+        if canvas.attention is not None and canvas.attention.shifted:
             raise SpecError(
-                "the sampler 'edit' needs a block-causal backbone such as llada2 or sdar, whose "
-                "states predict their own token; use blockwise or remdm"
+                "the sampler 'edit' needs states that predict their own token, as those of llada2 "
+                "and sdar do; use blockwise"
             )
         width = block_width(canvas, self.block_length)
         blocks = BlockTracker(canvas, width)
-        memory = BlockMemory(canvas, width, cache=self.cache, merge_commit=True)
-        recompute_slots = RecomputeSlots([] if self.cache == "none" else [memory])
+        policies: list[RecomputePolicy] = []
+        if canvas.attention is not None and self.cache != "none":
+            policies = [BlockMemory(canvas, width, cache=self.cache, merge_commit=True)]
+        recompute_slots = RecomputeSlots(policies)
         open_slots = torch.zeros_like(canvas.tokens[: canvas.count], dtype=torch.bool)
         open_slots[:, canvas.start : canvas.start + canvas.length] = canvas.undecided()
         post_steps = torch.zeros_like(canvas.seeds)

@@ -135,7 +135,11 @@ class RequestBatch:
                 return
         denoise.check_finite()
         for row in range(len(self.handles)):
-            self._finish(row, canvas.answer[row, : canvas.requested], None if step is None else step.confidence[row])
+            self._finish(
+                row,
+                canvas.answer[row, : canvas.requested],
+                None if step is None else step.confidence[row],
+            )
 
     def _pause(self, call: BackboneCall | HeadCall) -> Tensor:
         """Hand a call to the worker and wait for its result."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffa.canvas.canvas import NO_TOKEN, Canvas
-from diffa.types import Embeds, Vocab
+from diffa.types import BlockAttention, Embeds, Vocab
 
 MASKED = Vocab(size=8, eos=5, pad=6, mask=7)
 CAUSAL = Vocab(size=8, eos=5, pad=6, mask=None)
@@ -34,10 +34,17 @@ def toy_canvas(
     seeds: Sequence[int] | None = None,
     draft: Tensor | None = None,
     vocab: Vocab = MASKED,
+    attention: BlockAttention | None = None,
 ) -> Canvas:
     """Return a canvas with one-hot embeddings; ``NO_TOKEN`` in a prompt is an audio slot.
 
-    ``draft`` (B, length) is what the answers begin with instead of masks.
+    Args:
+        prompts: Token ids of each row.
+        length: Answer tokens per row.
+        seeds: Seeds of the rows.
+        draft: What the answers begin with instead of masks, (B, length).
+        vocab: Vocabulary of the toy.
+        attention: How a block-causal backbone attends. None: all slots attend to all.
     """
     count = len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -52,6 +59,7 @@ def toy_canvas(
         embed=_one_hot,
         vocab=vocab,
         seeds=torch.arange(count) if seeds is None else torch.tensor(seeds),
+        attention=attention,
     )
 
 
@@ -79,6 +87,9 @@ class ToyDenoise:
             output_slots = output_slots.repeat(2, 1)
             recompute = None if recompute is None else recompute.repeat(2, 1)
             attn_mask = None if attn_mask is None else attn_mask.repeat(2, 1, 1)
+        predicted, attention = output_slots, self.canvas.attention
+        if attention is not None and attention.shifted:
+            output_slots = self.canvas.previous_slots(output_slots)
         slots = self._slots(recompute, output_slots)
         self._check(slots, output_slots)
         now = self._cache(slots, write=write)
@@ -93,7 +104,7 @@ class ToyDenoise:
             raise AssertionError("a slot that was never computed is attended to")
         known, prompt = self._known(row, now[row], visible)
         ahead = int(self.canvas.vocab.mask is None)  # a causal slot predicts the next token
-        place = self._places()[row, slot] + ahead
+        place = self._places()[row, predicted[row, column]] + ahead
         if bool(((place < 0) | (place >= self.canvas.length + ahead)).any()):
             raise AssertionError("output_slots has a slot that predicts no answer token")
         logits[row, column] = self.law(known, place.clamp(max=self.canvas.length - 1), prompt)
@@ -114,7 +125,7 @@ class ToyDenoise:
             raise AssertionError(
                 f"{len(output_slots)} rows of a canvas of {len(self.canvas.tokens)}"
             )
-        if int(output_slots.max()) >= self.canvas.size:
+        if output_slots.numel() and int(output_slots.max()) >= self.canvas.size:
             raise AssertionError("output_slots has a slot outside the canvas")
         if not bool((slots.gather(1, output_slots.clamp(min=0)) | (output_slots < 0)).all()):
             raise AssertionError("output_slots has a slot that is not recomputed")
@@ -137,6 +148,9 @@ class ToyDenoise:
             visible = visible & ((canvas.branches[row] == 0) | (canvas.branches[row] == own))
         if canvas.vocab.mask is None:
             visible = visible & (canvas.positions[row] <= canvas.positions[row, slot][:, None])
+        if canvas.attention is not None:
+            blocks = canvas.block_numbers(canvas.attention.length)
+            visible = visible & (blocks[row] <= blocks[row, slot][:, None])
         return visible
 
     def _places(self) -> Tensor:
@@ -181,7 +195,8 @@ class Chaos:
         """Return hashed logits."""
         key = _hash(prompt + _hash(place))
         for column in range(known.shape[1]):
-            key = _hash(key + known[:, column] * 31 + column)
+            mixed = _hash(key + known[:, column] * 31 + column)
+            key = torch.where(known[:, column] >= 0, mixed, key)
         bits = _hash(key[:, None] + torch.arange(MASKED.size)) % 4096
         logits = bits / 4096 * self.scale
         logits[:, MASKED.pad] = -30.0

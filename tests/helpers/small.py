@@ -5,6 +5,7 @@ import torch
 from diffa.backbones.llada import LLaDA
 from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
+from diffa.types import block_attention
 
 VOCAB, EOS, MASK = 40, 38, 39
 CONFIG = {
@@ -52,8 +53,9 @@ def canvas(model, asked, length=12, draft=None):
     embeds, text = insert_audio(prompts, heard, places, model.embed)
     answer = torch.full((len(asked), length), MASK) if draft is None else draft.clone()
     made = Canvas(
-        embeds, text, answer, embed=model.embed, vocab=model.vocab, seeds=torch.tensor(seeds)
-    )
+        embeds, text, answer, embed=model.embed, vocab=model.vocab, seeds=torch.tensor(seeds),
+        attention=block_attention(model),
+    )  # fmt: skip
     return made, Denoiser(model, made)
 
 
@@ -63,4 +65,4 @@ def decode(model, sampler, asked, length=12, draft=None):
     with torch.no_grad():
         for _ in sampler(board, denoise):
             pass
-    return board.answer, denoise.num_forwards
+    return board.answer[:, : board.requested], denoise.num_forwards

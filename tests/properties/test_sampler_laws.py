@@ -58,6 +58,12 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "on": ("blockwise", {"stop_at_eos": False}),
+    "steps per block": ("blockwise", {"steps_per_block": 2, "minimal_topk": 2}),
+    "steps per block, threshold": ("blockwise", {"steps_per_block": 3, "threshold": 0.5}),
+    "left to right": ("blockwise", {"ranking": "left_to_right", "merge_commit": False}),
+    "after blocks": ("blockwise", {"eos_check": "block", "confidence_temperature": 0.8}),
+    "after an EOS": ("blockwise", {"threshold": 0.5, "eos_check": "written"}),
+    "edit": ("edit", {"threshold": 0.5, "edit_threshold": 0.6}),
     "speculative": ("speculative", {"draft_steps": 3}),
     "speculative, warm": ("speculative", {"draft_steps": 3, "temperature": 1.0, "threshold": 0.5}),
     "prophet": (

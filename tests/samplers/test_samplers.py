@@ -67,6 +67,25 @@ class TestCredit(SamplerSuite):
     exact: ClassVar = {"threshold": None, "credit_strength": 0.0, **RANDOM}
 
 
+class TestStepsPerBlock(SamplerSuite):
+    name, options = "blockwise", {"block_length": 5, "steps_per_block": 2}
+    exact: ClassVar = {"steps_per_block": None, **RANDOM}
+
+
+class TestLeftToRight(SamplerSuite):
+    name, options = "blockwise", {"block_length": 4, "ranking": "left_to_right"}
+    exact: ClassVar = {"temperature": 1.0}
+
+
+class TestEosCheckedAfterBlocks(SamplerSuite):
+    name, options = "blockwise", {"block_length": 4, "threshold": 0.5, "eos_check": "block"}
+    exact: ClassVar = {"threshold": None, **RANDOM}
+
+
+class TestEdit(SamplerSuite):
+    name, options = "edit", {"block_length": 5, "threshold": 0.5, "edit_threshold": 0.4}
+
+
 class TestSpeculative(SamplerSuite):
     name, options, exact = "speculative", {"block_length": 5}, RANDOM
 
