@@ -35,10 +35,12 @@ def assemble(
         stored: Paths of parts whose weights ``load`` copies in afterwards.
         shared: Existing parts by kind, used as they are.
     """
-    shared = shared or {}
+    shared = dict(shared or {})
     dtype = _resolve_dtype(dtype, device)
     parts = spec.parts()
     meta = device.type == "meta"
+    if "encoder" not in parts:
+        shared["encoder"] = NoEncoder()
     if "backbone" not in shared:
         _defer_lora(parts["backbone"], stored)
         if not meta and parts["backbone"].options.get("checkpoint"):
@@ -46,9 +48,6 @@ def assemble(
 
     def part_of(kind: str, **wires: Any) -> Any:
         return shared[kind] if kind in shared else make_part(parts[kind], **wires)
-
-    if "encoder" not in parts:
-        shared = {**shared, "encoder": NoEncoder()}
 
     with torch.device("meta" if meta else "cpu"):
         encoder = part_of("encoder")

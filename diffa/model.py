@@ -408,10 +408,10 @@ class Model(nn.Module):
         with torch.no_grad():
             audio_embeds = self._encode_audio(inputs.audio)
             if embeds is not None:
-                given = per_row_tensors(embeds, len(inputs.prompts), "embeds")
+                row_embeds = per_row_tensors(embeds, len(inputs.prompts), "embeds")
                 audio_embeds = [
-                    heard if own is None else self._given(own, heard)
-                    for own, heard in zip(given, audio_embeds, strict=True)
+                    encoded if own is None else self._check_embeds(own, encoded)
+                    for own, encoded in zip(row_embeds, audio_embeds, strict=True)
                 ]
             for tokens, own, wave in zip(inputs.prompts, audio_embeds, inputs.audio, strict=True):
                 count = 0 if own is None else len(own)
@@ -420,9 +420,9 @@ class Model(nn.Module):
             canvas = make_canvas(self.backbone, inputs, audio_embeds)
         return canvas, Denoiser(self.backbone, canvas)
 
-    def _given(self, embeds: Tensor, heard: Tensor | None) -> Tensor:
+    def _check_embeds(self, embeds: Tensor, encoded: Tensor | None) -> Tensor:
         """Return a row's own vectors (N, W) in place of a recording."""
-        if heard is not None:
+        if encoded is not None:
             raise SpecError("a row has both audio and embeds: give one of them")
         if embeds.dim() != 2 or embeds.shape[1] != self.backbone.width:
             shape, width = tuple(embeds.shape), self.backbone.width

@@ -80,11 +80,11 @@ class GroupedMoE(MoEFeedForward):
         wide = torch.promote_types(flat.dtype, torch.float32)
         scores = nn.functional.linear(flat.to(wide), self.gate.weight.to(wide)).sigmoid()
         ranked = scores + self.bias.to(wide)
-        groups = ranked.unflatten(-1, (moe.num_groups, -1))  # (tokens, groups, experts of each)
+        groups = ranked.view(len(ranked), moe.num_groups, -1)  # (tokens, groups, experts of each)
         # The score of a group is the sum of its two best experts.
         best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-        kept = best.topk(moe.topk_groups, dim=-1).indices
-        allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, kept, True)
+        best_groups = best.topk(moe.topk_groups, dim=-1).indices
+        allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, best_groups, True)
         ranked = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
         experts = ranked.topk(moe.num_experts_per_tok, dim=-1).indices
         weight = scores.gather(1, experts)
@@ -173,7 +173,7 @@ class LLaDA2(TransformerBackbone):
             if field == "expert_bias":
                 state[f"{prefix}experts.bias"] = value
             elif inner == _FUSED and len(value) == queries + 2 * keys:
-                parts = value.split([queries, keys, keys])
+                parts = torch.split(value, [queries, keys, keys])
                 for part, own in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
                     state[f"{prefix}{part}.{field}"] = own.contiguous()
             else:

@@ -78,8 +78,8 @@ class TransformerBackbone(nn.Module):
         if compile and not self.compilable:
             raise SpecError("compile: this backbone cannot be compiled; leave it out")
         folder, fields = weights.resolve_config(checkpoint, revision, config)
-        given = {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id}
-        fields = {**fields, **{name: own for name, own in given.items() if own is not None}}
+        own_ids = {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id}
+        fields = {**fields, **{name: own for name, own in own_ids.items() if own is not None}}
         source = folder or "config"
         try:
             parsed = self.parse_config(fields, source)

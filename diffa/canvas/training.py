@@ -185,20 +185,20 @@ def block_layout(
     if attention is None:
         assert block_length is not None
         block = torch.where(is_answer, (is_answer.cumsum(1) - 1) // block_length + 1, 0)
-        chosen = is_answer
+        copies = is_answer
     else:
         first = torch.where(is_answer, positions, width).amin(dim=1)
         origin = first if attention.from_prompt else None
         block = AttentionContext(block_origin=origin).blocks(positions, attention.length)
         last = (width - 1) * torch.ones_like(first[:, None])
         opening = block.gather(1, torch.minimum(first[:, None], last))
-        chosen = inside & (block >= opening) & (first < width)[:, None]
-    copied = [row.nonzero()[:, 0] for row in chosen]
+        copies = inside & (block >= opening) & (first < width)[:, None]
+    copied = [row.nonzero()[:, 0] for row in copies]
     # Where each slot's copy is: behind the row's true slots.
-    copy_of = torch.where(chosen, lengths[:, None] + chosen.cumsum(1) - 1, positions)
+    copy_of = torch.where(copies, lengths[:, None] + copies.cumsum(1) - 1, positions)
     read = slots if attention is None or not attention.shifted else (slots - 1).clamp(min=0)
     states = copy_of.gather(1, read.clamp(max=width - 1))
-    size = int((lengths + chosen.sum(dim=1)).max())
+    size = int((lengths + copies.sum(dim=1)).max())
     all_positions = torch.arange(size, device=slots.device).repeat(number, 1)
     numbers = torch.zeros_like(all_positions)
     numbers[:, :width] = torch.where(inside, block, numbers[:, :width])

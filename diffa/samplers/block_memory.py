@@ -1,7 +1,7 @@
 """Exact memory of block-causal backbones: keys and values of finished blocks, computed once.
 
-A pass over the block being decoded sees the blocks before it and itself. What an earlier block
-holds never changes again, so its keys and values are stored ("committed") once it is decided::
+A pass over the block being decoded attends to itself and to the blocks before it. What an earlier
+block holds never changes again, so its keys and values are stored ("committed") once it is decided::
 
     prompt | p p a a | a a a a | m a m m |          p prompt, a answer, m mask
     stored   stored    to commit  decoded
@@ -42,9 +42,12 @@ class BlockMemory:
         # Number of the backbone's block and of the sampler's part that each slot is in.
         self._block = canvas.block_numbers(attention.length)
         self._part = canvas.block_numbers(width)
-        self._is_first = self._block != canvas.block_numbers(attention.length, ahead=-1)
+        before = canvas.block_numbers(attention.length, ahead=-1)
+        self._is_first: Tensor = torch.ne(self._block, before)
         self._stored = self._block[:, 0]  # blocks before this one are stored
-        self._seen = torch.full_like(canvas.seeds, -2)  # part whose whole block was computed last
+        self._whole_part = torch.full_like(
+            canvas.seeds, -2
+        )  # part whose whole block was computed last
         self._commits = torch.zeros_like(canvas.seeds, dtype=torch.bool)
 
     def narrow(self, state: BlockState) -> tuple[BlockState, Tensor]:
@@ -60,8 +63,8 @@ class BlockMemory:
         own = self._block.gather(1, state.start[:, None])[:, 0]
         alone = (self._stored < own) & (not self._merge)
         self._commits = state.active & (opens | alone)
-        kept = ~self._commits[:, None] | (opens[:, None] & (slots == leftmost))
-        slots = torch.where(kept, slots, -1)
+        keep = ~self._commits[:, None] | (opens[:, None] & (slots == leftmost))
+        slots = torch.where(keep, slots, -1)
         return state._replace(masked_slots=slots, places=slots - self._canvas.start), self._commits
 
     def __call__(self, recompute: Tensor, canvas: Canvas, state: BlockState) -> Tensor:
@@ -80,12 +83,13 @@ class BlockMemory:
         That is so when a row enters a part, and until the part's first token is decided.
         """
         number = self._part.gather(1, state.start[:, None])
-        part = self._part == number
-        masked = self._canvas.tokens[: len(part)] == self._canvas.vocab.mask
+        # Padding has positions too, which may be those of the part.
+        part = torch.eq(self._part, number) & self._canvas.valid[: len(number)]
         first = part.int().argmax(dim=1, keepdim=True)
-        whole = (self._seen != number[:, 0]) | masked.gather(1, first)[:, 0] | self._commits
+        masked = (state.masked_slots == first).any(dim=1)
+        whole = (self._whole_part != number[:, 0]) | masked | self._commits
         entered = state.active & ~self._commits
-        self._seen = torch.where(entered, number[:, 0], self._seen)
+        self._whole_part = torch.where(entered, number[:, 0], self._whole_part)
         return part | whole[:, None]
 
 
