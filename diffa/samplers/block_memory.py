@@ -1,7 +1,8 @@
 """Exact memory of block-causal backbones: keys and values of finished blocks, computed once.
 
 A pass over the block being decoded attends to itself and to the blocks before it. What an earlier
-block holds never changes again, so its keys and values are stored ("committed") once it is decided::
+block holds never changes again, so its keys and values are stored ("committed") when it is
+decided::
 
     prompt | p p a a | a a a a | m a m m |          p prompt, a answer, m mask
     stored   stored    to commit  decoded
