@@ -10,6 +10,7 @@ from diffa.build import build, swap
 from diffa.save import load, save
 
 if TYPE_CHECKING:
+    from diffa.canvas.prefix_cache import PrefixCache
     from diffa.model import Model
     from diffa.spec.registry import available
     from diffa.spec.spec import Spec
@@ -21,6 +22,7 @@ _LAZY = {  # public names whose modules import torch, or are not needed by most 
     "Answer": "diffa.types",
     "Generation": "diffa.types",
     "Model": "diffa.model",
+    "PrefixCache": "diffa.canvas.prefix_cache",
     "Spec": "diffa.spec.spec",
     "available": "diffa.spec.registry",
 }
@@ -29,6 +31,7 @@ __all__ = [
     "Answer",
     "Generation",
     "Model",
+    "PrefixCache",
     "Spec",
     "available",
     "build",

@@ -28,6 +28,7 @@ from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.likelihood import ChoiceScores, score_choices
+from diffa.canvas.prefix_cache import PrefixCache
 from diffa.canvas.streaming import Streamer, StreamerFeed
 from diffa.canvas.training import compute_loss
 from diffa.chat import Chat
@@ -135,6 +136,7 @@ class Model(nn.Module):
         seeds: int | Sequence[int] | None = None,
         draft: RowTensors = None,
         embeds: RowTensors = None,
+        prefix_cache: PrefixCache | None = None,
         on_step: Callable[[Step], None] | None = None,
         streamer: Streamer | None = None,
     ) -> Generation:
@@ -152,6 +154,7 @@ class Model(nn.Module):
                 the sampler may change the others depends on it (``revise`` does).
             embeds: Vectors (N, W) of the backbone's width in place of a recording, or a list with
                 one such or None per prompt.
+            prefix_cache: Keeps what was computed for recordings and prompts for later questions.
             on_step: Called with every ``Step`` as the answers form.
             streamer: A streamer of transformers, for one prompt.
 
@@ -164,7 +167,7 @@ class Model(nn.Module):
             self.backbone.vocab, prompt, audio, audio_at, max_tokens, seeds, draft
         )
         feed = None if streamer is None else StreamerFeed(streamer, len(inputs.prompts))
-        canvas, denoise = self._prepare(inputs, embeds)
+        canvas, denoise = self._prepare(inputs, embeds, prefix_cache)
         with torch.no_grad():
             for step in self.sampler(canvas, denoise):
                 if on_step is not None:
@@ -172,6 +175,8 @@ class Model(nn.Module):
                 if feed is not None:
                     feed.put(step)
         denoise.check_finite()
+        if prefix_cache is not None:
+            prefix_cache.store(canvas, denoise.kv_cache)
         if feed is not None:
             feed.end()
         tokens = [row.clone() for row in canvas.answer[:, : canvas.requested].cpu()]
@@ -210,6 +215,7 @@ class Model(nn.Module):
         system: str | None = None,
         max_tokens: int | None = None,
         trim: bool = True,
+        prefix_cache: PrefixCache | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Answer:
         """Answer a question about a recording, or questions about one or several of them.
@@ -223,6 +229,9 @@ class Model(nn.Module):
             system: Override the spec's system prompt.
             max_tokens: Length of the answers. Default: the spec's ``prompt.max_tokens``.
             trim: Let the chat template strip whitespace around the question.
+            prefix_cache: Keeps what was computed for recordings and prompts: a second question
+                about a recording does not encode it again, and a block-causal backbone does not
+                read it again.
             on_step: Called with every ``Step`` as the answers form.
 
         Raises:
@@ -251,6 +260,7 @@ class Model(nn.Module):
             waves,
             audio_at=[prompt.audio_at or 0 for prompt in prompts],
             max_tokens=max_tokens,
+            prefix_cache=prefix_cache,
             on_step=on_step,
         )
         texts = [chat.decode(tokens) for tokens in generation.tokens]
@@ -399,14 +409,21 @@ class Model(nn.Module):
             lines.append(f"  {path:20} {name:14}{count}".rstrip())
         return "\n".join(lines)
 
-    def _prepare(self, inputs: CanvasInputs, embeds: RowTensors = None) -> tuple[Canvas, Denoiser]:
+    def _prepare(
+        self,
+        inputs: CanvasInputs,
+        embeds: RowTensors = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> tuple[Canvas, Denoiser]:
         """Encode the audio, and return the canvas with its ``denoise``."""
         limit = max_length(self.backbone)
         for wave in inputs.audio:
             if wave is not None:
                 self.check_duration(len(wave) / self.encoder.sample_rate, inputs.answer.shape[1])
         with torch.no_grad():
-            audio_embeds = self._encode_audio(inputs.audio)
+            if prefix_cache is not None:
+                prefix_cache.bind(self.backbone)
+            audio_embeds = self._encode_audio(inputs.audio, prefix_cache)
             if embeds is not None:
                 row_embeds = per_row_tensors(embeds, len(inputs.prompts), "embeds")
                 audio_embeds = [
@@ -418,7 +435,10 @@ class Model(nn.Module):
                 seconds = 0.0 if wave is None else len(wave) / self.encoder.sample_rate
                 check_context_length(len(tokens), count, inputs.answer.shape[1], seconds, limit)
             canvas = make_canvas(self.backbone, inputs, audio_embeds)
-        return canvas, Denoiser(self.backbone, canvas)
+        denoise = Denoiser(self.backbone, canvas)
+        if prefix_cache is not None and not getattr(self.sampler, "cfg_scale", 0):
+            prefix_cache.load(canvas, denoise.kv_cache)
+        return canvas, denoise
 
     def _check_embeds(self, embeds: Tensor, encoded: Tensor | None) -> Tensor:
         """Return a row's own vectors (N, W) in place of a recording."""
@@ -429,8 +449,14 @@ class Model(nn.Module):
             raise SpecError(f"embeds must be vectors (N, {width}), got the shape {shape}")
         return embeds.to(self.device, self.dtype)
 
-    def _encode_audio(self, waves: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _encode_audio(
+        self, waves: Sequence[Tensor | None], prefix_cache: PrefixCache | None = None
+    ) -> list[Tensor | None]:
         """Return embeddings (N, W) of each row's audio; None for a row without."""
+
+        def encode(audio: list[Tensor]) -> list[Tensor]:
+            return unpad_embeds(self.listen(*pad(audio))) if audio else []
+
         audio = [prepare(wave, self.encoder.sample_rate) for wave in waves if wave is not None]
-        embeds = iter(unpad_embeds(self.listen(*pad(audio))) if audio else ())
+        embeds = iter(encode(audio) if prefix_cache is None else prefix_cache.encode(audio, encode))
         return [None if wave is None else next(embeds) for wave in waves]

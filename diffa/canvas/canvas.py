@@ -46,6 +46,8 @@ class Canvas:
             of their last block.
         surplus: How many of them exceed what was asked for.
         prompt_lengths: True slots of each prompt, (B,).
+        stored_blocks: (B,) blocks of each prompt whose keys and values are in the KV cache before
+            the first pass (``PrefixCache``). None: no blocks.
         tokens: (B, S) token ids, ``NO_TOKEN`` where a slot has none.
         content: (B, S, W) embeddings.
         positions: (B, S) RoPE positions.
@@ -69,6 +71,7 @@ class Canvas:
     ) -> None:
         self.vocab = vocab
         self.attention, self.prompt_lengths, self.surplus = attention, prompt.lengths, 0
+        self.stored_blocks: Tensor | None = None
         if attention is not None:
             width = attention.length
             offset = attention.offset(prompt.lengths, width)
@@ -134,14 +137,14 @@ class Canvas:
         return self._for_all_rows(self.prompt_lengths)
 
     def block_numbers(self, width: int, *, ahead: int = 0) -> Tensor:
-        """Return the number (B, S) of the block of every slot, -1 before the first block.
+        """Return the number (rows, S) of the block of every slot, -1 before the first block.
 
         Args:
             width: Positions per block.
             ahead: Look so many positions ahead of each slot; -1 gives the slot before it.
         """
         context = AttentionContext(block_origin=self.block_origin)
-        return context.blocks((self.positions + ahead).clamp(min=0), width)[: self.count]
+        return context.blocks((self.positions + ahead).clamp(min=0), width)
 
     def previous_slots(self, slots: Tensor) -> Tensor:
         """Return the slot (B, K) at the position before each answer slot; -1 stays."""

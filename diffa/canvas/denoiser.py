@@ -122,6 +122,11 @@ class Denoiser:
             content = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
             positions = positions.gather(1, slots)
             context = context._replace(query_slots=slots)
+            if canvas.attention is not None and not slots.is_cuda:
+                # Nothing attends to blocks behind the last that is computed.
+                numbers = pick(canvas.block_numbers(canvas.attention.length))
+                visible = numbers <= numbers.gather(1, slots).amax(dim=1, keepdim=True)
+                context = context.narrow(int(visible.any(dim=0).nonzero()[-1]) + 1)
         return self._logits(self._backbone(content, positions, context), index)
 
     def _index_among(self, output_slots: Tensor, slots: Tensor | None) -> Tensor:

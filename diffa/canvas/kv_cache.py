@@ -31,6 +31,7 @@ class AttentionContext(NamedTuple):
             ``partial = True`` may skip the last layer for all others.
         block_origin: (B,) position from which blocks of a block-causal backbone count; all slots
             before it are one block. None: position 0.
+        num_keys: Only so many first slots may be attended to. None: all.
         row_lengths: Lengths of rows packed into one sequence (block-diagonal attention).
     """
 
@@ -44,6 +45,7 @@ class AttentionContext(NamedTuple):
     write: bool = False
     output_slots: Tensor | None = None
     block_origin: Tensor | None = None
+    num_keys: int | None = None
     row_lengths: list[int] | None = None
 
     def mask(self, positions: Tensor, *, causal: bool, block_length: int = 1) -> Tensor | None:
@@ -66,7 +68,9 @@ class AttentionContext(NamedTuple):
         if causal:
             keys = positions if self.positions is None else self.positions
             own, other = (self.blocks(p, block_length) for p in (positions, keys))
-            rules.append(other[:, None] <= own[:, :, None])
+            # Where no key is in a later block, nothing is hidden. A GPU is not asked: that waits.
+            if own.is_cuda or bool((other.amax(dim=1) > own.amin(dim=1)).any()):
+                rules.append(other[:, None] <= own[:, :, None])
         if self.attn_mask is not None:
             rules.append(self.attn_mask)
         # (B, 1, S) and (B, K, S) rules broadcast: one row of keys where no rule needs more.
@@ -88,9 +92,21 @@ class AttentionContext(NamedTuple):
         # Training and scoring run whole rows once: nothing is kept.
         if self.kv_cache is None:
             return keys, values
-        return self.kv_cache.update(
+        keys, values = self.kv_cache.update(
             layer, keys, values, self.query_slots, self.cache_rows, write=self.write
         )
+        return keys[:, : self.num_keys], values[:, : self.num_keys]
+
+    def narrow(self, num_keys: int) -> AttentionContext:
+        """Return the context without the slots behind the first ``num_keys``."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[..., :num_keys]
+
+        return self._replace(
+            valid=cut(self.valid), positions=cut(self.positions), branch=cut(self.branch),
+            attn_mask=cut(self.attn_mask), num_keys=num_keys,
+        )  # fmt: skip
 
     @classmethod
     def stack(
@@ -224,6 +240,29 @@ class KVCache:
         if rows is None:
             return all_keys, all_values
         return all_keys[rows], all_values[rows]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have keys and values."""
+        return len(self._keys)
+
+    def copy(self, row: int, first: int, last: int) -> Tensor:
+        """Return keys and values of a row's slots from ``first`` to ``last``, (L, 2, K, H, D)."""
+        pairs = zip(self._keys, self._values, strict=True)
+        return torch.stack(
+            [torch.stack([k[row, first:last], v[row, first:last]]) for k, v in pairs]
+        )
+
+    def preload(self, rows: Sequence[Tensor | None]) -> None:
+        """Store what ``copy`` returned as the first slots of each row, before the first pass."""
+        sample = next(row for row in rows if row is not None)
+        for layer in range(len(sample)):
+            shape = self._num_rows, self._num_slots, *sample.shape[3:]
+            self._store(layer, sample.new_zeros(shape), sample.new_zeros(shape))
+            for index, row in enumerate(rows):
+                if row is not None:
+                    here = index, slice(row.shape[2])
+                    self._keys[layer][here], self._values[layer][here] = row[layer]
 
     def drift(self, slots: Tensor) -> Tensor:
         """Return 1 - cosine between the two latest keys of ``slots`` (B, K) at the probe layer."""

@@ -41,11 +41,13 @@ class BlockMemory:
         self.cache, self._canvas = cache, canvas
         self._shifted, self._merge = attention.shifted, merge_commit or cache == "none"
         # Number of the backbone's block and of the sampler's part that each slot is in.
-        self._block = canvas.block_numbers(attention.length)
-        self._part = canvas.block_numbers(width)
-        before = canvas.block_numbers(attention.length, ahead=-1)
+        self._block = canvas.block_numbers(attention.length)[: canvas.count]
+        self._part = canvas.block_numbers(width)[: canvas.count]
+        before = canvas.block_numbers(attention.length, ahead=-1)[: canvas.count]
         self._is_first: Tensor = torch.ne(self._block, before)
         self._stored = self._block[:, 0]  # blocks before this one are stored
+        if canvas.stored_blocks is not None:
+            self._stored = canvas.stored_blocks
         self._whole_part = torch.full_like(
             canvas.seeds, -2
         )  # part whose whole block was computed last

@@ -167,7 +167,7 @@ def fill_after_block(canvas: Canvas, state: BlockState, where: Tensor | None = N
     masked, answer = canvas.undecided(), slice(canvas.start, canvas.start + canvas.length)
     before = torch.arange(canvas.size, device=masked.device)[answer] < state.end[:, None]
     if canvas.attention is not None:
-        number = canvas.block_numbers(canvas.attention.length)
+        number = canvas.block_numbers(canvas.attention.length)[: canvas.count]
         before = (number <= number.gather(1, state.start[:, None]))[:, answer]
     complete = ~(masked & before).any(dim=1)
     ended = ((canvas.answer == canvas.vocab.eos) & before).any(dim=1) & complete

@@ -246,6 +246,11 @@ class Blockwise:
                 "suffix_window, vicinity_window and drift_threshold refresh what a bidirectional "
                 "backbone forgets: leave them out with a block-causal one"
             )
+        if self.rule.steps is not None:
+            raise SpecError(
+                "steps counts blocks from the prompt's end, a block-causal backbone does not: set "
+                "steps_per_block instead"
+            )
         return BlockMemory(canvas, width, cache=self.cache, merge_commit=self.merge_commit)
 
     def _policies(

@@ -14,10 +14,10 @@ def num_transfer_tokens(state: BlockState, steps: int | None, block_length: int)
     A block of m masks and n steps accepts m // n tokens per step, and one more in its first
     m % n steps (``get_num_transfer_tokens`` of LLaDA's code).
     """
+    if steps is None:
+        return torch.ones_like(state.block)
     schedule = steps_per_block(steps, state.answer_length, block_length)
-    # With block-causal attention the first block may be cut short, which makes one block more.
-    index = state.block.clamp(0, len(schedule) - 1)
-    count = torch.tensor(schedule, device=state.block.device)[index]
+    count = torch.tensor(schedule, device=state.block.device)[state.block.clamp(min=0)]
     masks = state.initial_masks
     return masks // count + (state.block_step < masks % count).long()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffa.canvas.batch import CanvasInputs, initial_answer, make_canvas
 from diffa.canvas.denoiser import Denoiser
+from diffa.canvas.prefix_cache import PrefixCache
 from diffa.errors import is_out_of_memory
 from diffa.serving.batched_forward import BackboneCall
 from diffa.serving.errors import as_exception, log_error
@@ -67,8 +68,9 @@ class RequestBatch:
         handles: Sequence[RequestHandle],
         embeds: Sequence[Tensor | None],
         on_pause: Callable[[RequestBatch, Pause], None],
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        self.handles = handles
+        self.handles, self._prefix_cache = handles, prefix_cache
         self._backbone, self._embeds, self._on_pause = backbone, embeds, on_pause
         # A queue rather than an event: it hands the result over and wakes the thread in one step.
         self._results: SimpleQueue[Tensor | Exception] = SimpleQueue()
@@ -127,7 +129,14 @@ class RequestBatch:
         proxy = BackboneProxy(self._backbone, self._pause)
         denoise = Denoiser(cast("Backbone", proxy), canvas)
         step: Step | None = None
-        for step in self.handles[0].request.sampler(canvas, denoise):
+        sampler, prefixes = self.handles[0].request.sampler, self._prefix_cache
+        if getattr(sampler, "cfg_scale", 0):  # its unconditional rows are not the prompt's
+            prefixes = None
+        if prefixes is not None:
+            prefixes.load(canvas, denoise.kv_cache)
+        for step in sampler(canvas, denoise):
+            if prefixes is not None and self.num_forwards == 0:
+                prefixes.store(canvas, denoise.kv_cache)
             self.num_forwards += 1
             denoise.check_finite()  # no row of numbers that are none is published
             self._publish(step, canvas)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from diffa.audio import pad
 from diffa.canvas.batch import unpad_embeds
+from diffa.canvas.prefix_cache import PrefixCache, content_key
 
 if TYPE_CHECKING:
     from diffa.model import Model
@@ -25,18 +25,23 @@ class EncoderCache:
     Args:
         model: its encoder and adapter make the embeddings.
         capacity: embeddings kept, summed over recordings. 0: none.
+
+    Attributes:
+        prefix_cache: keys and values of prompts, of up to 256 MiB, that a block-causal backbone
+            need not compute again. None without capacity.
     """
 
     def __init__(self, model: Model, capacity: int) -> None:
         self._model, self._capacity, self._size = model, capacity, 0
         self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.prefix_cache = PrefixCache(1 << 28) if capacity else None
         # Held for look-ups and insertions only: workers encode at the same time, and two that
         # encode the same recording do so twice rather than wait for each other.
         self._lock = threading.Lock()
 
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor | Exception]:
         """Return the embeddings (N, W) of each waveform (S,), or its error."""
-        keys = [content_key(waveform) for waveform in waveforms]
+        keys = [content_key(b"audio", waveform) for waveform in waveforms]
         results: dict[bytes, Tensor | Exception] = {}
         with self._lock:
             for key in keys:
@@ -70,8 +75,3 @@ class EncoderCache:
         self._size += len(embeds)
         while self._size > self._capacity:
             self._size -= len(self._entries.popitem(last=False)[1])
-
-
-def content_key(waveform: Tensor) -> bytes:
-    """Return the SHA-256 of a waveform's samples."""
-    return hashlib.sha256(waveform.numpy(force=True).tobytes()).digest()

@@ -128,7 +128,9 @@ class Worker:
 
     def _start_batch(self, pairs: Sequence[tuple[RequestHandle, Tensor | None]]) -> None:
         handles, rows = zip(*pairs, strict=True)
-        batch = RequestBatch(self.model.backbone, handles, rows, self._on_pause)
+        batch = RequestBatch(
+            self.model.backbone, handles, rows, self._on_pause, self._encoder_cache.prefix_cache
+        )
         self.batches.append(batch)
         self._canvas_threads.submit(batch.run)
         self._run_until_pause()
