@@ -1,6 +1,9 @@
-"""Compare decoding with the published loop: caches, acceptance rules and batches.
+"""Compare decoding with the published loop: caches, acceptance rules, batches, block-causal models.
 
-All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
+The block-causal rows decode models of the same shape whose attention has blocks of 32: ``block`` counts
+them from the end of the prompt (LLaDA's layout), ``sdar`` from position 0, ``sdar, second question``
+after a question about the same recording. ``pass over dual`` is the median time of a pass after the
+first, over that of ``dual``. All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
 memory is measured in a process of its own for each row, weights excluded.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +28,9 @@ from torch import Tensor
 import diffa
 from diffa.canvas.canvas import Canvas, insert_audio
 from diffa.canvas.denoiser import Denoiser
+from diffa.canvas.prefix_cache import PrefixCache
 from diffa.spec.spec import Spec
+from diffa.types import block_attention
 
 AUDIO, PROMPT, AT, LENGTH, BLOCK = 439, 64, 16, 32, 32
 SIZES = {
@@ -33,6 +39,7 @@ SIZES = {
     "8b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288},
 }
 QUICK = ("exact", "prefix", "dual")
+BLOCKS = ("block", "sdar", "sdar, second question")
 
 
 class Rung(NamedTuple):
@@ -40,6 +47,8 @@ class Rung(NamedTuple):
 
     sampler: dict[str, Any]
     rows: int = 1
+    backbone: str = ""
+    second: bool = False
 
 
 def ladder(steps: int) -> dict[str, Rung]:
@@ -61,14 +70,19 @@ def ladder(steps: int) -> dict[str, Rung]:
         "credit": ({"threshold": 0.9, "credit_strength": 0.7, **dual}, 1),
         "dual-batch4": ({"steps": steps, **dual}, 4),
     }
-    return {
+    rungs = {
         name: Rung({"name": "blockwise", "block_length": BLOCK, **sampler}, rows)
         for name, (sampler, rows) in options.items()
     }
+    block = {"name": "blockwise", "stop_at_eos": False, "cache": "prefix"}
+    rungs["block"] = Rung(block, backbone="llada")
+    rungs["sdar"] = Rung(block, backbone="sdar")
+    rungs["sdar, second question"] = Rung(block, backbone="sdar", second=True)
+    return rungs
 
 
-def spec(size: str) -> dict[str, Any]:
-    """A random LLaDA of the stated shape; the audio embeddings are random."""
+def spec(size: str, block: str = "") -> dict[str, Any]:
+    """A random LLaDA of the stated shape, or a block-causal backbone; audio embeddings are random."""
     config = {
         **SIZES[size],
         "vocab_size": 126464,
@@ -81,7 +95,17 @@ def spec(size: str) -> dict[str, Any]:
     }
     encoder = {"name": "tiny", "width": 16, "layers": 1, "heads": 1}
     adapters = {"semantic": {"name": "linear", "intermediate_size": 16}}
-    backbone = {"name": "llada", "config": config}
+    backbone = {
+        "name": block or "llada",
+        "config": config,
+        "block_length": BLOCK if block else None,
+    }
+    if block == "sdar":
+        names = {
+            "hidden_size": "d_model", "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads", "intermediate_size": "mlp_hidden_size",
+        }  # fmt: skip
+        backbone["config"] = {**config, **{own: config[name] for own, name in names.items()}}
     return {"format": 1, "encoder": encoder, "adapters": adapters, "backbone": backbone}
 
 
@@ -105,7 +129,10 @@ def open_canvas(model: Any, questions: list[published.Question]) -> tuple[Canvas
     place = embeds.values.device
     answer = torch.full((len(questions), LENGTH), vocab.mask, device=place)
     seeds = torch.zeros(len(questions), dtype=torch.long, device=place)
-    canvas = Canvas(embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds)
+    attention = block_attention(model.backbone)
+    canvas = Canvas(
+        embeds, text, answer, embed=embed, vocab=vocab, seeds=seeds, attention=attention
+    )
     return canvas, Denoiser(model.backbone, canvas)
 
 
@@ -135,7 +162,17 @@ def start(model: Any, rung: Rung) -> Run:
     """Start one of diffa's decoders."""
     sampler = diffa.swap(model, sampler=rung.sampler).sampler
     with torch.no_grad():
-        canvas, denoise = open_canvas(model, [question(model, row) for row in range(rung.rows)])
+        questions = [question(model, row) for row in range(rung.rows)]
+        canvas, denoise = open_canvas(model, questions)
+        if rung.second:
+            prefixes = PrefixCache()
+            # The same recording, another question behind it.
+            prompt = questions[0].prompt.clone()
+            prompt[AT:] = prompt[AT:].flip(0)
+            other, first = open_canvas(model, [questions[0]._replace(prompt=prompt)])
+            next(sampler(other, first))
+            prefixes.store(other, first.kv_cache)
+            prefixes.load(canvas, denoise.kv_cache)
         return Run(sampler(canvas, denoise), lambda: denoise.num_forwards)
 
 
@@ -187,7 +224,10 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
     """Race the baseline (or ``checked`` of its steps) against the named rungs."""
     model = diffa.build(spec(size))
     rungs = ladder(steps)
-    runs = {name: start(model, rungs[name]) for name in names}
+    models = {"": model}
+    for kind in {rungs[name].backbone for name in names} - {""}:
+        models[kind] = diffa.build(spec(size, kind))
+    runs = {name: start(models[rungs[name].backbone], rungs[name]) for name in names}
     if checked is None:
         loop = published.decode(model, question(model), length=LENGTH, steps=steps, block=BLOCK)
         plain = Run(loop, lambda: steps)
@@ -210,6 +250,11 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
         )
         line["identical"] &= same
         more = {"prefill": round(run.times[0], 4), "cpu_seconds": round(sum(run.cpu), 4)}
+        if rungs[name].backbone:  # another model: its tokens cannot be the baseline's
+            line |= {"identical": None, "agreement": None}
+        if "dual" in runs:
+            window = statistics.median(run.times[1:]), statistics.median(runs["dual"].times[1:])
+            more["pass_over_dual"] = round(window[0] / window[1], 3)
         rows.append(line | more)
     return rows
 
@@ -272,12 +317,15 @@ def peaks(size: str, steps: int, names: list[str]) -> dict[str, int | None]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the report as a table."""
-    head = ("name", "seconds", "num_forwards", "tokens_per_forward", "speedup", "identical")
-    lines = [" ".join(f"{name:>18}" for name in (*head, "peak MiB"))]
+    head = (
+        "name", "seconds", "num_forwards", "tokens_per_forward", "speedup", "identical",
+        "prefill", "pass_over_dual",
+    )  # fmt: skip
+    lines = [" ".join(f"{name:>21}" for name in (*head, "peak MiB"))]
     for line in rows:
         memory = line["peak_bytes"]
-        cells = [*(line[name] for name in head), "-" if memory is None else memory >> 20]
-        lines.append(" ".join(f"{cell!s:>18}" for cell in cells))
+        cells = [*(line.get(name, "-") for name in head), "-" if memory is None else memory >> 20]
+        lines.append(" ".join(f"{cell!s:>21}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -299,7 +347,7 @@ def main() -> None:
     if args.peak:
         print(peak(args.size, args.steps, args.peak))
         return
-    names = list(QUICK if args.quick else ladder(args.steps))
+    names = [*QUICK, *BLOCKS] if args.quick else list(ladder(args.steps))
     rows = measure(args.size, args.steps, names, args.checked if args.quick else None)
     memory = peaks(args.size, args.steps, ["baseline", *QUICK])
     for line in rows:
