@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffa.backbones.experts import mix_experts
 from diffa.backbones.llama import parse_llama_config, rename_llama_keys
 from diffa.backbones.transformer import Block, MoEConfig, TransformerConfig
 from diffa.backbones.transformer_backbone import TransformerBackbone, check_fields
@@ -47,15 +48,8 @@ class MoEFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., W)."""
         flat = x.flatten(0, -2)  # (tokens, W)
-        top_probs, top_experts = self.route(flat)
-        top_probs = top_probs.to(flat.dtype)
-        out = torch.zeros_like(flat)
-        for expert in range(self.moe.num_experts):
-            token, rank = (top_experts == expert).nonzero(as_tuple=True)
-            inner = nn.functional.silu(nn.functional.linear(flat[token], self.gate_proj[expert]))
-            inner = inner * nn.functional.linear(flat[token], self.up_proj[expert])
-            outputs = nn.functional.linear(inner, self.down_proj[expert])
-            out = out.index_add(0, token, outputs * top_probs[token, rank, None])
+        weight, experts = self.route(flat)
+        out = mix_experts(flat, experts, weight, self.gate_proj, self.up_proj, self.down_proj)
         return out.view_as(x)
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
