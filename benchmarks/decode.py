@@ -1,9 +1,11 @@
-"""Compare decoding with the published loop: caches, acceptance rules, batches, block-causal models.
+"""Compare decoding with the published loop: caches, rules, batches, block-causal models.
 
-The block-causal rows decode models of the same shape whose attention has blocks of 32: ``block`` counts
-them from the end of the prompt (LLaDA's layout), ``sdar`` from position 0, ``sdar, second question``
-after a question about the same recording. ``pass over dual`` is the median time of a pass after the
-first, over that of ``dual``. All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
+The block-causal rows decode models of the same shape whose attention has blocks of 32: ``block``
+counts them from the end of the prompt (as LLaDA does), ``sdar`` from position 0; ``sdar, second
+question`` comes after one about the same recording. ``pass_over_dual`` is the median time of a
+pass after the first, over that of ``dual``.
+
+All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
 memory is measured in a process of its own for each row, weights excluded.
 """
 
@@ -82,7 +84,7 @@ def ladder(steps: int) -> dict[str, Rung]:
 
 
 def spec(size: str, block: str = "") -> dict[str, Any]:
-    """A random LLaDA of the stated shape, or a block-causal backbone; audio embeddings are random."""
+    """A random LLaDA of the stated shape, or a block-causal model; the audio is random."""
     config = {
         **SIZES[size],
         "vocab_size": 126464,

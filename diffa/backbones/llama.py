@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffa.backbones.transformer import TransformerConfig
-from diffa.backbones.transformer_backbone import TransformerBackbone
+from diffa.backbones.transformer_backbone import TransformerBackbone, check_fields
 from diffa.checkpoints import read as weights
 from diffa.errors import CheckpointError
 
@@ -33,14 +33,20 @@ _OUTER_KEYS = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff
 class Llama(TransformerBackbone):
     """Autoregressive language model of the Llama family, with LLaDA's Transformer.
 
-    Checkpoints have the Hugging Face layout of Llama.
+    Checkpoints have the Hugging Face layout of Llama, Qwen2 or Qwen3; those of Fast-dLLM v2 and
+    SDAR, which were made from Qwen, are read as causal models.
     """
 
     decoding: Literal["causal"] = "causal"
 
     def parse_config(self, fields: Mapping[str, Any], source: str | Path) -> TransformerConfig:
-        """Return the configuration in Llama's ``config.json``."""
-        return parse_llama_config(fields, source)
+        """Return the configuration in the ``config.json`` of a Llama or a Qwen."""
+        kind = fields.get("model_type")
+        check_fields(fields, {"use_sliding_window": (False,)}, source)
+        # These layouts do not mention what all of their models have.
+        biases = {"attention_bias": True} if kind in ("qwen2", "Fast_dLLM_Qwen") else {}
+        parsed = parse_llama_config({**biases, **fields}, source)
+        return parsed._replace(qk_norm=kind in ("qwen3", "sdar"))
 
     def read_state_dict(self, folder: Path) -> dict[str, Tensor]:
         """Return the weights in a folder under the names of ``Transformer``."""

@@ -69,7 +69,11 @@ class AttentionContext(NamedTuple):
             keys = positions if self.positions is None else self.positions
             own, other = (self.blocks(p, block_length) for p in (positions, keys))
             # Where no key is in a later block, nothing is hidden. A GPU is not asked: that waits.
-            if own.is_cuda or bool((other.amax(dim=1) > own.amin(dim=1)).any()):
+            if (
+                block_length == 1
+                or own.is_cuda
+                or bool((other.amax(dim=1) > own.amin(dim=1)).any())
+            ):
                 rules.append(other[:, None] <= own[:, :, None])
         if self.attn_mask is not None:
             rules.append(self.attn_mask)

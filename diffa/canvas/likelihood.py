@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffa.canvas.batch import forward_embeds
 from diffa.canvas.canvas import insert_audio
+from diffa.canvas.training import forward_blocks
 from diffa.errors import DecodingError, SpecError, check_at_least
-from diffa.types import Backbone
+from diffa.types import Backbone, block_attention
 
 _MAX_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 
@@ -57,7 +58,8 @@ def score_choices(
 
     A masked backbone gives the bound of LLaDA (arXiv 2502.09992, equation 6): l of A tokens are
     masked, l uniform, and A / l times their log-probability is averaged over ``samples``, the same
-    draws for every choice. A causal one gives the likelihood itself.
+    draws for every choice; a block-causal one reads each block after the choice's own tokens. A
+    causal backbone gives the likelihood itself.
 
     Raises:
         SpecError: No choices, an empty one, or numbers out of their range.
@@ -66,9 +68,11 @@ def score_choices(
     if not choices or any(len(choice) == 0 for choice in choices):
         raise SpecError("there must be choices to score, of at least one token each")
     check_at_least(1, samples=samples, batch=batch)
-    mask = backbone.vocab.mask
+    mask, in_blocks = backbone.vocab.mask, block_attention(backbone) is not None
     if backbone.decoding == "masked" and mask is not None:
-        rows, queries = masked_queries(choices, mask, samples=samples, seed=seed)
+        rows, queries = masked_queries(
+            choices, mask, samples=samples, seed=seed, shared=not in_blocks
+        )
         shift = 0
     else:
         rows, queries = causal_queries(choices)
@@ -80,30 +84,57 @@ def score_choices(
         part = rows[start : start + batch]
         own = [q for q in queries if start <= q.row < start + len(part)]
         whole = [torch.cat([prompt, row.to(prompt.device)]) for row in part]
-        count = len(part)
-        embeds, _ = insert_audio(whole, [audio_embeds] * count, [audio_at] * count, backbone.embed)
-        hidden = forward_embeds(backbone, embeds)
-        logs = _log_probs(backbone.head, hidden, own, start, first_slot)
+        audio = [audio_embeds] * len(part), [audio_at] * len(part)
+        if in_blocks:
+            owners = {query.row: choices[query.choice] for query in own}
+            clean = [owners[start + i].to(prompt.device) for i in range(len(part))]
+            hidden = _forward_in_blocks(backbone, prompt, whole, clean, *audio)
+            logs = _log_probs(backbone.head, hidden, own, start, len(prompt))
+        else:
+            embeds, _ = insert_audio(whole, *audio, backbone.embed)
+            hidden = forward_embeds(backbone, embeds)
+            logs = _log_probs(backbone.head, hidden, own, start, first_slot)
         weights = torch.tensor([q.weight for q in own], dtype=torch.float64)
-        owners = torch.tensor([q.choice for q in own])
-        values.index_add_(0, owners, logs.double().cpu() * weights)
+        numbers = torch.tensor([q.choice for q in own])
+        values.index_add_(0, numbers, logs.double().cpu() * weights)
     lengths = torch.tensor([len(choice) for choice in choices])
     return ChoiceScores(values, int(values.argmax()), lengths, len(starts))
 
 
+def _forward_in_blocks(
+    backbone: Backbone,
+    prompt: Tensor,
+    rows: Sequence[Tensor],
+    choices: Sequence[Tensor],
+    audio_embeds: Sequence[Tensor | None],
+    audio_at: Sequence[int],
+) -> Tensor:
+    """Return the states (B, L, W) that predict the tokens of masked rows, each block of a row read
+    after the blocks of its choice before."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    clean = pad([torch.cat([prompt, choice]) for choice in choices], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=prompt.device)
+    index = torch.arange(clean.shape[1], device=prompt.device)
+    answer = (index >= len(prompt)) & (index < lengths[:, None])
+    at = torch.tensor(audio_at, device=prompt.device)
+    noisy = pad(list(rows), batch_first=True)
+    return forward_blocks(backbone, noisy, lengths, audio_embeds, at, clean=clean, answer=answer)
+
+
 def masked_queries(
-    choices: Sequence[Tensor], mask: int, *, samples: int, seed: int
+    choices: Sequence[Tensor], mask: int, *, samples: int, seed: int, shared: bool = True
 ) -> tuple[list[Tensor], list[TokenQuery]]:
     """Mask every choice ``samples`` times; return the distinct rows and their masked tokens.
 
-    The numbers of masks are stratified over the samples. They and the order of masking are the
-    same draws for all choices, so that the noise of two choices cancels.
+    Rows that are alike are one row, of several choices too if it may be ``shared``. The numbers of
+    masks are stratified over the samples. They and the order of masking are the same draws for all
+    choices, so that the noise of two choices cancels.
     """
     generator = torch.Generator().manual_seed(seed)
     longest = max(len(choice) for choice in choices)
     draws = torch.rand(samples, longest, generator=generator)
     levels = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-    rows: dict[tuple[int, ...], int] = {}
+    rows: dict[tuple[int, tuple[int, ...]], int] = {}
     queries = []
     for number, choice in enumerate(choices):
         size = len(choice)
@@ -114,10 +145,10 @@ def masked_queries(
             tokens = choice.tolist()
             for index in masked:
                 tokens[index] = mask
-            row = rows.setdefault(tuple(tokens), len(rows))
+            row = rows.setdefault((0 if shared else number, tuple(tokens)), len(rows))
             weight = size / count / repeats
             queries += [TokenQuery(row, i, int(choice[i]), number, weight) for i in masked]
-    return [torch.tensor(row) for row in rows], queries
+    return [torch.tensor(row) for _, row in rows], queries
 
 
 def causal_queries(choices: Sequence[Tensor]) -> tuple[list[Tensor], list[TokenQuery]]:

@@ -187,12 +187,12 @@ def make_step(
         revisable_block_length: Given where tokens of the current block may be masked again: then
             only blocks of this length that are complete are final.
     """
-    masked = canvas.undecided()
-    final = ~masked if draft is None else draft | (masked.cumsum(dim=1) == 0)
+    here = slice(canvas.requested)
+    masked = canvas.undecided()[:, here]
+    final = ~masked if draft is None else draft[:, here] | (masked.cumsum(dim=1) == 0)
     if revisable_block_length is not None:
         width = revisable_block_length
         done = ~masked.any(dim=1, keepdim=True)
         current = masked.int().argmax(dim=1, keepdim=True) // width * width
-        final = done | (torch.arange(canvas.length, device=masked.device) < current)
-    here = slice(canvas.requested)
-    return Step(canvas.answer[:, here].clone(), final[:, here], canvas.confidence[:, here].clone())
+        final = done | (torch.arange(masked.shape[1], device=masked.device) < current)
+    return Step(canvas.answer[:, here].clone(), final, canvas.confidence[:, here].clone())

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import small
+from test_combinations import QWEN
 from torch import nn
 
 from diffa.backbones.dream import Dream
+from diffa.backbones.fast_dllm import FastDLLM2
+from diffa.backbones.sdar import SDAR
 from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
 from diffa.canvas.training import block_layout, compute_loss, forward_blocks
@@ -212,3 +215,51 @@ def test_blocks_and_packing_do_not_combine():
             model, objective, given["tokens"], given["answer"], torch.arange(3),
             lengths=given["lengths"], forward=lambda *_: torch.zeros(()),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("block", [2, 5])
+def test_copies_begin_with_the_block_that_the_answer_begins_in(shifted, block):
+    """A block-causal row: block by block, the noisy block behind the clean ones, prompt included."""
+    config = QWEN | {"hidden_size": 32, "mask_token_id": small.MASK}
+    model = (FastDLLM2 if shifted else SDAR)(config=config, block_length=block).eval()
+    given = batch()
+    tokens, answer = given["tokens"], given["answer"]
+    noisy = torch.where(answer & (torch.rand(tokens.shape) < 0.6), small.MASK, tokens)
+    rest = {key: given[key] for key in ("lengths", "audio_embeds", "audio_at")}
+    with torch.no_grad():
+        states = forward_blocks(model, noisy, *rest.values(), clean=tokens, answer=answer)
+        for row, (before, size, heard, at) in enumerate(ROWS):
+            sound = [] if not heard else [rest["audio_embeds"][row][None]]
+            halves = []
+            for ids in (tokens, noisy):
+                words = model.embed(ids[row, : before + size][None])
+                halves.append(torch.cat([words[:, :at], *sound, words[:, at:]], dim=1))
+            clean, dirty = halves
+            for place in range(before, before + size):
+                slot = place + heard - shifted
+                first = slot // block * block
+                end = min(first + block, clean.shape[1])
+                one = torch.cat([clean[:, :first], dirty[:, first:end]], dim=1)
+                alone = model(one, torch.arange(end)[None], AttentionContext())[0, slot]
+                assert torch.allclose(states[row, place], alone, atol=1e-5), (row, place)
+
+
+@pytest.mark.parametrize("kind", ["masked", "complementary"])
+def test_a_block_causal_model_learns_from_its_loss(kind):
+    model = SDAR(config=QWEN | {"hidden_size": 32, "mask_token_id": small.MASK}).train()
+    options = {"normalization": "masked", "eps": 0.3, "max_level": 0.8}
+    if kind == "complementary":
+        options = {"normalization": "masked", "complementary_masking": True}
+    objective, optimizer = (
+        Masked(model.vocab, **options),
+        torch.optim.Adam(model.parameters(), 3e-3),
+    )
+    values = []
+    for step in range(40):
+        value = loss(objective, model, torch.arange(3) + 3 * (step % 4))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value))
+    assert sum(values[-4:]) < 0.5 * sum(values[:4])

@@ -12,13 +12,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffa.errors import SpecError
 from diffa.samplers import selection
 from diffa.samplers.blockwise import Blockwise
 from diffa.samplers.speculative import Speculative
 from diffa.spec import registry
 from diffa.testing import Chaos, Joint, ToyDenoise, toy_canvas
 from diffa.testing.toy import CAUSAL, MASKED
-from diffa.types import Step
+from diffa.types import BlockAttention, Step
 
 few = settings(
     max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
@@ -390,3 +391,20 @@ def test_refined_thresholds_take_what_the_threshold_takes(
         (plain & ~selection.select_runs(values, masked, places, least, low * least)).any()
     )
     assert torch.equal(selection.select_local_leap(values, masked, places, least, least), plain)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][0] != "greedy"])
+@pytest.mark.parametrize("from_prompt", [False, True])
+def test_every_sampler_decodes_block_causal_models_or_says_why_not(
+    way: str, from_prompt: bool
+) -> None:
+    """Blocks of a backbone that begin inside the prompt leave no token undecided."""
+    canvas = toy_canvas([[1, 2, 3], [4]], 9, attention=BlockAttention(4, from_prompt, False))
+    denoise = ToyDenoise(canvas, Chaos(), most=600)
+    try:
+        steps = list(make(way, 4)(canvas, denoise))
+    except SpecError as error:
+        assert "block-causal" in str(error)
+        return
+    assert not (steps[-1].tokens == MASKED.mask).any()
+    assert steps[-1].final.all()
