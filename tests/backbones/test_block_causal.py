@@ -107,3 +107,34 @@ def test_a_bias_chooses_experts_and_does_not_weigh_them():
         after, chosen = experts.route(states)
         assert (chosen >= 2).all()
         assert after.max() < 1.0
+
+
+@pytest.mark.parametrize(("kind", "name"), [("qwen2", "Fast_dLLM_Qwen"), ("qwen3", "sdar")])
+def test_weights_of_a_family_are_read_as_the_causal_model_they_came_from(kind, name, tmp_path):
+    import json
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from diffa.backbones.llama import Llama
+
+    torch.manual_seed(1)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[kind])).eval()
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": name}))
+    ours = Llama(checkpoint=str(tmp_path)).eval()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        hidden = ours(ours.embed(tokens), tokens, AttentionContext())
+        assert torch.allclose(ours.head(hidden), theirs(tokens).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sdar", "llada2", "fastdllm2"])
+def test_lora_and_gradient_checkpointing_work_as_for_other_backbones(kind):
+    model = KINDS[kind](lora={"rank": 2}, gradient_checkpointing=True).train()
+    embeds = torch.randn(2, 9, model.width, requires_grad=True)
+    positions = torch.arange(9).expand(2, -1)
+    model(embeds, positions, AttentionContext()).square().sum().backward()
+    pairs = dict(model.lora.named_parameters())
+    assert len(pairs) >= 2 * 2 * 3
+    assert all(value.grad is not None for value in pairs.values())

@@ -220,7 +220,7 @@ def test_blocks_and_packing_do_not_combine():
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("block", [2, 5])
 def test_copies_begin_with_the_block_that_the_answer_begins_in(shifted, block):
-    """A block-causal row: block by block, the noisy block behind the clean ones, prompt included."""
+    """Block by block, the noisy block behind the clean ones, the prompt's tail included."""
     config = QWEN | {"hidden_size": 32, "mask_token_id": small.MASK}
     model = (FastDLLM2 if shifted else SDAR)(config=config, block_length=block).eval()
     given = batch()
