@@ -114,7 +114,10 @@ class RMSNorm(nn.Module):
         """Normalise the last axis of x."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        normed = wide.to(x.dtype)
+        if torch.is_grad_enabled() or normed.dtype != self.weight.dtype:
+            return self.weight * normed
+        return normed.mul_(self.weight)  # in place: a tensor less to write to memory
 
 
 class Block(nn.Module):

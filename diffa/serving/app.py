@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -125,13 +125,14 @@ class Routes:
         prepared = await service.prepare(query, deadline)
         name = query.model or service.name
         if query.stream:
-            style = ChatStream(name, include_usage=query.include_usage, logprobs=query.logprobs)
-            return await self._stream(request, prepared, style, drafts=query.drafts)
+            style = ChatStream(name, include_usage=query.include_usage)
+            each = responses.repeat_request(prepared, query.num_answers)
+            return await self._stream(request, each, style, drafts=query.drafts)
         count, gone = query.num_answers, _disconnect(request)
         answers = await responses.wait_for_answers(service, prepared, count, gone)
         if answers is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        return JSONResponse(responses.chat_completion(name, answers, logprobs=query.logprobs))
+        return JSONResponse(responses.chat_completion(name, answers))
 
     async def transcribe(self, request: Request) -> Response:
         """Transcribe a recording."""
@@ -149,7 +150,7 @@ class Routes:
         query, style = validate_transcription_request(fields, recording, service.limits)
         prepared = await service.prepare(query, self._deadline(request))
         if query.stream:
-            return await self._stream(request, prepared, TranscriptStream(), drafts=False)
+            return await self._stream(request, [prepared], TranscriptStream(), drafts=False)
         answers = await responses.wait_for_answers(service, prepared, 1, _disconnect(request))
         if answers is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
@@ -167,21 +168,25 @@ class Routes:
         return Deadline(self._service.limits.deadline, request.scope["diffa.arrived"])
 
     async def _stream(
-        self, request: Request, prepared: PreparedRequest, style: StreamFormat, *, drafts: bool
+        self,
+        request: Request,
+        each: Sequence[PreparedRequest],
+        style: StreamFormat,
+        *,
+        drafts: bool,
     ) -> Response:
-        """Return the events of a request once it has started: until then it may get a status."""
+        """Return the events of a request's answers, once the first has started: until then the
+        request may get a status."""
         service = self._service
-        stream = EventStream(service, prepared).__enter__()
-        try:
-            if await responses.next_event(stream, _disconnect(request)) is None:
-                stream.close()
+        streams = [EventStream(service, prepared) for prepared in each]
+        with ExitStack() as submitted:
+            for stream in streams:
+                submitted.enter_context(stream)
+            if await responses.next_event(streams[0], _disconnect(request)) is None:
                 return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        except BaseException:
-            stream.close()
-            raise
-        events = responses.stream_answer(service, stream, prepared, style, drafts=drafts)
-        timeout = prepared.deadline.seconds_left + service.limits.body_timeout
-        return EventStreamResponse(events, stream, timeout)
+            events = responses.stream_answers(service, streams, style, drafts=drafts)
+            timeout = each[0].deadline.seconds_left + service.limits.body_timeout
+            return EventStreamResponse(events, submitted.pop_all(), timeout)
 
     async def list_models(self) -> Response:
         """List the model, and its sampler presets as models of their own."""
@@ -212,16 +217,16 @@ class Routes:
 
 
 class EventStreamResponse(StreamingResponse):  # type: ignore[misc]  # optional: mypy skips it
-    """Server-sent events of a request, which ends with the response.
+    """Server-sent events of a request's answers, which end with the response.
 
     That is also so if the client disconnects before the first event, when the iterator never
     starts, or does not read, when it would wait for ever.
     """
 
-    def __init__(self, events: AsyncIterator[str], stream: EventStream, timeout: float) -> None:
+    def __init__(self, events: AsyncIterator[str], streams: ExitStack, timeout: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._stream, self._timeout = stream, timeout
+        self._streams, self._timeout = streams, timeout
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
@@ -231,7 +236,7 @@ class EventStreamResponse(StreamingResponse):  # type: ignore[misc]  # optional:
         except TimeoutError:
             _log.warning("a client did not read its answer")
         finally:
-            self._stream.close()
+            self._streams.close()
 
 
 async def _disconnect(request: Request) -> None:

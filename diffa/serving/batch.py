@@ -16,6 +16,7 @@ from diffa.canvas.prefix_cache import PrefixCache
 from diffa.errors import is_out_of_memory
 from diffa.serving.batched_forward import BackboneCall
 from diffa.serving.errors import as_exception, log_error
+from diffa.serving.likeliest import RecordingDenoiser
 from diffa.serving.requests import FailedEvent, FinishedEvent, RequestHandle, StepEvent
 from diffa.types import PartialBackbone
 
@@ -34,7 +35,7 @@ class HeadCall(NamedTuple):
     hidden: Tensor
 
     def run(self) -> Tensor | Exception:
-        """Return the logits (..., V), or the error to raise in the canvas's thread."""
+        """Return the logits (..., V), or the error to raise in the sampler's thread."""
         try:
             return self.head(self.hidden)
         except Exception as error:
@@ -76,6 +77,7 @@ class RequestBatch:
         self._results: SimpleQueue[Tensor | Exception] = SimpleQueue()
         self._unfinished = [True] * len(handles)
         self.retries: list[list[tuple[RequestHandle, Tensor | None]]] = []
+        self._recorder: RecordingDenoiser | None = None
         self.num_forwards = 0
 
     @property
@@ -127,7 +129,12 @@ class RequestBatch:
 
     def _decode(self, canvas: Canvas) -> None:
         proxy = BackboneProxy(self._backbone, self._pause)
-        denoise = Denoiser(cast("Backbone", proxy), canvas)
+        count = max(handle.request.top_logprobs for handle in self.handles)
+        backbone = cast("Backbone", proxy)
+        denoise = (
+            RecordingDenoiser(backbone, canvas, count) if count else Denoiser(backbone, canvas)
+        )
+        self._recorder = denoise if isinstance(denoise, RecordingDenoiser) else None
         step: Step | None = None
         sampler, prefixes = self.handles[0].request.sampler, self._prefix_cache
         if getattr(sampler, "cfg_scale", 0):  # its unconditional rows are not the prompt's
@@ -139,6 +146,8 @@ class RequestBatch:
                 prefixes.store(canvas, denoise.kv_cache)
             self.num_forwards += 1
             denoise.check_finite()  # no row of numbers that are none is published
+            if self._recorder is not None:
+                self._recorder.keep(step.tokens)
             self._publish(step, canvas)
             if not any(self._unfinished):
                 return
@@ -179,7 +188,9 @@ class RequestBatch:
             handle, answer = self.handles[row], tokens.cpu().clone()
             confidence = None if confidence is None else confidence.cpu().clone()
             counts = self.num_forwards, handle.num_audio_embeds
-            handle.finish(FinishedEvent(answer, *counts, confidence))
+            count, recorder = handle.request.top_logprobs, self._recorder
+            likeliest = recorder.of_row(row, len(answer)) if recorder and count else None
+            handle.finish(FinishedEvent(answer, *counts, confidence, likeliest))
 
     def _drop(self, row: int, canvas: Canvas) -> None:
         """Fill a row with EOS: samplers leave decided rows out of their forward passes."""

@@ -99,9 +99,9 @@ class Engine:
         num_workers = max(1, min(num_workers, max_batch_size))
         self._cores_per_worker = max(1, self._cores // num_workers)
         # One PyTorch thread each: heads and backbone run in the workers, what is left is small,
-        # and a thread team per canvas would compete for the workers' cores.
-        self._canvas_threads = ThreadPoolExecutor(
-            max_batch_size, "canvas", initializer=torch.set_num_threads, initargs=(1,)
+        # and a thread team per sampler would compete for the workers' cores.
+        self._sampler_threads = ThreadPoolExecutor(
+            max_batch_size, "sampler", initializer=torch.set_num_threads, initargs=(1,)
         )
         self.failed, self._idle_deaths = False, 0
         encoder_cache = EncoderCache(model, cached_embeddings)
@@ -109,7 +109,7 @@ class Engine:
             model,
             encoder_cache,
             (max_batch_size + index) // num_workers,
-            self._canvas_threads,
+            self._sampler_threads,
             next_requests=self._next_requests,
             num_threads=partial(self._num_threads, index),
             on_forward=self._count_forward,
@@ -169,7 +169,7 @@ class Engine:
         for handle in rest:
             handle.finish(FailedEvent(shutting_down()))
         self._join(time.monotonic() + 10)  # batches end at their next forward pass
-        self._canvas_threads.shutdown(wait=False)
+        self._sampler_threads.shutdown(wait=False)
 
     def _replace_worker(self, ended: Worker, had_requests: bool) -> None:
         """Start another worker in the place of one that an error has ended.

@@ -25,6 +25,7 @@ class GenerationRequest(NamedTuple):
         sampler_key: equal for samplers with equal options.
         seed: seed of the sampler's draws.
         stream: whether every step is reported, or the finished answer alone.
+        top_logprobs: likeliest tokens to report of each slot.
     """
 
     prompt: Tensor
@@ -35,11 +36,19 @@ class GenerationRequest(NamedTuple):
     sampler_key: Hashable
     seed: int = 0
     stream: bool = False
+    top_logprobs: int = 0
 
     @property
     def batch_key(self) -> Hashable:
         """Equal for requests that can share a canvas."""
         return self.sampler_key, self.max_tokens
+
+
+class LikelyTokens(NamedTuple):
+    """Token ids (A, k) and their log-probabilities (A, k), the likeliest first."""
+
+    ids: Tensor
+    log_probs: Tensor
 
 
 class StartedEvent(NamedTuple):
@@ -58,13 +67,15 @@ class StepEvent(NamedTuple):
 class FinishedEvent(NamedTuple):
     """The answer (A,), the forward passes it took, and the number of its audio embeddings.
 
-    ``confidence`` (A,) is the probability of each token when it was written.
+    ``confidence`` (A,) is the probability of each token when it was written; ``likeliest`` are
+    the likeliest tokens at that pass, if they were asked for.
     """
 
     tokens: Tensor
     num_forwards: int
     num_audio_embeds: int
     confidence: Tensor | None = None
+    likeliest: LikelyTokens | None = None
 
 
 class FailedEvent(NamedTuple):
@@ -97,7 +108,7 @@ class RequestHandle:
         self.expires_at = (time.monotonic() if arrived is None else arrived) + deadline
         self.num_audio_embeds = 0
         self._on_event, self._active = on_event, True
-        # A worker, a canvas's thread, the engine's close() and the client's disconnect may end a
+        # A worker, a sampler's thread, the engine's close() and the client's disconnect may end a
         # request at the same time; the lock lets exactly one of them report.
         self._lock = threading.Lock()
 

@@ -8,6 +8,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from diffa.serving.errors import RequestError, error_body
@@ -33,7 +34,10 @@ class FinishedAnswer:
         vocab = service.model.backbone.vocab
         text = service.chat.decode(event.tokens)
         self.text = cut_at_stop(text, prepared.stops)
-        self.logprobs = format_logprobs(event, service.chat, vocab)
+        self.logprobs: Json | None = None
+        if prepared.logprobs:
+            count = prepared.request.top_logprobs
+            self.logprobs = format_logprobs(event, service.chat, vocab, count)
         num_tokens = count_tokens(event.tokens, vocab)
         ended = self.text != text or bool((event.tokens == vocab.eos).any())
         self.finish_reason = "stop" if ended else "length"
@@ -52,20 +56,22 @@ class FinishedAnswer:
         service.metrics.tokens.inc(num_tokens)
 
 
+def repeat_request(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
+    """Return a request ``count`` times: first with its own seed, then with seeds drawn from it."""
+    request, draws = prepared.request, random.Random(prepared.request.seed)
+    seeds = [request.seed, *(draws.getrandbits(62) for _ in range(count - 1))]
+    return [prepared._replace(request=request._replace(seed=seed)) for seed in seeds]
+
+
 async def wait_for_answers(
     service: Service, prepared: PreparedRequest, count: int, disconnect: Awaitable[None]
 ) -> list[FinishedAnswer] | None:
     """Return answers to a request, or None if the client disconnects first.
 
-    The first has the request's seed, the others have seeds drawn from it.
-
     Raises:
         RequestError: the request fails.
     """
-    request, draws = prepared.request, random.Random(prepared.request.seed)
-    seeds = [request.seed, *(draws.getrandbits(62) for _ in range(count - 1))]
-    each = [prepared._replace(request=request._replace(seed=seed)) for seed in seeds]
-    disconnected = asyncio.ensure_future(disconnect)
+    disconnected, each = asyncio.ensure_future(disconnect), repeat_request(prepared, count)
     tasks = [asyncio.ensure_future(_wait(service, one, disconnected)) for one in each]
     try:
         answers = [answer for answer in await asyncio.gather(*tasks) if answer is not None]
@@ -98,26 +104,31 @@ async def next_event(stream: EventStream, disconnect: Awaitable[None]) -> Event 
             disconnected.cancel()
 
 
-def chat_completion(model_name: str, answers: Sequence[FinishedAnswer], *, logprobs: bool) -> Json:
+def chat_completion(model_name: str, answers: Sequence[FinishedAnswer]) -> Json:
     """Return a ``chat.completion``; numbers that OpenAI's lacks are under ``diffa``."""
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": answer.logprobs if logprobs else None,
+            "logprobs": answer.logprobs,
             "finish_reason": answer.finish_reason,
         }
         for index, answer in enumerate(answers)
     ]
-    usage = dict(answers[0].usage)
-    usage["completion_tokens"] = sum(answer.usage["completion_tokens"] for answer in answers)
-    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     return {
         **_completion_fields(model_name, "chat.completion"),
         "choices": choices,
-        "usage": usage,
+        "usage": _sum_usage(answers),
         "diffa": max((answer.diffa for answer in answers), key=lambda numbers: numbers["seconds"]),
     }
+
+
+def _sum_usage(answers: Sequence[FinishedAnswer]) -> dict[str, int]:
+    """Return the tokens of all answers to one prompt, which counts once."""
+    usage = dict(answers[0].usage)
+    usage["completion_tokens"] = sum(answer.usage["completion_tokens"] for answer in answers)
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    return usage
 
 
 def _completion_fields(model_name: str, kind: str) -> Json:
@@ -126,100 +137,111 @@ def _completion_fields(model_name: str, kind: str) -> Json:
 
 
 class StreamFormat(Protocol):
-    """Turns the progress of an answer into the events of an endpoint."""
+    """Turns the progress of answers into the events of an endpoint; each answer has an index."""
 
-    def start(self) -> list[Json]:
+    def start(self, index: int) -> list[Json]:
         """Return the events before any text."""
         ...
 
-    def text(self, piece: str) -> list[Json]:
+    def text(self, index: int, piece: str) -> list[Json]:
         """Return the events of new text."""
         ...
 
-    def draft(self, draft: Json) -> list[Json]:
+    def draft(self, index: int, draft: Json) -> list[Json]:
         """Return the events of a step's canvas."""
         ...
 
-    def end(self, answer: FinishedAnswer) -> list[Json]:
-        """Return the last events."""
+    def end(self, index: int, answer: FinishedAnswer) -> list[Json]:
+        """Return the last events of an answer."""
+        ...
+
+    def close(self, answers: Sequence[FinishedAnswer]) -> list[Json]:
+        """Return the events after all answers."""
         ...
 
 
 class ChatStream:
     """Events of ``/v1/chat/completions``: chunks with deltas; drafts under ``diffa``."""
 
-    def __init__(self, model_name: str, *, include_usage: bool, logprobs: bool = False) -> None:
+    def __init__(self, model_name: str, *, include_usage: bool) -> None:
         self._fields = _completion_fields(model_name, "chat.completion.chunk")
-        self._include_usage, self._logprobs = include_usage, logprobs
+        self._include_usage = include_usage
 
     def _chunk(
         self,
+        index: int,
         delta: Json,
         finish_reason: str | None = None,
         logprobs: Json | None = None,
         **more: Any,
     ) -> Json:
         choice = {
-            "index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
+            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
         }  # fmt: skip
         return {**self._fields, "choices": [choice], **more}
 
-    def start(self) -> list[Json]:
+    def start(self, index: int) -> list[Json]:
         """Return a chunk with the role."""
-        return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunk(index, {"role": "assistant", "content": ""})]
 
-    def text(self, piece: str) -> list[Json]:
+    def text(self, index: int, piece: str) -> list[Json]:
         """Return a chunk with new text."""
-        return [self._chunk({"content": piece})]
+        return [self._chunk(index, {"content": piece})]
 
-    def draft(self, draft: Json) -> list[Json]:
+    def draft(self, index: int, draft: Json) -> list[Json]:
         """Return a chunk without text, which other clients ignore."""
-        return [self._chunk({}, diffa={"draft": draft})]
+        return [self._chunk(index, {}, diffa={"draft": draft})]
 
-    def end(self, answer: FinishedAnswer) -> list[Json]:
-        """Return the chunk with the reason, and one with the usage if it is wanted."""
-        logprobs = answer.logprobs if self._logprobs else None
-        last = [self._chunk({}, answer.finish_reason, logprobs, diffa=answer.diffa)]
-        usage = {**self._fields, "choices": [], "usage": answer.usage}
-        return [*last, usage] if self._include_usage else last
+    def end(self, index: int, answer: FinishedAnswer) -> list[Json]:
+        """Return the chunk with the reason."""
+        return [self._chunk(index, {}, answer.finish_reason, answer.logprobs, diffa=answer.diffa)]
+
+    def close(self, answers: Sequence[FinishedAnswer]) -> list[Json]:
+        """Return a chunk with the usage if the request asks for it."""
+        usage = {**self._fields, "choices": [], "usage": _sum_usage(answers)}
+        return [usage] if self._include_usage else []
 
 
 class TranscriptStream:
     """Events of ``/v1/audio/transcriptions``: text deltas, then the whole text."""
 
-    def start(self) -> list[Json]:
+    def start(self, index: int) -> list[Json]:
         """Return nothing."""
         return []
 
-    def text(self, piece: str) -> list[Json]:
+    def text(self, index: int, piece: str) -> list[Json]:
         """Return a delta."""
         return [{"type": "transcript.text.delta", "delta": piece}]
 
-    def draft(self, draft: Json) -> list[Json]:
+    def draft(self, index: int, draft: Json) -> list[Json]:
         """Return nothing."""
         return []
 
-    def end(self, answer: FinishedAnswer) -> list[Json]:
+    def end(self, index: int, answer: FinishedAnswer) -> list[Json]:
         """Return the whole text."""
         return [{"type": "transcript.text.done", "text": answer.text}]
 
+    def close(self, answers: Sequence[FinishedAnswer]) -> list[Json]:
+        """Return nothing."""
+        return []
 
-async def stream_answer(
-    service: Service,
-    stream: EventStream,
-    prepared: PreparedRequest,
-    style: StreamFormat,
-    *,
-    drafts: bool,
+
+async def stream_answers(
+    service: Service, streams: Sequence[EventStream], style: StreamFormat, *, drafts: bool
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of a started request, ending in ``[DONE]``.
+    """Yield the server-sent events of started requests, ending in ``[DONE]``.
 
-    The request is cancelled when the iterator is closed early, as it is at a disconnect.
+    The requests are cancelled when the iterator is closed early, as it is at a disconnect.
     """
+    answers: list[FinishedAnswer] = []
+    progress = [
+        _answer_events(service, stream, style, index, answers, drafts=drafts)
+        for index, stream in enumerate(streams)
+    ]
     try:
-        for body in style.start():
+        async for body in _merge(progress):
             yield sse(body)
-        async for body in _answer_events(service, stream, prepared, style, drafts=drafts):
+        for body in style.close(answers):
             yield sse(body)
     except RequestError as error:  # the status is sent already: the error becomes an event
         yield sse(error.body())
@@ -227,19 +249,40 @@ async def stream_answer(
         yield sse(error_body(500, f"{type(error).__name__} while answering"))
         raise
     finally:
-        stream.close()
+        for stream in streams:
+            stream.close()
     yield "data: [DONE]\n\n"
+
+
+async def _merge(iterators: Sequence[AsyncIterator[Json]]) -> AsyncIterator[Json]:
+    """Yield the values of several iterators as they come, those of each in order."""
+    waiting = {asyncio.ensure_future(anext(one)): one for one in iterators}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                iterator = waiting.pop(task)
+                with suppress(StopAsyncIteration):
+                    yield task.result()
+                    waiting[asyncio.ensure_future(anext(iterator))] = iterator
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 async def _answer_events(
     service: Service,
     stream: EventStream,
-    prepared: PreparedRequest,
     style: StreamFormat,
+    index: int,
+    answers: list[FinishedAnswer],
     *,
     drafts: bool,
 ) -> AsyncIterator[Json]:
-    text, has_text = TextStream(service.chat, prepared.stops), False
+    """Yield the events of one answer, and add it to ``answers``."""
+    for body in style.start(index):
+        yield body
+    text, has_text = TextStream(service.chat, stream.prepared.stops), False
     vocab = service.model.backbone.vocab
     event: Event | None = None
     while not isinstance(event, FinishedEvent):
@@ -247,7 +290,7 @@ async def _answer_events(
         piece = ""
         if isinstance(event, StepEvent):
             if drafts:
-                for body in style.draft(format_draft(event, service.chat, vocab)):
+                for body in style.draft(index, format_draft(event, service.chat, vocab)):
                     yield body
             elif stream.has_event():
                 continue  # a slow client skips steps: a later one has the same text and more
@@ -257,9 +300,10 @@ async def _answer_events(
         if piece and not has_text:
             has_text = True
             service.metrics.time_to_first_text.observe(stream.seconds)
-        for body in style.text(piece) if piece else ():
+        for body in style.text(index, piece) if piece else ():
             yield body
-    for body in style.end(FinishedAnswer(service, prepared, event, stream.seconds)):
+    answers.append(FinishedAnswer(service, stream.prepared, event, stream.seconds))
+    for body in style.end(index, answers[-1]):
         yield body
 
 

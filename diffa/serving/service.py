@@ -42,12 +42,14 @@ _BRIEF = 60.0  # seconds of a recording that does not wait behind longer ones
 
 
 class PreparedRequest(NamedTuple):
-    """A request ready for the engine, its deadline, the seconds of its recording, and its stops."""
+    """A request ready for the engine, its deadline, the seconds of its recording, its stops, and
+    whether its answer carries log-probabilities."""
 
     request: GenerationRequest
     deadline: Deadline
     audio_seconds: float
     stops: tuple[str, ...] = ()
+    logprobs: bool = False
 
 
 class Service:
@@ -143,7 +145,7 @@ class Service:
         request = await self.parsers.run(partial(self._build, query, waveform), deadline)
         seconds = 0.0 if waveform is None else len(waveform) / self.model.encoder.sample_rate
         self.metrics.audio_seconds.inc(seconds)
-        return PreparedRequest(request, deadline, seconds, query.stops)
+        return PreparedRequest(request, deadline, seconds, query.stops, query.logprobs)
 
     async def _decode(self, recording: SentRecording, query: Query, deadline: Deadline) -> Tensor:
         """Return the waveform (S,) of a file, unless its header says that it does not fit."""
@@ -188,6 +190,7 @@ class Service:
             sampler.key,
             seed=query.seed,
             stream=query.stream,
+            top_logprobs=query.top_logprobs,
         )
 
     def close(self, timeout: float = 0.0) -> None:
@@ -205,7 +208,7 @@ class EventStream:
         # asyncio's queue belongs to the loop's thread; the engine's threads reach it through
         # call_soon_threadsafe alone.
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._service, self._begin = service, time.perf_counter()
+        self.prepared, self._service, self._begin = prepared, service, time.perf_counter()
         self._handle = RequestHandle(prepared.request, self._on_event, *prepared.deadline)
 
     def __enter__(self) -> EventStream:

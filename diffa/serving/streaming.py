@@ -53,23 +53,44 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def format_logprobs(event: FinishedEvent, chat: Chat, vocab: Vocab) -> dict[str, Any] | None:
-    """Return OpenAI's ``logprobs``: of each token when it was written, up to the end."""
+def format_logprobs(
+    event: FinishedEvent, chat: Chat, vocab: Vocab, count: int = 0
+) -> dict[str, Any] | None:
+    """Return OpenAI's ``logprobs``: of each token when it was written, up to the end.
+
+    ``count`` likeliest tokens of each place are added.
+    """
     if event.confidence is None:
         return None
     ids, entries = event.tokens.tolist(), []
     for index in range(ids.index(vocab.eos) if vocab.eos in ids else len(ids)):
         text = token_text(ids[index], ids, index, chat.tokenizer)
-        value = max(float(event.confidence[index]), 1e-30)
-        entries.append(
-            {
-                "token": text,
-                "logprob": round(math.log(value), 6),
-                "bytes": list(text.encode("utf-8", "replace")),
-                "top_logprobs": [],
-            }
-        )
+        value = math.log(max(float(event.confidence[index]), 1e-30))
+        likeliest = _format_likeliest(event, index, count, ids, chat)
+        entries.append({**_format_token(text, value), "top_logprobs": likeliest})
     return {"content": entries, "refusal": None}
+
+
+def _format_likeliest(
+    event: FinishedEvent, index: int, count: int, ids: list[int], chat: Chat
+) -> list[dict[str, Any]]:
+    """Return the ``count`` likeliest tokens of a slot; what no pass gave a number is left out."""
+    if event.likeliest is None:
+        return []
+    tokens, values = (part[index, :count].tolist() for part in event.likeliest)
+    return [
+        _format_token(
+            token_text(token, [*ids[:index], token, *ids[index + 1 :]], index, chat.tokenizer),
+            value,
+        )
+        for token, value in zip(tokens, values, strict=True)
+        if math.isfinite(value)
+    ]
+
+
+def _format_token(text: str, log_prob: float) -> dict[str, Any]:
+    data = list(text.encode("utf-8", "replace"))
+    return {"token": text, "logprob": round(log_prob, 6), "bytes": data}
 
 
 def format_draft(step: StepEvent, chat: Chat, vocab: Vocab) -> dict[str, Any]:

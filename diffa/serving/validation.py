@@ -116,7 +116,9 @@ class ChatRequest(StrictModel):
     logprobs: bool | None = Field(
         default=None, description="Log-probability of each token when it was written."
     )
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Likeliest tokens at each place, with `logprobs`."
+    )
     response_format: ResponseFormat | None = None
     diffa: DiffaOptions = DiffaOptions()
 
@@ -150,6 +152,7 @@ class Query(NamedTuple):
         stops: texts before which the answer ends.
         num_answers: answers, each with a seed of its own.
         logprobs: whether the answer carries its tokens' log-probabilities.
+        top_logprobs: likeliest tokens at each place to add to them.
     """
 
     question: str
@@ -167,6 +170,7 @@ class Query(NamedTuple):
     stops: tuple[str, ...] = ()
     num_answers: int = 1
     logprobs: bool = False
+    top_logprobs: int = 0
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -199,8 +203,8 @@ def validate_chat_request(
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise bad_request(f"max_tokens is at most {limits.max_tokens}", "max_tokens", "too_large")
-    if body.stream and (body.n or 1) > 1:
-        raise bad_request("n must be 1 with stream", "n", "unsupported")
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs", "top_logprobs")
     deadline = body.diffa.deadline
     if deadline is not None and deadline > limits.deadline:
         raise bad_request(f"the deadline is at most {limits.deadline:g} s", "diffa.deadline")
@@ -221,6 +225,7 @@ def validate_chat_request(
         stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         num_answers=body.n or 1,
         logprobs=bool(body.logprobs),
+        top_logprobs=body.top_logprobs or 0,
     )
 
 

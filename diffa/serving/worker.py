@@ -33,18 +33,18 @@ class Worker:
 
     Requests join and leave between two forward passes. Requests with equal sampler options form a
     ``RequestBatch`` with one canvas; the batches share forward passes, whatever their samplers.
-    Each batch runs in a pooled thread, because samplers are ordinary generators that call
-    ``denoise`` and wait for its logits:
+    A sampler is an ordinary generator that calls ``denoise`` and waits for its logits. So each
+    batch's sampler has a thread of its own, and one of them or the worker runs at any time:
 
-        worker     | backbone for a, b |   | resume a |   | resume b |   | backbone for a, b |
-        thread a   waits                   samples, pauses                waits
-        thread b   waits                              samples, pauses     waits
+        worker      | backbone for a, b |   | resume a |   | resume b |   | backbone for a, b |
+        sampler a   waits                   samples, pauses                waits
+        sampler b   waits                              samples, pauses     waits
 
     Args:
         model: Shared by all workers; its weights are only read.
         encoder_cache: Encodes recordings, and keeps recent results.
         max_batch_size: Requests decoded at the same time.
-        canvas_threads: Pool from which each batch takes a thread.
+        sampler_threads: Runs the samplers of the batches, one thread each.
         next_requests: Blocks until there is work. Returns new requests, [] if there are none but
             batches are running, None at shutdown.
         num_threads: Returns the threads that PyTorch may use in this worker from now on.
@@ -63,7 +63,7 @@ class Worker:
         model: Model,
         encoder_cache: EncoderCache,
         max_batch_size: int,
-        canvas_threads: Executor,
+        sampler_threads: Executor,
         *,
         next_requests: Callable[[Worker], Sequence[RequestHandle] | None],
         num_threads: Callable[[], int],
@@ -74,7 +74,7 @@ class Worker:
         self.model, self.batches = model, list[RequestBatch]()
         self.idle, self.was_used = True, False
         self.max_batch_size = max_batch_size
-        self._encoder_cache, self._canvas_threads = encoder_cache, canvas_threads
+        self._encoder_cache, self._sampler_threads = encoder_cache, sampler_threads
         self._next_requests, self._num_threads = next_requests, num_threads
         self._on_forward, self._on_batch_end = on_forward, on_batch_end
         self._on_end = on_end
@@ -132,7 +132,7 @@ class Worker:
             self.model.backbone, handles, rows, self._on_pause, self._encoder_cache.prefix_cache
         )
         self.batches.append(batch)
-        self._canvas_threads.submit(batch.run)
+        self._sampler_threads.submit(batch.run)
         self._run_until_pause()
 
     def _encode(self, new: Sequence[RequestHandle]) -> list[tuple[RequestHandle, Tensor | None]]:

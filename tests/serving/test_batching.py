@@ -307,7 +307,7 @@ def test_single_requests_always_go_to_the_first_worker(model, monkeypatch):
     finally:
         engine.close()
     assert begun == {engine._workers[0]}
-    assert used["worker"] == {2} and used["canvas"] == {1}
+    assert used["worker"] == {2} and used["sampler"] == {1}
 
 
 def test_the_queue_is_split_between_workers_that_have_room(model):
@@ -369,7 +369,7 @@ def test_a_worker_that_dies_fails_its_requests_and_is_replaced(model, monkeypatc
         assert answer.tokens.tolist() == alone(model, request)[0] and engine.alive
     finally:
         engine.close()
-    for thread in engine._canvas_threads._threads:
+    for thread in engine._sampler_threads._threads:
         thread.join(20)
         assert not thread.is_alive(), "a canvas waits for ever, and the process with it"
     assert logged(caplog, "a worker ends") == [True]

@@ -233,10 +233,11 @@ WRONG = {
     "temperature": ({"temperature": 99}, 400, "temperature"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "nine answers": ({"n": 9}, 400, "n"),
-    "two streams": ({"n": 2, "stream": True}, 400, "n"),
+
     "empty stop": ({"stop": [""]}, 400, "stop[0]"),
     "five stops": ({"stop": list("abcde")}, 400, "stop"),
-    "alternatives": ({"logprobs": True, "top_logprobs": 3}, 400, "top_logprobs"),
+    "too many alternatives": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    "alternatives alone": ({"top_logprobs": 3}, 400, "top_logprobs"),
     "option": (sampler(block_lenth=3), 400, "sampler.block_lenth"),
     "sampler": (sampler(name="none"), 400, "sampler.name"),
     "range": (sampler(block_length=0), 400, "sampler.block_length"),

@@ -2,6 +2,7 @@
 
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
@@ -120,3 +121,50 @@ def test_logprobs_are_of_the_tokens_when_they_were_written(client):
     last = list(ask(client, logprobs=True, stream=True))[-1].choices[0]
     assert [entry.logprob for entry in last.logprobs.content] == [e.logprob for e in entries]
     assert ask(client).choices[0].logprobs is None
+
+
+def test_streams_of_several_answers_are_the_answers(client):
+    options = {"n": 4, "temperature": 1.0, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    whole = ask(client, **options)
+    texts, last, usage = [""] * 4, {}, None
+    for chunk in ask(client, stream=True, stream_options={"include_usage": True}, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            assert choice.index not in last, "text after the end"
+            if choice.finish_reason:
+                last[choice.index] = choice
+    assert texts == [choice.message.content for choice in whole.choices]
+    for index, choice in enumerate(whole.choices):
+        pairs = zip(last[index].logprobs.content, choice.logprobs.content, strict=True)
+        for streamed, entry in pairs:  # rounding depends on which rows share a forward pass
+            assert streamed.token == entry.token
+            assert streamed.logprob == pytest.approx(entry.logprob, abs=1e-4)
+            assert len(streamed.top_logprobs) == 2
+    assert [last[i].finish_reason for i in range(4)] == [c.finish_reason for c in whole.choices]
+    assert usage == whole.usage
+
+
+@pytest.mark.parametrize("sampler", ["exact", {"threshold": 0.004}, {"name": "wino"}])
+def test_the_likeliest_tokens_begin_with_the_greedy_one(client, sampler):
+    options = {"logprobs": True, "extra_body": {"diffa": {"sampler": sampler}}}
+    entries = ask(client, top_logprobs=5, **options).choices[0].logprobs.content
+    assert entries and [entry.top_logprobs for entry in entries] != [[]] * len(entries)
+    for entry in entries:
+        values = [one.logprob for one in entry.top_logprobs]
+        assert len(values) == 5 and values == sorted(values, reverse=True)
+        assert entry.top_logprobs[0].token == entry.token
+        assert values[0] == pytest.approx(entry.logprob, abs=1e-4)
+    plain = ask(client, **options).choices[0].logprobs.content
+    assert [one.token for one in plain] == [one.token for one in entries]
+    assert all(one.top_logprobs == [] for one in plain)
+
+
+def test_requests_with_and_without_likeliest_tokens_share_a_canvas(client):
+    with ThreadPoolExecutor(4) as pool:
+        counts = [0, 1, 3, 0]
+        futures = [pool.submit(ask, client, logprobs=True, top_logprobs=n) for n in counts]
+        answers = [future.result().choices[0] for future in futures]
+    assert len({answer.message.content for answer in answers}) == 1
+    for answer, count in zip(answers, counts, strict=True):
+        assert {len(entry.top_logprobs) for entry in answer.logprobs.content} == {count}
