@@ -10,34 +10,25 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from diffa.serving import responses
-from diffa.serving.errors import ErrorResponse, RequestError, bad_request, error_body
+from diffa.serving import openapi, responses
+from diffa.serving.errors import RequestError, bad_request, error_body
 from diffa.serving.middleware import RequestLimits
 from diffa.serving.pools import Deadline
 from diffa.serving.responses import ChatStream, StreamFormat, TranscriptStream
 from diffa.serving.service import EventStream, PreparedRequest, Service
 from diffa.serving.validation import (
-    ChatRequest,
     Query,
-    TranscriptionRequest,
     parse_json_object,
     validate_chat_request,
     validate_transcription_request,
 )
 
 _CLIENT_CLOSED_REQUEST = 499
-_TEMPLATE = "#/components/schemas/{model}"
-_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
-_ERROR = {
-    "description": "The request is refused, or fails.",
-    "content": {"application/json": {"schema": {"$ref": _TEMPLATE.format(model="Error")}}},
-}
 _log = logging.getLogger("diffa.serving")
 
 
@@ -49,7 +40,10 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(title="diffa", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="diffa", lifespan=lifespan, docs_url=None, redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )  # fmt: skip
     app.add_middleware(RequestLimits, service=service)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -60,44 +54,15 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware, allow_origins=service.allowed_origins, allow_methods=["GET", "POST"],
             allow_headers=["*"], expose_headers=["Retry-After"],
         )  # fmt: skip
-    routes, schemas = Routes(service), dict[str, Any]()
-    chat = _describe_body(ChatRequest, "application/json", schemas)
-    form = _describe_body(TranscriptionRequest, "multipart/form-data", schemas)
-    form["requestBody"]["content"]["multipart/form-data"]["schema"] |= {
-        "properties": {"file": {"type": "string", "format": "binary"}}, "required": ["file"],
-    }  # fmt: skip
-    app.post("/v1/chat/completions", openapi_extra=chat)(routes.chat)
-    app.post("/v1/audio/transcriptions", openapi_extra=form)(routes.transcribe)
+    routes = Routes(service)
+    app.post("/v1/chat/completions")(routes.chat)
+    app.post("/v1/audio/transcriptions")(routes.transcribe)
     app.get("/v1/models")(routes.list_models)
     app.get("/v1/models/{name:path}")(routes.get_model)
     app.get("/health")(routes.health)
     app.get("/metrics")(routes.metrics)
-    document = app.openapi()  # FastAPI keeps it
-    schemas["Error"] = ErrorResponse.model_json_schema(ref_template=_TEMPLATE)
-    schemas |= schemas["Error"].pop("$defs")
-    for path in (path for path in document["paths"] if path.startswith("/v1/")):
-        for operation in document["paths"][path].values():
-            operation["responses"] |= {str(status): _ERROR for status in _STATUSES}
-            operation["responses"].pop("422", None)
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    openapi.describe(app)
     return app
-
-
-def _describe_body(
-    model: type[BaseModel], media_type: str, schemas: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a request body for /openapi.json, and add the schemas that it refers to.
-
-    FastAPI would parse declared bodies itself, in the event loop and without a bound on nesting:
-    the routes parse them, and only the description is FastAPI's.
-    """
-    schema = model.model_json_schema(ref_template=_TEMPLATE)
-    schemas |= schema.pop("$defs", {})
-    schemas[model.__name__] = schema
-    content = {
-        media_type: {"schema": {"allOf": [{"$ref": _TEMPLATE.format(model=model.__name__)}]}}
-    }
-    return {"requestBody": {"required": True, "content": content}}
 
 
 class Routes:

@@ -24,7 +24,7 @@ class RecordingDenoiser(Denoiser):
         super().__init__(backbone, canvas)
         self._count = min(count, canvas.vocab.size - 1)
         self._tokens = canvas.answer.clone()
-        self._latest, self._kept = self._empty(), self._empty()
+        self._latest, self._written = self._empty(), self._empty()
 
     def _empty(self) -> LikelyTokens:
         shape = (*self._tokens.shape, self._count)
@@ -44,29 +44,29 @@ class RecordingDenoiser(Denoiser):
             own = own.index_fill(-1, excluded, -torch.inf)  # a copy: logits stay as they are
         values, ids = own.log_softmax(dim=-1).topk(self._count, dim=-1)
         self._fit(canvas.length)
-        noted = (output_slots >= 0) & (places >= 0) & (places < canvas.length)
-        at = noted.nonzero()[:, 0], places[noted]
-        self._latest.ids[at], self._latest.log_probs[at] = ids[noted], values[noted]
+        recorded = (output_slots >= 0) & (places >= 0) & (places < canvas.length)
+        at = recorded.nonzero()[:, 0], places[recorded]
+        self._latest.ids[at], self._latest.log_probs[at] = ids[recorded], values[recorded]
         return logits
 
     def keep(self, tokens: Tensor) -> None:
-        """Keep what was noted of the answer tokens (B, A) that the last step wrote."""
+        """Keep what was recorded of the answer tokens (B, A) that the last step wrote."""
         self._fit(tokens.shape[1])
         changed = (tokens != self._tokens)[:, :, None]
-        pairs = zip(self._latest, self._kept, strict=True)
-        self._kept = LikelyTokens(*(torch.where(changed, new, old) for new, old in pairs))
+        pairs = zip(self._latest, self._written, strict=True)
+        self._written = LikelyTokens(*(torch.where(changed, new, old) for new, old in pairs))
         self._tokens = tokens.clone()
 
     def of_row(self, row: int, length: int) -> LikelyTokens:
         """Return what was kept of a row's first ``length`` tokens."""
-        return LikelyTokens(*(values[row, :length].cpu().clone() for values in self._kept))
+        return LikelyTokens(*(values[row, :length].cpu().clone() for values in self._written))
 
     def _fit(self, length: int) -> None:
         """Make room for an answer that has grown at its end."""
         if (more := length - self._tokens.shape[1]) > 0:
             self._tokens = F.pad(self._tokens, (0, more), value=-1)
             wide = (0, 0, 0, more)
-            self._latest, self._kept = (
+            self._latest, self._written = (
                 LikelyTokens(F.pad(old.ids, wide), F.pad(old.log_probs, wide, value=-torch.inf))
-                for old in (self._latest, self._kept)
+                for old in (self._latest, self._written)
             )

@@ -51,7 +51,7 @@ def ask(client, data=None, **options):
 
 
 @pytest.mark.parametrize("form", ["wav", "mp3", "flac", "ogg"])
-def test_every_format_is_heard_as_the_library_hears_it(client, model, tmp_path, form):
+def test_answers_about_every_format_are_the_librarys(client, model, tmp_path, form):
     file = tmp_path / f"clip.{form}"
     file.write_bytes(recording(form=form.upper()))
     answered = ask(client, messages=question(file.read_bytes(), form=form))
@@ -60,7 +60,7 @@ def test_every_format_is_heard_as_the_library_hears_it(client, model, tmp_path, 
     assert answered.model_extra["diffa"]["num_forwards"] == expected.num_forwards
 
 
-def test_data_uris_and_system_turns_are_taken(client, model, tmp_path):
+def test_data_uris_and_system_messages_reach_the_model(client, model, tmp_path):
     file = tmp_path / "clip.wav"
     file.write_bytes(recording())
     url = {"url": f"data:audio/wav;base64,{text64(recording())}"}
@@ -78,7 +78,7 @@ def test_a_question_without_a_recording_is_answered(client, model):
 
 
 @pytest.mark.parametrize("options", [{"model": "tiny:balanced"}, {"model": "tiny:fast"}])
-def test_settings_are_models_of_their_own(client, model, options, tmp_path):
+def test_sampler_presets_are_models_of_their_own(client, model, options, tmp_path):
     file = tmp_path / "clip.wav"
     file.write_bytes(recording())
     sampler_preset = model.spec.data["sampler_presets"][options["model"].partition(":")[2]]
@@ -99,7 +99,7 @@ def test_sampler_options_change_how_an_answer_is_decoded(client):
     assert few.model_extra["diffa"]["num_forwards"] == 3
 
 
-def test_sampler_options_change_the_setting_that_the_model_names(model):
+def test_sampler_options_change_the_preset_that_the_model_names(model):
     sampler_presets, samplers = model.spec.data["sampler_presets"], SamplerCache(model)
     for base, own in (("fast", sampler_presets["fast"]), (None, model.spec.data["sampler"])):
         sampler = samplers.get({"block_length": 6}, None, "sampler", base)
@@ -107,7 +107,7 @@ def test_sampler_options_change_the_setting_that_the_model_names(model):
         assert samplers.get(None, None, "sampler", base).key == repr(sorted(own.items()))
 
 
-def test_a_models_setting_stays_when_options_are_given(client, monkeypatch):
+def test_a_models_preset_stays_when_a_request_has_options(client, monkeypatch):
     presets, get = [], SamplerCache.get
 
     def record(samplers, options, temperature, param, preset=None):
@@ -146,7 +146,7 @@ def test_streamed_pieces_are_the_whole_answer(client, sampler_preset):
     assert reasons[-1] in ("stop", "length") and set(reasons[:-1]) == {None}
 
 
-def test_drafts_show_every_step_when_they_are_asked_for(client):
+def test_drafts_hold_every_step(client):
     heard = list(ask(client, recording(), stream=True, extra_body={"diffa": {"drafts": True}}))
     drafts = [
         chunk.model_extra["diffa"]["draft"]
@@ -161,7 +161,7 @@ def test_drafts_show_every_step_when_they_are_asked_for(client):
     assert not any("draft" in (chunk.model_extra or {}).get("diffa", {}) for chunk in plain)
 
 
-def test_transcriptions_come_as_json_text_and_events(client, model, tmp_path):
+def test_transcriptions_are_json_text_or_events(client, model, tmp_path):
     data = recording()
     (tmp_path / "clip.wav").write_bytes(data)
     expected = model.answer(tmp_path / "clip.wav", "Please transcribe the audio to text.").text
@@ -175,7 +175,7 @@ def test_transcriptions_come_as_json_text_and_events(client, model, tmp_path):
     assert "".join(event.delta for event in events[:-1]) == events[-1].text == expected
 
 
-def test_the_models_are_listed(client):
+def test_the_list_of_models_holds_the_presets(client):
     names = [found.id for found in client.models.list()]
     assert names == ["tiny", "tiny:exact", "tiny:balanced", "tiny:fast"]
     assert client.models.retrieve("tiny:fast").id == "tiny:fast"
@@ -214,12 +214,12 @@ def test_the_openapi_document_describes_the_bodies(place):
         ("/v1/audio/transcriptions", "multipart/form-data", "response_format"),
     ):
         schema = paths[path]["post"]["requestBody"]["content"][media_type]["schema"]
-        name = schema["allOf"][0]["$ref"].rpartition("/")[2]
+        name = schema["$ref"].rpartition("/")[2]
         assert field in schemas[name]["properties"]
         for status in ("400", "413", "429", "503", "504"):
             content = paths[path]["post"]["responses"][status]["content"]["application/json"]
-            assert content["schema"] == {"$ref": "#/components/schemas/Error"}
-    assert schemas["Error"]["properties"]["error"]["$ref"].endswith("/ErrorDetail")
+            assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+    assert schemas["ErrorResponse"]["properties"]["error"]["$ref"].endswith("/ErrorDetail")
     assert {"message", "type", "param", "code"} == set(schemas["ErrorDetail"]["properties"])
     assert '"$defs"' not in json.dumps(document)
     for part in json.dumps(document).split('"#/components/schemas/')[1:]:
@@ -285,7 +285,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_faults_are_told_in_openai_words(client, name):
+def test_errors_have_openais_status_and_name_the_field(client, name):
     options, status, param = WRONG[name]
     with pytest.raises(openai.APIStatusError) as caught:
         ask(client, **options)
@@ -309,7 +309,7 @@ def curl(*words):
     return done.stdout.decode()
 
 
-def test_curl_asks_and_transcribes(place, tmp_path):
+def test_curl_gets_answers_and_transcriptions(place, tmp_path):
     file, body = tmp_path / "clip.flac", tmp_path / "body.json"
     file.write_bytes(recording(form="FLAC"))
     body.write_text(json.dumps({"messages": question(recording()), "max_tokens": 12}))
@@ -322,7 +322,7 @@ def test_curl_asks_and_transcribes(place, tmp_path):
     assert events[-2] == "data: [DONE]"
 
 
-def test_health_and_metrics_say_how_it_goes(place, client):
+def test_health_and_metrics_count_requests(place, client):
     ask(client)
     assert json.loads(curl(f"{place}/health"))["status"] == "ok"
     text = curl(f"{place}/metrics")
@@ -330,7 +330,7 @@ def test_health_and_metrics_say_how_it_goes(place, client):
     assert "diffa_forward_batch_size_bucket" in text
 
 
-def test_requests_share_forwards_and_get_what_they_get_alone(client, place):
+def test_concurrent_requests_share_forward_passes_and_get_the_answers_they_get_alone(client, place):
     clips = [recording(0.2 + 0.1 * seed, seed=seed) for seed in range(7)]
     alone = [ask(client, clip, max_tokens=16).choices[0].message.content for clip in clips]
     before = json.loads(curl(f"{place}/health"))
@@ -369,7 +369,7 @@ def wait_until(true, seconds=20):
         time.sleep(0.01)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(model):
+def test_a_full_queue_refuses_with_retry_after(model):
     limits = LIMITS._replace(max_batch_size=1, max_waiting=1)
     with Slow(model, 0.05), serving(model, limits=limits) as (service, place):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
@@ -384,7 +384,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(model):
             assert first.result(60).choices and second.result(60).choices
 
 
-def test_an_answer_that_is_late_is_given_up(model):
+def test_an_answer_beyond_its_deadline_is_cancelled(model):
     with Slow(model, 0.05), serving(model, limits=LIMITS) as (service, place):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIStatusError) as caught:
@@ -395,7 +395,7 @@ def test_an_answer_that_is_late_is_given_up(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_leaves_the_batch(model, stream):
+def test_a_request_whose_client_disconnects_leaves_the_batch(model, stream):
     with Slow(model, 0.03), serving(model, limits=LIMITS) as (service, place):
         client = openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(1) as pool:
@@ -422,7 +422,7 @@ def leave(host, port, stream):
     return made
 
 
-def test_keys_open_the_server(model):
+def test_requests_need_one_of_the_api_keys(model):
     with serving(model, api_keys=["right", "other"]) as (_, place):
         for key in ("right", "other"):
             good = openai.OpenAI(base_url=f"{place}/v1", api_key=key, max_retries=0)
@@ -433,7 +433,7 @@ def test_keys_open_the_server(model):
         assert json.loads(curl(f"{place}/health"))["status"] == "ok"
 
 
-def test_only_listed_hosts_are_fetched_from_and_redirects_are_not_followed(model):
+def test_downloads_come_from_allowed_hosts_alone_and_follow_no_redirect(model):
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     clip = recording()
@@ -478,7 +478,7 @@ def started(service):
     return server, thread, client
 
 
-def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
+def test_after_a_signal_running_requests_finish_and_new_ones_are_refused(model):
     service = Service(model, "tiny", limits=LIMITS)
     server, thread, client = started(service)
     with Slow(model, 0.03), ThreadPoolExecutor(1) as pool:
@@ -494,7 +494,7 @@ def test_a_signal_lets_requests_in_flight_finish_and_refuses_new_ones(model):
     assert not thread.is_alive() and not service.engine.alive
 
 
-def test_what_is_not_finished_in_time_is_told_so_at_shutdown(model):
+def test_requests_beyond_the_drain_time_fail_with_503_at_shutdown(model):
     service = Service(model, "tiny", limits=LIMITS._replace(drain_timeout=0.3))
     server, thread, client = started(service)
     with Slow(model, 0.05), ThreadPoolExecutor(1) as pool:

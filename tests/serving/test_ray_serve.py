@@ -22,11 +22,11 @@ from diffa.serving import ray_serve as replicas
 from diffa.serving.limits import Limits
 from diffa.serving.ray_serve import Deployment, ReplicaConfig
 
-ASKED = ("What digits are said?", "What can you hear?")
+QUESTIONS = ("What digits are said?", "What can you hear?")
 
 
 @pytest.fixture
-def said(capsys):
+def run_serve(capsys):
     """Run ``diffa serve`` in this process; returns its exit code and stderr."""
 
     def run(*words):
@@ -38,12 +38,12 @@ def said(capsys):
 
 
 @pytest.mark.parametrize("words", [("--replicas", "2"), ("--threads", "2"), ("--gpus", "1")])
-def test_options_of_replicas_need_ray(said, words):
-    code, text = said(*words)
+def test_options_of_replicas_need_ray(run_serve, words):
+    code, text = run_serve(*words)
     assert code == 2 and "need --ray" in text
 
 
-def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(said, monkeypatch):
+def test_an_address_in_use_is_an_error_before_a_model_is_loaded(run_serve, monkeypatch):
     monkeypatch.setattr(
         replicas.Deployment, "create_service", lambda _: pytest.fail("it was loaded")
     )
@@ -51,30 +51,30 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(said, monkeyp
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        code, text = said("--port", port)
+        code, text = run_serve("--port", port)
     assert code == 2 and f"cannot listen on 127.0.0.1:{port}: " in text
-    code, text = said("--host", "192.0.2.1")
+    code, text = run_serve("--host", "192.0.2.1")
     assert code == 2 and "cannot listen on 192.0.2.1:8000: " in text
 
 
-def test_a_proxy_needs_a_port(said):
-    code, text = said("--ray", "local", "--port", "0")
+def test_a_proxy_needs_a_port(run_serve):
+    code, text = run_serve("--ray", "local", "--port", "0")
     assert code == 2 and "--port" in text
 
 
-def test_a_missing_ray_names_the_extra(said, monkeypatch):
+def test_a_missing_ray_names_the_extra(run_serve, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, text = said("--ray", "local")
+    code, text = run_serve("--ray", "local")
     assert code == 2 and "pip install 'diffa-audio[ray]'" in text
 
 
-def test_a_wrong_spec_is_found_before_ray_starts(said, monkeypatch):
+def test_a_wrong_spec_is_an_error_before_ray_starts(run_serve, monkeypatch):
     monkeypatch.setattr(replicas, "run_on_ray", lambda *_: pytest.fail("it has started"))
-    code, text = said("--ray", "local", "--set", "sampler.block_lenth=8")
+    code, text = run_serve("--ray", "local", "--set", "sampler.block_lenth=8")
     assert code == 2 and "sampler.block_lenth" in text
 
 
-def test_the_resolved_spec_and_all_limits_travel(monkeypatch, tmp_path):
+def test_replicas_get_the_resolved_spec_and_all_limits(monkeypatch, tmp_path):
     passed = []
     monkeypatch.setattr(replicas, "run_on_ray", lambda *given: passed.extend(given))
     keys = tmp_path / "keys"
@@ -105,10 +105,10 @@ def on_cpu(load):
     return load.__self__._replace(device="cpu").load
 
 
-def test_only_the_sampler_of_a_saved_model_can_be_set(said, tmp_path):
+def test_only_the_sampler_of_a_saved_model_can_change(run_serve, tmp_path):
     diffa.save(diffa.build("tiny"), tmp_path / "saved")
     words = ("--spec", str(tmp_path / "saved"), "--ray", "local", "--set", "prompt.max_tokens=3")
-    code, text = said(*words)
+    code, text = run_serve(*words)
     assert code == 2 and "only the sampler" in text and "prompt" in text
 
 
@@ -143,7 +143,7 @@ class Api:
 
 
 @pytest.fixture
-def told(monkeypatch):
+def serve_on_fake(monkeypatch):
     """Serve through a given Api; signals have come before."""
 
     def run(api, address="auto", cpus=2.0, **more):
@@ -161,46 +161,46 @@ def told(monkeypatch):
     return run
 
 
-def test_it_starts_and_when_told_waits_until_the_application_has_gone(told):
+def test_after_a_signal_the_command_waits_until_the_application_is_deleted(serve_on_fake):
     api = Api()
-    told(api)
+    serve_on_fake(api)
     assert api.calls == [
         ("start", {"host": "h", "port": 1}), ("run", "diffa-tiny", "/"), "ready",
         ("delete", "diffa-tiny"), ("delete", "diffa-tiny"), ("shutdown",), ("end",),
     ]  # fmt: skip
 
 
-def test_other_applications_are_left_alone(told):
+def test_other_applications_keep_running(serve_on_fake):
     api = Api("other")
-    told(api)
+    serve_on_fake(api)
     assert list(api.applications) == ["other"] and ("shutdown",) not in api.calls
     api = Api("diffa-tiny")
     with pytest.raises(SpecError, match="serves diffa-tiny already"):
-        told(api)
+        serve_on_fake(api)
     assert api.calls == [("end",)]
 
 
-def test_a_model_that_does_not_load_is_one_error_and_leaves_nothing(told):
+def test_a_model_that_does_not_load_is_one_error_and_leaves_no_application(serve_on_fake):
     fault = "diffa.errors.CheckpointError: no file of that name\nwhile building backbone 'llada'"
     api = Api(fault=fault)
     with pytest.raises(DiffaError) as error:
-        told(api)
+        serve_on_fake(api)
     assert str(error.value) == f"diffa-tiny does not start: {fault}"
     assert not api.applications and "ready" not in api.calls
 
 
-def test_a_local_ray_says_when_it_is_too_small(told):
+def test_a_local_ray_without_enough_cpus_is_an_error(serve_on_fake):
     with pytest.raises(SpecError, match="3 replicas need 6 CPUs: there are 2"):
-        told(Api(), "local", num_replicas=3, num_cpus=2)
+        serve_on_fake(Api(), "local", num_replicas=3, num_cpus=2)
     with pytest.raises(SpecError, match=r"1 replicas need 0\.5 GPUs: there are 0"):
-        told(Api(), "local", num_gpus=0.5)
-    told(Api(), "auto", num_replicas=3)  # a cluster may grow
+        serve_on_fake(Api(), "local", num_gpus=0.5)
+    serve_on_fake(Api(), "auto", num_replicas=3)  # a cluster may grow
 
 
 def ask(client, number):
     """Ask plainly or as a stream: text, tokens and the replica's id."""
     clip = (recordings() / "digits.flac").read_bytes()
-    messages = question(clip, ASKED[number % 2], form="flac")
+    messages = question(clip, QUESTIONS[number % 2], form="flac")
     fields = {"model": "nano", "messages": messages, "max_tokens": 24}
     if number % 4 < 2:
         raw = client.chat.completions.with_raw_response.create(**fields)
@@ -216,10 +216,10 @@ def ask(client, number):
 
 
 def drafts(client, begun):
-    """Read a stream to its end; ``begun`` is told of every piece."""
+    """Read a stream to its end; ``begun`` receives every piece."""
     clip = (recordings() / "digits.flac").read_bytes()
     stream = client.chat.completions.create(
-        model="nano", messages=question(clip, ASKED[0], form="flac"), max_tokens=256, stream=True,
+        model="nano", messages=question(clip, QUESTIONS[0], form="flac"), max_tokens=256, stream=True,
         extra_body={"diffa": {"drafts": True}},
     )  # fmt: skip
     pieces = []
@@ -259,12 +259,12 @@ def deployed(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_replicas_answer_as_the_model_does_and_finish_what_they_have_begun(deployed):
+def test_two_replicas_give_the_models_answers_and_finish_running_requests(deployed):
     openai = pytest.importorskip("openai")
     made, port = deployed
     model, clip = diffa.build("nano"), recordings() / "digits.flac"
-    direct = [model.answer(clip, words, max_tokens=24).text for words in ASKED]
-    longer = model.answer(clip, ASKED[0], max_tokens=256).text
+    direct = [model.answer(clip, words, max_tokens=24).text for words in QUESTIONS]
+    longer = model.answer(clip, QUESTIONS[0], max_tokens=256).text
 
     url = f"http://127.0.0.1:{port}/v1"
     client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=300)
@@ -277,16 +277,16 @@ def test_two_replicas_answer_as_the_model_does_and_finish_what_they_have_begun(d
     with pytest.raises(openai.BadRequestError, match="1024"):
         client.chat.completions.create(model="nano", messages=question(), max_tokens=2000)
 
-    reading, told = set(), []
+    reading, signals = set(), []
 
     def stop(number):
         reading.add(number)
-        if len(reading) == 4 and not told:
-            told.append(made.send_signal(signal.SIGTERM))
+        if len(reading) == 4 and not signals:
+            signals.append(made.send_signal(signal.SIGTERM))
 
     with ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(drafts, client, partial(stop, number)) for number in range(4)]
         assert [stream.result() for stream in streams] == [longer] * 4
-    assert told and made.wait(120) == 0
+    assert signals and made.wait(120) == 0
     with pytest.raises(openai.APIConnectionError):
         client.models.list()

@@ -77,13 +77,13 @@ def answered(page: Any, key: str = "first") -> str:
 
 def forward(page: Any) -> tuple[int, int]:
     """Which forward pass the canvas shows, of how many."""
-    told = page.locator("#canvas-first .d-note").inner_text()
-    found = re.search(r"forward pass (\d+) of (\d+)", told)
-    assert found, told
+    text = page.locator("#canvas-first .d-note").inner_text()
+    found = re.search(r"forward pass (\d+) of (\d+)", text)
+    assert found, text
     return int(found[1]), int(found[2])
 
 
-def test_a_file_is_uploaded_asked_about_and_replayed_by_keyboard(page: Any) -> None:
+def test_an_uploaded_file_gets_an_answer_that_the_keyboard_replays(page: Any) -> None:
     page.get_by_role("button", name="Ask", exact=True).click()
     page.get_by_text("There is no recording yet: upload a file").wait_for()
     page.locator("#audio input[type=file]").set_input_files(recordings() / "digits.flac")
@@ -114,7 +114,7 @@ def test_a_file_is_uploaded_asked_about_and_replayed_by_keyboard(page: Any) -> N
 
 
 @pytest.mark.slow
-def test_an_example_answers_at_once_and_two_settings_compare(page: Any) -> None:
+def test_two_presets_are_compared_about_an_example(page: Any) -> None:
     page.get_by_label("Two sampler presets side by side").check()
     page.get_by_role("button", name="A melody").click()
     page.locator("#comparison table").wait_for()
@@ -130,7 +130,7 @@ def test_an_example_answers_at_once_and_two_settings_compare(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_faults_are_sentences_on_the_page(page: Any, tmp_path: Path) -> None:
+def test_errors_are_sentences_on_the_page(page: Any, tmp_path: Path) -> None:
     alert = page.get_by_role("alert").filter(has_text=re.compile(r"\.$"))
     noise = tmp_path / "noise.wav"
     noise.write_bytes(b"RIFF this is no recording")
@@ -155,19 +155,19 @@ def test_a_phone_shows_everything_in_one_column(browser: Any, address: str) -> N
 
 
 @pytest.mark.slow
-def test_everything_needed_is_reached_with_the_tab_key(page: Any) -> None:
-    wanted = {"Spoken digits", "Transcribe", "Ask"}
+def test_the_tab_key_reaches_every_control(page: Any) -> None:
+    expected = {"Spoken digits", "Transcribe", "Ask"}
     named = "(document.activeElement.innerText || document.activeElement.ariaLabel || '').trim()"
     for _ in range(60):
         page.keyboard.press("Tab")
-        wanted.discard(page.evaluate(named))
-        if not wanted:
+        expected.discard(page.evaluate(named))
+        if not expected:
             break
-    assert wanted == set()
+    assert expected == set()
 
 
 @pytest.mark.slow
-def test_the_microphone_is_heard(page: Any) -> None:
+def test_a_recording_from_the_microphone_gets_an_answer(page: Any) -> None:
     page.get_by_role("button", name="Record audio").click()  # the tab of the microphone
     page.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(800)

@@ -44,7 +44,7 @@ def replay(model: diffa.Model) -> Replay:
 # --- frames -------------------------------------------------------------------------------------
 
 
-def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -> None:
+def test_a_replay_holds_the_steps_of_the_model(model: diffa.Model, replay: Replay) -> None:
     sampler = {"name": "blockwise", "block_length": 8, "threshold": 0.0052}
     steps: list[Any] = []
     plain = diffa.swap(model, sampler=sampler).answer(
@@ -57,7 +57,7 @@ def test_a_replay_shows_what_the_model_did(model: diffa.Model, replay: Replay) -
         assert [token.step > 0 for token in frame] == step.final[0].tolist()
 
 
-def test_a_token_is_final_from_the_step_it_names_on(replay: Replay) -> None:
+def test_a_token_is_final_from_its_step_on(replay: Replay) -> None:
     last = replay.frames[-1]
     assert all(1 <= token.step <= replay.num_forwards for token in last)
     for place, token in enumerate(last):
@@ -75,14 +75,14 @@ def test_tokens_are_counted_up_to_the_end_of_the_text() -> None:
 # --- drawings -----------------------------------------------------------------------------------
 
 
-def test_words_of_an_answer_are_no_markup() -> None:
+def test_words_of_an_answer_are_escaped() -> None:
     frame = (Token("<script>", "word", 0.5, 1), Token('"&', "word", 0.9, 2))
     drawn = html.canvas(frame, 2, 2)
     assert "<script>" not in drawn and "&lt;script&gt;" in drawn
     assert html.error_message("<b>no</b>").count("<b>") == 0
 
 
-def test_doubt_and_lateness_show_in_two_colours() -> None:
+def test_confidence_and_step_of_a_token_have_colours_of_their_own() -> None:
     frame = (Token("a", "word", 0.1, 1), Token("b", "word", 1.0, 9), Token("", "mask", 0, 0))
     drawn = html.canvas(frame, 9, 9)
     backgrounds = re.findall(r"background:(#\w{6})", drawn)
@@ -92,7 +92,7 @@ def test_doubt_and_lateness_show_in_two_colours() -> None:
     assert "a undecided" not in drawn and "ab undecided" in drawn  # as a screen reader says it
 
 
-def test_dark_letters_stay_readable_on_every_background() -> None:
+def test_letters_have_enough_contrast_on_every_background() -> None:
     def light(colour: str) -> float:  # relative luminance, WCAG 2.2
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -104,15 +104,15 @@ def test_dark_letters_stay_readable_on_every_background() -> None:
         assert (ground + 0.05) / (letters + 0.05) > 7
 
 
-def test_a_comparison_says_what_each_setting_took(replay: Replay) -> None:
+def test_a_comparison_lists_passes_and_seconds_of_each_preset(replay: Replay) -> None:
     other = replay._replace(name="slow", seconds=replay.seconds * 3, text="else")
-    told = html.comparison([replay, other])
-    assert "mine" in told and "slow" in told and f"<td>{replay.num_forwards}</td>" in told
-    assert "The answers differ. The second took 3.0 times as long." in told
+    table = html.comparison([replay, other])
+    assert "mine" in table and "slow" in table and f"<td>{replay.num_forwards}</td>" in table
+    assert "The answers differ. The second took 3.0 times as long." in table
     assert html.comparison([replay]) == ""
 
 
-def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
+def test_the_picture_of_a_recording_has_a_scale_in_seconds(model: diffa.Model) -> None:
     drawn = picture(load_recording(str(recordings() / "melody.flac"), 16_000), 16_000)
     assert "data:image/png;base64," in drawn and "1 s</text>" in drawn
     assert picture(torch.zeros(7), 16_000).startswith("<svg")  # shorter than a window
@@ -122,7 +122,7 @@ def test_a_recording_is_drawn_with_its_seconds(model: diffa.Model) -> None:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "nano", "diffa-2"])
-def test_controls_say_every_named_setting_exactly(preset: str) -> None:
+def test_controls_reproduce_every_sampler_preset(preset: str) -> None:
     spec = Spec.read(preset).resolve()
     for name, sampler in sampler_options.sampler_presets(spec).items():
         again = spec.data | {
@@ -137,7 +137,7 @@ def test_controls_say_every_named_setting_exactly(preset: str) -> None:
         ), name
 
 
-def test_options_without_a_control_are_written_out_and_read_back() -> None:
+def test_options_without_a_control_survive_as_text() -> None:
     spec = Spec.read("tiny").resolve()
     chosen = sampler_options.form_from_sampler(
         spec, {"name": "blockwise", "suffix_window": 6, "stop_at_eos": False}
@@ -149,7 +149,7 @@ def test_options_without_a_control_are_written_out_and_read_back() -> None:
     )
 
 
-def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
+def test_a_sampler_gets_only_options_that_it_has() -> None:
     for name in sampler_options.installed_samplers("masked"):
         made = sampler_options.sampler_from_form(SamplerForm(sampler=name, temperature=0.5))
         assert set(made) - {"name"} <= set(read_schema(registry.load_part("sampler", name)).options)
@@ -157,7 +157,7 @@ def test_only_what_a_sampler_knows_is_asked_of_it() -> None:
         sampler_options.sampler_from_form(SamplerForm(sampler="revise", rule="factor"))
 
 
-def test_a_changed_setting_is_not_called_by_its_name() -> None:
+def test_the_title_of_a_changed_preset_says_so() -> None:
     spec = Spec.read("tiny").resolve()
     start = sampler_options.form_from_sampler(spec, sampler_options.sampler_presets(spec)["fast"])
     assert sampler_options.form_title(spec, "fast", start) == "fast"
@@ -167,12 +167,12 @@ def test_a_changed_setting_is_not_called_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("text", ["suffix 64", "suffix: [", "- a"])
-def test_options_that_cannot_be_read_are_told(text: str) -> None:
+def test_options_that_are_no_yaml_mapping_are_an_error(text: str) -> None:
     with pytest.raises(SpecError, match="further options"):
         sampler_options.sampler_from_form(SamplerForm(others=text))
 
 
-def test_a_third_party_sampler_s_options_are_listed_and_written(
+def test_options_of_a_third_party_sampler_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for site in site_packages(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_third_party_sampler_s_options_are_listed_and_written(
         )
 
 
-def test_an_option_may_be_null_where_it_is_written() -> None:
+def test_a_written_option_may_be_null() -> None:
     assert (
         sampler_options.sampler_from_form(
             SamplerForm(others="suffix_window: null, stop_at_eos: false")
@@ -196,14 +196,14 @@ def test_an_option_may_be_null_where_it_is_written() -> None:
     )
 
 
-def test_a_number_that_was_cleared_is_told() -> None:
+def test_a_cleared_number_is_an_error() -> None:
     with pytest.raises(SpecError, match="the rule 'threshold' needs a value"):
         sampler_options.sampler_from_form(SamplerForm(rule="threshold", value=None))
     with pytest.raises(SpecError, match="block_length needs a value"):
         sampler_options.sampler_from_form(SamplerForm(block_length=None))
 
 
-def test_every_control_has_its_meaning_in_a_line() -> None:
+def test_every_control_has_a_description() -> None:
     assert (
         sampler_options.describe_option("blockwise", "block_length")
         == "Answer tokens per block (LLaDA, arXiv 2502.09992)."
@@ -216,7 +216,7 @@ def test_every_control_has_its_meaning_in_a_line() -> None:
     assert sampler_options.available_rules("blockwise")[0] == ONE
 
 
-def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
+def test_shipped_samplers_and_their_options_have_descriptions() -> None:
     for name, does in sampler_options.installed_samplers("masked").items():
         cls = registry.load_part("sampler", name)
         silent = read_schema(cls).options.keys() - option_descriptions(cls).keys()
@@ -226,7 +226,7 @@ def test_shipped_samplers_say_what_they_and_their_options_do() -> None:
 # --- faults -------------------------------------------------------------------------------------
 
 
-def test_faults_of_recordings_are_sentences(tmp_path: Path) -> None:
+def test_errors_of_recordings_are_sentences_without_paths(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match="there is no recording yet"):
         load_recording(None, 16_000)
     noise = tmp_path / "upload.wav"
@@ -242,7 +242,7 @@ def test_faults_of_recordings_are_sentences(tmp_path: Path) -> None:
     assert 'role="alert"' in shown and re.search(r">[A-Z].*\.</div>", shown)
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, *rest: Any) -> Any:
@@ -255,7 +255,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require()
 
 
-def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(monkeypatch):
+def test_a_port_in_use_is_an_error_before_a_model_is_loaded(monkeypatch):
     import importlib
     import socket
 
