@@ -32,8 +32,10 @@ from diffa.canvas.prefix_cache import PrefixCache
 from diffa.canvas.streaming import Streamer, StreamerFeed
 from diffa.canvas.training import compute_loss
 from diffa.chat import Chat
-from diffa.errors import SpecError
+from diffa.errors import SpecError, check_at_least
 from diffa.spec.spec import Spec
+from diffa.spec.validation import TRANSCRIBE
+from diffa.transcripts import transcribe
 from diffa.types import (
     Answer,
     Embeds,
@@ -269,6 +271,57 @@ class Model(nn.Module):
                 texts[0], generation.tokens[0], generation.num_forwards, generation.confidence[0]
             )
         return Answer(texts, *generation)
+
+    def transcribe(
+        self,
+        audio: Any,
+        *,
+        sample_rate: int | None = None,
+        instruction: str = TRANSCRIBE,
+        max_seconds: float | None = None,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+    ) -> Any:
+        """Return the transcript of a recording of any length, or those of a list of recordings.
+
+        Recordings are cut at silences, and the parts are answered in batches.
+
+        Args:
+            audio: A recording in any form that ``answer`` takes, or a list of them.
+            sample_rate: Samples per second of waveforms without a rate of their own.
+            instruction: What the model is asked about each part.
+            max_seconds: Longest part. Default: the encoder's window, at most 30 seconds.
+            batch_size: Parts per batch.
+            max_tokens: Length of each part's transcript. Default: the spec's.
+
+        Returns:
+            A ``Transcript`` with its segments; a list of them for a list.
+
+        Raises:
+            AudioError: Unusable audio.
+            SpecError: The backbone has no tokenizer, or a number is out of its range.
+        """
+        check_at_least(1, batch_size=batch_size)
+        limit = min(self.window_seconds or 30.0, 30.0) if max_seconds is None else max_seconds
+        several = isinstance(audio, list) or (isinstance(audio, Tensor) and audio.dim() == 2)
+        transcripts = [
+            transcribe(
+                self,
+                self._waveform(recording, sample_rate),
+                instruction,
+                max_seconds=limit,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+            )
+            for recording in (audio if several else [audio])
+        ]
+        return transcripts if several else transcripts[0]
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds that the encoder pads every recording to; 0 without a window."""
+        config = getattr(getattr(self.encoder, "encoder", None), "config", None)
+        return float(getattr(config, "max_source_positions", 0)) / float(self.encoder.out.rate)
 
     def score(
         self,

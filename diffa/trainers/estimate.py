@@ -214,17 +214,11 @@ def device_memory(
 def _encoder_activations(model: Model, clips: int, seconds: float) -> int:
     """Return the bytes of all layers' states in float32, and of one layer's inner values."""
     out = model.encoder.out
-    frames = max(1, round(max(seconds, _window(model)) * out.rate))
+    frames = max(1, round(max(seconds, model.window_seconds) * out.rate))
     values = out.layers + 1 + 8
     if any(p.requires_grad for p in model.encoder.parameters()):
         values += 16 * out.layers  # norms, projections, feed-forward and attention of each layer
     return int(4 * clips * frames * out.width * values)
-
-
-def _window(model: Model) -> float:
-    """Return the seconds that the encoder pads every clip to; 0 without a window."""
-    config = getattr(getattr(model.encoder, "encoder", None), "config", None)
-    return float(getattr(config, "max_source_positions", 0)) / float(model.encoder.out.rate)
 
 
 def _adapter_activations(adapter: nn.Module, model: Model, clips: int, seconds: float) -> int:
@@ -238,7 +232,7 @@ def _adapter_activations(adapter: nn.Module, model: Model, clips: int, seconds: 
         lengths = torch.tensor([frames])
         states = tuple(torch.zeros(1, frames, out.width) for _ in range(out.layers + 1))
         sizes.append(saved_bytes(real, partial(real, Features(states, lengths, lengths))))
-    more = max(seconds, _window(model)) * float(out.rate) / _FRAMES - 1
+    more = max(seconds, model.window_seconds) * float(out.rate) / _FRAMES - 1
     return clips * max(0, round(sizes[0] + (sizes[1] - sizes[0]) * more))
 
 

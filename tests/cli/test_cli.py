@@ -18,6 +18,7 @@ from diffa.cli.doctor import attempt, examine
 from diffa.cli.models import default_spec
 from diffa.errors import AudioError, SpecError
 from diffa.spec import registry
+from diffa.transcripts import Transcript
 
 SPEC = """
 encoder: tiny
@@ -63,7 +64,7 @@ def fake(monkeypatch):
 
     def build(spec, *, device="cpu", dtype=None):
         calls.update(spec=spec, device=device)
-        return SimpleNamespace(answer=answer, spec=spec.resolve())
+        return SimpleNamespace(answer=answer, transcribe=transcribe, spec=spec.resolve())
 
     def answer(audio, question, *, system=None, max_tokens=None, on_step=None):
         if audio == "missing.wav":
@@ -72,6 +73,9 @@ def fake(monkeypatch):
         return SimpleNamespace(
             text=f"{audio}: {question}", tokens=[1, 2], num_forwards=3, confidence=-0.5
         )
+
+    def transcribe(audio, *, instruction, **options):
+        return Transcript(f"{audio}: {instruction}", [], -0.5, 3)
 
     monkeypatch.setattr(diffa, "build", build, raising=False)
     return calls
