@@ -90,6 +90,11 @@ class RequestBatch:
         """Let the paused thread go on with a result, or raise an error in it."""
         self._results.put(result)
 
+    def abandon(self, reason: Exception) -> None:
+        """End the thread without an answer: its worker, which it waits for, has ended."""
+        self._unfinished = [False] * len(self.handles)
+        self.resume(reason)
+
     def run(self) -> None:
         """Decode the answers in the calling thread. Never raises: requests receive the error."""
         try:

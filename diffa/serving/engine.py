@@ -171,14 +171,16 @@ class Engine:
         self._join(time.monotonic() + 10)  # batches end at their next forward pass
         self._sampler_threads.shutdown(wait=False)
 
-    def _replace_worker(self, ended: Worker, had_requests: bool) -> None:
+    def _replace_worker(self, ended: Worker, requests: Sequence[RequestHandle]) -> None:
         """Start another worker in the place of one that an error has ended.
 
-        A worker that dies of a request takes it along, so the next one may live. One after the
-        other that dies without any means that none can live: then the engine has failed.
+        Its requests are the first in the queue. A worker that dies of a request takes it along,
+        so the next one may live. One after the other that dies without any means that none can
+        live: then the engine has failed.
         """
         with self._changed:
-            self._idle_deaths = 0 if had_requests else self._idle_deaths + 1
+            self._idle_deaths = 0 if requests else self._idle_deaths + 1
+            self._queue.extendleft(handle for handle in reversed(requests) if handle.active)
             index = self._workers.index(ended)
             try:
                 if self._idle_deaths > _MAX_IDLE_DEATHS:
@@ -247,6 +249,10 @@ class Engine:
         load = {one: max(one.num_active, len(one.batches)) for one in self._workers}
         if not any(load.values()):
             self._last_end = time.monotonic()  # an idle engine is not a slow one
+        if any(handle.suspect for batch in worker.batches for handle in batch.handles):
+            return []
+        if self._queue and self._queue[0].suspect:  # alone, so that it can end no other request
+            return [] if load[worker] else [self._queue.popleft()]
         free = worker.max_batch_size - load[worker]
         quarter = max(1, worker.max_batch_size // 4)
         if worker.num_active and free < min(len(self._queue), quarter):

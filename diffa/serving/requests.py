@@ -107,6 +107,8 @@ class RequestHandle:
         self.request, self.deadline = request, deadline
         self.expires_at = (time.monotonic() if arrived is None else arrived) + deadline
         self.num_audio_embeds = 0
+        # A worker has ended while it decoded this and other requests: one of them is at fault.
+        self.suspect = False
         self._on_event, self._active = on_event, True
         # A worker, a sampler's thread, the engine's close() and the client's disconnect may end a
         # request at the same time; the lock lets exactly one of them report.

@@ -50,7 +50,7 @@ class Worker:
         num_threads: Returns the threads that PyTorch may use in this worker from now on.
         on_forward: Receives the rows of each forward pass and its seconds.
         on_batch_end: Receives the number of requests of each batch that ends.
-        on_end: Called when an error ends the worker; receives whether it had requests.
+        on_end: Called when an error ends the worker; receives its unfinished requests.
 
     Attributes:
         batches: The batches that are running.
@@ -69,7 +69,7 @@ class Worker:
         num_threads: Callable[[], int],
         on_forward: Callable[[int, float], None],
         on_batch_end: Callable[[int], None],
-        on_end: Callable[[Worker, bool], None],
+        on_end: Callable[[Worker, Sequence[RequestHandle]], None],
     ) -> None:
         self.model, self.batches = model, list[RequestBatch]()
         self.idle, self.was_used = True, False
@@ -104,15 +104,22 @@ class Worker:
                 self._end(error, new or ())
 
     def _end(self, error: BaseException, new: Sequence[RequestHandle]) -> None:
-        """Fail the worker's requests, and let the engine start another worker."""
+        """Let the engine start another worker, and decode each of the requests alone.
+
+        The answer of a request does not depend on that. A request that was alone fails.
+        """
         log_error(_log, "a worker ends", error)
         reason, batches = as_exception(error), tuple(self.batches)
-        for handle in (*new, *(handle for batch in batches for handle in batch.handles)):
-            handle.finish(FailedEvent(reason))
+        handles = dict.fromkeys((*new, *(one for batch in batches for one in batch.handles)))
+        rest = [handle for handle in handles if handle.active]
         for batch in batches:
-            batch.resume(reason)  # its thread waits for a pass that will not come
+            batch.abandon(reason)
         self.batches.clear()
-        self._on_end(self, bool(new or batches))
+        for handle in rest:
+            handle.suspect = True
+            if len(rest) == 1:
+                handle.finish(FailedEvent(reason))
+        self._on_end(self, rest)
 
     def _set_num_threads(self) -> None:
         torch.set_num_threads(self._num_threads())  # PyTorch keeps the number per thread

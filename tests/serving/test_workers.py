@@ -72,6 +72,32 @@ def test_after_fifty_deaths_of_workers_every_question_is_answered(model, kind):
         engine.close()
 
 
+def test_a_request_that_ends_its_worker_fails_alone(model, monkeypatch):
+    sampler, rng = made(model, "plain"), random.Random(9)
+    jobs = [job(sampler, "plain", seed, rng, 6)._replace(waveform=None) for seed in range(4)]
+    deadly = jobs[1]._replace(prompt=torch.cat([torch.tensor([29]), jobs[1].prompt]))
+    good = [one._replace(prompt=one.prompt.clamp(max=28)) for one in jobs]
+    body, mark, deaths = model.backbone.forward, model.backbone.wte.weight[29].detach(), []
+
+    def end(embeds, positions, context):
+        if (embeds[:, 0] == mark).all(dim=1).any():
+            deaths.append(len(embeds))
+            raise SystemExit(1)
+        return body(embeds, positions, context)
+
+    monkeypatch.setattr(model.backbone, "forward", end)
+    engine = Engine(model, max_batch_size=4, num_workers=1)
+    try:
+        ends = answered(engine, [good[0], deadly, good[2], good[3]])
+        expected = [alone(model, one)[0] for one in good]
+        assert isinstance(ends[1], FailedEvent) and "SystemExit" in str(ends[1].error)
+        for index in (0, 2, 3):
+            assert ends[index].tokens.tolist() == expected[index]
+        assert deaths == [4, 1] and engine.alive
+    finally:
+        engine.close()
+
+
 def test_workers_that_cannot_live_fail_the_queue_and_the_engine(model, monkeypatch):
     request = job(made(model, "plain"), "plain", 3, random.Random(3), 6)
 
