@@ -82,7 +82,7 @@ class Routes:
         body = await request.body()
 
         def parse() -> Query:
-            fields = parse_json_object(body)
+            fields = parse_json_object(body, service.limits)
             return validate_chat_request(fields, service.limits, service.allowed_hosts)
 
         deadline = self._deadline(request)

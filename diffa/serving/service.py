@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffa.errors import AudioError
+from diffa.runtime.memory import release_free_memory
 from diffa.serving.audio import SentRecording, decode_recording, probe_seconds
 from diffa.serving.download import RemoteRecording, download_recording
 from diffa.serving.engine import Engine
@@ -152,8 +153,15 @@ class Service:
         seconds = await self.parsers.run(partial(self._check_header, recording, query), deadline)
         pool = self._decoders if 0 < seconds <= _BRIEF else self._long_decoders
         rate = self.model.encoder.sample_rate
-        work = partial(decode_recording, recording, rate, self.limits)
-        return await pool.run(work, deadline)
+
+        def decode() -> Tensor:
+            try:
+                return decode_recording(recording, rate, self.limits)
+            finally:
+                if pool is self._long_decoders:
+                    release_free_memory()
+
+        return await pool.run(decode, deadline)
 
     def _check_header(self, recording: SentRecording, query: Query) -> float:
         seconds = probe_seconds(recording.data)

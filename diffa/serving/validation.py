@@ -173,8 +173,14 @@ class Query(NamedTuple):
     top_logprobs: int = 0
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Return a JSON object; NaN, too deep nesting and too many digits are a RequestError (400)."""
+def parse_json_object(body: bytes, limits: Limits) -> dict[str, Any]:
+    """Return a JSON object; NaN, too deep nesting and too many digits are a RequestError (400).
+
+    Parsing holds Python's global lock. A large string takes little time, but many values would
+    stop all other threads: recordings have no commas, and texts are bounded.
+    """
+    if body.count(b",") > 4 * limits.max_text_chars:
+        raise too_large("the body holds too many values")
 
     def refuse_constant(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")

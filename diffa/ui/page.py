@@ -33,7 +33,7 @@ EXAMPLES = {
     "Two speakers": ("two_speakers.flac", TASKS["Describe"]),
     "A melody": ("melody.flac", TASKS["Describe"]),
 }
-MAX_TOKENS = 256
+MAX_TOKENS, MAX_CHARS = 256, 32768
 REPLAY_SECONDS = 0.25  # per forward pass of a replay
 UPDATE_SECONDS = 0.2  # between two drawings of a forming answer; the replay has every pass
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -250,6 +250,8 @@ def _request(model: Model, values: QuestionForm) -> Request:
     wave = load_recording(values.audio, model.encoder.sample_rate)
     if not str(values.question or "").strip():
         raise SpecError("there is no question yet: type one or take one of the tasks")
+    if max(len(values.question), len(values.system or "")) > MAX_CHARS:
+        raise SpecError(f"question and system prompt may have {MAX_CHARS} characters each")
     return Request(
         wave, values.question.strip(), int(values.max_tokens), values.system, int(values.seed or 0)
     )

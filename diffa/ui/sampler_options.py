@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from diffa.errors import DiffaError, SpecError
+from diffa.serving.sampler_options import validate_sampler_options
 from diffa.spec import registry
 from diffa.spec.docstrings import docstring_summary, option_descriptions
 from diffa.spec.schema import Schema, describe_type, read_schema
@@ -80,6 +81,8 @@ def sampler_from_form(form: SamplerForm) -> dict[str, Any]:
     Raises:
         SpecError: the text for further options is no ``name: value`` list, a number is
             missing, or a rule is chosen that the sampler does not have.
+        RequestError: an option is unknown or out of the server's bounds: no visitor may occupy
+            the model for the others.
     """
     offered = _schema(form.sampler).options
     options: dict[str, Any] = {"name": form.sampler}
@@ -93,7 +96,9 @@ def sampler_from_form(form: SamplerForm) -> dict[str, Any]:
             raise SpecError(f"the sampler {form.sampler!r} has no rule {form.rule!r}")
         value = _filled(f"the rule {form.rule!r}", form.value)
         options[form.rule] = int(value) if form.rule == "steps" else float(value)
-    return options | _parse(form.others)
+    options |= _parse(form.others)
+    validate_sampler_options(form.sampler, options, "sampler")
+    return options
 
 
 def form_title(spec: Spec, name: str, form: SamplerForm) -> str:

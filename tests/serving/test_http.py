@@ -294,6 +294,14 @@ def test_errors_have_openais_status_and_name_the_field(client, name):
     assert caught.value.body["message"]
 
 
+def test_json_of_many_values_is_refused_unparsed(place, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it is parsed"))
+    request = urllib.request.Request(f"{place}/v1/chat/completions", b"[" + b"1," * 400_000)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 413
+
+
 def test_a_body_that_is_too_large_is_refused_unread(place):
     request = urllib.request.Request(
         f"{place}/v1/chat/completions", b"x", {"Content-Length": "9" * 15}

@@ -219,7 +219,8 @@ def drafts(client, begun):
     """Read a stream to its end; ``begun`` receives every piece."""
     clip = (recordings() / "digits.flac").read_bytes()
     stream = client.chat.completions.create(
-        model="nano", messages=question(clip, QUESTIONS[0], form="flac"), max_tokens=256, stream=True,
+        model="nano", messages=question(clip, QUESTIONS[0], form="flac"), max_tokens=256,
+        stream=True,
         extra_body={"diffa": {"drafts": True}},
     )  # fmt: skip
     pieces = []

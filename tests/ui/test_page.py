@@ -14,7 +14,7 @@ import torch
 from helpers.fakes import SAMPLER, install, site_packages
 
 import diffa
-from diffa.errors import AudioError, PluginError, SpecError
+from diffa.errors import AudioError, DiffaError, PluginError, SpecError
 from diffa.nano.demo import recordings
 from diffa.spec import registry
 from diffa.spec.docstrings import option_descriptions
@@ -242,6 +242,53 @@ def test_errors_of_recordings_are_sentences_without_paths(tmp_path: Path) -> Non
     assert 'role="alert"' in shown and re.search(r">[A-Z].*\.</div>", shown)
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"question": "x" * 40_000},
+        {"question": "Why?", "system": "x" * 40_000},
+    ],
+)
+def test_long_texts_are_an_error_before_they_reach_the_model(model: diffa.Model, typed) -> None:
+    from diffa.ui.page import QuestionForm, _request
+
+    audio = str(recordings() / "digits.flac")
+    values = {"question": "Why?", "max_tokens": 8, "seed": 0, "system": "", "compare": False}
+    with pytest.raises(SpecError, match="32768 characters"):
+        _request(model, QuestionForm(audio=audio, **{**values, **typed}))
+
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]" + "".join(
+    f", {key}: &{key} [{', '.join(f'*{before}' for _ in range(10))}]"
+    for before, key in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        SamplerForm(block_length=10**9),
+        SamplerForm(rule="steps", value=10**12),
+        SamplerForm(others="vicinity_window: 1000000000"),
+        SamplerForm(others="audio_refresh_interval: 99999999999999999999999"),
+        SamplerForm(others=LAUGHS),
+        SamplerForm(block_length=0),
+    ],
+)
+def test_options_that_would_occupy_the_model_are_an_error(model: diffa.Model, form) -> None:
+    request = Request(torch.zeros(16000), "Why?", max_tokens=8)
+    with pytest.raises(DiffaError) as caught:
+        next(ask(model, "mine", sampler_options.sampler_from_form(form), request))
+    assert len(str(caught.value)) < 2000
+
+
+def test_an_upload_is_decoded_as_data_from_a_network(tmp_path: Path) -> None:
+    file = tmp_path / "a.aiff"
+    soundfile.write(file, np.zeros(16000, "f4"), 16000)
+    with pytest.raises(AudioError, match="this file is not a"):
+        load_recording(str(file), 16_000)
+
+
 def test_the_error_of_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
@@ -258,8 +305,6 @@ def test_the_error_of_a_missing_library_names_the_extra(monkeypatch: pytest.Monk
 def test_a_port_in_use_is_an_error_before_a_model_is_loaded(monkeypatch):
     import importlib
     import socket
-
-    from diffa.errors import DiffaError
 
     ui = importlib.import_module("diffa.cli.ui")
     monkeypatch.setattr(ui, "load_model", lambda *_: pytest.fail("a model was loaded"))
