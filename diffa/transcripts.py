@@ -112,10 +112,10 @@ def _repeated(before: Sequence[str], words: Sequence[str]) -> int:
 
 def to_srt(segments: Iterable[TranscriptSegment]) -> str:
     """Return segments as SubRip subtitles."""
-    spoken = [segment for segment in segments if segment.text]
+    audible = [segment for segment in segments if segment.text]
     return "\n".join(
         f"{number}\n{_clock(s.start, ',')} --> {_clock(s.end, ',')}\n{s.text}\n"
-        for number, s in enumerate(spoken, 1)
+        for number, s in enumerate(audible, 1)
     )
 
 

@@ -104,10 +104,10 @@ class Engine:
             max_batch_size, "sampler", initializer=torch.set_num_threads, initargs=(1,)
         )
         self.failed, self._idle_deaths = False, 0
-        encoder_cache = EncoderCache(model, cached_embeddings)
+        self.encoder_cache = EncoderCache(model, cached_embeddings)
         self._new_worker: Callable[[int], Worker] = lambda index: Worker(
             model,
-            encoder_cache,
+            self.encoder_cache,
             (max_batch_size + index) // num_workers,
             self._sampler_threads,
             next_requests=self._next_requests,

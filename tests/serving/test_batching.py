@@ -8,10 +8,12 @@ from queue import SimpleQueue
 
 import pytest
 import torch
-from helpers.small import backbone
+from helpers.small import MASK, backbone
 from hypothesis import given
 from hypothesis import strategies as st
+from test_combinations import QWEN
 
+from diffa.backbones.sdar import SDAR
 from diffa.canvas.batch import initial_answer, insert_audio
 from diffa.canvas.canvas import Canvas
 from diffa.canvas.denoiser import Denoiser
@@ -36,7 +38,7 @@ from diffa.serving.requests import (
     StepEvent,
 )
 from diffa.serving.worker import Worker
-from diffa.types import Embeds
+from diffa.types import Embeds, block_attention
 
 SAMPLERS = {
     "plain": (Blockwise, {"block_length": 4}),
@@ -82,6 +84,20 @@ def model():
     return made
 
 
+@pytest.fixture(scope="module")
+def block_model():
+    """The same with a block-causal backbone, whose blocks count from position 0."""
+    made = EmbeddingModel()
+    config = QWEN | {"hidden_size": 32, "mask_token_id": MASK}
+    made.backbone = SDAR(config=config).double().eval().requires_grad_(False)
+    made.backbone.wte = made.backbone.transformer.wte
+    generator = torch.Generator().manual_seed(2)
+    for weight in made.backbone.parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 2 * weight.shape[1] ** -0.5, generator=generator)
+    return made
+
+
 def job(sampler, kind, seed, rng, length=None):
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, 30, (rng.randint(2, 9),), generator=generator)
@@ -98,12 +114,13 @@ def alone(model, request):
     embeds, text = insert_audio([request.prompt], [heard], [request.audio_at], embed)
     answer = initial_answer([None], request.max_tokens, vocab)
     board = Canvas(
-        embeds, text, answer, embed=embed, vocab=vocab, seeds=torch.tensor([request.seed])
-    )
+        embeds, text, answer, embed=embed, vocab=vocab, seeds=torch.tensor([request.seed]),
+        attention=block_attention(model.backbone),
+    )  # fmt: skip
     denoise = Denoiser(model.backbone, board)
     with torch.no_grad():
         steps = sum(1 for _ in request.sampler(board, denoise))
-    return board.answer[0].tolist(), steps
+    return board.answer[0, : board.requested].tolist(), steps
 
 
 def answered(engine, jobs):
@@ -137,6 +154,28 @@ def test_a_batch_decodes_each_request_as_it_decodes_alone(model, name, workers):
         engine.close()
     for request, end in zip(jobs, ends, strict=True):
         assert (end.tokens.tolist(), end.num_forwards) == alone(model, request)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_questions_about_a_recording_share_what_a_block_causal_model_reads(block_model, workers):
+    """The recording is read once; every answer is the one that the question gets alone."""
+    sampler = Blockwise(block_model.backbone.vocab, threshold=0.4, cache="prefix")
+    generator = torch.Generator().manual_seed(9)
+    wave, start = torch.randn(14 * 32, generator=generator), torch.arange(5)
+    jobs = [
+        GenerationRequest(torch.cat([start, torch.tensor([9, n])]), wave, 2, 9, sampler, "block")
+        for n in range(6)
+    ]
+    engine = Engine(block_model, max_batch_size=4, num_workers=workers, cached_embeddings=100)
+    try:
+        ends = answered(engine, jobs[:1]) + answered(engine, jobs[1:])
+        prefixes = engine.encoder_cache.prefix_cache
+    finally:
+        engine.close()
+    for request, end in zip(jobs, ends, strict=True):
+        assert end.tokens.tolist() == alone(block_model, request)[0]
+    assert prefixes.reused == 5 * (20 // 4)
+    assert prefixes.size <= prefixes.max_bytes
 
 
 def test_different_samplers_share_forward_passes_and_decode_as_alone(model):
