@@ -48,13 +48,16 @@ def questions(count=3):
 
 
 def canvas(model, asked, length=12, draft=None):
-    """Lay out questions, and the call that drives the model over them."""
+    """Lay out questions, and the call that drives the model over them, on its device."""
+    device = next(model.parameters()).device
     prompts, heard, places, seeds = map(list, zip(*asked, strict=True))
+    prompts = [tokens.to(device) for tokens in prompts]
+    heard = [None if embeds is None else embeds.to(device) for embeds in heard]
     embeds, text = insert_audio(prompts, heard, places, model.embed)
     answer = torch.full((len(asked), length), MASK) if draft is None else draft.clone()
     made = Canvas(
-        embeds, text, answer, embed=model.embed, vocab=model.vocab, seeds=torch.tensor(seeds),
-        attention=block_attention(model),
+        embeds, text, answer.to(device), embed=model.embed, vocab=model.vocab,
+        seeds=torch.tensor(seeds, device=device), attention=block_attention(model),
     )  # fmt: skip
     return made, Denoiser(model, made)
 
