@@ -33,6 +33,7 @@ from diffa.canvas.streaming import Streamer, StreamerFeed
 from diffa.canvas.training import compute_loss
 from diffa.chat import Chat
 from diffa.errors import SpecError, check_at_least
+from diffa.runtime.files import expand
 from diffa.spec.spec import Spec
 from diffa.spec.validation import TRANSCRIBE
 from diffa.transcripts import transcribe
@@ -250,7 +251,7 @@ class Model(nn.Module):
             max_tokens = int(self.spec.data["prompt"]["max_tokens"])
         for recording in recordings:
             if isinstance(recording, str | Path):  # an hour is refused before it is decoded
-                self.check_duration(probe(Path(recording).expanduser()).seconds, max_tokens)
+                self.check_duration(probe(expand(recording)).seconds, max_tokens)
         waves = [None if a is None else self._waveform(a, sample_rate) for a in recordings]
         chat = self.chat_format
         prompts = [

@@ -16,7 +16,7 @@ from diffa.ablation.vary import GridAxis, parse_axes
 from diffa.ablation.worker import TrainingJob, run_job
 from diffa.errors import DiffaError, SpecError
 from diffa.evaluation.intervals import import_scipy_stats
-from diffa.runtime.files import locked
+from diffa.runtime.files import expand, locked
 from diffa.trainers.checkpoints import load_json, save_json
 from diffa.trainers.config import Recipe
 from diffa.trainers.inputs import claim_inputs
@@ -95,7 +95,7 @@ def ablate(
     runs = make_grid(Recipe.read(recipe).change(overrides), axes, seeds)
     # A combination that cannot be built is told before hours of training.
     _check_builds(runs)
-    study = Study(axes, runs, {}, {}, Path(out).expanduser())
+    study = Study(axes, runs, {}, {}, expand(out))
     if not dry_run:
         from diffa.ablation.plot import import_matplotlib
 

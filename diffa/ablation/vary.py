@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffa.errors import SpecError
+from diffa.runtime.files import expand
 from diffa.spec.yaml import parse_yaml, read_mapping
 
 _OPEN, _CLOSE, _QUOTES = "[{(", "]})", "'\""
@@ -59,7 +60,7 @@ def parse_axis(text: str) -> GridAxis:
 
 def _parse_value(piece: str, text: str) -> Any:
     if piece.startswith("@"):
-        return read_mapping(Path(piece[1:]).expanduser())
+        return read_mapping(expand(piece[1:]))
     try:
         return parse_yaml(piece)
     except SpecError as error:

@@ -29,6 +29,7 @@ from diffa.audio.formats import (
 )
 from diffa.audio.resampling import resample
 from diffa.errors import AudioError
+from diffa.runtime.files import expand
 
 log = logging.getLogger(__name__)
 MAX_CHANNELS = 8  # of an untrusted recording: a header alone may claim a thousand
@@ -168,7 +169,7 @@ def _open(
         yield io.BytesIO(data), data, name
         return
     try:
-        path = Path(source).expanduser()
+        path = expand(source)
         if not path.exists():
             raise AudioError(f"there is no file {path}")
         if path.is_dir():

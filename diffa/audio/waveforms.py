@@ -15,6 +15,7 @@ from torch import Tensor
 from diffa.audio.decode import AudioTooLongError, check_finite, frame_limit, mix_down, read
 from diffa.audio.resampling import resample
 from diffa.errors import AudioError
+from diffa.runtime.files import expand
 
 
 def read_dataset_audio(value: Any, folder: Path | None = None) -> tuple[Tensor, int]:
@@ -51,7 +52,7 @@ def read_dataset_audio(value: Any, folder: Path | None = None) -> tuple[Tensor, 
         raise AudioError(
             f"a recording must be a path, bytes or samples, not {type(value).__name__}"
         )
-    return read((folder or Path()) / Path(stored).expanduser())
+    return read((folder or Path()) / expand(stored))
 
 
 def prepare(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffa.checkpoints import hub
 from diffa.errors import CheckpointError, SpecError, show
+from diffa.runtime.files import expand
 from diffa.runtime.text import parse_json
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -37,7 +38,7 @@ def find_checkpoint(name: str, revision: str | None = None, *, weights: bool = T
     """
     if name.startswith("package:"):
         return _inside(_ASSETS / "weights", name.removeprefix("package:"), name)
-    folder = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
+    folder = expand(name)
     if name and os.path.isdir(folder):  # False for names that the system refuses
         return folder
     if os.path.isfile(folder):

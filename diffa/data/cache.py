@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffa.runtime.files import atomic_write, remove_stale_drafts
+from diffa.runtime.files import atomic_write, expand, remove_stale_drafts
 from diffa.types import Features, FeatureSpec
 
 _KINDS = {"float16": torch.float16, "float32": torch.float32}
@@ -44,7 +44,7 @@ class FeatureCache:
         dtype: Literal["float16", "float32"] = "float16",
         gigabytes: float = 50.0,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder)
         self.layers, self.total = tuple(sorted(set(layers))), total
         self.dtype, self.limit = _KINDS[dtype], int(gigabytes * 2**30)
         self.prefix = f"{encoder}/{dtype}/{','.join(map(str, self.layers))}"

@@ -14,7 +14,7 @@ from diffa.data.messages import to_manifest_row, to_messages
 from diffa.data.samples import DataError, Fault, ManifestRow
 from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, import_pyarrow, iter_rows
 from diffa.errors import describe_error
-from diffa.runtime.files import atomic_write, replace_folder
+from diffa.runtime.files import atomic_write, expand, replace_folder
 
 MANIFEST_FIELDS = (
     "audio_id",
@@ -49,7 +49,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[ManifestRow], list[Fau
 
 def numbered_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, ManifestRow | Fault]]:
     """Yield every row with its number, counted from 1; see ``read_rows``."""
-    path = Path(path).expanduser()
+    path = expand(path)
     for number, row in enumerate(iter_rows(path), start=1):
         if isinstance(row, BrokenRow):
             yield number, Fault(number, str(row))
@@ -71,7 +71,7 @@ def _placed(row: ManifestRow, folder: Path) -> ManifestRow:
     name = row.get("audio_filepath")
     if not isinstance(name, str) or not name:
         return row
-    return {**row, "audio_filepath": str((folder / Path(name).expanduser()).absolute())}
+    return {**row, "audio_filepath": str((folder / expand(name)).absolute())}
 
 
 def write_rows(
@@ -89,7 +89,7 @@ def write_rows(
     Raises:
         DataError: another ending, pyarrow is missing, or the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.suffix not in TABLE_SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(TABLE_SUFFIXES)}")
     rows = _extract_audio(rows, path)

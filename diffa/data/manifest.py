@@ -15,6 +15,7 @@ from diffa.data.formats import MANIFEST_FIELDS
 from diffa.data.samples import DataError, Fault, OnError, Sample, derive_seed, format_faults
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
 from diffa.errors import AudioError, suggest
+from diffa.runtime.files import expand
 
 
 class Manifest:
@@ -50,7 +51,7 @@ class Manifest:
         pairs: bool = False,
         questions: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         check_manifest_suffix(self.path)
         if target not in MANIFEST_FIELDS:
             raise DataError(
@@ -58,7 +59,7 @@ class Manifest:
             )
         self.target, self.question, self.probe, self.unique = target, question, probe, unique
         self.pairs, self.questions = pairs, tuple(questions)
-        self.folder = Path(folder).expanduser() if folder else self.path.parent
+        self.folder = expand(folder) if folder else self.path.parent
         self.faults: list[Fault] = []
         self._rows, self._numbers, self._seconds = RowIndex(self.path), array("q"), array("d")
         self._scan()
@@ -103,7 +104,7 @@ class Manifest:
         )
 
     def _audio(self, row: dict[str, Any]) -> Path:
-        return self.folder / Path(row["audio_filepath"]).expanduser()
+        return self.folder / expand(row["audio_filepath"])
 
     def _scan(self) -> None:
         """Find where the usable rows are and what is wrong with the others."""

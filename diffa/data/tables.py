@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from diffa.data.samples import DataError
 from diffa.errors import describe
+from diffa.runtime.files import expand
 from diffa.runtime.text import parse_json
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -104,7 +105,7 @@ def iter_rows(path: str | os.PathLike[str], omit: Collection[str] = ()) -> Itera
     Raises:
         DataError: the file cannot be read, or pyarrow is missing.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.suffix != ".parquet":
         yield from (span.value for span in iter_spans(path))
         return

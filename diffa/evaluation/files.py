@@ -10,6 +10,7 @@ from diffa.data.samples import DataError
 from diffa.data.tables import TABLE_SUFFIXES, BrokenRow, iter_rows, open_parquet
 from diffa.errors import AudioError
 from diffa.evaluation.items import EvaluationError, Item
+from diffa.runtime.files import expand
 
 AUDIO_COLUMNS = (
     "audio", "audio_path", "audio_filepath", "context", "wav", "audio_file", "audio_id",
@@ -29,8 +30,8 @@ class BenchmarkData:
     """
 
     def __init__(self, path: str | Path, audio_folder: str | Path | None = None) -> None:
-        self.path = Path(path).expanduser()
-        self.audio_folder = Path(audio_folder).expanduser() if audio_folder else None
+        self.path = expand(path)
+        self.audio_folder = expand(audio_folder) if audio_folder else None
         self.items: list[Item] = []
         self._places: list[tuple[Path, int]] = []  # each item's file, and its row there
         # The last row group's audio: a Parquet file gives no access to single rows.
@@ -63,7 +64,7 @@ class BenchmarkData:
             if isinstance(audio, dict):
                 audio = audio.get("bytes") or audio.get("path")
             if isinstance(audio, str):
-                audio = self._folder(number) / Path(audio).expanduser()
+                audio = self._folder(number) / expand(audio)
             return probe(audio).seconds
         except Exception:  # audio() raises the error when the item is asked
             return 0.0

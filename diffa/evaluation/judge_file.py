@@ -12,7 +12,7 @@ from diffa.evaluation.items import EvaluationError, to_jsonl
 from diffa.evaluation.judge import NUM_SAMPLES, SAMPLING, Judge, judge_items
 from diffa.evaluation.suites import load_suite
 from diffa.evaluation.suites.voicebench import SUBSETS, VoiceBench
-from diffa.runtime.files import write_json, write_text
+from diffa.runtime.files import expand, write_json, write_text
 
 
 def judge_file(
@@ -35,7 +35,7 @@ def judge_file(
         SpecError: The subset is unknown or scored without a judge.
         EvaluationError: The file cannot be read, or the judge answers nothing.
     """
-    path = Path(file).expanduser()
+    path = expand(file)
     suite = load_suite("voicebench", subset, path)
     if not suite.needs_judge:
         judged = ", ".join(name for name in SUBSETS if VoiceBench(name).needs_judge)

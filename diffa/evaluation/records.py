@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.evaluation.items import EvaluationError
-from diffa.runtime.files import locked, remove_stale_drafts, write_json, write_text
+from diffa.runtime.files import expand, locked, remove_stale_drafts, write_json, write_text
 from diffa.runtime.text import parse_json, to_unicode
 
 HEADER, RECORDS, TIMES, SCORES = "run.json", "records.jsonl", "times.jsonl", "scores.json"
@@ -27,7 +27,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, rank: int = 0) -> None:
-        self.path, self.rank = Path(path).expanduser(), rank
+        self.path, self.rank = expand(path), rank
         try:
             (self.path / "parts").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -105,7 +105,7 @@ def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def load_run(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the header and the records of a finished run; raises EvaluationError."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     try:
         header = parse_json((folder / HEADER).read_text(encoding="utf-8"))
         return header, list(complete_lines(folder / RECORDS))

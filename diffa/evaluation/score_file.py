@@ -12,6 +12,7 @@ from diffa.evaluation.scores import score_items
 from diffa.evaluation.suites import load_suite
 from diffa.evaluation.suites.asr import pair_transcripts
 from diffa.evaluation.suites.voicebench import score_folder
+from diffa.runtime.files import expand
 
 
 def score_file(
@@ -35,7 +36,7 @@ def score_file(
         EvaluationError: The file cannot be read or holds no prediction.
         SpecError: There is no such suite or subset.
     """
-    path = Path(file).expanduser()
+    path = expand(file)
     if reference is not None and name != "asr":
         raise SpecError("--reference is for asr; other suites keep the truth in the same file")
     if name == "asr" and (reference is not None or path.suffix not in (".json", ".jsonl")):

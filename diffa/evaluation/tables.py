@@ -8,6 +8,7 @@ from typing import Any
 
 from diffa.evaluation.items import EvaluationError
 from diffa.evaluation.records import SCORES, load_run
+from diffa.runtime.files import expand
 from diffa.runtime.text import parse_json
 
 
@@ -46,7 +47,7 @@ def markdown_table(runs: Sequence[str | Path], *, parser: str = "fixed", group: 
 
 def _load_report(run: Path) -> dict[str, Any]:
     load_run(run)  # raises for an unfinished run
-    report: dict[str, Any] = parse_json((run.expanduser() / SCORES).read_text(encoding="utf-8"))
+    report: dict[str, Any] = parse_json((expand(run) / SCORES).read_text(encoding="utf-8"))
     return report
 
 

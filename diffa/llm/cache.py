@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffa.errors import SpecError
-from diffa.runtime.files import remove_stale_drafts, write_json
+from diffa.runtime.files import expand, remove_stale_drafts, write_json
 from diffa.runtime.text import parse_json
 
 
@@ -24,7 +24,7 @@ class ReplyCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand(folder)
         if self.folder.is_file():
             raise SpecError(f"{folder} is a file, but replies are kept in a folder: name another")
         for folder in self.folder.glob("*/"):

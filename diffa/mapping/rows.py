@@ -11,6 +11,7 @@ from diffa.data.fields import field_fault
 from diffa.data.manifest import check_manifest_suffix
 from diffa.data.samples import DataError
 from diffa.data.tables import BrokenRow, RowIndex, iter_spans
+from diffa.runtime.files import expand
 
 
 class QuestionRow(NamedTuple):
@@ -52,10 +53,10 @@ class QuestionManifest:
         question: str | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         check_manifest_suffix(self.path)
         self.question = question
-        self.folder = Path(folder).expanduser() if folder else self.path.parent
+        self.folder = expand(folder) if folder else self.path.parent
         self._rows = RowIndex(self.path)
         for span in iter_spans(self.path):
             self._rows.append(span)
@@ -83,6 +84,6 @@ class QuestionManifest:
         if not question.strip():
             question = ""
             fault = fault or "has no question (input), and --question is not given"
-        path = self.folder / Path(audio).expanduser()
+        path = self.folder / expand(audio)
         audio_id = "" if audio_id is None else str(audio_id)
         return QuestionRow(number, audio, path, audio_id, question, fault)

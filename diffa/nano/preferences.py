@@ -22,6 +22,7 @@ from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.sounds import DIRECTIONS, NOTES, SOUNDS, Direction
 from diffa.nano.corpus.utterances import Utterances
 from diffa.nano.corpus.voices import LANGUAGES
+from diffa.runtime.files import expand
 
 SOURCE = "labels_nano_v1"
 ACCENT_NAMES = tuple(sorted({*LANGUAGES, *ACCENTS.values()}))
@@ -188,7 +189,7 @@ def write_preferences(
         AudioError: There are no recordings of digits.
         DataError: The folder holds another corpus, or cannot be written.
     """
-    folder, name = Path(folder).expanduser(), f"{split}-preferences"
+    folder, name = expand(folder), f"{split}-preferences"
     utterances = Utterances(split, seed, fsdd, exclude_speakers)
     # examples without a pair (silence has no words to change) are replaced by later ones
     examples = Examples(utterances, count * 2)

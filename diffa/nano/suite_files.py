@@ -17,7 +17,7 @@ from diffa.nano.corpus.recordings import Voice
 from diffa.nano.corpus.scenes import LEVELS, SPEEDS, Rng, Scene
 from diffa.nano.corpus.shaping import RATE
 from diffa.nano.corpus.utterances import Utterance, Utterances
-from diffa.runtime.files import write_text
+from diffa.runtime.files import expand, write_text
 
 MANIFEST = "nano-suite.jsonl"
 _TRIES = 200  # scenes drawn for one item before its task is given up
@@ -76,7 +76,7 @@ def write_suite(
     import soundfile
 
     speech = Utterances("test", seed, fsdd, synthetic_voices=False)
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     rows: list[dict[str, Any]] = []
     speakers = [voice.name for voice in speech.voices]
     options = {"seed": seed, "per_task": per_task, "speakers": speakers}

@@ -31,6 +31,11 @@ _LONGEST_WRITE = 24 * 3600  # seconds, after which a draft of any machine is aba
 _lock_handles: set[int] = set()  # of locks that this process holds
 
 
+def expand(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` expanded; an unknown ``~user`` stays, as a name of no file."""
+    return Path(os.path.expanduser(path))
+
+
 def temporary_path(path: Path) -> Path:
     """Return a hidden name beside ``path`` that no other thread or process uses."""
     owner = f"{_HOST}@{os.getpid()}-{_TOKEN}-{threading.get_ident()}"

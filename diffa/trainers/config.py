@@ -12,6 +12,7 @@ from typing import Any
 from diffa.data.augment import Augment
 from diffa.data.formats import MANIFEST_FIELDS
 from diffa.errors import DiffaError, SpecError, suggest
+from diffa.runtime.files import expand
 from diffa.spec.schema import Report, to_plain
 from diffa.spec.spec import Spec
 from diffa.spec.yaml import parse_yaml, read_mapping, write_yaml
@@ -68,7 +69,7 @@ class Recipe:
             return recipe
         if isinstance(recipe, Mapping):
             return cls(recipe)
-        path = Path(recipe).expanduser()
+        path = expand(recipe)
         if path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
             if path.name not in recipes():
                 raise SpecError(f"there is no recipe {path.name!r}{suggest(path.name, recipes())}")
@@ -96,7 +97,7 @@ class Recipe:
 
     def path(self, name: str) -> Path:
         """Return a path of the recipe: relative ones start at the recipe's folder."""
-        return self.folder / Path(os.path.expandvars(name)).expanduser()
+        return self.folder / expand(os.path.expandvars(name))
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML."""

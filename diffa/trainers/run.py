@@ -16,7 +16,7 @@ from diffa.build import build
 from diffa.data.samples import CheckedSource, OnError
 from diffa.data.sources import SourceFactory
 from diffa.model import Model
-from diffa.runtime.files import locked
+from diffa.runtime.files import expand, locked
 from diffa.save import save
 from diffa.spec.spec import Spec
 from diffa.trainers.checkpoints import (
@@ -114,7 +114,7 @@ def train(
         )
     context = RunContext(
         recipe=Recipe.read(recipe).change(overrides),
-        out=Path(out).expanduser(),
+        out=expand(out),
         device=local_device(place),
         console=console or Console(stderr=True, quiet=not is_main_process(), markup=False),
         on_error=on_error,
@@ -158,7 +158,7 @@ def _stage_of(context: RunContext, checkpoint: Path) -> int:
     """Return which stage a checkpoint belongs to; raises TrainingError."""
     stages = range(len(context.recipe.stages))
     folders = [context.stage_folder(number).resolve() for number in stages]
-    path = checkpoint.expanduser().resolve()
+    path = expand(checkpoint).resolve()
     if path.parent not in folders or path not in [p.resolve() for p in checkpoints(path.parent)]:
         raise TrainingError(f"{checkpoint} is no checkpoint of the run in {context.out}")
     return folders.index(path.parent)

@@ -339,3 +339,17 @@ def test_day_old_drafts_of_other_machines_are_removed(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     remove_stale_drafts(tmp_path)
     assert names(tmp_path) == [young.name]
+
+
+def test_an_unknown_user_is_a_missing_file_in_every_reader():
+    """``Path.expanduser`` raises RuntimeError for it, which no caller expects."""
+    from diffa.data.manifest import Manifest
+    from diffa.evaluation.records import load_run
+    from diffa.runtime.files import expand
+    from diffa.trainers.config import Recipe
+
+    name = "~nobody-of-this-name/file"
+    assert expand(name) == Path(name)
+    for read, suffix in ((Manifest, ".jsonl"), (Recipe.read, ".yaml"), (load_run, "")):
+        with pytest.raises(DiffaError, match="nobody-of-this-name"):
+            read(name + suffix)

@@ -10,6 +10,7 @@ from diffa.data.corpora.conversational import dailytalk, iemocap, voxceleb1
 from diffa.data.corpora.read_speech import accentdb, fsdd, librispeech, vctk
 from diffa.data.samples import DataError
 from diffa.errors import suggest
+from diffa.runtime.files import expand
 
 
 class Corpus(NamedTuple):
@@ -73,7 +74,7 @@ def read_corpus(name: str, root: str | Path, split: str = "") -> CorpusClips:
     """
     if name not in CORPORA:
         raise DataError(f"there is no reader for {name!r}{suggest(name, CORPORA)}")
-    folder = Path(root).expanduser()
+    folder = expand(root)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
     problems: list[str] = []

@@ -25,6 +25,7 @@ from diffa.evaluation.word_errors import (
     whisper_characters,
     whisper_words,
 )
+from diffa.runtime.files import expand
 from diffa.spec.validation import TRANSCRIBE
 
 _REFERENCES = ("reference", "text", "transcription", "transcript", "sentence", "target")
@@ -113,7 +114,7 @@ def pair_transcripts(hypotheses: Path, references: str | Path | None) -> list[It
     """
     if references is None:
         raise EvaluationError(f"{hypotheses} has no transcripts beside it: add --reference FILE")
-    responses, truth = _read_lines(hypotheses), _read_lines(Path(references).expanduser())
+    responses, truth = _read_lines(hypotheses), _read_lines(expand(references))
     if unknown := [name for name in responses if name not in truth]:
         raise EvaluationError(f"{hypotheses} has ids that {references} has not: {unknown[:5]}")
     items = []

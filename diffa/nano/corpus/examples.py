@@ -25,7 +25,7 @@ from diffa.nano.corpus.recordings import Split
 from diffa.nano.corpus.scenes import Labels
 from diffa.nano.corpus.shaping import RATE, Wave
 from diffa.nano.corpus.utterances import Utterances
-from diffa.runtime.files import write_json, write_text
+from diffa.runtime.files import expand, write_json, write_text
 
 DATASET = "diffa-nano"
 
@@ -160,7 +160,7 @@ def write_corpus(
         AudioError: There are no recordings of digits.
         DataError: The folder holds another corpus, or cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     utterances = Utterances(split, seed, fsdd, exclude_speakers, synthetic_voices)
     examples = Examples(utterances, count, samples_per_utterance=questions_per_utterance)
     options = {
