@@ -201,6 +201,26 @@ class Preference(NamedTuple):
     margin: Tensor
 
 
+class Steady(NamedTuple):
+    """What the passes over a canvas have in common while rows stay in their blocks.
+
+    Attributes:
+        rows: Rows that are computed, twins included. None: all.
+        memo: What a pass derived from its slots, for the next pass over the same slots.
+    """
+
+    rows: Tensor | None
+    memo: dict[str, Any]
+
+    @classmethod
+    def of(cls, canvas: Canvas, active: Tensor) -> Steady:
+        """Return what passes over the ``active`` (B,) rows of a canvas have in common; waits."""
+        if bool(active.all()):
+            return cls(None, {})
+        rows = (active.repeat(2) if canvas.twins else active).nonzero()[:, 0]
+        return cls(rows, {})
+
+
 class Denoise(Protocol):
     """One forward pass over some slots of the canvas (see ``diffa.canvas.denoiser``)."""
 

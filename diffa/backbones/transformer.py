@@ -309,16 +309,21 @@ class Transformer(nn.Module):
             )
             return rows.unpack(hidden)
         half = embeds.is_cuda and torch.is_autocast_enabled("cuda")
-        plan = plan_attention(
-            context,
-            positions,
-            causal=causal,
-            block_length=self.attention_block or 1,
-            implementation=self.attn_implementation,
-            dtype=torch.get_autocast_dtype("cuda") if half else embeds.dtype,
-            head_dim=self.config.head_dim,
+        plan: AttentionPlan = context.once(
+            "plan",
+            lambda: plan_attention(
+                context,
+                positions,
+                causal=causal,
+                block_length=self.attention_block or 1,
+                implementation=self.attn_implementation,
+                dtype=torch.get_autocast_dtype("cuda") if half else embeds.dtype,
+                head_dim=self.config.head_dim,
+            ),
         )
-        cos_sin = rotary_embedding(positions, self.config).to(embeds.device)
+        cos_sin: Tensor = context.once(
+            "cos_sin", lambda: rotary_embedding(positions, self.config).to(embeds.device)
+        )
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         # Keys and values of the last layer are needed for all queries, its outputs for R of them.
         index, last_plan = context.output_slots, None

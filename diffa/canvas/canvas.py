@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffa.canvas.kv_cache import AttentionContext
-from diffa.types import BlockAttention, Embeds, Vocab
+from diffa.types import BlockAttention, Embeds, Steady, Vocab
 
 NO_TOKEN = -1  # in ``tokens``: the slot's content is an embedding without a token (audio, padding)
 HiddenInputs = Literal["text", "audio", "both"]  # text becomes masks, audio is not attended to
@@ -48,6 +48,7 @@ class Canvas:
         prompt_lengths: True slots of each prompt, (B,).
         stored_blocks: (B,) blocks of each prompt whose keys and values are in the KV cache before
             the first pass (``PrefixCache``). None: no blocks.
+        steady: What passes have in common until the sampler sets it again. None: nothing is known.
         tokens: (B, S) token ids, ``NO_TOKEN`` where a slot has none.
         content: (B, S, W) embeddings.
         positions: (B, S) RoPE positions.
@@ -72,6 +73,7 @@ class Canvas:
         self.vocab = vocab
         self.attention, self.prompt_lengths, self.surplus = attention, prompt.lengths, 0
         self.stored_blocks: Tensor | None = None
+        self.steady: Steady | None = None
         if attention is not None:
             width = attention.length
             offset = attention.offset(prompt.lengths, width)
@@ -212,7 +214,7 @@ class Canvas:
         answer = slice(self.start, self.start + self.length)
         self.confidence.masked_fill_(where, 0.0 if token == self.vocab.mask else 1.0)
         where = self._for_all_rows(where)
-        embedded = self._embed(torch.tensor([token], device=where.device))
+        embedded = self._embed(self.tokens.new_full((1,), token))
         self.tokens[:, answer].masked_fill_(where, token)
         content = self.content[:, answer]
         content.copy_(torch.where(where[:, :, None], embedded.to(content.dtype), content))

@@ -74,17 +74,23 @@ class Denoiser:
                 f"the sampler has not ended after {self.num_forwards - 1} forward passes over "
                 f"{canvas.length} tokens"
             )
-        active = ((output_slots if recompute is None else recompute) >= 0).any(dim=1)
-        if bool(active.all()):
-            return self._forward(recompute, output_slots, attn_mask, None, write=write)
         # Only the active rows are computed: a row that is finished costs nothing.
-        rows = active.nonzero()[:, 0]
+        rows = self._active_rows(output_slots if recompute is None else recompute)
+        if rows is None:
+            return self._forward(recompute, output_slots, attn_mask, None, write=write)
         recompute = None if recompute is None else recompute[rows]
         attn_mask = None if attn_mask is None else attn_mask[rows]
         computed = self._forward(recompute, output_slots[rows], attn_mask, rows, write=write)
         logits = computed.new_zeros(len(output_slots), *computed.shape[1:])
         logits[rows] = computed
         return logits
+
+    def _active_rows(self, slots: Tensor) -> Tensor | None:
+        """Return the rows of slots (B, K) that are not -1 alone; None stands for all."""
+        if self._canvas.steady is not None:
+            return self._canvas.steady.rows
+        active = (slots >= 0).any(dim=1)
+        return None if bool(active.all()) else active.nonzero()[:, 0]
 
     def _forward(
         self,
@@ -110,6 +116,7 @@ class Denoiser:
             write=write,
             block_origin=None if canvas.block_origin is None else pick(canvas.block_origin),
             output_slots=index.clamp(min=0) if self._partial else None,
+            memo=None if canvas.steady is None else canvas.steady.memo,
         )
         if slots is not None:
             if attn_mask is not None:
@@ -118,9 +125,11 @@ class Denoiser:
                 mask = torch.where(padding, attn_mask.gather(1, first), attn_mask)
                 context = context._replace(attn_mask=mask)
             # Padding repeats the row's first slot: the same keys are written twice.
-            slots = repeat_first(slots)
+            own = slots
+            slots = context.once("slots", lambda: repeat_first(own))
             content = content.gather(1, slots[:, :, None].expand(-1, -1, content.shape[2]))
-            positions = positions.gather(1, slots)
+            everywhere = positions
+            positions = context.once("positions", lambda: everywhere.gather(1, slots))
             context = context._replace(query_slots=slots)
             if canvas.attention is not None and not slots.is_cuda:
                 # Nothing attends to blocks behind the last that is computed.

@@ -7,7 +7,7 @@ heads, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class AttentionContext(NamedTuple):
             before it are one block. None: position 0.
         num_keys: Only so many first slots may be attended to. None: all.
         row_lengths: Lengths of rows packed into one sequence (block-diagonal attention).
+        memo: What earlier passes with these slots, rows and positions derived from them (``once``).
+            None: nothing is known to be the same.
     """
 
     valid: Tensor | None = None
@@ -47,6 +49,15 @@ class AttentionContext(NamedTuple):
     block_origin: Tensor | None = None
     num_keys: int | None = None
     row_lengths: list[int] | None = None
+    memo: dict[str, Any] | None = None
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` returns, computed once for all passes with the same slots."""
+        if self.memo is None:
+            return compute()
+        if name not in self.memo:
+            self.memo[name] = compute()
+        return self.memo[name]
 
     def mask(self, positions: Tensor, *, causal: bool, block_length: int = 1) -> Tensor | None:
         """Return the boolean mask (B, K or 1, S) of queries at ``positions`` (B, K).
@@ -201,6 +212,7 @@ class KVCache:
         self._values: list[Tensor] = []
         self._drift: Tensor | None = None
         self._num_rows = self._num_slots = 0
+        self._places: tuple[Tensor | None, Tensor | None, Tensor] | None = None
 
     def update(
         self,
@@ -238,9 +250,9 @@ class KVCache:
         else:
             # Drafts see their own keys in this pass; the cache must not.
             all_keys, all_values = all_keys.clone(), all_values.clone()
-        # Advanced indexing writes in place: rows (B, 1) against slots (B, K).
-        index = self._index(slots, rows, keys)
-        all_keys[index], all_values[index] = keys, values
+        places = self._flat_index(slots, rows, keys)
+        for store, new in ((all_keys, keys), (all_values, values)):
+            store.flatten(0, 1).index_copy_(0, places, new.flatten(0, 1))
         if rows is None:
             return all_keys, all_values
         return all_keys[rows], all_values[rows]
@@ -278,6 +290,8 @@ class KVCache:
         """Grow the cache to ``rows`` x ``slots``; new slots hold zeros until they are computed."""
         # Canvases that grow (DAEDAL) add slots at the end; twins come before the first pass.
         added, self._num_rows, self._num_slots = slots - self._num_slots, rows, slots
+        if added:
+            self._places = None
         if not added or not self._keys:
             return
         for store in (self._keys, self._values):
@@ -288,10 +302,21 @@ class KVCache:
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if layer == len(self._keys):
-            self._keys.append(keys)
-            self._values.append(values)
+            self._keys.append(keys.contiguous())
+            self._values.append(values.contiguous())
+        elif keys.is_cuda and keys.shape == self._keys[layer].shape:
+            # A captured graph reads these addresses.
+            self._keys[layer].copy_(keys)
+            self._values[layer].copy_(values)
         else:
             self._keys[layer], self._values[layer] = keys, values
+
+    def _flat_index(self, slots: Tensor | None, rows: Tensor | None, keys: Tensor) -> Tensor:
+        """Return the places (B * K,) of keys (B, K, ...) among all slots, once for all layers."""
+        if self._places is None or self._places[0] is not slots or self._places[1] is not rows:
+            at, column = self._index(slots, rows, keys)
+            self._places = slots, rows, (at * self._num_slots + column).flatten()
+        return self._places[2]
 
     def _index(
         self, slots: Tensor | None, rows: Tensor | None, keys: Tensor

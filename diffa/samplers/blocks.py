@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffa.types import Step
+from diffa.types import Steady, Step
 
 if TYPE_CHECKING:
     from diffa.canvas.canvas import Canvas
@@ -37,6 +37,7 @@ class BlockState(NamedTuple):
         answer_length: Answer tokens per row, A.
         requested: How many of them were asked for.
         width: Tokens per block.
+        held: Whether nobody has looked if rows are done with their block (``BlockTracker``).
     """
 
     active: Tensor
@@ -52,6 +53,7 @@ class BlockState(NamedTuple):
     answer_length: int
     requested: int
     width: int
+    held: bool = False
 
     @property
     def masked(self) -> Tensor:
@@ -70,9 +72,21 @@ class BlockTracker:
 
     With block-causal attention these are the backbone's blocks, or parts of them. The first one
     then begins in the prompt if the prompt does not fill its last block.
+
+    A GPU would have to finish a pass before the host could see whether a row is done with its
+    block. With ``hold`` the host looks one pass later, while the next one runs: rows are held in
+    their blocks until then, and that pass writes nothing where a row is done.
+
+    Args:
+        canvas: What is decoded.
+        block_length: Answer tokens per block.
+        hold: Look one pass late. Needs a sampler that masks no token again.
     """
 
-    def __init__(self, canvas: Canvas, block_length: int) -> None:
+    def __init__(self, canvas: Canvas, block_length: int, *, hold: bool = False) -> None:
+        self._hold = hold
+        self._held: BlockState | None = None
+        self._ends: list[_LateFlag] = []  # of the passes since the host looked
         self._canvas, self._block_length = canvas, block_length
         self._offset = torch.zeros_like(canvas.seeds)
         if canvas.attention is not None:
@@ -88,6 +102,8 @@ class BlockTracker:
 
         Rows that ``stay`` (B,) remain in their block though its masks are gone.
         """
+        if self._held is not None and not (len(self._ends) > 1 and bool(self._ends.pop(0))):
+            return self._stay(self._held)
         canvas, width, offset = self._canvas, self._block_length, self._offset
         masked = canvas.undecided()
         requested = masked[:, : canvas.requested]
@@ -96,6 +112,7 @@ class BlockTracker:
         if stay is not None:
             active, block = active | stay, torch.where(stay, self._block, block)
         if not bool(active.any()):
+            canvas.steady = None
             return None
         block = torch.where(active, block, self._block)
         entered = block != self._block
@@ -108,7 +125,7 @@ class BlockTracker:
         # A row without masks from the start has never entered a block: its number is still -1.
         first = canvas.start + block.clamp(min=0) * width - offset
         slots = drop_padding(torch.where(in_block, canvas.start + places, -1))
-        return BlockState(
+        state = BlockState(
             active=active,
             block=block,
             start=first.clamp(min=canvas.start),
@@ -123,10 +140,58 @@ class BlockTracker:
             requested=canvas.requested,
             width=width,
         )
+        if self._hold:
+            self._held, self._ends = state, []
+            self._slots = canvas.start + places
+            canvas.steady = Steady.of(canvas, active)
+        return state
+
+    def _stay(self, last: BlockState) -> BlockState:
+        """Return the state of rows that stay in their blocks."""
+        canvas = self._canvas
+        if not last.held:  # the first pass over the windows of these blocks
+            assert canvas.steady is not None
+            canvas.steady = canvas.steady._replace(memo={})
+        slots = torch.where(self._in_block(last), self._slots, -1)
+        self._held = last._replace(
+            entered=torch.zeros_like(last.entered),
+            step=self._step,
+            block_step=self._step - self._entry_step,
+            masked_slots=slots,
+            places=slots - canvas.start,
+            held=True,
+        )
+        return self._held
+
+    def _in_block(self, state: BlockState) -> Tensor:
+        """Return which slots (B, W) of the blocks where rows are held are masks."""
+        places = self._slots - self._canvas.start
+        masked = self._canvas.undecided().gather(1, places.clamp(0, self._canvas.length - 1))
+        inside = (places >= 0) & (places < self._canvas.length) & state.active[:, None]
+        return masked & inside
 
     def advance(self, steps: Tensor | int = 1) -> None:
         """Count ``steps``, for all rows or for each row (B,)."""
+        if self._held is not None:
+            # A pass in which a row had no masks left is no step of it.
+            steps = steps * self._held.masked.any(dim=1)
+            left = self._in_block(self._held).any(dim=1)
+            self._ends.append(_LateFlag((self._held.active & ~left).any()))
         self._step = self._step + steps
+
+
+class _LateFlag:
+    """A flag of a GPU on its way to the host, which is read when later work is queued."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = flag.to("cpu", non_blocking=True)
+        event: Any = torch.cuda.Event  # untyped
+        self._event = event()
+        self._event.record()
+
+    def __bool__(self) -> bool:
+        self._event.synchronize()
+        return bool(self._flag)
 
 
 def block_slots(canvas: Canvas, state: BlockState, width: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +219,7 @@ def fill_after_eos(canvas: Canvas, draft: Tensor) -> None:
     ended = (answer == eos).cumsum(dim=1) > 0
     settled = ~((answer == canvas.vocab.mask) & ~ended).any(dim=1, keepdim=True)
     after = ended & settled & (answer != eos) & ~draft
-    if bool(after.any()):
+    if after.is_cuda or bool(after.any()):  # asking a GPU takes longer than filling nothing
         canvas.fill(after, eos)
 
 

@@ -175,6 +175,7 @@ class Blockwise:
             canvas,
             denoise,
             lambda predictions, state: self.rule.accept(predictions, state, stability),
+            masks_again=False,
         )
 
     def unmask(
@@ -182,6 +183,8 @@ class Blockwise:
         canvas: Canvas,
         denoise: Denoise,
         accept: Callable[[Predictions, BlockState], Tensor],
+        *,
+        masks_again: bool = True,
     ) -> Iterator[Step]:
         """Run the decoding loop with any acceptance rule; other samplers build on it.
 
@@ -189,13 +192,19 @@ class Blockwise:
             canvas: What to fill. Between two passes the caller may mask tokens again.
             denoise: Runs one forward pass of the backbone.
             accept: Returns which masked slots (B, R) to accept now.
+            masks_again: Whether the caller masks tokens again.
         """
         if self.cfg_scale:
             canvas.add_unconditional(self.cfg_drop)  # rows, then their unconditional twins
         fixed = ~canvas.undecided()  # answer tokens of the caller stay as they are
         width = block_width(canvas, self.block_length)
-        blocks, memory = BlockTracker(canvas, width), self._memory(canvas, width)
-        recompute_slots = RecomputeSlots(self._policies(canvas, denoise, memory))
+        memory = self._memory(canvas, width)
+        policies = self._policies(canvas, denoise, memory)
+        # Where nothing but masks changes within a block, a GPU runs through it without waiting.
+        steady = memory is None and all(isinstance(policy, BlockCache) for policy in policies)
+        hold = steady and not masks_again and canvas.tokens.is_cuda
+        blocks = BlockTracker(canvas, width, hold=hold)
+        recompute_slots = RecomputeSlots(policies, hold=hold)
         credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
         # Each row decodes its leftmost block with masks; rows advance independently.
         while (state := blocks.current()) is not None:

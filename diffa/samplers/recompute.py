@@ -121,13 +121,25 @@ class DriftRefresh:
 
 
 class RecomputeSlots:
-    """Apply policies in turn to "all valid slots of active rows"."""
+    """Apply policies in turn to "all valid slots of active rows".
 
-    def __init__(self, policies: list[RecomputePolicy]) -> None:
-        self.policies = policies
+    While rows are held in their blocks (``BlockTracker``), the choice is the same in every pass.
+    """
+
+    def __init__(self, policies: list[RecomputePolicy], *, hold: bool = False) -> None:
+        self.policies, self._hold = policies, hold
+        self._window: tuple[Tensor | None, bool] | None = None
 
     def __call__(self, canvas: Canvas, state: BlockState) -> tuple[Tensor | None, bool]:
         """Return the ``recompute`` (B, K; None: all slots) and ``write`` arguments of a pass."""
+        if state.held and self._window is not None:
+            return self._window
+        if self._hold:
+            within = state._replace(entered=torch.zeros_like(state.entered))
+            self._window = self._choose(canvas, within)
+        return self._choose(canvas, state)
+
+    def _choose(self, canvas: Canvas, state: BlockState) -> tuple[Tensor | None, bool]:
         everything = canvas.valid[: canvas.count] & state.active[:, None]
         recompute = everything
         for policy in self.policies:

@@ -16,8 +16,11 @@ def num_transfer_tokens(state: BlockState, steps: int | None, block_length: int)
     """
     if steps is None:
         return torch.ones_like(state.block)
-    schedule = steps_per_block(steps, state.answer_length, block_length)
-    count = torch.tensor(schedule, device=state.block.device)[state.block.clamp(min=0)]
+    # ``steps_per_block`` at these blocks, counted on the device: a GPU waits for a table.
+    length, index = state.answer_length, state.block.clamp(min=0)
+    total = min(steps, length)
+    first, last = (((index + i) * block_length).clamp(max=length) * total // length for i in (0, 1))
+    count = (last - first).clamp(min=1)
     masks = state.initial_masks
     return masks // count + (state.block_step < masks % count).long()
 
