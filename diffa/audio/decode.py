@@ -293,7 +293,9 @@ def _decode(
         return whole, damage
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
         if not trusted:
-            raise AudioError(f"{bound.name} cannot be decoded: {error}") from error
+            # libsndfile's own words: soundfile's name the file object
+            fault = getattr(error, "error_string", error)
+            raise AudioError(f"{bound.name} cannot be decoded: {fault}") from error
     file.seek(0)
     return _decode_pyav(file, bound)
 

@@ -135,7 +135,7 @@ def test_errors_are_sentences_on_the_page(page: Any, tmp_path: Path) -> None:
     noise = tmp_path / "noise.wav"
     noise.write_bytes(b"RIFF this is no recording")
     page.locator("#audio input[type=file]").set_input_files(noise)
-    page.get_by_text("This file is not a WAV").wait_for()
+    page.get_by_text("This file cannot be decoded: Format not recognised.").wait_for()
     assert alert.count() >= 1 and "Traceback" not in page.content()
 
 

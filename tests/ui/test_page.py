@@ -233,7 +233,7 @@ def test_errors_of_recordings_are_sentences_without_paths(tmp_path: Path) -> Non
     noise.write_bytes(b"RIFF not a recording at all")
     with pytest.raises(AudioError) as caught:
         load_recording(str(noise), 16_000)
-    assert str(tmp_path) not in str(caught.value) and "this file" in str(caught.value)
+    assert str(caught.value) == "this file cannot be decoded: Format not recognised."
     long = tmp_path / "long.wav"
     soundfile.write(long, np.zeros(int(4000 * (MAX_SECONDS + 1)), "f4"), 4000)
     with pytest.raises(AudioError, match="longer than the 300 s"):
