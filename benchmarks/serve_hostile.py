@@ -249,7 +249,7 @@ def main() -> None:
 
 
 def attack_all(
-    server: Server, known: dict[str, Callable[[Address], Any]], seconds: float
+    server: Server, known: dict[str, Callable[[Address], Any]], seconds: float, rest: float = 60
 ) -> dict[str, Any]:
     """Return the report about all attacks on a server."""
     address = server.address
@@ -268,8 +268,9 @@ def attack_all(
     for _ in range(DEATHS):
         known["dying_workers"](address)
     report["worst_after_deaths_s"] = round(max(ask(address) for _ in range(20)), 3)
-    time.sleep(60)
-    report["a_minute_later"] = server.usage()
+    time.sleep(rest)
+    report["rest_s"] = rest
+    report["at_rest"] = server.usage()
     return report
 
 

@@ -156,7 +156,10 @@ class Service:
 
         def decode() -> Tensor:
             try:
-                return decode_recording(recording, rate, self.limits)
+                waveform = decode_recording(recording, rate, self.limits)
+                if len(waveform) > seconds * rate + rate:  # more than its header says
+                    self._check_duration(len(waveform) / rate, query)
+                return waveform
             finally:
                 if pool is self._long_decoders:
                     release_free_memory()
@@ -183,8 +186,6 @@ class Service:
     def _build(self, query: Query, waveform: Tensor | None) -> GenerationRequest:
         preset = self.preset_of(query.model)
         sampler = self.samplers.get(query.sampler, query.temperature, "sampler", preset)
-        if waveform is not None:
-            self._check_duration(len(waveform) / self.model.encoder.sample_rate, query)
         with self._tokenizer_lock:
             prompt = self.chat.encode(
                 query.question, system=query.system, audio=waveform is not None
