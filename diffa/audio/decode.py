@@ -294,8 +294,8 @@ def _decode(
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
         if not trusted:
             # libsndfile's own words: soundfile's name the file object
-            fault = getattr(error, "error_string", error)
-            raise AudioError(f"{bound.name} cannot be decoded: {fault}") from error
+            words: object = getattr(error, "error_string", None) or error
+            raise AudioError(f"{bound.name} cannot be decoded: {words}") from error
     file.seek(0)
     return _decode_pyav(file, bound)
 
