@@ -212,6 +212,12 @@ class Steady(NamedTuple):
     rows: Tensor | None
     memo: dict[str, Any]
 
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` returns, computed once for all passes over the same slots."""
+        if name not in self.memo:
+            self.memo[name] = compute()
+        return self.memo[name]
+
     @classmethod
     def of(cls, canvas: Canvas, active: Tensor) -> Steady:
         """Return what passes over the ``active`` (B,) rows of a canvas have in common; waits."""

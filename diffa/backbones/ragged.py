@@ -50,7 +50,7 @@ class PackedRows(NamedTuple):
             cache_rows=None,
             output_slots=self._packed_slots(context.output_slots),
             row_lengths=self.lengths,
-            memo=None,
+            steady=None,
         )
 
     def _packed_slots(self, slots: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x."""
+        if is_gpu_inference(x) and x.dtype == self.weight.dtype:  # one kernel
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         normed = wide.to(x.dtype)
@@ -164,6 +166,12 @@ class Block(nn.Module):
         out: Tensor = self.ff_out(swiglu(self.ff_proj(h), self.up_proj(h)))
         return out
 
+    def add_feed_forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Return x plus the feed-forward of h, both (B, R, W)."""
+        if type(self).feed_forward is not Block.feed_forward:
+            return x + self.feed_forward(h)
+        return add_linear(x, swiglu(self.ff_proj(h), self.up_proj(h)), self.ff_out)
+
     def forward(
         self,
         x: Tensor,
@@ -191,6 +199,14 @@ class Block(nn.Module):
         if self.compile_parts and is_window:
             parts = compile_parts(PARTS, x.device.type)
         keys_and_values, rotated_queries, add_residuals = parts
+        if parts is PARTS and query_index is None and is_gpu_inference(x):
+            # Queries and keys are rotated together: a window's time is that of its launches.
+            h = self.attn_norm(x)
+            both = torch.cat([self.queries(h), self.keys(h)], dim=2)
+            heads = both.shape[2] - (values := self.v_proj(h).unflatten(-1, self.split)).shape[2]
+            queries, keys = rotate(both, cos_sin).tensor_split([heads], dim=2)
+            keys, values = context.update_cache(layer, keys, values)
+            return add_residuals(self, x, compute_attention(queries, keys, values, plan))
         h, keys, values = keys_and_values(self, x, cos_sin)
         keys, values = context.update_cache(layer, keys, values)
         if query_index is not None:
@@ -219,12 +235,27 @@ def _rotated_queries(block: Block, h: Tensor, cos_sin: Tensor) -> Tensor:
 
 def _add_residuals(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
     """Return x (B, R, W) plus the attention's output plus the feed-forward's."""
-    x = x + block.attn_out(mixed)
-    return x + block.feed_forward(block.ff_norm(x))
+    x = add_linear(x, mixed, block.attn_out)
+    return block.add_feed_forward(x, block.ff_norm(x))
 
 
 BlockParts = tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]
 PARTS: BlockParts = (_keys_and_values, _rotated_queries, _add_residuals)
+
+
+def add_linear(x: Tensor, h: Tensor, linear: nn.Module) -> Tensor:
+    """Return x + linear(h), on a GPU in one kernel where ``linear`` is a plain matrix."""
+    plain = type(linear) is Linear and linear.bias is None and x.dtype == h.dtype
+    if plain and is_gpu_inference(x) and not torch.is_autocast_enabled("cuda"):
+        weight = linear.get_parameter("weight").T
+        return torch.addmm(x.flatten(0, 1), h.flatten(0, 1), weight).view(x.shape)
+    out: Tensor = x + linear(h)
+    return out
+
+
+def is_gpu_inference(x: Tensor) -> bool:
+    """Return whether x is on a GPU and needs no gradient."""
+    return x.is_cuda and not torch.is_grad_enabled()
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -371,13 +402,14 @@ def scale_rope_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> T
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Apply RoPE to queries or keys (B, K, H, D) in float32; element i is paired with i + D/2."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dim = cos_sin.shape[-1]
-    if dim < wide.shape[-1]:  # partial RoPE: the other dimensions stay
-        return torch.cat([rotate(wide[..., :dim], cos_sin), wide[..., dim:]], -1).to(x.dtype)
+    if dim < x.shape[-1]:  # partial RoPE: the other dimensions stay
+        return torch.cat([rotate(x[..., :dim], cos_sin), x[..., dim:]], -1)
     # (a, b) -> (a cos - b sin, b cos + a sin); rolling by D/2 brings each element its partner
-    partner = wide.roll(wide.shape[-1] // 2, dims=-1)
-    return torch.addcmul(wide * cos_sin[0], partner, cos_sin[1]).to(x.dtype)
+    partner = x.roll(dim // 2, dims=-1)
+    if is_gpu_inference(x):  # the sum is rounded where it is written
+        return torch.addcmul(x * cos_sin[0], partner, cos_sin[1], out=torch.empty_like(partner))
+    return torch.addcmul(x * cos_sin[0], partner, cos_sin[1]).to(x.dtype)
 
 
 def load_weights(

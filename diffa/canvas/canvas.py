@@ -184,10 +184,11 @@ class Canvas:
             return
         # ``scatter_`` needs a slot for padding too: it repeats the row's first write. A row without
         # any writes back what it holds.
-        at = repeat_first(slots)
+        padding, first = slots < 0, first_index(slots)
         source = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
-        source = torch.where(slots < 0, first_index(slots), source)
-        active = (slots >= 0).any(dim=1, keepdim=True)
+        source = torch.where(padding, first, source)
+        at = slots.gather(1, source)
+        active = ~padding.all(dim=1, keepdim=True)
         # Inactive rows need some index to gather from; slot 0 exists.
         at = torch.where(active, at, 0)
         self._put(at, active, tokens.gather(1, source))

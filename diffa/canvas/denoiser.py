@@ -33,7 +33,7 @@ class Denoiser:
         self._backbone = backbone
         self._canvas = canvas
         self._partial = isinstance(backbone, PartialBackbone) and backbone.partial
-        self._finite: Tensor | None = None  # of a GPU's logits until now
+        self._total: Tensor | None = None  # of all logits until now
 
     def __call__(
         self,
@@ -116,7 +116,7 @@ class Denoiser:
             write=write,
             block_origin=None if canvas.block_origin is None else pick(canvas.block_origin),
             output_slots=index.clamp(min=0) if self._partial else None,
-            memo=None if canvas.steady is None else canvas.steady.memo,
+            steady=canvas.steady,
         )
         if slots is not None:
             if attn_mask is not None:
@@ -142,9 +142,14 @@ class Denoiser:
         """Return the index of ``output_slots`` (B, R) among the recomputed slots; -1 stays."""
         if slots is None:
             return output_slots
-        index = output_slots.new_zeros(len(output_slots), self._canvas.size)
-        order = torch.arange(slots.shape[1], device=output_slots.device).expand_as(slots)
-        index.scatter_(1, repeat_first(slots), order)
+        canvas, recomputed = self._canvas, slots
+
+        def invert() -> Tensor:
+            index = recomputed.new_zeros(len(recomputed), canvas.size)
+            order = torch.arange(recomputed.shape[1], device=index.device).expand_as(recomputed)
+            return index.scatter_(1, repeat_first(recomputed), order)
+
+        index = invert() if canvas.steady is None else canvas.steady.once("index", invert)
         return torch.where(output_slots < 0, -1, index.gather(1, output_slots.clamp(min=0)))
 
     def _logits(self, hidden: Tensor, index: Tensor) -> Tensor:
@@ -169,14 +174,14 @@ class Denoiser:
     def _note_finite(self, logits: Tensor) -> None:
         """Check logits; on a GPU only note whether they were finite, without waiting for it."""
         # NaN and infinity spread to the sum, which is faster than a test of every number.
-        finite = logits.sum(dtype=torch.float32).isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
-        if not finite.is_cuda:
+        total = logits.sum(dtype=torch.float32)
+        self._total = total if self._total is None else self._total + total
+        if not total.is_cuda:
             self.check_finite()
 
     def check_finite(self) -> None:
         """Raise DecodingError if logits were not finite; waits for a GPU."""
-        if self._finite is not None and not bool(self._finite):
+        if self._total is not None and not bool(self._total.isfinite()):
             raise DecodingError(
                 f"the backbone's logits hold NaN or infinite numbers after {self.num_forwards} "
                 "forward passes: its weights are damaged, or the recording has samples of an "

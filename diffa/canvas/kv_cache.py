@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffa.types import Steady
+
 
 class AttentionContext(NamedTuple):
     """What each query may attend to, and where cached keys and values are.
@@ -33,8 +35,7 @@ class AttentionContext(NamedTuple):
             before it are one block. None: position 0.
         num_keys: Only so many first slots may be attended to. None: all.
         row_lengths: Lengths of rows packed into one sequence (block-diagonal attention).
-        memo: What earlier passes with these slots, rows and positions derived from them (``once``).
-            None: nothing is known to be the same.
+        steady: What passes with the same slots have in common. None: nothing is known.
     """
 
     valid: Tensor | None = None
@@ -49,15 +50,11 @@ class AttentionContext(NamedTuple):
     block_origin: Tensor | None = None
     num_keys: int | None = None
     row_lengths: list[int] | None = None
-    memo: dict[str, Any] | None = None
+    steady: Steady | None = None
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return what ``compute`` returns, computed once for all passes with the same slots."""
-        if self.memo is None:
-            return compute()
-        if name not in self.memo:
-            self.memo[name] = compute()
-        return self.memo[name]
+        return compute() if self.steady is None else self.steady.once(name, compute)
 
     def mask(self, positions: Tensor, *, causal: bool, block_length: int = 1) -> Tensor | None:
         """Return the boolean mask (B, K or 1, S) of queries at ``positions`` (B, K).

@@ -37,7 +37,7 @@ class BlockState(NamedTuple):
         answer_length: Answer tokens per row, A.
         requested: How many of them were asked for.
         width: Tokens per block.
-        held: Whether nobody has looked if rows are done with their block (``BlockTracker``).
+        stays: Whether nobody has looked if rows are done with their block (``BlockTracker``).
     """
 
     active: Tensor
@@ -53,7 +53,7 @@ class BlockState(NamedTuple):
     answer_length: int
     requested: int
     width: int
-    held: bool = False
+    stays: bool = False
 
     @property
     def masked(self) -> Tensor:
@@ -85,7 +85,7 @@ class BlockTracker:
 
     def __init__(self, canvas: Canvas, block_length: int, *, hold: bool = False) -> None:
         self._hold = hold
-        self._held: BlockState | None = None
+        self._last: BlockState | None = None
         self._ends: list[_LateFlag] = []  # of the passes since the host looked
         self._canvas, self._block_length = canvas, block_length
         self._offset = torch.zeros_like(canvas.seeds)
@@ -102,8 +102,8 @@ class BlockTracker:
 
         Rows that ``stay`` (B,) remain in their block though its masks are gone.
         """
-        if self._held is not None and not (len(self._ends) > 1 and bool(self._ends.pop(0))):
-            return self._stay(self._held)
+        if self._last is not None and not (len(self._ends) > 1 and bool(self._ends.pop(0))):
+            return self._stay(self._last)
         canvas, width, offset = self._canvas, self._block_length, self._offset
         masked = canvas.undecided()
         requested = masked[:, : canvas.requested]
@@ -141,42 +141,36 @@ class BlockTracker:
             width=width,
         )
         if self._hold:
-            self._held, self._ends = state, []
-            self._slots = canvas.start + places
+            self._last, self._ends = state, []
+            self._inside = (places >= 0) & (places < canvas.length) & active[:, None]
+            self._places, self._slots = places.clamp(0, canvas.length - 1), canvas.start + places
             canvas.steady = Steady.of(canvas, active)
         return state
 
     def _stay(self, last: BlockState) -> BlockState:
         """Return the state of rows that stay in their blocks."""
         canvas = self._canvas
-        if not last.held:  # the first pass over the windows of these blocks
+        if not last.stays:  # the first pass over the windows of these blocks
             assert canvas.steady is not None
             canvas.steady = canvas.steady._replace(memo={})
-        slots = torch.where(self._in_block(last), self._slots, -1)
-        self._held = last._replace(
+        slots = torch.where(self._left, self._slots, -1)
+        self._last = last._replace(
             entered=torch.zeros_like(last.entered),
             step=self._step,
             block_step=self._step - self._entry_step,
             masked_slots=slots,
             places=slots - canvas.start,
-            held=True,
+            stays=True,
         )
-        return self._held
-
-    def _in_block(self, state: BlockState) -> Tensor:
-        """Return which slots (B, W) of the blocks where rows are held are masks."""
-        places = self._slots - self._canvas.start
-        masked = self._canvas.undecided().gather(1, places.clamp(0, self._canvas.length - 1))
-        inside = (places >= 0) & (places < self._canvas.length) & state.active[:, None]
-        return masked & inside
+        return self._last
 
     def advance(self, steps: Tensor | int = 1) -> None:
         """Count ``steps``, for all rows or for each row (B,)."""
-        if self._held is not None:
+        if self._last is not None:
             # A pass in which a row had no masks left is no step of it.
-            steps = steps * self._held.masked.any(dim=1)
-            left = self._in_block(self._held).any(dim=1)
-            self._ends.append(_LateFlag((self._held.active & ~left).any()))
+            steps = steps * self._last.masked.any(dim=1)
+            self._left = self._canvas.undecided().gather(1, self._places) & self._inside
+            self._ends.append(_LateFlag((self._last.active & ~self._left.any(dim=1)).any()))
         self._step = self._step + steps
 
 

@@ -208,7 +208,7 @@ class Blockwise:
         credit = Credit(canvas, strength=self.credit_strength) if self.credit_strength else None
         # Each row decodes its leftmost block with masks; rows advance independently.
         while (state := blocks.current()) is not None:
-            commits = torch.zeros_like(state.active)
+            commits: Tensor | None = None
             if memory is not None:
                 state, commits = memory.narrow(state)
             # Slots not recomputed come from the KV cache; ``write`` keeps this pass's keys in it.
@@ -230,7 +230,8 @@ class Blockwise:
             canvas.write(accepted, predictions.tokens, predictions.confidence)
             if self.stop_at_eos:
                 self._stop(canvas, state, accepted, fixed)
-            blocks.advance((~commits).long())  # a pass that only commits is no step of its block
+            # A pass that only commits is no step of its block.
+            blocks.advance(1 if commits is None else (~commits).long())
             yield make_step(canvas, draft=fixed if self.stop_at_eos else None)
 
     def _stop(self, canvas: Canvas, state: BlockState, accepted: Tensor, fixed: Tensor) -> None:

@@ -132,7 +132,7 @@ class RecomputeSlots:
 
     def __call__(self, canvas: Canvas, state: BlockState) -> tuple[Tensor | None, bool]:
         """Return the ``recompute`` (B, K; None: all slots) and ``write`` arguments of a pass."""
-        if state.held and self._window is not None:
+        if state.stays and self._window is not None:
             return self._window
         if self._hold:
             within = state._replace(entered=torch.zeros_like(state.entered))
