@@ -2,8 +2,8 @@
 
 The block-causal rows decode models of the same shape whose attention has blocks of 32: ``block``
 counts them from the end of the prompt (as LLaDA does), ``sdar`` from position 0; ``sdar, second
-question`` comes after one about the same recording. ``pass_over_dual`` is the median time of a
-pass after the first, over that of ``dual``.
+question`` comes after one about the same recording. ``pass_over_dual`` is the median CPU
+time of a pass after the first over that of ``dual``, ``prefill_over_dual`` that of the first pass.
 
 All rows run in one process, a step of each in turn, so that a busy machine slows them alike. Peak
 memory is measured in a process of its own for each row, weights excluded.
@@ -255,8 +255,9 @@ def measure(size: str, steps: int, names: list[str], checked: int | None) -> lis
         if rungs[name].backbone:  # another model: its tokens cannot be the baseline's
             line |= {"identical": None, "agreement": None}
         if "dual" in runs:
-            window = statistics.median(run.times[1:]), statistics.median(runs["dual"].times[1:])
+            window = statistics.median(run.cpu[1:]), statistics.median(runs["dual"].cpu[1:])
             more["pass_over_dual"] = round(window[0] / window[1], 3)
+            more["prefill_over_dual"] = round(run.cpu[0] / runs["dual"].cpu[0], 3)
         rows.append(line | more)
     return rows
 
@@ -321,7 +322,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Format the report as a table."""
     head = (
         "name", "seconds", "num_forwards", "tokens_per_forward", "speedup", "identical",
-        "prefill", "pass_over_dual",
+        "pass_over_dual", "prefill_over_dual",
     )  # fmt: skip
     lines = [" ".join(f"{name:>21}" for name in (*head, "peak MiB"))]
     for line in rows:
