@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from diffa.errors import SpecError, check_at_least, check_non_negative
 from diffa.samplers import selection
 from diffa.samplers.block_memory import BlockMemory, block_width
-from diffa.samplers.blocks import BlockTracker, block_slots, fill_after_block
-from diffa.samplers.predictions import exclude_mask, predict
+from diffa.samplers.blocks import BlockState, BlockTracker, block_slots, fill_after_block
+from diffa.samplers.predictions import Predictions, exclude_mask, predict
 from diffa.samplers.recompute import RecomputePolicy, RecomputeSlots
 from diffa.types import Denoise, Step, Vocab
 
@@ -65,17 +66,9 @@ class Edit:
 
     def __call__(self, canvas: Canvas, denoise: Denoise) -> Iterator[Step]:
         """Fill the masks and edit the blocks, yielding after every forward pass."""
-        if canvas.attention is not None and canvas.attention.shifted:
-            raise SpecError(
-                "the sampler 'edit' needs states that predict their own token, as those of llada2 "
-                "and sdar do; use blockwise"
-            )
         width = block_width(canvas, self.block_length)
         blocks = BlockTracker(canvas, width)
-        policies: list[RecomputePolicy] = []
-        if canvas.attention is not None and self.cache != "none":
-            policies = [BlockMemory(canvas, width, cache=self.cache, merge_commit=True)]
-        recompute_slots = RecomputeSlots(policies)
+        recompute_slots = RecomputeSlots(self._policies(canvas, width))
         open_slots = torch.zeros_like(canvas.tokens[: canvas.count], dtype=torch.bool)
         open_slots[:, canvas.start : canvas.start + canvas.length] = canvas.undecided()
         post_steps = torch.zeros_like(canvas.seeds)
@@ -89,14 +82,9 @@ class Edit:
                 exclude_mask(logits, self.vocab.mask), seeds=canvas.seeds, step=state.step,
                 places=slots - canvas.start,
             )  # fmt: skip
-            current = canvas.tokens[: canvas.count].gather(1, slots)
-            masked = exists & (current == self.vocab.mask)
-            least = torch.full_like(canvas.seeds, self.num_to_transfer)
-            filled = masked & selection.select_planned(
-                predictions.confidence, masked, least, self.threshold
-            )
-            edited = exists & ~masked & (current != predictions.tokens)
-            edited &= predictions.confidence > self.edit_threshold
+            tokens = canvas.tokens[: canvas.count].gather(1, slots)
+            masked = exists & (tokens == self.vocab.mask)
+            filled, edited = self._decide(predictions, tokens, masked, exists & ~masked)
             written = torch.where(filled | edited, slots, -1)
             canvas.write(written, predictions.tokens, predictions.confidence)
             # A row whose block has no masks left stays for post steps that may edit it.
@@ -104,15 +92,38 @@ class Edit:
             post_steps = torch.where(state.entered, 0, post_steps) + (~left).long()
             settled = ~masked.any(dim=1) & ~edited.any(dim=1)
             stay = state.active & ~left & ~settled & (post_steps <= self.max_post_steps)
-            if self.stop_at_eos and not bool(stay.all()):
+            if self.stop_at_eos:
                 fill_after_block(canvas, state, where=~stay)
             blocks.advance()
-            place = torch.arange(canvas.length, device=slots.device)
-            decided = place < (state.start - canvas.start)[:, None]
-            done = ~(canvas.undecided()[:, : canvas.requested].any(dim=1) | stay)
-            here = slice(canvas.requested)
-            yield Step(
-                canvas.answer[:, here].clone(),
-                (decided | done[:, None])[:, here],
-                canvas.confidence[:, here].clone(),
+            yield _make_step(canvas, state, stay)
+
+    def _policies(self, canvas: Canvas, width: int) -> list[RecomputePolicy]:
+        attention = canvas.attention
+        if attention is not None and attention.shifted:
+            raise SpecError(
+                "the sampler 'edit' needs states that predict their own token, as those of llada2 "
+                "and sdar do; use blockwise"
             )
+        if attention is None or self.cache == "none":
+            return []
+        return [BlockMemory(canvas, width, cache=self.cache, merge_commit=True)]
+
+    def _decide(
+        self, predictions: Predictions, tokens: Tensor, masked: Tensor, decided: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return which masked slots (B, W) to fill, and which decided ones to replace."""
+        confidence = predictions.confidence
+        least = torch.full_like(tokens[:, 0], self.num_to_transfer)
+        filled = selection.select_planned(confidence, masked, least, self.threshold)
+        changed = decided & (tokens != predictions.tokens)
+        return filled & masked, changed & (confidence > self.edit_threshold)
+
+
+def _make_step(canvas: Canvas, state: BlockState, stay: Tensor) -> Step:
+    """Return the step of this pass; tokens of a block that a row may still edit are not final."""
+    here = slice(canvas.requested)
+    place = torch.arange(canvas.requested, device=stay.device)
+    before = place < (state.start - canvas.start)[:, None]
+    done = ~(canvas.undecided()[:, here].any(dim=1) | stay)
+    final = before | done[:, None]
+    return Step(canvas.answer[:, here].clone(), final, canvas.confidence[:, here].clone())
