@@ -25,7 +25,8 @@ class AttentionContext(NamedTuple):
         branch: (B, S) branch of every slot; branch 0 is shared, others see themselves and 0.
             None: one branch.
         query_slots: (B, K) slot of each query. None: all slots, in order.
-        attn_mask: (B, K, S) bool, a further restriction per query. None: no restriction.
+        attn_mask: (B or 1, K, S) bool, a further restriction per query. None: no restriction.
+        has_rule: Whether ``attn_mask`` holds the rule of a causal or block-causal backbone too.
         kv_cache: Keys and values of the slots that are not computed in this pass.
         cache_rows: (B,) rows of the cache that this batch uses. None: all rows, in order.
         write: Whether the cache keeps the keys and values of this pass.
@@ -43,6 +44,7 @@ class AttentionContext(NamedTuple):
     branch: Tensor | None = None
     query_slots: Tensor | None = None
     attn_mask: Tensor | None = None
+    has_rule: bool = False
     kv_cache: KVCache | StackedKVCache | None = None
     cache_rows: Tensor | None = None
     write: bool = False
@@ -73,7 +75,7 @@ class AttentionContext(NamedTuple):
             branch = self.branch
             own = branch if self.query_slots is None else branch.gather(1, self.query_slots)
             rules.append((branch[:, None] == 0) | (branch[:, None] == own[:, :, None]))
-        if causal:
+        if causal and not self.has_rule:
             keys = positions if self.positions is None else self.positions
             own, other = (self.blocks(p, block_length) for p in (positions, keys))
             # Where no key is in a later block, nothing is hidden. A GPU is not asked: that waits.

@@ -133,9 +133,11 @@ def forward_blocks(
     ]
     embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     sizes = torch.tensor([len(row) for row in rows], device=embeds.device)
+    valid = torch.arange(embeds.shape[1], device=embeds.device) < sizes[:, None]
     context = AttentionContext(
-        valid=torch.arange(embeds.shape[1], device=embeds.device) < sizes[:, None],
+        valid=None if bool(valid.all()) else valid,
         attn_mask=layout.attn_mask,
+        has_rule=True,
         block_origin=layout.origin,
     )
     return gather_slots(backbone(embeds, layout.positions, context), layout.states)
@@ -147,8 +149,9 @@ class BlockLayout(NamedTuple):
     Attributes:
         copied: Slots (A,) of each row that are copied to its end.
         positions: Position of every slot, copies included, (B, S).
-        attn_mask: (B, S, S) bool. A clean slot attends to clean slots up to its own block; a copy
-            to clean slots before its block and to the copies of its block.
+        attn_mask: (B, S, S) bool, or (1, S, S) where all rows are laid out alike. A clean slot
+            attends to clean slots up to its own block; a copy to clean slots before its block and
+            to the copies of its block.
         states: Slot of the state that predicts each token, (B, L).
         origin: Position (B,) from which a block-causal backbone counts blocks. None: position 0.
     """
@@ -207,6 +210,8 @@ def block_layout(
         there = copy_of[row, own]
         all_positions[row, there], numbers[row, there] = own, block[row, own]
         noisy[row, there] = True
+    if bool((numbers == numbers[:1]).all() & (noisy == noisy[:1]).all()):
+        numbers, noisy = numbers[:1], noisy[:1]  # one mask for all rows
     earlier = numbers[:, None] < numbers[:, :, None]
     same = numbers[:, None] == numbers[:, :, None]
     query, key = noisy[:, :, None], noisy[:, None]

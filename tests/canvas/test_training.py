@@ -14,6 +14,7 @@ from torch import nn
 
 from diffa.backbones.dream import Dream
 from diffa.backbones.fast_dllm import FastDLLM2
+from diffa.backbones.llada import LLaDA
 from diffa.backbones.sdar import SDAR
 from diffa.canvas.batch import forward_rows
 from diffa.canvas.kv_cache import AttentionContext
@@ -103,6 +104,27 @@ def test_one_block_reads_the_answer_whole():
     assert attn_mask[0, 6].tolist() == [True, True, False, False, False, True, True, True]
     assert attn_mask[0, 3].tolist() == [True] * 5 + [False] * 3
     assert attn_mask[0, 1].tolist() == [True, True] + [False] * 6
+
+
+@pytest.mark.parametrize("maker", [SDAR, FastDLLM2, LLaDA])
+def test_rows_that_are_laid_out_alike_share_one_mask(maker):
+    """A batch without padding builds no mask for each row, and its states are those of its rows."""
+    config = small.CONFIG if maker is LLaDA else QWEN | {"mask_token_id": small.MASK}
+    model = maker(config=config, block_length=4).eval()
+    tokens = torch.randint(0, 30, (3, 14), generator=torch.Generator().manual_seed(4))
+    answer = (torch.arange(14) >= 6).expand(3, -1)
+    noisy = torch.where(answer & (torch.arange(14) % 3 == 0), small.MASK, tokens)
+    lengths, masks = torch.full((3,), 14), []
+    model.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[2].attn_mask))
+    with torch.no_grad():
+        states = forward_blocks(model, noisy, lengths, clean=tokens, answer=answer)
+        for row in range(3):
+            one = slice(row, row + 1)
+            alone = forward_blocks(
+                model, noisy[one], lengths[one], clean=tokens[one], answer=answer[one]
+            )
+            assert torch.allclose(states[one], alone, atol=1e-5)
+    assert masks[0].shape[0] == 1
 
 
 def loss(objective: Masked, model: nn.Module, seeds: torch.Tensor) -> torch.Tensor:
