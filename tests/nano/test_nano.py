@@ -90,4 +90,4 @@ def test_the_balanced_setting_writes_what_the_exact_one_does(nano, asked) -> Non
 
 def test_its_weights_are_small() -> None:
     folder = Path(str(files("diffa") / "assets" / "weights" / "nano"))
-    assert sum(file.stat().st_size for file in folder.rglob("*")) < 20e6
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 24e6
